@@ -1,0 +1,111 @@
+"""Building blocks: Linear with a LoRA slot, RMSNorm, rotary position embedding.
+
+Axes (legend for the model's files): B batch, T query position, S key position, N query heads,
+K KV heads, G = N / K, H head dim, D model, F MLP, V vocabulary, R LoRA rank, L layers.
+Parameters may carry a leading stack dimension: the layers that one `lax.scan` runs over.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class LoRA(nnx.Module):
+    """Low-rank update scale · (x A) B (Hu et al. 2021, arXiv:2106.09685).
+
+    a [..., in, R] starts as PEFT's kaiming-uniform(sqrt 5), which is U(-1/sqrt(in), 1/sqrt(in));
+    b [..., R, out] starts at zero. Both stay float32 masters and are cast to x's dtype for the
+    matmuls: bfloat16 masters round Adam's updates at 2e-5 away.
+    """
+
+    def __init__(
+        self,
+        kernel_shape: Sequence[int],
+        *,
+        rank: int,
+        scale: float,
+        dropout: float,
+        rngs: nnx.Rngs,
+    ):
+        *stack, in_dim, out_dim = kernel_shape
+        stack_axes = ("layers",) * len(stack)
+        bound = 1.0 / math.sqrt(in_dim)
+        self.a = nnx.LoRAParam(
+            jax.random.uniform(rngs.lora(), (*stack, in_dim, rank), jnp.float32, -bound, bound),
+            axes=(*stack_axes, "lora_in", "lora_rank"),
+        )
+        self.b = nnx.LoRAParam(
+            jnp.zeros((*stack, rank, out_dim), jnp.float32),
+            axes=(*stack_axes, "lora_rank", "lora_out"),
+        )
+        self.scale = scale
+        self.dropout = dropout
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """x [..., in] -> [..., out]; inverted dropout on x when a key is given, as in PEFT."""
+        if dropout_key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        xa = x @ self.a[...].astype(x.dtype)
+        return (self.scale * xa).astype(x.dtype) @ self.b[...].astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W, kernel [..., in, out], no bias, with an optional LoRA update added."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        axes: tuple[str, str],
+        stack: tuple[int, ...],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        shape = (*stack, in_dim, out_dim)
+        kernel = jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(in_dim)
+        self.kernel = nnx.Param(kernel.astype(dtype), axes=("layers",) * len(stack) + axes)
+        # nnx.data: with a plain None the slot is static and injection raises.
+        self.lora: LoRA | None = nnx.data(None)
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out] in x's dtype."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.lora is None else y + self.lora(x, dropout_key)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · (1 + scale) over the last axis, in float32, cast last (Gemma's form)."""
+
+    def __init__(self, dim: int, *, eps: float, stack: tuple[int, ...], dtype: jnp.dtype):
+        axes = ("layers",) * len(stack) + ("norm",)
+        self.scale = nnx.Param(jnp.zeros((*stack, dim), dtype), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., dim] -> same shape and dtype."""
+        x_f32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + self.eps)
+        return (x_f32 * inverse_rms * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+def rotary_table(positions_BT: jax.Array, head_dim: int, theta: float) -> jax.Array:
+    """float32 table [2, B, T, 1, H/2] of cos and sin of position · theta^(-2i/H).
+
+    float32 because bfloat16 rounds position 257 to 256.
+    """
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angle = positions_BT[..., None, None].astype(jnp.float32) * theta**-exponent
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def apply_rotary(x_BTNH: jax.Array, table: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of every head; computed in float32, returned in x's dtype."""
+    cos, sin = table
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)

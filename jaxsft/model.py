@@ -1,0 +1,281 @@
+"""Gemma 1, 2 and 3 text models, read top-down: one config-driven implementation.
+
+The layers are stored as the repeating pattern (Gemma 3: five local, one global): `blocks[p]` holds
+the p-th layer of every repetition, stacked for one `lax.scan`; what is left over (Gemma 3 1B: two
+local layers) stands unstacked in `tail`. The model returns hidden states; the loss and the sampler
+apply the head, so that no [B, T, V] array ever exists.
+
+Axes: see layers.py.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from jaxsft.attention import Tokens, attend, soft_cap, visible
+from jaxsft.layers import Linear, RMSNorm, apply_rotary, rotary_table
+from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.sharding import constrain
+
+# What the backward pass keeps of each layer; everything else is computed again.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,  # keep everything: fastest, most memory
+    "projections": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mlp"),
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the layer inputs only
+}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, by absolute position."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+
+
+# (layer kind, layer index, q, k, v, cache) -> (attention output [B, T, N, H], cache)
+AttendFn = Callable[..., tuple[jax.Array, KVCache | None]]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions and, for Gemma 3, normalised q and k heads."""
+
+    def __init__(self, config: GemmaConfig, linear: Callable[..., Linear], **norm: Any):
+        self.q_proj = linear("q_proj", axes=("embed", "heads"))
+        self.k_proj = linear("k_proj", axes=("embed", "heads"))
+        self.v_proj = linear("v_proj", axes=("embed", "heads"))
+        self.o_proj = linear("o_proj", axes=("heads", "embed"))
+        self.q_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
+        self.head_dim = config.head_dim
+
+    def __call__(
+        self, x_BTD: jax.Array, rotary: jax.Array, attend_fn: Callable, keys: list
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x [B, T, D] -> ([B, T, D], cache); `attend_fn` maps (q, k, v) to the heads' outputs."""
+
+        def heads(projection: Linear, key: jax.Array | None) -> jax.Array:
+            y = checkpoint_name(projection(x_BTD, key), "qkv")
+            return y.reshape(*y.shape[:2], -1, self.head_dim)
+
+        q_BTNH, k_BTKH = heads(self.q_proj, keys[0]), heads(self.k_proj, keys[1])
+        v_BTKH = heads(self.v_proj, keys[2])
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = apply_rotary(q_BTNH, rotary), apply_rotary(k_BTKH, rotary)
+        out_BTNH, cache = attend_fn(q_BTNH, k_BTKH, v_BTKH)
+        out = checkpoint_name(out_BTNH.reshape(*x_BTD.shape[:2], -1), "attention")
+        return self.o_proj(out, keys[3]), cache
+
+
+class MLP(nnx.Module):
+    """Gated MLP: down(gelu(gate x) · up x), tanh-approximated GELU."""
+
+    def __init__(self, linear: Callable[..., Linear]):
+        self.gate_proj = linear("gate_proj", axes=("embed", "mlp"))
+        self.up_proj = linear("up_proj", axes=("embed", "mlp"))
+        self.down_proj = linear("down_proj", axes=("mlp", "embed"))
+
+    def __call__(self, x_BTD: jax.Array, keys: list) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]."""
+        gate = checkpoint_name(self.gate_proj(x_BTD, keys[0]), "mlp")
+        up = checkpoint_name(self.up_proj(x_BTD, keys[1]), "mlp")
+        return self.down_proj(jax.nn.gelu(gate, approximate=True) * up, keys[2])
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm x), then x + mlp(norm x); Gemma 2 and 3 norm outputs too."""
+
+    def __init__(
+        self, config: GemmaConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        def linear(name: str, axes: tuple[str, str]) -> Linear:
+            in_dim, out_dim = config.linear_shapes[name]
+            return Linear(in_dim, out_dim, axes=axes, stack=stack, dtype=dtype, rngs=rngs)
+
+        norm = {"eps": config.rms_norm_eps, "stack": stack, "dtype": dtype}
+        self.pre_attn_norm = RMSNorm(config.d_model, **norm)
+        self.attn = Attention(config, linear, **norm)
+        self.post_attn_norm = RMSNorm(config.d_model, **norm) if config.post_norms else None
+        self.pre_mlp_norm = RMSNorm(config.d_model, **norm)
+        self.mlp = MLP(linear)
+        self.post_mlp_norm = RMSNorm(config.d_model, **norm) if config.post_norms else None
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rotary: jax.Array,
+        attend_fn: Callable,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x [B, T, D] -> ([B, T, D], cache)."""
+        keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+        y, cache = self.attn(self.pre_attn_norm(x_BTD), rotary, attend_fn, keys[:4])
+        x_BTD = x_BTD + (y if self.post_attn_norm is None else self.post_attn_norm(y))
+        y = self.mlp(self.pre_mlp_norm(x_BTD), keys[4:])
+        return x_BTD + (y if self.post_mlp_norm is None else self.post_mlp_norm(y)), cache
+
+
+class Gemma(nnx.Module):
+    """The text model. Build it inside `nnx.eval_shape` to get its tree without memory.
+
+    `param_dtype` is how frozen weights are kept, `dtype` what activations are computed in.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        period = len(config.layer_pattern)
+        self.num_groups, num_tail = divmod(config.num_layers, period)
+        shape = (config.vocab_size, config.d_model)
+        table = jax.random.normal(rngs.params(), shape, param_dtype) / math.sqrt(config.d_model)
+        self.embedding = nnx.Param(table.astype(param_dtype), axes=("vocab", "embed"))
+
+        def block(*stack: int) -> Block:
+            return Block(config, stack=stack, dtype=param_dtype, rngs=rngs)
+
+        self.blocks = nnx.List([block(self.num_groups) for _ in range(period)])
+        self.tail = nnx.List([block() for _ in range(num_tail)])
+        self.final_norm = RMSNorm(
+            config.d_model, eps=config.rms_norm_eps, stack=(), dtype=param_dtype
+        )
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        *,
+        mesh: Mesh | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states [B, T, D] after the final norm, for packed rows (segment 0 is padding)."""
+        where = Tokens(positions_BT, segment_ids_BT)
+        masks = {kind: visible(where, where, self._window(kind)) for kind in (LOCAL, GLOBAL)}
+
+        def attend_fn(kind, layer, q_BTNH, k_BTKH, v_BTKH, cache):
+            return self._attend(q_BTNH, k_BTKH, v_BTKH, masks[kind]), cache
+
+        x, _ = self._run(tokens_BT, positions_BT, attend_fn, None, mesh, dropout_key)
+        return x
+
+    def with_cache(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Prefill (T tokens a row) and decoding (T = 1): writes `tokens` into the cache at their
+        positions and attends to every cached position up to their own.
+
+        Rows may be right-padded: a padding slot is overwritten before any query can see it.
+        """
+        batch, num_slots = cache.k_LBSKH.shape[1:3]
+        rows = jnp.arange(batch)[:, None]
+        slots = jnp.broadcast_to(jnp.arange(num_slots), (batch, num_slots))
+        query = Tokens(positions_BT, jnp.ones_like(positions_BT))
+        key = Tokens(slots, jnp.ones_like(slots))
+        masks = {kind: visible(query, key, self._window(kind)) for kind in (LOCAL, GLOBAL)}
+
+        def attend_fn(kind, layer, q_BTNH, k_BTKH, v_BTKH, cache):
+            at = (layer, rows, positions_BT)
+            cache = KVCache(
+                cache.k_LBSKH.at[at].set(k_BTKH), cache.v_LBSKH.at[at].set(v_BTKH)
+            )
+            k_BSKH, v_BSKH = cache.k_LBSKH[layer], cache.v_LBSKH[layer]
+            return self._attend(q_BTNH, k_BSKH, v_BSKH, masks[kind]), cache
+
+        return self._run(tokens_BT, positions_BT, attend_fn, cache, None, None)
+
+    def init_cache(self, batch: int, num_slots: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `num_slots` tokens."""
+        c = self.config
+        zeros = jnp.zeros((c.num_layers, batch, num_slots, c.num_kv_heads, c.head_dim), self.dtype)
+        return KVCache(zeros, zeros)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D], soft cap included."""
+        table_VD = self.embedding[...].astype(x.dtype)
+        logits = jnp.einsum("...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.final_softcap)
+
+    def _window(self, kind: str) -> int | None:
+        return self.config.sliding_window if kind == LOCAL else None
+
+    def _attend(self, q, k, v, mask) -> jax.Array:
+        c = self.config
+        return attend(q, k, v, mask, scale=c.query_scale, logit_cap=c.attn_softcap)
+
+    def _run(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        attend_fn: AttendFn,
+        cache: KVCache | None,
+        mesh: Mesh | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        config, pattern = self.config, self.config.layer_pattern
+        # The factor is rounded to the activation dtype as in the reference: bfloat16 48 for 2304.
+        factor = jnp.asarray(math.sqrt(config.d_model), self.dtype)
+        x = self.embedding[...][tokens_BT].astype(self.dtype) * factor
+        theta = {LOCAL: config.rope_theta_local, GLOBAL: config.rope_theta_global}
+        rotary = {kind: rotary_table(positions_BT, config.head_dim, theta[kind]) for kind in theta}
+
+        def run_block(state, graphdef, kind, layer, x, cache):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+            x = constrain(x, mesh, "batch", None, None)
+
+            def attend_here(q, k, v):
+                return attend_fn(kind, layer, q, k, v, cache)
+
+            return nnx.merge(graphdef, state)(x, rotary[kind], attend_here, key)
+
+        def step(graphdef, kind):
+            def apply(state, layer, x, cache):
+                return run_block(state, graphdef, kind, layer, x, cache)
+
+            if self.remat == "none" or cache is not None:
+                return apply
+            return jax.checkpoint(apply, policy=REMAT_POLICIES[self.remat])
+
+        graphdefs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+
+        def group(carry, states):
+            x, cache, layer = carry
+            for graphdef, state, kind in zip(graphdefs, states, pattern, strict=True):
+                x, cache = step(graphdef, kind)(state, layer, x, cache)
+                layer = layer + 1
+            return (x, cache, layer), None
+
+        (x, cache, layer), _ = jax.lax.scan(group, (x, cache, jnp.int32(0)), states)
+        for block, kind in zip(self.tail, pattern, strict=False):
+            graphdef, state = nnx.split(block)
+            x, cache = step(graphdef, kind)(state, layer, x, cache)
+            layer = layer + 1
+        return self.final_norm(x), cache
+
+
+def layer_location(config: GemmaConfig, layer: int) -> tuple[str, int, int | None]:
+    """Where layer `layer` lives in the tree: ("blocks", p, row of the stack) or ("tail", i, None).
+
+    The parameters of a block in "blocks" have a leading dimension of one row per repetition.
+    """
+    period = len(config.layer_pattern)
+    num_groups = config.num_layers // period
+    if layer < num_groups * period:
+        return "blocks", layer % period, layer // period
+    return "tail", layer - num_groups * period, None
