@@ -1,0 +1,212 @@
+"""A config made real: data read and packed, model loaded and split, step and state on the mesh."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxsft import lora
+from jaxsft.config import TrainConfig, check_devices
+from jaxsft.data import DataReport, load_samples
+from jaxsft.packing import (
+    PackedRows,
+    Sample,
+    StepBatches,
+    best_fit_decreasing,
+    num_steps,
+    one_per_row,
+)
+from jaxsft.peft_io import load_adapter
+from jaxsft.sharding import make_mesh
+from jaxsft.step import StepSpec, TrainState, init_state, make_schedule, make_transform
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.weights import WeightsInfo, demo_model_path, load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Samples of some files and the rows that they are packed into."""
+
+    samples: list[Sample]
+    packed: PackedRows
+    report: DataReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Everything on the data side. `heldout` is None without held-out files."""
+
+    tokenizer: Tokenizer
+    train: Rows
+    heldout: Rows | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything that the loop runs on. `flops_per_token` is by lora_step_flops, padding free."""
+
+    model_info: WeightsInfo
+    frozen: nnx.State
+    spec: StepSpec
+    state: TrainState
+    step_batches: StepBatches
+    flops_per_token: float
+    fingerprint: dict[str, str | int | float]
+
+
+def model_path(config: TrainConfig) -> Path:
+    """Where the model's files are."""
+    return demo_model_path() if config.model.path == "demo" else Path(config.model.path)
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Reads, converts, tokenises and packs all rows; ValueError names the file and line."""
+    options = config.data
+    source = Path(config.model.tokenizer) if config.model.tokenizer else model_path(config)
+    if source.suffix == ".gguf":
+        tokenizer = Tokenizer.from_gguf(source)
+    else:
+        tokenizer = Tokenizer.from_file(source / "tokenizer.model" if source.is_dir() else source)
+
+    def load(files: Any, **kwargs: Any) -> Rows:
+        samples, report = load_samples(
+            files, tokenizer, options.max_length, options.overlong, options.system_prompt, **kwargs
+        )
+        pack = best_fit_decreasing if options.packing else one_per_row
+        bins = pack([len(sample.ids) for sample in samples], options.max_length)
+        return Rows(samples, PackedRows(samples, bins, options.max_length), report)
+
+    train = load(
+        options.train_files,
+        loss_on_prompt=options.loss_on_prompt,
+        start=options.start,
+        stop=options.stop,
+    )
+    return Data(tokenizer, train, load(options.eval_files) if options.eval_files else None)
+
+
+def build(config: TrainConfig, data: Data) -> Setup:
+    """Loads the model, adds the adapter, and puts both on the mesh.
+
+    Raises:
+      ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
+    """
+    check_devices(config, jax.device_count())
+    mesh = make_mesh(jax.device_count() // config.fsdp, config.fsdp)
+    rows = data.train.packed
+    steps = config.max_steps or num_steps(
+        len(rows), config.num_train_epochs, config.global_batch_size
+    )
+    if config.warmup_steps >= steps:
+        raise ValueError(f"warmup_steps {config.warmup_steps} is not below the run's {steps} steps")
+    model, info = load_model(
+        model_path(config),
+        dtype=config.model.dtype,
+        param_dtype=config.model.param_dtype,
+        remat=config.model.remat,
+        mesh=mesh,
+    )
+    _check_fit(config, data, info)
+    _add_adapter(config, model)
+    graphdef, adapter, frozen = lora.split(model)
+    spec = StepSpec(
+        graphdef=graphdef,
+        transform=make_transform(
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        ),
+        schedule=make_schedule(
+            config.lr_scheduler_type,
+            peak=config.learning_rate,
+            end=config.min_learning_rate,
+            warmup_steps=config.warmup_steps,
+            num_steps=steps,
+        ),
+        mesh=mesh,
+        logit_cap=info.config.final_softcap,
+        chunk_tokens=config.loss_chunk_tokens,
+        accumulation_steps=config.gradient_accumulation_steps,
+        use_dropout=config.lora.dropout > 0,
+        seed=config.seed,
+    )
+    state = init_state(adapter, spec)
+    flops = info.config.lora_step_flops(
+        num_tokens=rows.num_tokens,
+        num_loss_tokens=rows.num_loss_tokens,
+        row_length=rows.row_length,
+        lora_params=num_adapter_params(state),
+    )
+    return Setup(
+        model_info=info,
+        frozen=frozen,
+        spec=spec,
+        state=state,
+        step_batches=StepBatches(rows, config.global_batch_size, config.seed, steps),
+        flops_per_token=flops / rows.num_tokens,
+        fingerprint=fingerprint(config, data, info.digest, steps),
+    )
+
+
+def num_adapter_params(state: TrainState) -> int:
+    """Trained parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.adapter))
+
+
+def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
+    if data.tokenizer.vocab_size > info.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {data.tokenizer.vocab_size} ids, the model's embedding only "
+            f"{info.config.vocab_size} rows; use the tokenizer that belongs to the model"
+        )
+    if config.data.max_length > info.config.max_positions:
+        raise ValueError(
+            f"data.max_length {config.data.max_length} is beyond the model's "
+            f"{info.config.max_positions} positions"
+        )
+
+
+def _add_adapter(config: TrainConfig, model: nnx.Module) -> None:
+    options = config.lora
+    if options.init_from is not None:
+        load_adapter(options.init_from, model)
+        return
+    lora.inject(
+        model,
+        rank=options.r,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        use_rslora=options.use_rslora,
+        targets=options.target_modules,
+        rngs=nnx.Rngs(lora=config.seed),
+    )
+
+
+# Options that change no number of the run, or only through a digest that is compared as well.
+_NOT_IN_FINGERPRINT = (
+    *("name", "output_dir", "model", "data", "eval", "fsdp", "num_workers", "logging_steps"),
+    *("eval_steps", "save_steps", "save_total_limit", "max_nonfinite_steps"),
+)
+
+
+def fingerprint(
+    config: TrainConfig, data: Data, model_digest: str, steps: int
+) -> dict[str, str | int | float]:
+    """What two runs must share for one to continue the other, by option name."""
+    same = dataclasses.asdict(config)
+    for name in _NOT_IN_FINGERPRINT:
+        del same[name]
+    adapter = {f"lora.{name}": value for name, value in same.pop("lora").items()}
+    found = {
+        "model": model_digest,
+        "model.dtype": config.model.dtype,
+        "model.param_dtype": config.model.param_dtype,
+        "tokenizer": data.tokenizer.digest,
+        "data": data.train.packed.digest(),
+        "num_steps": steps,
+    }
+    return {name: str(value) for name, value in (same | adapter | found).items()}

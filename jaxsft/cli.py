@@ -1,0 +1,98 @@
+"""The command line of every command: a recipe or config file, then dotted overrides.
+
+`--config` takes a YAML file or the name of a recipe in jaxsft/recipes; later options win.
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from jaxsft.config import TrainConfig, validate
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "demo"
+
+
+def recipe_names() -> list[str]:
+    """Names that `--config` accepts besides files."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def parse_config(command: str, description: str, argv: Sequence[str]) -> tuple[TrainConfig, str]:
+    """(validated config, the same as YAML) from a command line; no `--config` means `demo`.
+
+    `--help` and `--print_config` print and exit 0.
+
+    Raises:
+      ValueError: one line that names the option and, for an unknown one, the nearest valid name.
+    """
+    # The texts under the fields of config.py are their help.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"python -m {command}",
+        usage=f"python -m {command} [--config RECIPE_OR_FILE] [--OPTION VALUE ...]",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file or recipe: {', '.join(recipe_names())} (default: {DEFAULT_RECIPE}). "
+        "Options after it override it.",
+    )
+    parser.add_class_arguments(TrainConfig)
+    try:
+        parsed = parser.parse_args(_with_recipe_paths(argv))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    values = {k: v for k, v in vars(parser.instantiate(parsed)).items() if k != "config"}
+    config = TrainConfig(**values)
+    validate(config)
+    return config, parser.dump(parsed, skip_none=False)
+
+
+def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
+    """Recipe names after --config become paths; without any --config the default goes first."""
+    args = []
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        args += [name, value] if name == "--config" and equals else [arg]
+    if "--config" not in args:
+        args = ["--config", DEFAULT_RECIPE, *args]
+    for i, arg in enumerate(args[:-1]):
+        value = args[i + 1]
+        if arg != "--config" or Path(value).exists():
+            continue
+        if value in recipe_names():
+            args[i + 1] = str(RECIPES / f"{value}.yaml")
+        else:
+            near = difflib.get_close_matches(value, recipe_names(), 1, 0.0)[0]
+            raise ValueError(
+                f"--config {value}: no such file or recipe; did you mean {near!r}? "
+                f"Recipes: {', '.join(recipe_names())}"
+            )
+    return args
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """The parser's complaint in one line, with the nearest name for an unknown option."""
+    line = " ".join(message.split()).replace("typing.Literal", "one of ")
+    line = re.sub(r"<class '(\w+)'>", r"\1", line)
+    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'", line)
+    if not unknown:
+        return line.replace('Parser key "', 'option "')
+    name = (unknown[1] or unknown[2]).split("=")[0]
+    if unknown[1] and not name.startswith("-"):
+        return f"unexpected argument {name!r}; options begin with --, as in --config {name}"
+    name = name.lstrip("-")
+    options = {o.lstrip("-") for action in parser._actions for o in action.option_strings}
+    # By the last part as well, so that lora_r, lora.rank and rank all come near lora.r.
+    spellings = {o.replace(".", "_"): o for o in options} | {o.split(".")[-1]: o for o in options}
+    spellings |= {o: o for o in options}
+    near = difflib.get_close_matches(name, spellings, 1, 0.0)[0]
+    return f"unknown option {name!r}; did you mean --{spellings[near]}? --help lists all"

@@ -1,0 +1,247 @@
+"""Every option of a run, in frozen dataclasses: one source of names, defaults, help and checks.
+
+The docstring of each field is its `--help` text. Lengths are in tokens, durations in steps.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+# The system text of the recipe, put in front of the user's turn in training and generation alike.
+SYSTEM_PROMPT = (
+    "You are a deep thinking AI. Think step by step about the problem and provide your reasoning "
+    "between <reasoning> and </reasoning> tags. Then, provide the final answer between <answer> "
+    "and </answer> tags."
+)
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The pretrained model."""
+
+    path: str = "demo"
+    """Hugging Face directory, .gguf file, or "demo": the Gemma 3 270M of the `demo` extra."""
+    tokenizer: str | None = None
+    """tokenizer.model or .gguf file; by default the one that comes with the model."""
+    dtype: Dtype = "float32"
+    """Activations and matmuls. Adapters and their Adam moments are always float32."""
+    param_dtype: Dtype = "float32"
+    """How frozen weights are kept in memory."""
+    remat: Literal["none", "projections", "full"] = "none"
+    """What the backward pass computes again: nothing, all but the projections, whole layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions:
+    """The adapter."""
+
+    r: int = 64
+    """Rank."""
+    alpha: float = 64.0
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, 0 to below 1."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    target_modules: str = "all-linear"
+    """Comma-separated Hugging Face names (q_proj,v_proj,…) or "all-linear"."""
+    init_from: str | None = None
+    """PEFT directory to start from, instead of a fresh adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Training and held-out rows."""
+
+    train_files: list[str] | str = dataclasses.field(default_factory=list)
+    """A file or a list of files, JSONL or Parquet (prompt/response with <think>, messages, …)."""
+    eval_files: list[str] | str = dataclasses.field(default_factory=list)
+    """Held-out rows for the loss and the generated answers; may be empty."""
+    start: int = 0
+    """First training row to use, counted over all files."""
+    stop: int | None = None
+    """Row to stop before; by default the end."""
+    max_length: int = 2048
+    """Tokens in a row of the batch, and the most that one sample may have."""
+    packing: bool = False
+    """Several samples a row (they never see each other) instead of one."""
+    overlong: Literal["shorten", "drop", "raise"] = "shorten"
+    """Samples over max_length: cut the reasoning (never the answer), drop them, or stop."""
+    system_prompt: str | None = SYSTEM_PROMPT
+    """Put in front of the first user turn of rows that have no system turn; null for none."""
+    loss_on_prompt: bool = False
+    """Train on prompt tokens as well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """Measuring on held-out rows before, during and after training."""
+
+    num_prompts: int = 16
+    """Held-out prompts to answer before and after training; 0 for none."""
+    batch_size: int = 8
+    """Global rows per evaluation and generation batch."""
+    max_new_tokens: int = 768
+    """Longest generated answer."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 1
+    """Sample from the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probability reaches this."""
+    seed: int = 42
+    """Seed of the sampler."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Batch sizes are global: over all devices and micro-batches."""
+
+    name: str = "run"
+    """The run's results go to output_dir/name."""
+    output_dir: str = "runs"
+    """Directory of all runs."""
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)
+    global_batch_size: int = 32
+    """Rows per optimizer step."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches that a step is cut into."""
+    num_train_epochs: float = 1.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    learning_rate: float = 2e-5
+    """Peak."""
+    min_learning_rate: float = 0.0
+    """Where cosine and linear decay end."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warm-up."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0."""
+    weight_decay: float = 0.01
+    """AdamW decay, on matrices only."""
+    adam_beta1: float = 0.9
+    """Adam's first-moment decay."""
+    adam_beta2: float = 0.999
+    """Adam's second-moment decay."""
+    adam_epsilon: float = 1e-8
+    """Adam's denominator offset."""
+    max_grad_norm: float = 1.0
+    """Global gradient clipping; 0 for none."""
+    seed: int = 42
+    """Adapter initialisation, row order and dropout."""
+    fsdp: int = 1
+    """Devices that the frozen weights are sharded over; 1 replicates them."""
+    loss_chunk_tokens: int = 512
+    """Loss positions per device that meet the vocabulary at once; bounds the logits' memory."""
+    logging_steps: int = 1
+    """Steps between metrics."""
+    eval_steps: int | None = None
+    """Steps between held-out losses; by default only before and after."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    max_nonfinite_steps: int = 3
+    """Abort after so many steps in a row whose loss or gradient is not finite."""
+    num_workers: int = 2
+    """Threads that read rows ahead."""
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises ValueError that names every option out of range or in contradiction."""
+    problems = [
+        f"{name} is {_get(config, name)!r}, but must be {rule}"
+        for name, ok, rule in _CHECKS
+        if not ok(_get(config, name))
+    ]
+    if config.global_batch_size % max(config.gradient_accumulation_steps, 1):
+        problems.append(
+            f"global_batch_size {config.global_batch_size} is not a multiple of "
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps}"
+        )
+    if config.min_learning_rate > config.learning_rate:
+        problems.append(
+            f"min_learning_rate {config.min_learning_rate} is above "
+            f"learning_rate {config.learning_rate}"
+        )
+    if config.data.stop is not None and config.data.stop <= config.data.start:
+        problems.append(f"data.stop {config.data.stop} is not above data.start {config.data.start}")
+    if not config.data.train_files:
+        problems.append("data.train_files is empty: name at least one JSONL or Parquet file")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_devices(config: TrainConfig, num_devices: int) -> None:
+    """Raises ValueError, with the nearest valid sizes, when the batch does not fit the devices."""
+    if config.fsdp > num_devices or num_devices % config.fsdp:
+        divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        raise ValueError(
+            f"fsdp {config.fsdp} does not divide {num_devices} devices; valid: {divisors}"
+        )
+    for name, size, multiple in (
+        (
+            "global_batch_size",
+            config.global_batch_size,
+            num_devices * config.gradient_accumulation_steps,
+        ),
+        ("eval.batch_size", config.eval.batch_size, num_devices),
+    ):
+        if size % multiple:
+            lower = size // multiple * multiple
+            nearest = ", ".join(str(n) for n in (lower, lower + multiple) if n)
+            raise ValueError(
+                f"{name} {size} does not split evenly over {num_devices} devices"
+                f" x micro-batches ({multiple}); nearest valid: {nearest}"
+            )
+
+
+def _get(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
+_POSITIVE = (lambda x: x > 0, "above 0")
+_NOT_NEGATIVE = (lambda x: x >= 0, "0 or above")
+_SHARE = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+_CHECKS = (
+    ("name", lambda x: bool(x) and "/" not in x and x not in (".", ".."), "a plain directory name"),
+    ("learning_rate", *_POSITIVE),
+    ("min_learning_rate", *_NOT_NEGATIVE),
+    ("warmup_steps", *_NOT_NEGATIVE),
+    ("weight_decay", *_NOT_NEGATIVE),
+    ("max_grad_norm", *_NOT_NEGATIVE),
+    ("adam_beta1", *_SHARE),
+    ("adam_beta2", *_SHARE),
+    ("adam_epsilon", *_POSITIVE),
+    ("global_batch_size", *_POSITIVE),
+    ("gradient_accumulation_steps", *_POSITIVE),
+    ("num_train_epochs", *_POSITIVE),
+    ("max_steps", lambda x: x is None or x > 0, "above 0, or null"),
+    ("fsdp", *_POSITIVE),
+    ("loss_chunk_tokens", *_POSITIVE),
+    ("logging_steps", *_POSITIVE),
+    ("eval_steps", lambda x: x is None or x > 0, "above 0, or null"),
+    ("save_steps", *_POSITIVE),
+    ("save_total_limit", *_POSITIVE),
+    ("max_nonfinite_steps", *_POSITIVE),
+    ("num_workers", *_NOT_NEGATIVE),
+    ("seed", *_NOT_NEGATIVE),
+    ("lora.r", *_POSITIVE),
+    ("lora.alpha", *_POSITIVE),
+    ("lora.dropout", *_SHARE),
+    ("data.max_length", lambda x: x >= 16, "at least 16"),
+    ("data.start", *_NOT_NEGATIVE),
+    ("eval.num_prompts", *_NOT_NEGATIVE),
+    ("eval.batch_size", *_POSITIVE),
+    ("eval.max_new_tokens", *_POSITIVE),
+    ("eval.temperature", *_NOT_NEGATIVE),
+    ("eval.top_k", *_NOT_NEGATIVE),
+    ("eval.top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+)

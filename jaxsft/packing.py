@@ -1,0 +1,293 @@
+"""Samples -> fixed rows -> the `Batch` of each step, offline and in pure NumPy.
+
+Every sample is known before training starts, so rows are decided once, by best-fit decreasing, and
+stored for random access. Step -> rows is then arithmetic on (seed, step) alone: resuming needs no
+state but the step, and another number of processes or threads changes nothing.
+
+Samples are never split. Each is one segment of its row: attention stays inside a segment, positions
+restart at 0, and no target crosses from one segment to the next.
+
+Axes: B batch (rows), T position in a row, N all tokens of all samples in storage order.
+"""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Sample(NamedTuple):
+    """One tokenised example: `ids` int32 [n], `loss_mask` bool [n] (true: token i is a label)."""
+
+    ids: Int32Array
+    loss_mask: BoolArray
+
+
+class Batch(NamedTuple):
+    """Packed rows as the model and the loss take them, each [B, T] (one row: [T]).
+
+    `targets_BT[b, t]` is the token after position t in the same segment, 0 at a segment's last
+    position and in padding; `loss_mask_BT[b, t]` says that this target exists and is a label;
+    `segment_ids_BT` is 0 in padding and 1, 2, … along a row; positions restart in every segment.
+    """
+
+    tokens_BT: Int32Array
+    targets_BT: Int32Array
+    loss_mask_BT: BoolArray
+    segment_ids_BT: Int32Array
+    positions_BT: Int32Array
+
+
+def best_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Assigns samples, longest first, each to the fullest row that still has room for it.
+
+    Deterministic: equal lengths keep their order, and of equally full rows the latest is taken.
+    Rows with the same free space share one stack, and bit c of an integer says that the stack for
+    free space c is not empty, so the tightest row is the lowest set bit at or above the length:
+    n log n to sort plus row_length / 64 machine words per sample.
+
+    Args:
+      lengths: tokens of each sample.
+      row_length: tokens in a row.
+
+    Returns:
+      Sample indices of each row, in the order in which they stand in the row.
+
+    Raises:
+      ValueError: a sample is empty or longer than a row.
+    """
+    _check_lengths(lengths, row_length)
+    rows: list[list[int]] = []
+    rows_by_free: list[list[int]] = [[] for _ in range(row_length + 1)]
+    free_bits = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = int(lengths[index])
+        roomy = free_bits >> length
+        if roomy:
+            free = length + (roomy & -roomy).bit_length() - 1
+            row = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                free_bits &= ~(1 << free)
+            rows[row].append(index)
+        else:
+            free = row_length
+            row = len(rows)
+            rows.append([index])
+        left = free - length
+        if left:
+            rows_by_free[left].append(row)
+            free_bits |= 1 << left
+    return rows
+
+
+def one_per_row(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Unpacked mode: row i holds sample i alone. Same arguments and errors as the packer."""
+    _check_lengths(lengths, row_length)
+    return [[index] for index in range(len(lengths))]
+
+
+def _check_lengths(lengths: Sequence[int], row_length: int) -> None:
+    if row_length < 1:
+        raise ValueError(f"row length {row_length}: must be at least 1 token")
+    for index, length in enumerate(lengths):
+        if length < 1:
+            raise ValueError(f"sample {index} has no tokens: leave empty samples out")
+        if length > row_length:
+            raise ValueError(
+                f"sample {index} has {length} tokens, more than a row of {row_length}: "
+                "shorten or drop it, or use longer rows"
+            )
+
+
+class PackedRows:
+    """All rows of a data set, for random access.
+
+    Tokens and masks lie in one flat array each, and samples and rows are offsets into them: five
+    plain arrays that could as well be memory maps of files.
+
+    Attributes:
+      row_length: T, tokens in a row.
+      tokens_N: int32, the tokens of all samples, one after the other.
+      loss_mask_N: bool, where that token is a label.
+      sample_offsets: int64 [samples + 1]; sample i is `tokens_N[offsets[i]:offsets[i + 1]]`.
+      row_samples: int64 [samples], the sample indices of row 0, of row 1, and so on.
+      row_offsets: int64 [rows + 1]; row r holds `row_samples[offsets[r]:offsets[r + 1]]`.
+    """
+
+    def __init__(self, samples: Sequence[Sample], bins: Sequence[Sequence[int]], row_length: int):
+        if not samples:
+            raise ValueError("no samples to pack")
+        self.row_length = row_length
+        self.tokens_N = np.concatenate([sample.ids for sample in samples]).astype(np.int32)
+        self.loss_mask_N = np.concatenate([sample.loss_mask for sample in samples]).astype(bool)
+        lengths = np.array([len(sample.ids) for sample in samples], np.int64)
+        self.sample_offsets = _offsets(lengths)
+        self.row_samples = np.array([index for row in bins for index in row], np.int64)
+        self.row_offsets = _offsets(np.array([len(row) for row in bins], np.int64))
+
+        assert self.tokens_N.shape == self.loss_mask_N.shape
+        assert np.array_equal(np.sort(self.row_samples), np.arange(len(samples))), (
+            "every sample must be in exactly one row"
+        )
+        row_tokens = np.add.reduceat(lengths[self.row_samples], self.row_offsets[:-1])
+        assert row_tokens.max() <= row_length, "a row is too full"
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def row(self, index: int) -> Batch:
+        """Row `index` as five arrays of shape [T]; index -1 is a row of padding."""
+        batch = self.batch([index])
+        return Batch(*(array[0] for array in batch))
+
+    def batch(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
+        """Rows `indices` as five arrays of shape [B, T]; index -1 gives a row of padding.
+
+        Raises:
+          IndexError: an index is below -1 or not below the number of rows.
+        """
+        shape = (len(indices), self.row_length)
+        tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        loss_mask = np.zeros(shape, bool)
+        for b, row in enumerate(indices):
+            if not -1 <= row < len(self):
+                raise IndexError(f"row {row} of {len(self)}")
+            if row == -1:
+                continue
+            start = 0
+            row_samples = self.row_samples[self.row_offsets[row] : self.row_offsets[row + 1]]
+            for segment, sample in enumerate(row_samples, 1):
+                low, high = self.sample_offsets[sample], self.sample_offsets[sample + 1]
+                stop = start + (high - low)
+                tokens[b, start:stop] = self.tokens_N[low:high]
+                targets[b, start : stop - 1] = self.tokens_N[low + 1 : high]
+                loss_mask[b, start : stop - 1] = self.loss_mask_N[low + 1 : high]
+                segments[b, start:stop] = segment
+                positions[b, start:stop] = np.arange(high - low)
+                start = stop
+        return Batch(tokens, targets, loss_mask, segments, positions)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples, padding not counted."""
+        return len(self.tokens_N)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Targets that carry loss: a sample's first token is nobody's target."""
+        first = self.loss_mask_N[self.sample_offsets[:-1]]
+        return int(self.loss_mask_N.sum() - first.sum())
+
+    @property
+    def fill(self) -> float:
+        """Share of all row positions that hold a token, 0 to 1."""
+        return self.num_tokens / (len(self) * self.row_length)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the rows' contents: equal if and only if every row is equal."""
+        sha = hashlib.sha256(np.int64(self.row_length).tobytes())
+        for array in (self.sample_offsets, self.row_offsets, self.row_samples, self.tokens_N):
+            sha.update(np.int64(array.size).tobytes())
+            sha.update(np.ascontiguousarray(array).data)
+        sha.update(np.ascontiguousarray(self.loss_mask_N).data)
+        return sha.hexdigest()
+
+
+def _offsets(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def num_steps(num_rows: int, epochs: float, global_batch_size: int) -> int:
+    """Steps that see every row `epochs` times; the last one may be filled up with padding rows."""
+    return -(-_num_stream_rows(num_rows, epochs) // global_batch_size)
+
+
+def _num_stream_rows(num_rows: int, epochs: float) -> int:
+    return max(1, round(num_rows * epochs))
+
+
+@functools.lru_cache(maxsize=8)
+def epoch_order(seed: int, epoch: int, num_rows: int) -> npt.NDArray[np.int64]:
+    """Order of the rows in one epoch, int64 [num_rows], from the Philox stream of (seed, epoch).
+
+    Sorting raw 64-bit words keeps the order the same under every NumPy version, which promises that
+    for bit generators, not for `Generator.permutation`.
+    """
+    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows)
+    order = np.argsort(words, kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+class StepBatches:
+    """Step -> batch, as a pure function of (seed, step): a random access source for Grain.
+
+    The stream of rows is epoch after epoch, each a permutation of all rows; step s takes the rows
+    s * B to (s + 1) * B of the stream, and a process its contiguous share of these.
+
+    Args:
+      rows: packed rows.
+      global_batch_size: B, rows of a step over all processes.
+      seed: of the order; not negative.
+      num_steps: steps of the run; they may reach over any number of epochs.
+      process_index: this process.
+      process_count: all processes; must divide B.
+      epochs: the stream's end, after which rows are padding; None: it goes on for ever.
+    """
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        global_batch_size: int,
+        seed: int,
+        num_steps: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        epochs: float | None = None,
+    ):
+        if seed < 0:
+            raise ValueError(f"seed {seed}: must not be negative")
+        if global_batch_size < 1 or global_batch_size % process_count:
+            below = global_batch_size // process_count * process_count
+            valid = " or ".join(str(b) for b in (below, below + process_count) if b > 0)
+            raise ValueError(
+                f"global batch size {global_batch_size} cannot be split over {process_count} "
+                f"processes; use {valid}"
+            )
+        assert 0 <= process_index < process_count
+        self.rows = rows
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.num_steps = num_steps
+        self.process_index = process_index
+        self.process_count = process_count
+        self.num_stream_rows = None if epochs is None else _num_stream_rows(len(rows), epochs)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def row_indices(self, step: int) -> npt.NDArray[np.int64]:
+        """Row index of every place in the step's global batch, int64 [B]; -1 is a padding row."""
+        places = step * self.global_batch_size + np.arange(self.global_batch_size)
+        epochs, offsets = np.divmod(places, len(self.rows))
+        indices = np.full(self.global_batch_size, -1, np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            here = epochs == epoch
+            indices[here] = epoch_order(self.seed, epoch, len(self.rows))[offsets[here]]
+        if self.num_stream_rows is not None:
+            indices[places >= self.num_stream_rows] = -1
+        return indices
+
+    def __getitem__(self, step: int) -> Batch:
+        """This process's share of a step's batch: [B / process_count, T] each."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        share = self.global_batch_size // self.process_count
+        first = self.process_index * share
+        return self.rows.batch(self.row_indices(step)[first : first + share])

@@ -1,0 +1,120 @@
+"""What a person sees of a run: the progress line, the before/after table, two answers."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from jaxsft.build import Data, Rows, Setup, num_adapter_params
+
+_TABLE_ROWS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("loss", "held-out loss, nats per completion token", lambda m: _number(m["loss"], "{:.3f}")),
+    ("exact_format", "exact format", lambda m: _number(m["exact_format"], "{:.0%}")),
+    ("stop_rate", "stopped by itself", lambda m: _number(m["stop_rate"], "{:.0%}")),
+    (
+        "mean_reasoning_words",
+        "mean reasoning length, words",
+        lambda m: _number(m["mean_reasoning_words"], "{:.0f}"),
+    ),
+    (
+        "mean_answer_words",
+        "mean answer length, words",
+        lambda m: _number(m["mean_answer_words"], "{:.0f}"),
+    ),
+    (
+        "distinct_answers",
+        "distinct answers",
+        lambda m: f"{m['distinct_answers']} of {m['num_answers']}",
+    ),
+)
+
+
+def show_data(console: Console, data: Data) -> None:
+    """What became of every row."""
+
+    def show(label: str, rows: Rows) -> None:
+        for line in rows.report.lines():
+            console.print(f"{label}: {line}")
+        packed = rows.packed
+        console.print(
+            f"{label}: {len(packed):,} rows of {packed.row_length} tokens, {packed.fill:.1%} full"
+        )
+
+    show("train", data.train)
+    if data.heldout is not None:
+        show("held out", data.heldout)
+
+
+def show_setup(console: Console, setup: Setup) -> None:
+    """One line on model, adapter, steps and devices."""
+    info, batches = setup.model_info, setup.step_batches
+    mesh = setup.spec.mesh
+    console.print(
+        f"{info.name}: {info.config.num_params:,} frozen parameters, "
+        f"{num_adapter_params(setup.state):,} in the adapter; {len(batches):,} steps of "
+        f"{batches.global_batch_size} rows on {mesh.size} {mesh.devices.flat[0].device_kind} "
+        f"device{'s' if mesh.size > 1 else ''}"
+    )
+
+
+@contextmanager
+def progress(
+    console: Console, first_step: int, last_step: int
+) -> Iterator[Callable[[int, Mapping[str, float], float, bool], None]]:
+    """Yields show(step, metrics, eta_s, log): a live line on a terminal, else lines where `log`."""
+
+    def line(step: int, metrics: Mapping[str, float], eta_s: float) -> str:
+        eta = "--:--" if math.isnan(eta_s) else f"{int(eta_s) // 60}:{int(eta_s) % 60:02d}"
+        return (
+            f"step {step}/{last_step}  loss {metrics['loss']:.4f}  "
+            f"lr {metrics['learning_rate']:.2e}  "
+            f"{_number(metrics['tokens_per_s'], '{:,.0f}')} tokens/s  ETA {eta}"
+        )
+
+    if not console.is_terminal:
+
+        def show(step: int, metrics: Mapping[str, float], eta_s: float, log: bool) -> None:
+            if log or step == last_step:
+                console.print(line(step, metrics, eta_s))
+
+        yield show
+        return
+    with Progress(
+        BarColumn(bar_width=24), TextColumn("{task.description}"), console=console
+    ) as live:
+        task = live.add_task("compiling the first step …", total=last_step, completed=first_step)
+        yield lambda step, metrics, eta_s, log: live.update(
+            task, completed=step, description=line(step, metrics, eta_s)
+        )
+
+
+def show_result(console: Console, result: Mapping[str, Any]) -> None:
+    """The before/after table and one held-out answer before and after, side by side."""
+    before, after = result["before"], result["after"]
+    if not after:
+        return
+    table = Table("held-out rows", "before", "after", title="Before and after training")
+    for key, label, text in _TABLE_ROWS:
+        if key in after:
+            table.add_row(label, text(before) if key in before else "–", text(after))
+    console.print(table)
+    if not after.get("answers"):
+        return
+    # The first whose answer has the form, or the first of all.
+    index = next((i for i, a in enumerate(after["answers"]) if a["exact_format"]), 0)
+    answer = after["answers"][index]
+    sides = Table("before", "after", title=Text(f"Prompt: {answer['prompt']}"), show_lines=True)
+    old = before["answers"][index]["text"] if before.get("answers") else "–"
+    sides.add_row(Text(old), Text(answer["text"]))
+    console.print(sides)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else form.format(value)
+
+

@@ -1,0 +1,292 @@
+import re
+from typing import get_args
+
+import pytest
+
+from jaxsft import reasoning
+from jaxsft.reasoning import (
+    SYSTEM_PROMPT,
+    Conversation,
+    Rejected,
+    RejectReason,
+    Turn,
+    check_roles,
+    completion_text,
+    convert_row,
+    split_completion,
+    with_reasoning,
+)
+
+FORMATTED = "<reasoning>r</reasoning>\n<answer>a</answer>"
+
+
+def glaive(response: str, prompt: str = "p") -> Conversation | Rejected:
+    return convert_row({"prompt": prompt, "response": response})
+
+
+def accepted(row: dict) -> Conversation:
+    conversation = convert_row(row)
+    assert isinstance(conversation, Conversation), conversation
+    return conversation
+
+
+def test_system_prompt_names_the_tags_of_the_target_form():
+    assert SYSTEM_PROMPT == (
+        "You are a deep thinking AI. Think step by step about the problem and provide your "
+        "reasoning between <reasoning> and </reasoning> tags. Then, provide the final answer "
+        "between <answer> and </answer> tags."
+    )
+
+
+def test_glaive_row():
+    assert glaive(" <think>\nr\n</think>\n\n a \n", prompt=" p\n") == Conversation(
+        (Turn("user", "p"), Turn("assistant", FORMATTED)), "r", "a", ()
+    )
+
+
+def test_target_matches_the_exact_format_of_the_evaluation():
+    exact = r"^\s*<reasoning>.+?</reasoning>.*?<answer>(.+?)</answer>\s*$"
+    match = re.match(exact, completion_text("one\ntwo", "three\nfour"), re.DOTALL)
+    assert match is not None and match[1] == "three\nfour"
+
+
+@pytest.mark.parametrize(
+    ("response", "reason", "detail"),
+    [
+        ("just an answer", "no_thought", "no <think>"),
+        ("<think>r a", "unclosed_thought", "1 <think> and 0 </think>"),
+        ("<think>r <think>a", "unclosed_thought", "2 <think> and 0"),
+        ("r</think>a<think>b", "reversed_thought", "before"),
+        ("<think>r<think>s</think>t</think>a", "nested_thought", "2 <think> and 2"),
+        ("<think>r<think>s</think>a", "nested_thought", "2 <think> and 1"),
+        ("<think>r</think>a<think>s</think>b", "several_thoughts", "2 <think> and 2"),
+        ("<think>r</think>s</think>a", "several_thoughts", "1 <think> and 2"),
+        ("r</think>s</think>a", "several_thoughts", "0 <think> and 2"),
+        ("<think>r</think>a<think>b", "several_thoughts", "2 <think> and 1"),
+        ("Sure! <think>r</think>a", "text_before_thought", "5 characters"),
+        ("<think> \n</think>a", "empty_thought", "reasoning is empty"),
+        ("</think>a", "empty_thought", "reasoning is empty"),
+        ("<think>r</think> \n", "empty_answer", "nothing follows"),
+        ("", "empty_answer", "response is empty"),
+        ("<think>use <answer> tags</think>a", "literal_tags", "<answer> inside the reasoning"),
+        ("<think>r</think></reasoning>a", "literal_tags", "</reasoning> inside the answer"),
+        ("<think>r</think><answer>a</answer>", "literal_tags", "inside the answer"),
+    ],
+)
+def test_malformed_responses(response, reason, detail):
+    result = glaive(response)
+    assert isinstance(result, Rejected)
+    assert result.reason == reason
+    assert detail in result.detail
+
+
+def test_blank_prompt():
+    assert glaive("<think>r</think>a", prompt=" \n") == Rejected(
+        "empty_prompt", "a user turn has no text"
+    )
+
+
+def test_a_missing_opening_tag_is_noted():
+    conversation = accepted({"prompt": "p", "response": "r\n</think>\na"})
+    assert conversation.turns[-1].content == FORMATTED
+    assert conversation.notes == ("implicit_open",)
+
+
+@pytest.mark.parametrize("look_alike", ["<end_of_turn>", "<bos>", "<eos>", "<unused7>", "<pad>"])
+def test_control_look_alikes_stay_text(look_alike):
+    conversation = accepted({"prompt": "p", "response": f"<think>r {look_alike}</think>a"})
+    assert conversation.reasoning == f"r {look_alike}"
+    assert conversation.notes == ("control_look_alike",)
+    conversation = accepted({"prompt": look_alike, "completion": "c"})
+    assert conversation.turns[0].content == look_alike
+    assert conversation.notes == ("control_look_alike", "plain_completion")
+
+
+def test_nul_and_other_text_is_kept():
+    text = "nul \x00, emoji \U0001f469\u200d\U0001f680, \u0627\u0644 x\u0301"
+    assert accepted({"prompt": text, "response": f"<think>{text}</think>a"}).reasoning == text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completion": "<think>r</think>a"},
+        {"prompt": "p", "completion": "a", "reasoning_content": " r "},
+        {"prompt": "p", "completion": "<reasoning>r</reasoning> \n\n<answer> a</answer>\n"},
+        {"prompt": "p", "response": FORMATTED},
+        {"instruction": "p", "response": "<think>r</think>a", "id": 7},
+        {"question": "p", "answer": "r\n#### a"},
+        {
+            "messages": [
+                {"role": "user", "content": "p"},
+                {"role": "assistant", "content": FORMATTED},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "system", "content": " "},
+                {"role": "user", "content": "p"},
+                {"role": "assistant", "content": "a", "reasoning_content": "r"},
+            ],
+            "prompt": None,
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "p"},
+                {"from": "gpt", "value": "<think>r</think>a"},
+            ]
+        },
+    ],
+)
+def test_every_schema_gives_the_same_conversation(row):
+    assert accepted(row) == Conversation(
+        (Turn("user", "p"), Turn("assistant", FORMATTED)), "r", "a", ()
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completion": " c "},
+        {"prompt": "p", "completion": "c", "reasoning_content": None},
+        {"prompt": "p", "completion": "c", "reasoning_content": " "},
+        {"instruction": "p", "response": "c"},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]},
+    ],
+)
+def test_plain_completions(row):
+    turns = (Turn("user", "p"), Turn("assistant", "c"))
+    assert accepted(row) == Conversation(turns, None, None, ("plain_completion",))
+
+
+@pytest.mark.parametrize(
+    ("completion", "reasoning_content", "reason"),
+    [
+        ("<think>r</think>a", "r", "several_thoughts"),
+        ("a", "<think>r</think>", "several_thoughts"),
+        (FORMATTED, "r", "literal_tags"),
+        ("a", "<reasoning>r", "literal_tags"),
+        (" ", "r", "empty_answer"),
+        ("<answer>a</answer>", None, "literal_tags"),
+        ("<reasoning>r</reasoning>", None, "literal_tags"),
+        ("<reasoning> </reasoning><answer>a</answer>", None, "literal_tags"),
+        ("x " + FORMATTED, None, "literal_tags"),
+        ("<think>r", None, "unclosed_thought"),
+    ],
+)
+def test_malformed_completions(completion, reasoning_content, reason):
+    row = {"prompt": "p", "completion": completion, "reasoning_content": reasoning_content}
+    result = convert_row(row)
+    assert isinstance(result, Rejected) and result.reason == reason
+
+
+def test_gsm8k_annotations_go():
+    row = {
+        "question": "How many clips?",
+        "answer": "In May 48/2 = <<48/2=24>>24 clips.\nSo 48+24 = <<48+24=72>>72.\n#### 1,072",
+    }
+    conversation = accepted(row)
+    assert conversation.reasoning == "In May 48/2 = 24 clips.\nSo 48+24 = 72."
+    assert conversation.answer == "1,072"
+    two_marks = accepted({"question": "q", "answer": "r #### 1 no\n#### 2"})
+    assert (two_marks.reasoning, two_marks.answer) == ("r #### 1 no", "2")  # the last one counts
+    for answer, reason in [
+        ("72", "no_final_answer"),
+        ("#### 72", "empty_thought"),
+        ("r ####", "empty_answer"),
+        ("", "empty_answer"),
+    ]:
+        result = convert_row({"question": "q", "answer": answer})
+        assert isinstance(result, Rejected) and result.reason == reason
+
+
+def test_several_turns():
+    messages = [
+        {"role": "system", "content": " be brief "},
+        {"role": "user", "content": "p1"},
+        {"role": "assistant", "content": "<think>r1</think>a1"},
+        {"role": "user", "content": "p2"},
+        {"role": "assistant", "content": "c2"},
+    ]
+    conversation = accepted({"messages": messages})
+    assert conversation.turns == (
+        Turn("system", "be brief"),
+        Turn("user", "p1"),
+        Turn("assistant", completion_text("r1", "a1")),
+        Turn("user", "p2"),
+        Turn("assistant", "c2"),
+    )
+    assert conversation.reasoning is None and conversation.answer is None  # the last turn's
+    messages[2]["content"] = "<think>r1"
+    assert isinstance(result := convert_row({"messages": messages}), Rejected)
+    assert result.reason == "unclosed_thought"
+    messages[2]["content"], messages[3]["content"] = "c1", " "
+    assert isinstance(result := convert_row({"messages": messages}), Rejected)
+    assert result.reason == "empty_prompt"
+
+
+USER, ASSISTANT = {"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "found: none"),
+        ({"text": "t"}, r"found: text\); use .*messages.*prompt, response.*question, answer"),
+        ({"prompt": "p"}, "found: prompt"),
+        ({"prompt": "p", "response": None}, '"response" is null, not a string'),
+        ({"prompt": None, "response": "<think>r</think>a"}, '"prompt" is null'),
+        ({"prompt": 3, "completion": "c"}, '"prompt" is a int, not a string'),
+        ({"question": "q", "answer": 72}, '"answer" is a int'),
+        (
+            {"prompt": "p", "completion": "c", "reasoning_content": 1},
+            '"reasoning_content" is a int',
+        ),
+        ({"prompt": "a \ud800", "completion": "c"}, "lone surrogate"),
+        ({"messages": None}, '"messages" must be a non-empty list'),
+        ({"messages": []}, '"messages" must be a non-empty list'),
+        ({"conversations": "x"}, '"conversations" must be a non-empty list'),
+        ({"messages": ["x"]}, r"messages\[0\] must be an object"),
+        ({"messages": [{"role": "user"}]}, r'messages\[0\] "content" is missing'),
+        ({"messages": [{"content": "p"}]}, r'messages\[0\] "role" is missing'),
+        ({"messages": [{"role": "user", "content": ["p"]}]}, "is a list, not a string"),
+        (
+            {"messages": [USER, {"role": "tool", "content": ""}]},
+            r'messages\[1\] has the role "tool"',
+        ),
+        ({"messages": [USER]}, "roles are user: .* end with assistant"),
+        ({"messages": [ASSISTANT]}, "roles are assistant"),
+        ({"messages": [USER, USER, ASSISTANT]}, "roles are user, user, assistant"),
+        ({"messages": [USER, {"role": "system", "content": "s"}, ASSISTANT]}, "user, system"),
+    ],
+)
+def test_mistakes_in_the_file(row, message):
+    with pytest.raises(ValueError, match=message):
+        convert_row(row)
+
+
+def test_check_roles():
+    turns = [Turn("system", ""), Turn("user", ""), Turn("assistant", "")]
+    check_roles(turns, last="assistant")
+    check_roles(turns[:2], last="user")
+    for bad in (turns, turns[:1], []):
+        with pytest.raises(ValueError, match="end with user"):
+            check_roles(bad, last="user")
+
+
+def test_split_completion_is_the_inverse():
+    assert split_completion(completion_text("r\nr", "a")) == ("r\nr", "a")
+    for text in ("", "a", FORMATTED + "x", FORMATTED * 2, completion_text("r", " ")):
+        assert split_completion(text) is None
+
+
+def test_with_reasoning():
+    conversation = accepted({"prompt": "p", "response": "<think>long</think>a"})
+    shorter = with_reasoning(conversation, "l")
+    assert shorter.turns == (Turn("user", "p"), Turn("assistant", completion_text("l", "a")))
+    assert (shorter.reasoning, shorter.answer) == ("l", "a")
+
+
+def test_every_reason_is_documented():
+    for reason in get_args(RejectReason) + get_args(reasoning.Note):
+        assert f'"{reason}"' in (reasoning.__doc__ or "")
