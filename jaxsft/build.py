@@ -10,6 +10,7 @@ from flax import nnx
 from jaxsft import lora
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.data import DataReport, load_samples
+from jaxsft.model import Gemma
 from jaxsft.packing import (
     PackedRows,
     Sample,
@@ -18,7 +19,7 @@ from jaxsft.packing import (
     num_steps,
     one_per_row,
 )
-from jaxsft.peft_io import load_adapter
+from jaxsft.peft_io import AdapterConfig, load_adapter
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec, TrainState, init_state, make_schedule, make_transform
 from jaxsft.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ class Setup:
     """Everything that the loop runs on. `flops_per_token` is by lora_step_flops, padding free."""
 
     model_info: WeightsInfo
+    adapter_config: AdapterConfig
     frozen: nnx.State
     spec: StepSpec
     state: TrainState
@@ -109,7 +111,7 @@ def build(config: TrainConfig, data: Data) -> Setup:
         mesh=mesh,
     )
     _check_fit(config, data, info)
-    _add_adapter(config, model)
+    adapter_config = _add_adapter(config, model, info.name)
     graphdef, adapter, frozen = lora.split(model)
     spec = StepSpec(
         graphdef=graphdef,
@@ -143,10 +145,19 @@ def build(config: TrainConfig, data: Data) -> Setup:
     )
     return Setup(
         model_info=info,
+        adapter_config=adapter_config,
         frozen=frozen,
         spec=spec,
         state=state,
-        step_batches=StepBatches(rows, config.global_batch_size, config.seed, steps),
+        step_batches=StepBatches(
+            rows,
+            config.global_batch_size,
+            config.seed,
+            steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            epochs=None if config.max_steps else config.num_train_epochs,
+        ),
         flops_per_token=flops / rows.num_tokens,
         fingerprint=fingerprint(config, data, info.digest, steps),
     )
@@ -170,20 +181,39 @@ def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
         )
 
 
-def _add_adapter(config: TrainConfig, model: nnx.Module) -> None:
+def _add_adapter(config: TrainConfig, model: Gemma, model_name: str) -> AdapterConfig:
+    """A fresh adapter, or the one in lora.init_from, which must have the configured shape."""
     options = config.lora
-    if options.init_from is not None:
-        load_adapter(options.init_from, model)
-        return
-    lora.inject(
-        model,
+    wanted = AdapterConfig(
         rank=options.r,
         alpha=options.alpha,
         dropout=options.dropout,
         use_rslora=options.use_rslora,
-        targets=options.target_modules,
-        rngs=nnx.Rngs(lora=config.seed),
+        targets=lora.resolve_targets(options.target_modules),
+        base_model_name=model_name,
     )
+    if options.init_from is None:
+        lora.inject(
+            model,
+            rank=wanted.rank,
+            alpha=wanted.alpha,
+            dropout=wanted.dropout,
+            use_rslora=wanted.use_rslora,
+            targets=wanted.targets,
+            rngs=nnx.Rngs(lora=config.seed),
+        )
+        return wanted
+    found = load_adapter(options.init_from, model)
+    different = [
+        f"{name} is {getattr(found, name)} there and {getattr(wanted, name)} here"
+        for name in ("rank", "alpha", "dropout", "use_rslora", "targets")
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+    if different:
+        raise ValueError(
+            f"{options.init_from}: {'; '.join(different)}; set the lora options to the adapter's"
+        )
+    return wanted
 
 
 # Options that change no number of the run, or only through a digest that is compared as well.

@@ -115,7 +115,7 @@ def _prefill(
     return model.logits(last), cache
 
 
-@partial(jax.jit, static_argnums=(6, 7, 8), donate_argnums=2)
+@partial(jax.jit, static_argnums=(6, 7, 8))
 def _decode(
     adapter: nnx.State,
     frozen: nnx.State,

@@ -1,0 +1,220 @@
+"""PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`, out and in.
+
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. PEFT's lora_A is [r, in] and
+lora_B [out, r], one pair a layer; the tree keeps a [in, r] and b [r, out], stacked over layers.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxsft import lora
+from jaxsft.model import Gemma, layer_location
+from jaxsft.presets import GemmaConfig
+from jaxsft.safetensors_io import SafetensorsDirectory
+from jaxsft.tensor_names import LINEAR_TENSORS
+from jaxsft.weights import check_shapes, fill
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+# Keys that this implementation reads, and keys that leave the mathematics alone.
+_UNDERSTOOD = (
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bias",
+    "init_lora_weights", "base_model_name_or_path",
+)  # fmt: skip
+_HARMLESS = (
+    "task_type", "peft_version", "auto_mapping", "revision", "inference_mode", "megatron_core",
+    "layers_pattern", "qalora_group_size", "runtime_config",
+)  # fmt: skip
+# Initialisations that also change the base weights, which the adapter alone cannot repeat.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of an adapter; `targets` in canonical order."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    targets: tuple[str, ...]
+    base_model_name: str | None
+
+
+def save_adapter(
+    directory: Path | str,
+    model: Gemma,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    use_rslora: bool,
+    targets: str | Sequence[str],
+    base_model_name: str | None,
+) -> None:
+    """Writes the adapter of `model` as float32; the settings are those it was injected with.
+
+    Each file appears under its name only when whole, the config last.
+    """
+    names = lora.resolve_targets(targets)
+    leaves = {path: v.get_value() for path, v in nnx.to_flat_state(lora.split(model)[1])}
+    tensors = {}
+    for part in _parts(model.config, names, rank):
+        leaf = leaves[part.tree_path]
+        array = np.asarray(leaf if part.row is None else leaf[part.row])
+        assert array.shape == part.shape[::-1], (part.key, array.shape)
+        tensors[part.key] = np.ascontiguousarray(array.T, np.float32)
+    used = {part.tree_path for part in _parts(model.config, names, rank)}
+    assert used == leaves.keys(), "targets are not those of the model's adapter"
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": use_rslora,
+        "target_modules": list(names),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"}  # transformers refuses a file without it
+    _replace(directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata))
+    _replace(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_adapter(directory: Path | str, model: Gemma) -> AdapterConfig:
+    """Injects the adapter of `directory` into `model`, which must have none; returns its config.
+
+    Values are cast to float32. Raises ValueError, with `model` unchanged: a config that is
+    unreadable or asks for more than plain LoRA on Gemma's linear layers (every such setting by
+    name), weights that are missing, truncated or not finite, and every missing, extra or misshapen
+    tensor by name.
+    """
+    directory = Path(directory)
+    config = _read_config(directory / CONFIG_NAME)
+    source = SafetensorsDirectory(directory, WEIGHTS_NAME)
+    parts = list(_parts(model.config, config.targets, config.rank))
+    check_shapes(source, {part.key: part.shape for part in parts})
+    num_rows: dict[tuple, int] = {}
+    for part in parts:
+        if part.row is not None:
+            num_rows[part.tree_path] = part.row + 1
+    arrays: dict[tuple, np.ndarray] = {}
+    for part in parts:
+        stack = (num_rows[part.tree_path],) if part.tree_path in num_rows else ()
+        if part.tree_path not in arrays:
+            arrays[part.tree_path] = np.empty((*stack, *part.shape[::-1]), np.float32)
+        array = arrays[part.tree_path]
+        fill(source, part.key, (array if part.row is None else array[part.row]).T)
+    assert not nnx.to_flat_state(lora.split(model)[1]), "the model already has an adapter"
+    lora.inject(
+        model,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        targets=config.targets,
+        rngs=nnx.Rngs(0),
+    )
+    for path, array in arrays.items():
+        node: Any = model
+        for key in path:
+            node = node[key] if isinstance(key, int) else getattr(node, key)
+        node[...] = jnp.asarray(array)
+    return config
+
+
+class _Part(NamedTuple):
+    """One PEFT tensor: its key, its shape, and the tree leaf (and row of its stack) it lies in."""
+
+    key: str
+    shape: tuple[int, int]
+    tree_path: tuple
+    row: int | None
+
+
+def _parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Iterator[_Part]:
+    for layer in range(config.num_layers):
+        group, index, row = layer_location(config, layer)
+        for tensor in LINEAR_TENSORS:
+            *parents, target, _ = tensor.tree
+            if target not in targets:
+                continue
+            in_dim, out_dim = config.linear_shapes[target]
+            key = f"base_model.model.model.layers.{layer}.{tensor.hf}.lora"
+            path = (group, index, *parents, target, "lora")
+            yield _Part(f"{key}_A.weight", (rank, in_dim), (*path, "a"), row)
+            yield _Part(f"{key}_B.weight", (out_dim, rank), (*path, "b"), row)
+
+
+def _read_config(path: Path) -> AdapterConfig:
+    """The settings in an adapter_config.json; ValueError names all that are not supported."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha, targets = raw["r"], raw["lora_alpha"], raw["target_modules"]
+        problems = _unsupported(raw)
+        config = AdapterConfig(
+            rank=int(rank),
+            alpha=float(alpha),
+            dropout=float(raw.get("lora_dropout") or 0.0),
+            use_rslora=bool(raw.get("use_rslora", False)),
+            targets=(),
+            base_model_name=raw.get("base_model_name_or_path"),
+        )
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: not a readable PEFT config: {error!r}") from error
+    if config.rank < 1 or config.rank != rank or not 0 <= config.dropout < 1:
+        problems.append(f"r={rank!r} with lora_dropout={config.dropout!r}")
+    if isinstance(targets, str) and targets != lora.ALL_LINEAR:
+        problems.append(f"target_modules={targets!r} (only a list of names, or all-linear)")
+    if problems:
+        raise ValueError(f"{path}: not supported: {'; '.join(problems)}")
+    try:
+        return dataclasses.replace(config, targets=lora.resolve_targets(targets))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _unsupported(raw: dict[str, Any]) -> list[str]:
+    problems = []
+    if raw.get("peft_type") != "LORA":
+        problems.append(f"peft_type={raw.get('peft_type')!r} (only LORA)")
+    if raw.get("bias", "none") != "none":
+        problems.append(f"bias={raw['bias']!r} (only none)")
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
+        problems.append(f"init_lora_weights={init!r} (it changes the base weights)")
+    # use_dora, modules_to_save, rank_pattern, alpha_pattern, layers_to_transform, …: PEFT's next
+    # invention too is refused as long as its default is off.
+    for key, value in raw.items():
+        if key not in _UNDERSTOOD and key not in _HARMLESS and value:
+            problems.append(f"{key}={value!r}")
+    return problems
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Puts what `write` writes in place of `path` in one step, after it is on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

