@@ -7,10 +7,43 @@ Parameters may carry a leading stack dimension: the layers that one `lax.scan` r
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """scale · (x a) b in x's dtype: x [..., in], a [in, R] and b [R, out] float32 -> [..., out].
+
+    The backward pass is written out because autodiff forms dB as (dyᵀ · xa)ᵀ, for which XLA writes
+    a transposed copy of dy with whatever made it fused in: on a CPU that alone cost as much as the
+    rest of the backward pass. The gradients of a and b are accumulated in float32.
+    """
+    return _low_rank_forward(x, a, b, scale)[0]
+
+
+def _low_rank_forward(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    xa = (scale * (x @ a.astype(x.dtype))).astype(x.dtype)
+    return xa @ b.astype(x.dtype), (x, a, b, xa)
+
+
+def _low_rank_backward(
+    scale: float, saved: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, a, b, xa = saved
+    dxa = (scale * (dy @ b.astype(dy.dtype).T)).astype(dy.dtype)
+    x_NI, dy_NO, xa_NR, dxa_NR = (z.reshape(-1, z.shape[-1]) for z in (x, dy, xa, dxa))
+    da = jnp.einsum("NI,NR->IR", x_NI, dxa_NR, preferred_element_type=jnp.float32)
+    db = jnp.einsum("NR,NO->RO", xa_NR, dy_NO, preferred_element_type=jnp.float32)
+    return dxa @ a.astype(dy.dtype).T, da, db
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class LoRA(nnx.Module):
@@ -49,8 +82,7 @@ class LoRA(nnx.Module):
         if dropout_key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        xa = x @ self.a[...].astype(x.dtype)
-        return (self.scale * xa).astype(x.dtype) @ self.b[...].astype(x.dtype)
+        return low_rank(x, self.a[...], self.b[...], self.scale)
 
 
 class Linear(nnx.Module):

@@ -63,8 +63,7 @@ def inject(
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, adapter, frozen). `nnx.merge(graphdef, adapter, frozen)` gives the model back."""
     # LoRAParam first: the nnx.Param filter would match it too.
-    graphdef, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
-    return graphdef, adapter, frozen
+    return nnx.split(model, nnx.LoRAParam, ...)  # type: ignore[return-value]
 
 
 def delta(lora: LoRA) -> jax.Array:

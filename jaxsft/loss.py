@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary: the plain form (oracle) and the chunked one.
 
-Both return (sum of the losses in nats, number of loss tokens); nothing is averaged here. Averages of
-averages weigh short micro-batches too much: the one division is the caller's.
+Both return (sum of the losses in nats, number of loss tokens); nothing is averaged here: averages
+of averages weigh short micro-batches too much. The one division is the caller's.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ def plain_cross_entropy(
     *,
     logit_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The definition, with [B, T, V] logits in memory: -log softmax(logits)[target] where masked."""
+    """The definition, with [B, T, V] logits: -log softmax(logits)[target] where masked."""
     logits = jnp.einsum(
         "BTD,VD->BTV",
         hidden_BTD,
@@ -100,7 +100,7 @@ _chunked_sum.defvjp(_forward, _backward)
 def _sum_and_gradient(
     hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk, *, with_gradient: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Loss sum (float32) and its gradient by hidden state [N, D], over ceil(loss tokens / chunk)."""
+    """Loss sum (float32) and its gradient by hidden state [N, D], chunk by chunk."""
     num_positions, dtype = hidden_ND.shape[0], hidden_ND.dtype
     table = table_VD.astype(dtype)
     num_loss = jnp.sum(mask_N, dtype=jnp.int32)

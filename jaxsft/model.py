@@ -10,6 +10,7 @@ Axes: see layers.py.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -45,13 +46,15 @@ AttendFn = Callable[..., tuple[jax.Array, KVCache | None]]
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and, for Gemma 3, normalised q and k heads."""
 
-    def __init__(self, config: GemmaConfig, linear: Callable[..., Linear], **norm: Any):
+    def __init__(
+        self, config: GemmaConfig, linear: Callable[..., Linear], norm: Callable[[int], RMSNorm]
+    ):
         self.q_proj = linear("q_proj", axes=("embed", "heads"))
         self.k_proj = linear("k_proj", axes=("embed", "heads"))
         self.v_proj = linear("v_proj", axes=("embed", "heads"))
         self.o_proj = linear("o_proj", axes=("heads", "embed"))
-        self.q_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
+        self.q_norm = norm(config.head_dim) if config.qk_norm else None
+        self.k_norm = norm(config.head_dim) if config.qk_norm else None
         self.head_dim = config.head_dim
 
     def __call__(
@@ -98,13 +101,13 @@ class Block(nnx.Module):
             in_dim, out_dim = config.linear_shapes[name]
             return Linear(in_dim, out_dim, axes=axes, stack=stack, dtype=dtype, rngs=rngs)
 
-        norm = {"eps": config.rms_norm_eps, "stack": stack, "dtype": dtype}
-        self.pre_attn_norm = RMSNorm(config.d_model, **norm)
-        self.attn = Attention(config, linear, **norm)
-        self.post_attn_norm = RMSNorm(config.d_model, **norm) if config.post_norms else None
-        self.pre_mlp_norm = RMSNorm(config.d_model, **norm)
+        norm = partial(RMSNorm, eps=config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.pre_attn_norm = norm(config.d_model)
+        self.attn = Attention(config, linear, norm)
+        self.post_attn_norm = norm(config.d_model) if config.post_norms else None
+        self.pre_mlp_norm = norm(config.d_model)
         self.mlp = MLP(linear)
-        self.post_mlp_norm = RMSNorm(config.d_model, **norm) if config.post_norms else None
+        self.post_mlp_norm = norm(config.d_model) if config.post_norms else None
 
     def __call__(
         self,
@@ -192,13 +195,13 @@ class Gemma(nnx.Module):
 
         def attend_fn(kind, layer, q_BTNH, k_BTKH, v_BTKH, cache):
             at = (layer, rows, positions_BT)
-            cache = KVCache(
-                cache.k_LBSKH.at[at].set(k_BTKH), cache.v_LBSKH.at[at].set(v_BTKH)
-            )
+            cache = KVCache(cache.k_LBSKH.at[at].set(k_BTKH), cache.v_LBSKH.at[at].set(v_BTKH))
             k_BSKH, v_BSKH = cache.k_LBSKH[layer], cache.v_LBSKH[layer]
             return self._attend(q_BTNH, k_BSKH, v_BSKH, masks[kind]), cache
 
-        return self._run(tokens_BT, positions_BT, attend_fn, cache, None, None)
+        x, updated = self._run(tokens_BT, positions_BT, attend_fn, cache, None, None)
+        assert updated is not None
+        return x, updated
 
     def init_cache(self, batch: int, num_slots: int) -> KVCache:
         """An empty cache for `batch` rows of up to `num_slots` tokens."""

@@ -116,5 +116,3 @@ def show_result(console: Console, result: Mapping[str, Any]) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None or math.isnan(value) else form.format(value)
-
-

@@ -127,7 +127,7 @@ def _decode(
     stop_ids: tuple[int, ...],
     options: EvalOptions,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws until every row has stopped: (tokens [B, max_new_tokens], number drawn, stopped [B])."""
+    """Draws until all rows stop: (tokens [B, max_new_tokens], number drawn, stopped [B])."""
     model = nnx.merge(graphdef, adapter, frozen)
     batch = logits_BV.shape[0]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(options.seed), i))(prompt_ids_B)
@@ -152,7 +152,7 @@ def _decode(
 
 
 def sample_token(logits_BV: jax.Array, keys_B: jax.Array, options: EvalOptions) -> jax.Array:
-    """int32 [B]: argmax at temperature 0 or top_k 1, else a draw after temperature, top-k, top-p."""
+    """int32 [B]: argmax at temperature 0 or top_k 1, else a draw: temperature, top-k, top-p."""
     if options.temperature == 0 or options.top_k == 1:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits = logits_BV / options.temperature

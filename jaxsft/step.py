@@ -106,8 +106,8 @@ def _loss_sum(
     return chunked_cross_entropy(
         hidden_BTD,
         model.embedding[...],
-        batch.targets_BT,
-        batch.loss_mask_BT,
+        jnp.asarray(batch.targets_BT),
+        jnp.asarray(batch.loss_mask_BT),
         logit_cap=spec.logit_cap,
         chunk_tokens=spec.chunk_tokens,
         mesh=spec.mesh,

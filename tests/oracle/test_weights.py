@@ -1,0 +1,335 @@
+"""Weights of all four architectures, in and out, equal transformers' own, bit for bit."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.numpy import load_file
+from twins import TWINS, make_twin
+
+from jaxsft.model import Gemma, layer_location
+from jaxsft.presets import PRESETS, from_hf_config
+from jaxsft.weights import hf_tensors, load_model
+
+FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
+# Where each tensor must arrive, written by hand: (tree attribute path, Hugging Face name).
+LINEARS = {
+    "attn.q_proj.kernel": "self_attn.q_proj",
+    "attn.k_proj.kernel": "self_attn.k_proj",
+    "attn.v_proj.kernel": "self_attn.v_proj",
+    "attn.o_proj.kernel": "self_attn.o_proj",
+    "mlp.gate_proj.kernel": "mlp.gate_proj",
+    "mlp.up_proj.kernel": "mlp.up_proj",
+    "mlp.down_proj.kernel": "mlp.down_proj",
+}
+NORMS_GEMMA1 = {
+    "pre_attn_norm.scale": "input_layernorm",
+    "pre_mlp_norm.scale": "post_attention_layernorm",
+}
+NORMS_GEMMA2 = {
+    "pre_attn_norm.scale": "input_layernorm",
+    "post_attn_norm.scale": "post_attention_layernorm",
+    "pre_mlp_norm.scale": "pre_feedforward_layernorm",
+    "post_mlp_norm.scale": "post_feedforward_layernorm",
+}
+QK_NORMS = {"attn.q_norm.scale": "self_attn.q_norm", "attn.k_norm.scale": "self_attn.k_norm"}
+NAMES = {
+    "gemma1": LINEARS | NORMS_GEMMA1,
+    "gemma2": LINEARS | NORMS_GEMMA2,
+    "gemma3-270m": LINEARS | NORMS_GEMMA2 | QK_NORMS,
+    "gemma3-1b": LINEARS | NORMS_GEMMA2 | QK_NORMS,
+}
+# llama.cpp's names of the Hugging Face ones; attention and MLP differ in nothing but the name.
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def assert_holds(model: Gemma, tensors: dict[str, np.ndarray], names: dict[str, str]) -> None:
+    """Every parameter of `model` is the tensor that `names` says, and none is left out."""
+    np.testing.assert_array_equal(model.embedding[...], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(model.final_norm.scale[...], tensors["model.norm.weight"])
+    for layer in range(model.config.num_layers):
+        where, index, row = layer_location(model.config, layer)
+        for attributes, hf_name in names.items():
+            node: Any = getattr(model, where)[index]
+            for attribute in attributes.split("."):
+                node = getattr(node, attribute)
+            ours = node[...] if row is None else node[...][row]
+            theirs = tensors[f"model.layers.{layer}.{hf_name}.weight"]
+            np.testing.assert_array_equal(ours, theirs.T, err_msg=f"layer {layer} {hf_name}")
+    assert len(tensors) == 2 + model.config.num_layers * len(names)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    assert num_params == model.config.num_params == sum(x.size for x in tensors.values())
+
+
+def saved_tensors(directory: Path) -> dict[str, np.ndarray]:
+    return {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])
+def test_hugging_face_directory_round_trip(name: str, max_shard_size: str, tmp_path: Path) -> None:
+    hf_model, config = make_twin(name)
+    hf_model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or max_shard_size == "1GB"
+
+    model, info = load_model(tmp_path, **FLOAT32)
+
+    tensors = saved_tensors(tmp_path)
+    assert_holds(model, tensors, NAMES[name])
+    assert (info.format, info.config) == ("safetensors", config) == ("safetensors", model.config)
+    exported = dict(hf_tensors(model))
+    assert exported.keys() == tensors.keys()
+    for key, array in tensors.items():
+        assert exported[key].flags.c_contiguous and exported[key].dtype == array.dtype
+        assert exported[key].shape == array.shape and exported[key].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
+def test_half_precision_files(source: torch.dtype, tmp_path: Path) -> None:
+    hf_model, _ = make_twin("gemma3-1b")
+    hf_model.to(source).save_pretrained(tmp_path)
+    tensors = saved_tensors(tmp_path)
+
+    exact, _ = load_model(tmp_path, **FLOAT32)
+    assert_holds(exact, {k: v.astype(np.float32) for k, v in tensors.items()}, NAMES["gemma3-1b"])
+
+    model, _ = load_model(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {"bfloat16"}
+    if source == torch.bfloat16:
+        exported = dict(hf_tensors(model))
+        assert all(exported[k].tobytes() == v.tobytes() for k, v in tensors.items())
+
+
+def test_float32_to_bfloat16_rounds_as_torch(tmp_path: Path) -> None:
+    hf_model, _ = make_twin("gemma2")
+    hf_model.save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
+    rounded = {k: v.to(torch.bfloat16).float().numpy() for k, v in hf_model.state_dict().items()}
+    for name, array in hf_tensors(model):
+        np.testing.assert_array_equal(array.astype(np.float32), rounded[name])
+
+
+def test_tied_head_is_accepted_and_another_refused(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    hf_model, _ = make_twin("gemma1")
+    hf_model.save_pretrained(tmp_path)
+    tensors = saved_tensors(tmp_path)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.copy()}, tmp_path / "model.safetensors")
+    model, _ = load_model(tmp_path, **FLOAT32)
+    assert_holds(model, tensors, NAMES["gemma1"])
+
+    other = embedding.copy()
+    other[-1, -1] += 1e-6
+    save_file({**tensors, "lm_head.weight": other}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+        load_model(tmp_path, **FLOAT32)
+
+
+def test_digest_is_the_weights_identity(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    hf_model, _ = make_twin("gemma1")
+    for name in ("one", "two"):
+        hf_model.save_pretrained(tmp_path / name)
+    digest = load_model(tmp_path / "one", **FLOAT32)[1].digest
+    assert load_model(tmp_path / "two", **FLOAT32)[1].digest == digest
+
+    tensors = saved_tensors(tmp_path / "two")
+    tensors["model.norm.weight"][3] += 1e-6
+    save_file(tensors, tmp_path / "two" / "model.safetensors")
+    assert load_model(tmp_path / "two", **FLOAT32)[1].digest != digest
+
+    path = tmp_path / "one" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    assert load_model(tmp_path / "one", **FLOAT32)[1].digest != digest
+
+
+SHARDED_LOAD = """
+import sys
+import jax
+import numpy as np
+from flax import nnx
+from jaxsft.sharding import make_mesh
+from jaxsft.weights import hf_tensors, load_model
+
+options = {"dtype": "float32", "param_dtype": "float32"}
+whole, _ = load_model(sys.argv[1], **options)
+model, _ = load_model(sys.argv[1], **options, mesh=make_mesh(2, 4))
+for leaf, expected in zip(
+    jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(whole)), strict=True
+):
+    np.testing.assert_array_equal(leaf, expected)
+    assert len(leaf.addressable_shards) == 8
+for (name, array), (_, expected) in zip(hf_tensors(model), hf_tensors(whole), strict=True):
+    np.testing.assert_array_equal(array, expected, err_msg=name)
+shard = model.blocks[0].attn.q_proj.kernel[...].addressable_shards[0].data
+assert shard.shape == (2, 32 // 4, 128), shard.shape
+assert model.tail[0].mlp.down_proj.kernel[...].addressable_shards[0].data.shape == (48, 8)
+try:
+    load_model(sys.argv[1], **options, mesh=make_mesh(1, 7, jax.devices()[:7]))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_sharded_over_eight_devices(tmp_path: Path) -> None:
+    hf_model, _ = make_twin("gemma3-1b", num_hidden_layers=14, num_attention_heads=8)
+    hf_model.save_pretrained(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", SHARDED_LOAD, str(tmp_path)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mesh: fsdp = 7 does not divide a dimension of 32 (" in result.stdout
+    assert "use one of 1, 2, 4, 8, 16, 32" in result.stdout
+
+
+def write_gguf(path: Path, name: str, hf_model: Any, matrix_type: str) -> dict[str, np.ndarray]:
+    """A GGUF as llama.cpp's converter writes it; returns its tensors under Hugging Face names.
+
+    Norms are stored as 1 + weight in float32, matrices as `matrix_type`; there is no vocabulary.
+    """
+    raw = hf_model.config.to_dict()
+    architecture = {"gemma1": "gemma", "gemma2": "gemma2"}.get(name, "gemma3")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(f"{name} twin")
+    writer.add_context_length(raw["max_position_embeddings"])
+    writer.add_embedding_length(raw["hidden_size"])
+    writer.add_block_count(raw["num_hidden_layers"])
+    writer.add_feed_forward_length(raw["intermediate_size"])
+    writer.add_head_count(raw["num_attention_heads"])
+    writer.add_head_count_kv(raw["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    writer.add_key_length(raw["head_dim"])
+    writer.add_value_length(raw["head_dim"])
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(raw["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(raw["final_logit_softcapping"])
+    if architecture == "gemma3":
+        writer.add_rope_freq_base(raw["rope_parameters"]["full_attention"]["rope_theta"])
+    if architecture != "gemma":
+        writer.add_sliding_window(raw["sliding_window"])
+    kind = gguf.GGMLQuantizationType[matrix_type]
+    stored = {}
+    for hf_name, tensor in hf_model.model.state_dict().items():
+        array = tensor.numpy()
+        short = hf_name.removesuffix(".weight")
+        if short == "embed_tokens":
+            gguf_name = "token_embd"
+        elif short == "norm":
+            gguf_name = "output_norm"
+        else:
+            _, layer, rest = short.split(".", 2)
+            gguf_name = f"blk.{layer}.{GGUF_NAMES[rest]}"
+            if architecture == "gemma" and rest == "post_attention_layernorm":
+                gguf_name = f"blk.{layer}.ffn_norm"
+        if array.ndim == 1:
+            stored[f"model.{hf_name}"] = (array + np.float32(1)) - np.float32(1)
+            writer.add_tensor(f"{gguf_name}.weight", array + np.float32(1))
+        else:
+            quantized = gguf.quantize(array, kind)
+            stored[f"model.{hf_name}"] = gguf.dequantize(quantized, kind)
+            raw_dtype = None if matrix_type in ("F32", "F16") else kind
+            writer.add_tensor(f"{gguf_name}.weight", quantized, raw_dtype=raw_dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("matrix_type", ["F32", "F16", "BF16", "Q8_0"])
+def test_gguf(name: str, matrix_type: str, tmp_path: Path) -> None:
+    # Blocks of 32: a width of 48 cannot be quantised. llama.cpp always scales by head_dim.
+    overrides: dict[str, Any] = {"intermediate_size": 64}
+    if name != "gemma1":
+        overrides["query_pre_attn_scalar"] = 16
+    hf_model, config = make_twin(name, **overrides)
+    path = tmp_path / "model.gguf"
+    stored = write_gguf(path, name, hf_model, matrix_type)
+
+    model, info = load_model(path, **FLOAT32)
+
+    assert_holds(model, stored, NAMES[name])
+    assert (info.format, info.name) == ("gguf", f"{name} twin")
+    assert info.config == dataclasses.replace(config, name=info.name)
+
+
+def test_real_gguf_is_the_preset(real_gguf: Path) -> None:
+    from jaxsft.gguf_io import GGUFFile, hf_config
+
+    preset = PRESETS["gemma-3-270m"]
+    config = from_hf_config(hf_config(GGUFFile(real_gguf)))
+    assert dataclasses.replace(config, name=preset.name) == preset
+
+
+def test_gguf_header_equals_the_reference_reader(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "gemma")
+    writer.add_uint8("u8", 200)
+    writer.add_int8("i8", -3)
+    writer.add_uint16("u16", 65535)
+    writer.add_int16("i16", -32768)
+    writer.add_uint32("u32", 2**32 - 1)
+    writer.add_int32("i32", -5)
+    writer.add_uint64("u64", 2**64 - 1)
+    writer.add_int64("i64", -(2**60))
+    writer.add_float32("f32", 0.1)
+    writer.add_float64("f64", 0.1)
+    writer.add_bool("yes", True)
+    writer.add_string("text", "a ▁ 😀")
+    writer.add_array("tokens", ["", "▁a", "<0x00>"])
+    writer.add_array("scores", [0.5, -1e10])
+    writer.add_array("types", [1, 6, 3])
+    writer.add_array("flags", [True, False])
+    writer.add_custom_alignment(64)
+    writer.add_tensor("a.weight", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.add_tensor("b.weight", np.arange(5, dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    from jaxsft.gguf_io import GGUFFile
+
+    ours, reference = GGUFFile(path), gguf.GGUFReader(path)
+    expected = {k: v.contents() for k, v in reference.fields.items() if not k.startswith("GGUF.")}
+    found = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in ours.metadata.items()}
+    assert found == expected
+    assert {k: (t.offset, t.num_bytes) for k, t in ours.tensors.items()} == {
+        t.name: (t.data_offset, t.n_bytes) for t in reference.tensors
+    }
+    assert ours.shapes == {"a.weight": (2, 3), "b.weight": (5,)}
+    for tensor in reference.tensors:
+        blocks = [block for _, block in ours.blocks(tensor.name)]
+        np.testing.assert_array_equal(np.concatenate(blocks).ravel(), tensor.data.ravel())
