@@ -60,6 +60,8 @@ class GGUFFile:
                 start = file.read(len(_LFS_POINTER))
             if start == _LFS_POINTER:
                 raise ValueError(f"{path}: a Git LFS pointer, not the file; run 'git lfs pull'")
+            if not start:
+                raise ValueError(f"{path}: the file is empty; get it again")
             if not start.startswith(_MAGIC):
                 raise ValueError(f"{path}: not a GGUF file (it does not start with 'GGUF')")
             self._data = np.memmap(self.path, mode="r")

@@ -175,6 +175,8 @@ def from_hf_config(source: Path | str | dict[str, Any]) -> GemmaConfig:
             raw = json.loads(Path(source).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{where}: not a readable config.json: {error}") from error
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where}: not a readable config.json: not an object")
     model_type = raw.get("model_type")
     if model_type not in ("gemma", "gemma2", "gemma3_text"):
         raise ValueError(
@@ -238,14 +240,16 @@ def _parse(raw: dict[str, Any], model_type: str) -> GemmaConfig:
         layer_types = tuple(LOCAL if (i + 1) % period else GLOBAL for i in range(num_layers))
     rope = _rope_parameters(raw)
     theta = raw.get("rope_theta", rope.get("all", {}).get("rope_theta"))
-    gemma3 = model_type == "gemma3_text"
+    gemma1, gemma3 = model_type == "gemma", model_type == "gemma3_text"
     theta_global = rope.get("full_attention", {}).get("rope_theta", theta)
-    theta_local = rope.get("sliding_attention", {}).get("rope_theta", theta)
+    theta_local = rope.get("sliding_attention", {}).get("rope_theta", None if gemma3 else theta)
     if gemma3:
         theta_local = raw.get("rope_local_base_freq", theta_local)
         theta_global = 1_000_000.0 if theta_global is None else theta_global
+    # What a key left out means in transformers.
+    attn_cap, final_cap = (50.0, 30.0) if model_type == "gemma2" else (None, None)
     head_dim = raw["head_dim"]
-    query_pre_attn_scalar = head_dim if model_type == "gemma" else raw["query_pre_attn_scalar"]
+    query_pre_attn_scalar = head_dim if gemma1 else raw["query_pre_attn_scalar"]
     return GemmaConfig(
         name=raw.get("_name_or_path") or model_type,
         vocab_size=raw["vocab_size"],
@@ -257,12 +261,12 @@ def _parse(raw: dict[str, Any], model_type: str) -> GemmaConfig:
         layer_types=layer_types,
         max_positions=raw["max_position_embeddings"],
         query_scale=float(query_pre_attn_scalar) ** -0.5,
-        sliding_window=None if model_type == "gemma" else raw["sliding_window"],
-        attn_softcap=None if model_type == "gemma" else raw.get("attn_logit_softcapping"),
-        final_softcap=None if model_type == "gemma" else raw.get("final_logit_softcapping"),
+        sliding_window=None if gemma1 else raw["sliding_window"],
+        attn_softcap=None if gemma1 else raw.get("attn_logit_softcapping", attn_cap),
+        final_softcap=None if gemma1 else raw.get("final_logit_softcapping", final_cap),
         rope_theta_local=10_000.0 if theta_local is None else float(theta_local),
         rope_theta_global=10_000.0 if theta_global is None else float(theta_global),
-        post_norms=model_type != "gemma",
+        post_norms=not gemma1,
         qk_norm=gemma3,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
     )

@@ -36,12 +36,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-SYSTEM_PROMPT = (
-    "You are a deep thinking AI. Think step by step about the problem and provide your reasoning "
-    "between <reasoning> and </reasoning> tags. Then, provide the final answer between <answer> "
-    "and </answer> tags."
-)
-
 ACCEPTED_SCHEMAS = (
     "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, response}, "
     "{prompt, completion[, reasoning_content]}, {instruction, response}, {question, answer}"
@@ -80,6 +74,8 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
 class Turn(NamedTuple):
+    """One turn of a conversation."""
+
     role: Role
     content: str
 
@@ -94,6 +90,8 @@ class Conversation(NamedTuple):
 
 
 class Rejected(NamedTuple):
+    """A row that is not used: why, from the closed set, and what in it."""
+
     reason: RejectReason
     detail: str
 

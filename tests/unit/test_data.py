@@ -9,8 +9,9 @@ import pytest
 from fake_tokenizer import FakeTokenizer
 
 from jaxsft.chat import encode_chat
+from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.data import DataReport, load_samples, read_rows
-from jaxsft.reasoning import SYSTEM_PROMPT, Turn, completion_text
+from jaxsft.reasoning import Turn, completion_text
 
 GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"}
 LONG = {"prompt": "p", "response": f"<think>{'We add one more. ' * 30}</think>Two"}

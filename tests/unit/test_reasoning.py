@@ -4,8 +4,8 @@ from typing import get_args
 import pytest
 
 from jaxsft import reasoning
+from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.reasoning import (
-    SYSTEM_PROMPT,
     Conversation,
     Rejected,
     RejectReason,

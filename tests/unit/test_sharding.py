@@ -64,9 +64,9 @@ def test_unknown_axis_is_refused() -> None:
 
 
 def test_collision_is_refused() -> None:
-    with pytest.raises(ValueError, match="two dimensions on mesh axis .*fsdp"):
+    with pytest.raises(ValueError, match=r"two dimensions on mesh axis .*fsdp"):
         sharding.partition_spec("embed", "embed")
-    with pytest.raises(ValueError, match="two dimensions on mesh axis .*fsdp"):
+    with pytest.raises(ValueError, match=r"two dimensions on mesh axis .*fsdp"):
         sharding.partition_spec("batch", "embed")
 
 
