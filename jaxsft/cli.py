@@ -53,7 +53,7 @@ def parse_config(command: str, description: str, argv: Sequence[str]) -> tuple[T
     values = {k: v for k, v in vars(parser.instantiate(parsed)).items() if k != "config"}
     config = TrainConfig(**values)
     validate(config)
-    return config, parser.dump(parsed, skip_none=False)
+    return config, parser.dump(parsed, skip_unset=False)
 
 
 def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
@@ -66,7 +66,7 @@ def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
         args = ["--config", DEFAULT_RECIPE, *args]
     for i, arg in enumerate(args[:-1]):
         value = args[i + 1]
-        if arg != "--config" or Path(value).exists():
+        if arg != "--config" or Path(value).is_file():
             continue
         if value in recipe_names():
             args[i + 1] = str(RECIPES / f"{value}.yaml")
@@ -83,14 +83,23 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     """The parser's complaint in one line, with the nearest name for an unknown option."""
     line = " ".join(message.split()).replace("typing.Literal", "one of ")
     line = re.sub(r"<class '(\w+)'>", r"\1", line)
-    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'", line)
-    if not unknown:
+    argument = re.search(r"unrecognized arguments: (\S+)", line)
+    key = re.search(
+        r"Group '(\S+)' does not accept option '(\S+)'|Option '(\S+)' is not accepted", line
+    )
+    if argument:
+        name = argument[1].split("=")[0]
+        if not name.startswith("-"):
+            return f"unexpected argument {name!r}; options begin with --, as in --config {name}"
+        name = name.lstrip("-")
+    elif key:
+        name = ".".join(filter(None, key.groups()))
+    else:
         return line.replace('Parser key "', 'option "')
-    name = (unknown[1] or unknown[2]).split("=")[0]
-    if unknown[1] and not name.startswith("-"):
-        return f"unexpected argument {name!r}; options begin with --, as in --config {name}"
-    name = name.lstrip("-")
-    options = {o.lstrip("-") for action in parser._actions for o in action.option_strings}
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    names = {o.lstrip("-") for action in shown for o in action.option_strings}
+    # Not --lora, the group of all --lora.…
+    options = {o for o in names if not any(other.startswith(f"{o}.") for other in names)}
     # By the last part as well, so that lora_r, lora.rank and rank all come near lora.r.
     spellings = {o.replace(".", "_"): o for o in options} | {o.split(".")[-1]: o for o in options}
     spellings |= {o: o for o in options}

@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -126,12 +127,14 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_table(positions_BT: jax.Array, head_dim: int, theta: float) -> jax.Array:
-    """float32 table [2, B, T, 1, H/2] of cos and sin of position · theta^(-2i/H).
+    """float32 table [2, B, T, 1, H/2] of cos and sin of position / theta^(2i/H).
 
-    float32 because bfloat16 rounds position 257 to 256.
+    float32 because bfloat16 rounds position 257 to 256. The periods are rounded to float32 before
+    they are inverted, as in transformers: the other order differs in the last bit, which moves the
+    logits of a repetitive 1,200-token prompt by 1e-2.
     """
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angle = positions_BT[..., None, None].astype(jnp.float32) * theta**-exponent
+    period = (theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angle = positions_BT[..., None, None].astype(jnp.float32) * (np.float32(1) / period)
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
 

@@ -50,40 +50,29 @@ class AdapterConfig:
     base_model_name: str | None
 
 
-def save_adapter(
-    directory: Path | str,
-    model: Gemma,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    use_rslora: bool,
-    targets: str | Sequence[str],
-    base_model_name: str | None,
-) -> None:
-    """Writes the adapter of `model` as float32; the settings are those it was injected with.
+def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> None:
+    """Writes the adapter of `model` as float32; `config` is what it was injected with.
 
     Each file appears under its name only when whole, the config last.
     """
-    names = lora.resolve_targets(targets)
     leaves = {path: v.get_value() for path, v in nnx.to_flat_state(lora.split(model)[1])}
     tensors = {}
-    for part in _parts(model.config, names, rank):
+    for part in _parts(model.config, config.targets, config.rank):
         leaf = leaves[part.tree_path]
         array = np.asarray(leaf if part.row is None else leaf[part.row])
         assert array.shape == part.shape[::-1], (part.key, array.shape)
         tensors[part.key] = np.ascontiguousarray(array.T, np.float32)
-    used = {part.tree_path for part in _parts(model.config, names, rank)}
+    used = {part.tree_path for part in _parts(model.config, config.targets, config.rank)}
     assert used == leaves.keys(), "targets are not those of the model's adapter"
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "use_rslora": use_rslora,
-        "target_modules": list(names),
+        "base_model_name_or_path": config.base_model_name,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": list(config.targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -181,13 +170,14 @@ def _read_config(path: Path) -> AdapterConfig:
         raise ValueError(f"{path}: not a readable PEFT config: {error!r}") from error
     if config.rank < 1 or config.rank != rank or not 0 <= config.dropout < 1:
         problems.append(f"r={rank!r} with lora_dropout={config.dropout!r}")
-    if isinstance(targets, str) and targets != lora.ALL_LINEAR:
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if targets != lora.ALL_LINEAR and not is_list:
         problems.append(f"target_modules={targets!r} (only a list of names, or all-linear)")
     if problems:
         raise ValueError(f"{path}: not supported: {'; '.join(problems)}")
     try:
         return dataclasses.replace(config, targets=lora.resolve_targets(targets))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -203,7 +193,9 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
     # use_dora, modules_to_save, rank_pattern, alpha_pattern, layers_to_transform, …: PEFT's next
     # invention too is refused as long as its default is off.
     for key, value in raw.items():
-        if key not in _UNDERSTOOD and key not in _HARMLESS and value:
+        # Not `value in (None, False, …)`: layers_to_transform=0 is the first layer, and 0 == False.
+        is_off = value is None or value is False or value in ([], {})
+        if key not in _UNDERSTOOD and key not in _HARMLESS and not is_off:
             problems.append(f"{key}={value!r}")
     return problems
 

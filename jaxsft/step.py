@@ -158,7 +158,7 @@ def train_step(
     denominator = jnp.maximum(num_tokens, 1).astype(jnp.float32)
     loss = loss_sum / denominator
     grads = jax.tree.map(lambda g: g / denominator, grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (num_tokens > 0)
 
     learning_rate = spec.schedule(state.num_updates)

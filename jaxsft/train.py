@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_adapter(
         run_dir / "adapter",
         nnx.merge(setup.spec.graphdef, state.adapter, setup.frozen),
-        **dataclasses.asdict(setup.adapter_config),
+        setup.adapter_config,
     )
     write_samples(run_dir / "samples.jsonl", before, after)
     write_json(run_dir / "result.json", {"before": before, "after": after})

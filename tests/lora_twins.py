@@ -29,11 +29,23 @@ AdapterTensors = dict[tuple[int, str, str], np.ndarray]
 
 
 @functools.cache
-def twin(name: str) -> tuple[Any, Gemma]:
+def twin(name: str, **overrides: Any) -> tuple[Any, Gemma]:
     """(transformers model, ours), made once for all tests: change only copies of them."""
-    hf_model, _ = make_twin(name)
+    hf_model, _ = make_twin(name, **overrides)
     with tempfile.TemporaryDirectory() as directory:
         return hf_model, to_jax(hf_model, Path(directory))
+
+
+@functools.cache
+def short_twin() -> tuple[peft.PeftModel, Gemma]:
+    """Gemma 2's twin with one repetition under the scan, a tail and a random adapter.
+
+    Quick to compile, for what does not depend on the architecture.
+    """
+    hf_model, model = twin("gemma2", num_hidden_layers=3)
+    assert len(model.blocks) == 2 and len(model.tail) == 1
+    peft_model = make_peft(hf_model, random_b=True)
+    return peft_model, with_adapter(model, peft_model)
 
 
 def clone(model: Gemma) -> Gemma:

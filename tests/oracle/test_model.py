@@ -2,10 +2,8 @@
 
 import copy
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,11 +23,12 @@ from lora_twins import (
     our_tensors,
     peft_tensors,
     random_samples,
+    short_twin,
     torch_loss_sum,
     twin,
     with_adapter,
 )
-from twins import TWINS, WINDOW, make_twin, to_jax
+from twins import TWINS, WINDOW
 
 from jaxsft import lora
 from jaxsft.layers import RMSNorm
@@ -37,6 +36,8 @@ from jaxsft.loss import chunked_cross_entropy
 from jaxsft.model import Gemma
 from jaxsft.packing import Batch, PackedRows
 from jaxsft.presets import GLOBAL, LOCAL
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LOGIT_BOUND = 1e-4
 ROW_LENGTH = 40
@@ -293,14 +294,10 @@ def test_lora_logits_and_gradients_equal_peft(name: str) -> None:
     assert max_relative_difference(grads, reference) > 1e-2
 
 
-@cache
 def short_model(remat: str) -> Gemma:
-    """Gemma 2 with one repetition under the scan and a tail, with a random adapter."""
-    hf_model, _ = make_twin("gemma2", num_hidden_layers=3)
-    with tempfile.TemporaryDirectory() as directory:
-        model = to_jax(hf_model, Path(directory), remat=remat)
-    assert len(model.blocks) == 2 and len(model.tail) == 1
-    return with_adapter(model, make_peft(hf_model, random_b=True))
+    model = clone(short_twin()[1])
+    model.remat = remat
+    return model
 
 
 @cache

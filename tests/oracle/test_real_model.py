@@ -73,11 +73,19 @@ def test_logits(real_model: Gemma, hf_real_model: Any, tokenizer: Tokenizer) -> 
         assert np.abs(ours_TV[: len(prompt)] - reference).max() <= LOGIT_BOUND
 
 
+# English prose that does not change, and the worst text found for rounding errors.
+LONG_TEXTS = {
+    "licence": (Path(jaxsft.__file__).parents[1] / "LICENSE").read_text(),
+    "repetitive": " ".join(
+        f"The house number {i} is painted in colour {i * 7}." for i in range(99)
+    ),
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
 def test_logits_beyond_the_window(
-    real_model: Gemma, hf_real_model: Any, tokenizer: Tokenizer
+    real_model: Gemma, hf_real_model: Any, tokenizer: Tokenizer, text: str
 ) -> None:
-    # English prose that does not change: our licence.
-    text = (Path(jaxsft.__file__).parents[1] / "LICENSE").read_text()
     tokens_BT = np.asarray([encode(tokenizer, text)[:LONG_LENGTH]])
     assert tokens_BT.shape[1] == LONG_LENGTH > real_model.config.sliding_window + 200
     at = np.arange(0, LONG_LENGTH, 16)

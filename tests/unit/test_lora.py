@@ -11,9 +11,11 @@ import pytest
 from flax import nnx
 
 from jaxsft import lora
-from jaxsft.layers import Linear, LoRA
+from jaxsft.layers import Linear, LoRA, low_rank
 from jaxsft.model import Gemma
 from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = GemmaConfig(
     name="tiny",
@@ -138,6 +140,47 @@ def test_scale(use_rslora: bool, scale: float) -> None:
     expected = np.asarray(x, np.float64) @ (w + scale * a @ b)
     np.testing.assert_allclose(linear(x), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(lora.delta(linear.lora), scale * a @ b, rtol=1e-5, atol=1e-6)
+
+
+# ---- gradients, written out by hand in layers.py ----
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 5, 6)])
+def test_gradients_equal_autodiff(shape: tuple[int, ...]) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, a, b = (jax.random.normal(k, s) for k, s in zip(keys, (shape, (6, 3), (3, 4)), strict=False))
+    weight = jax.random.normal(keys[3], (*shape[:-1], 4))
+
+    def by_hand(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(weight * low_rank(x, a, b, 1.7))
+
+    def plain(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(weight * 1.7 * (x @ a @ b))
+
+    gradients = jax.value_and_grad(by_hand, argnums=(0, 1, 2))(x, a, b)
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(x, a, b)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_bfloat16_activations_are_float32() -> None:
+    """Within four roundings to bfloat16 (2^-9 each) of the float32 gradients, as one norm."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (64, 16), (16, 3), (3, 8), (64, 8)
+    x, a, b, weight = (
+        jax.random.normal(k, s).astype(jnp.bfloat16).astype(jnp.float32)
+        for k, s in zip(keys, shapes, strict=True)
+    )
+
+    def loss(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+        return jnp.sum(weight.astype(dtype) * low_rank(x.astype(dtype), a, b, 1.7))
+
+    for index in (0, 1):
+        low = jax.grad(loss, index)(a, b, jnp.bfloat16)
+        high = jax.grad(loss, index)(a, b, jnp.float32)
+        assert low.dtype == jnp.float32
+        assert jnp.linalg.norm(low - high) <= 4 * 2**-9 * jnp.linalg.norm(high)
 
 
 # ---- dropout ----

@@ -13,6 +13,8 @@ import pytest
 from jaxsft.loss import chunked_cross_entropy, plain_cross_entropy
 from jaxsft.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, T, D, V = 3, 9, 16, 101
 CAP = 4.0  # the largest logits of `problem` are far beyond it
 

@@ -281,7 +281,9 @@ def test_gguf_layer_pattern_and_27b_scale(tmp_path: Path) -> None:
 def test_not_a_gguf_file(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     assert "m.gguf: cannot be read: No such file" in error(path)
-    for data in (b"", b"GG", b"\x80\x02whatever"):
+    path.write_bytes(b"")
+    assert error(path) == f"{path}: the file is empty; get it again"
+    for data in (b"GG", b"\x80\x02whatever"):
         path.write_bytes(data)
         assert error(path) == f"{path}: not a GGUF file (it does not start with 'GGUF')"
     for version in (b"\x01\0\0\0", b"\0\0\0\x03"):

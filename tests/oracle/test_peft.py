@@ -1,0 +1,282 @@
+"""PEFT adapter directories, both ways, against the peft package itself."""
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from flax import nnx
+from lora_twins import clone, twin
+from safetensors.numpy import load_file, save_file
+from twins import TWINS, WINDOW
+
+from jaxsft import lora
+from jaxsft.lora import TARGETS
+from jaxsft.model import Gemma
+from jaxsft.peft_io import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, load_adapter, save_adapter
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # peft 0.21 reads it of every transformers model.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+]
+
+LOGIT_BOUND = 1e-4
+TOKENS_BT = np.random.default_rng(0).integers(4, 256, (2, 3 * WINDOW))
+RANK, ALPHA = 3, 7.0  # alpha / rank is not 1, and differs from alpha / sqrt(rank)
+# Targets and rsLoRA cover one another; "gemma3-1b" has layers outside the stack.
+CASES = [
+    ("gemma1", TARGETS, False),
+    ("gemma2", TARGETS, True),
+    ("gemma3-270m", ("q_proj", "v_proj"), False),
+    ("gemma3-1b", TARGETS, False),
+    ("gemma3-1b", ("o_proj", "down_proj"), True),
+]
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef: nnx.GraphDef, state: nnx.State, tokens_BT: jax.Array) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return model.logits(model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
+
+
+def our_logits(model: Gemma) -> np.ndarray:
+    return np.asarray(_logits(*nnx.split(model), jnp.asarray(TOKENS_BT)))
+
+
+def their_logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS_BT)).logits.numpy()
+
+
+def injected(name: str, targets: tuple[str, ...], use_rslora: bool) -> Gemma:
+    """A copy of our twin with a random adapter, B included."""
+    model = clone(twin(name)[1])
+    lora.inject(
+        model, rank=RANK, alpha=ALPHA, use_rslora=use_rslora, targets=targets, rngs=nnx.Rngs(0)
+    )
+    rng = np.random.default_rng(1)
+    for path, variable in nnx.to_flat_state(lora.split(model)[1]):
+        if path[-1] == "b":
+            variable[...] = jnp.asarray(rng.normal(0, 0.1, variable.shape), jnp.float32)
+    return model
+
+
+def save(directory: Path, model: Gemma, targets: tuple[str, ...], use_rslora: bool) -> None:
+    config = AdapterConfig(
+        rank=RANK,
+        alpha=ALPHA,
+        dropout=0.05,
+        use_rslora=use_rslora,
+        targets=targets,
+        base_model_name="google/twin",
+    )
+    save_adapter(directory, model, config)
+
+
+def make_peft(name: str, **settings: Any) -> peft.PeftModel:
+    """PEFT's own adapter on a copy of the twin, with random B."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        **{"r": RANK, "lora_alpha": ALPHA, "task_type": "CAUSAL_LM"} | settings
+    )
+    model = peft.get_peft_model(copy.deepcopy(twin(name)[0]), config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize(("name", "targets", "use_rslora"), CASES)
+def test_ours_loads_in_peft(
+    name: str, targets: tuple[str, ...], use_rslora: bool, tmp_path: Path
+) -> None:
+    model = injected(name, targets, use_rslora)
+    save(tmp_path, model, targets, use_rslora)
+
+    reference = peft.PeftModel.from_pretrained(copy.deepcopy(twin(name)[0]), tmp_path).eval()
+
+    ours = our_logits(model)
+    assert np.abs(ours - their_logits(reference)).max() <= LOGIT_BOUND
+    assert np.abs(ours - their_logits(twin(name)[0])).max() > 1000 * LOGIT_BOUND
+    config = reference.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (RANK, ALPHA, 0.05)
+    assert (config.use_rslora, config.target_modules) == (use_rslora, set(targets))
+    assert (config.task_type, config.base_model_name_or_path) == ("CAUSAL_LM", "google/twin")
+
+
+@pytest.mark.parametrize(("name", "targets", "use_rslora"), CASES)
+def test_pefts_loads_here(
+    name: str, targets: tuple[str, ...], use_rslora: bool, tmp_path: Path
+) -> None:
+    reference = make_peft(name, target_modules=list(targets), use_rslora=use_rslora)
+    reference.save_pretrained(tmp_path)
+    model = clone(twin(name)[1])
+
+    config = load_adapter(tmp_path, model)
+
+    assert (config.rank, config.alpha, config.targets) == (RANK, ALPHA, targets)
+    assert (config.use_rslora, config.dropout) == (use_rslora, 0.0)
+    assert np.abs(our_logits(model) - their_logits(reference)).max() <= LOGIT_BOUND
+    # And out again: PEFT's own tensors, bit for bit.
+    save(tmp_path / "again", model, targets, use_rslora)
+    theirs, ours = (load_file(d / WEIGHTS_NAME) for d in (tmp_path, tmp_path / "again"))
+    assert ours.keys() == theirs.keys()
+    for key, array in theirs.items():
+        assert ours[key].dtype == np.float32 and ours[key].tobytes() == array.tobytes()
+
+
+def test_all_linear_made_by_peft(tmp_path: Path) -> None:
+    make_peft("gemma1", target_modules="all-linear").save_pretrained(tmp_path)
+    path = tmp_path / CONFIG_NAME
+    config = json.loads(path.read_text())
+    for targets in (config["target_modules"], "all-linear"):
+        path.write_text(json.dumps(config | {"target_modules": targets}))
+        assert load_adapter(tmp_path, clone(twin("gemma1")[1])).targets == TARGETS
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    model = injected("gemma3-1b", TARGETS, False)
+    save(tmp_path, model, TARGETS, False)
+    other = clone(twin("gemma3-1b")[1])
+    config = load_adapter(tmp_path, other)
+    assert config == AdapterConfig(RANK, ALPHA, 0.05, False, TARGETS, "google/twin")
+    ours, loaded = (dict(nnx.to_flat_state(lora.split(m)[1])) for m in (model, other))
+    assert ours.keys() == loaded.keys()
+    for path, variable in ours.items():
+        np.testing.assert_array_equal(variable[...], loaded[path][...])
+        assert loaded[path][...].dtype == jnp.float32
+
+
+def test_half_precision_adapter(tmp_path: Path) -> None:
+    reference = make_peft("gemma2", target_modules=["k_proj"])
+    reference.to(torch.bfloat16).save_pretrained(tmp_path)
+    model = clone(twin("gemma2")[1])
+    load_adapter(tmp_path, model)
+    theirs = load_file(tmp_path / WEIGHTS_NAME)
+    save(tmp_path / "again", model, ("k_proj",), False)
+    for key, array in load_file(tmp_path / "again" / WEIGHTS_NAME).items():
+        np.testing.assert_array_equal(array, theirs[key].astype(np.float32))
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = injected("gemma1", ("q_proj",), False)
+    save(tmp_path, model, ("q_proj",), False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {CONFIG_NAME, WEIGHTS_NAME}
+
+    def fail(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxsft.peft_io.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, model, ("q_proj",), False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict[str, np.ndarray]]:
+    """(config, tensors) of a small adapter that PEFT made."""
+    directory = tmp_path_factory.mktemp("adapter")
+    make_peft("gemma1", target_modules=["q_proj", "up_proj"]).save_pretrained(directory)
+    config = json.loads((directory / CONFIG_NAME).read_text())
+    return config, load_file(directory / WEIGHTS_NAME)
+
+
+def refusal(directory: Path, config: dict, tensors: dict[str, np.ndarray]) -> str:
+    """The message that loading ends with; the model stays as it was."""
+    (directory / CONFIG_NAME).write_text(json.dumps(config))
+    save_file(tensors, directory / WEIGHTS_NAME)
+    model = clone(twin("gemma1")[1])
+    with pytest.raises(ValueError) as info:
+        load_adapter(directory, model)
+    assert "\n" not in str(info.value) and str(info.value).startswith(str(directory))
+    assert not nnx.to_flat_state(lora.split(model)[1])
+    return str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern={'q_proj': 4}"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern={'q_proj': 4}"),
+        ({"layers_to_transform": [0, 1]}, "layers_to_transform=[0, 1]"),
+        ({"layers_to_transform": 0}, "layers_to_transform=0"),
+        ({"exclude_modules": ["up_proj"]}, "exclude_modules=['up_proj']"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices=[3]"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16'"),
+        ({"an_invention": {"a": 1}}, "an_invention={'a': 1}"),
+        ({"target_modules": r".*\.q_proj"}, r"target_modules='.*\\.q_proj' (only a list"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "'lm_head' is not a linear layer"),
+        ({"target_modules": []}, "lora.target_modules is empty"),
+        ({"target_modules": None}, "target_modules=None"),
+        ({"r": 0}, "r=0"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"r": "three"}, "not a readable PEFT config"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+    ],
+)
+def test_unsupported_settings_are_refused_by_name(
+    settings: dict, expected: str, adapter: tuple[dict, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    config, tensors = adapter
+    assert expected in refusal(tmp_path, config | settings, tensors)
+
+
+def test_bad_tensors_are_all_named(
+    adapter: tuple[dict, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    config, tensors = adapter
+    key = "base_model.model.model.layers.{}.{}.weight".format
+    changed = dict(tensors)
+    del changed[key(0, "self_attn.q_proj.lora_A")], changed[key(2, "mlp.up_proj.lora_B")]
+    changed[key(3, "mlp.up_proj.lora_B")] = np.zeros((48, 3), np.float32)
+    changed[key(1, "mlp.up_proj.lora_B")] = np.zeros((48, 4), np.float32)
+    message = refusal(tmp_path, config, changed)
+    assert f"missing {key(0, 'self_attn.q_proj.lora_A')}" in message
+    assert f"missing {key(2, 'mlp.up_proj.lora_B')}" in message
+    assert f"unexpected {key(3, 'mlp.up_proj.lora_B')}" in message
+    assert f"{key(1, 'mlp.up_proj.lora_B')} has shape [48, 4], expected [48, 3]" in message
+
+    changed = dict(tensors)
+    changed[key(1, "mlp.up_proj.lora_A")] = np.full((3, 32), np.nan, np.float32)
+    assert f"tensor {key(1, 'mlp.up_proj.lora_A')} holds NaN" in refusal(tmp_path, config, changed)
+
+
+def test_missing_and_damaged_files(
+    adapter: tuple[dict, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    model = clone(twin("gemma1")[1])
+    with pytest.raises(ValueError, match=r"adapter_config\.json: not a readable PEFT config"):
+        load_adapter(tmp_path, model)
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(adapter[0]))
+    with pytest.raises(ValueError, match=r"has neither adapter_model\.safetensors nor"):
+        load_adapter(tmp_path, model)
+    save_file(adapter[1], tmp_path / WEIGHTS_NAME)
+    whole = (tmp_path / WEIGHTS_NAME).read_bytes()
+    (tmp_path / WEIGHTS_NAME).write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load_adapter(tmp_path, model)
+    for text in ("", "[]", "{}", '{"r": 3}', "null"):
+        (tmp_path / CONFIG_NAME).write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config\.json: not a readable PEFT config"):
+            load_adapter(tmp_path, model)
+
+
+def test_every_twin_is_covered() -> None:
+    assert {name for name, _, _ in CASES} == set(TWINS)

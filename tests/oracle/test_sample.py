@@ -1,0 +1,311 @@
+"""Generation equals full recomputation and transformers, token by token; draws are as they say."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from lora_twins import short_twin
+from twins import TWINS, WINDOW, make_twin, to_jax
+
+from jaxsft import lora, sample
+from jaxsft.config import EvalOptions
+from jaxsft.model import Gemma
+from jaxsft.sample import Generation, generate, sample_token
+from jaxsft.tokenizer import Tokenizer
+
+NEVER = (9999,)  # a stop id outside the twins' vocabulary
+NUM_NEW_TOKENS = 20
+GREEDY = EvalOptions(batch_size=4, max_new_tokens=NUM_NEW_TOKENS)
+DRAWN = dataclasses.replace(GREEDY, temperature=8.0, top_k=0)  # the twin's logits reach 30
+# One shorter than the window, the others longer; together in one bucket of 32.
+LENGTHS = (3, 21, 9, 14)
+# Where the best two logits are closer than this, either may be chosen.
+NEAR_TIE = 1e-2
+
+# (graphdef, adapter, frozen)
+Split = tuple[nnx.GraphDef, nnx.State, nnx.State]
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, 256, length).tolist() for length in lengths]
+
+
+PROMPTS = random_prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def one() -> Split:
+    """One twin with an adapter, where the architecture makes no difference."""
+    return lora.split(short_twin()[1])
+
+
+def torch_logits(model: Any, ids: list[int]) -> np.ndarray:
+    """float32 [T, V] of transformers' model, without its cache."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
+    hf_model, _ = make_twin(name)
+    with torch.no_grad():
+        # With its large embedding, which is also the head, the twin repeats one token for ever.
+        hf_model.model.embed_tokens.weight *= 0.05
+    model = to_jax(hf_model, tmp_path)
+    assert min(LENGTHS) < WINDOW < sorted(LENGTHS)[1]
+    answers = generate(*lora.split(model), PROMPTS, options=GREEDY, stop_ids=NEVER)
+    assert not any(answer.stopped for answer in answers)
+    assert np.mean([len(set(answer.ids)) for answer in answers]) > NUM_NEW_TOKENS / 2
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        theirs = hf_model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=NUM_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert answer.ids == theirs[0, len(prompt) :].tolist()
+        # And without any cache, theirs or ours.
+        logits = torch_logits(hf_model, prompt + answer.ids)[len(prompt) - 1 : -1]
+        assert answer.ids == logits.argmax(-1).tolist()
+
+
+@jax.jit
+def full_logits(
+    adapter: nnx.State,
+    frozen: nnx.State,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    graphdef: nnx.GraphDef,
+) -> jax.Array:
+    """float32 [B, T, V] without any cache."""
+    model = nnx.merge(graphdef, adapter, frozen)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return model.logits(model(tokens_BT, positions_BT, segment_ids_BT))
+
+
+@pytest.fixture(scope="module")
+def drawn(one: Split) -> list[Generation]:
+    return generate(*one, PROMPTS, options=DRAWN, stop_ids=NEVER)
+
+
+def test_every_draw_is_from_the_logits_of_full_recomputation(
+    one: Split, drawn: list[Generation]
+) -> None:
+    graphdef, adapter, frozen = one
+    tokens, segments = np.zeros((2, len(PROMPTS), max(LENGTHS) + NUM_NEW_TOKENS), np.int32)
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, drawn, strict=True)):
+        ids = prompt + answer.ids
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+    logits_BTV = full_logits(adapter, frozen, tokens, segments, graphdef)
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, drawn, strict=True)):
+        assert len(answer.ids) == NUM_NEW_TOKENS and not answer.stopped
+        key = jax.random.fold_in(jax.random.key(DRAWN.seed), row)
+        keys = jax.vmap(lambda n, key=key: jax.random.fold_in(key, n))(jnp.arange(NUM_NEW_TOKENS))
+        logits = logits_BTV[row, len(prompt) - 1 : len(prompt) - 1 + NUM_NEW_TOKENS]
+        assert answer.ids == sample_token(logits, keys, DRAWN).tolist()
+
+
+def test_the_adapter_counts(one: Split, drawn: list[Generation]) -> None:
+    graphdef, adapter, frozen = one
+    nothing = jax.tree.map(jnp.zeros_like, adapter)
+    assert generate(graphdef, nothing, frozen, PROMPTS, options=DRAWN, stop_ids=NEVER) != drawn
+
+
+def test_batch_size_and_company_change_nothing(one: Split, drawn: list[Generation]) -> None:
+    def answers(batch_size: int, prompts: list[list[int]]) -> list[Generation]:
+        options = dataclasses.replace(DRAWN, batch_size=batch_size)
+        return generate(*one, prompts, options=options, stop_ids=NEVER)
+
+    assert answers(1, PROMPTS) == drawn
+    # Three of four, then one and two repetitions of it.
+    assert answers(3, PROMPTS) == drawn
+    # Another second prompt, and nothing after the third.
+    other = random_prompts([30], seed=1)[0]
+    assert answers(3, [PROMPTS[0], other, PROMPTS[2]])[::2] == drawn[:3:2]
+
+
+def test_no_prompts_give_no_answers(one: Split) -> None:
+    assert generate(*one, [], options=GREEDY, stop_ids=NEVER) == []
+
+
+def test_an_answer_ends_before_the_first_stop_token(one: Split, drawn: list[Generation]) -> None:
+    # Three stop tokens, as if the model had one more than <eos> and <end_of_turn>: the last token
+    # of an answer (there alone), one on the way and a first one.
+    last = next(a.ids[-1] for a in drawn if a.ids[-1] not in a.ids[:-1])
+    stop_ids = (last, drawn[1].ids[NUM_NEW_TOKENS // 2], drawn[2].ids[0])
+    answers = generate(*one, PROMPTS, options=DRAWN, stop_ids=stop_ids)
+    ends = []
+    for answer, whole in zip(answers, drawn, strict=True):
+        end = next((i for i, token in enumerate(whole.ids) if token in stop_ids), None)
+        assert answer == Generation(whole.ids[:end], end is not None)
+        ends.append(end)
+    # In the last place it is a stop and no cut; an answer without a stop token is cut.
+    assert {0, NUM_NEW_TOKENS // 2, NUM_NEW_TOKENS - 1, None} == set(ends)
+
+
+def test_each_bucket_compiles_once(one: Split) -> None:
+    options = dataclasses.replace(GREEDY, batch_size=2, max_new_tokens=5)
+
+    def compiled(*lengths: int) -> tuple[int, int]:
+        before = sample._prefill._cache_size(), sample._decode._cache_size()
+        generate(*one, random_prompts(lengths), options=options, stop_ids=NEVER)
+        return sample._prefill._cache_size() - before[0], sample._decode._cache_size() - before[1]
+
+    assert compiled(5, 9) == (1, 1)
+    # Other lengths, the whole bucket, a batch and a half.
+    assert compiled(1, 20) == compiled(32, 32) == compiled(7, 8, 9) == (0, 0)
+    # Sorted by length, 4 and 33 share the second batch: one more bucket, of 64.
+    assert compiled(33, 2, 4, 3) == (1, 1)
+    assert compiled(64, 40) == (0, 0)
+
+
+@pytest.mark.parametrize("prompt", [[], list(range(4, 129))], ids=["empty", "too long"])
+def test_prompts_out_of_range_are_refused(prompt: list[int], one: Split) -> None:
+    options = dataclasses.replace(GREEDY, max_new_tokens=4)
+    with pytest.raises(ValueError, match=f"prompt 1 has {len(prompt)} tokens.*at most 128"):
+        generate(*one, [[5], prompt], options=options, stop_ids=NEVER)
+
+
+def test_the_last_position_can_be_reached(one: Split) -> None:
+    prompt = random_prompts([124])[0]
+    options = dataclasses.replace(GREEDY, batch_size=1, max_new_tokens=4)
+    answer = generate(*one, [prompt], options=options, stop_ids=NEVER)[0]
+    logits = torch_logits(short_twin()[0], prompt + answer.ids)
+    assert answer.ids == logits[123:127].argmax(-1).tolist()
+
+
+def keys(num_rows: int, seed: int = 0) -> jax.Array:
+    return jax.vmap(jax.random.key)(seed * 100_000 + jnp.arange(num_rows))
+
+
+def random_logits(num_rows: int) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    return (3 * rng.standard_normal((num_rows, 64))).astype(np.float32)
+
+
+def warped(logits: np.ndarray, options: EvalOptions) -> np.ndarray:
+    """transformers' logits after temperature, top-k and top-p; -inf where a token is left out."""
+    warpers: list[Any] = [transformers.TemperatureLogitsWarper(options.temperature)]
+    if options.top_k:
+        warpers.append(transformers.TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(options.top_p))
+    scores = torch.tensor(logits)
+    for warper in warpers:
+        scores = warper(None, scores)
+    return scores.numpy()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, 0, 1.0),
+        (0.7, 0, 1.0),
+        (1.0, 5, 1.0),
+        (1.0, 64, 1.0),
+        (1.0, 0, 0.9),
+        (1.5, 0, 0.5),
+        (0.5, 0, 0.01),
+        (0.8, 10, 0.8),
+        (2.0, 3, 0.95),
+    ],
+)
+def test_draws_are_from_transformers_distribution(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    options = EvalOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = random_logits(4096)
+    scores = warped(logits, options)
+    # The same key on the same distribution gives the same token: one token more or less would not.
+    expected = np.asarray(jax.vmap(jax.random.categorical)(keys(4096), jnp.asarray(scores)))
+    drawn = np.asarray(sample_token(jnp.asarray(logits), keys(4096), options))
+    assert np.array_equal(drawn, expected)
+    if top_k or top_p < 1:
+        assert np.isneginf(scores).any() or top_k == 64
+    # And these are draws: except where one token is nearly all that is left, not the best ones.
+    if top_p > 0.01:
+        assert np.mean(drawn != logits.argmax(-1)) > 0.02
+
+
+def test_draws_follow_the_probabilities() -> None:
+    options = EvalOptions(temperature=1.0, top_k=0)
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    num_draws = 20_000
+    logits = jnp.tile(jnp.log(jnp.asarray(probabilities, jnp.float32)), (num_draws, 1))
+    drawn = np.asarray(sample_token(logits, keys(num_draws), options))
+    shares = np.bincount(drawn, minlength=4) / num_draws
+    deviation = np.sqrt(probabilities * (1 - probabilities) / num_draws)
+    assert (np.abs(shares - probabilities) < 4 * deviation).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        EvalOptions(temperature=0.0, top_k=0),
+        EvalOptions(temperature=0.0, top_k=5, top_p=0.5),
+        EvalOptions(temperature=2.0, top_k=1),
+    ],
+)
+def test_greedy_needs_no_key(options: EvalOptions) -> None:
+    logits = random_logits(256)
+    drawn = np.asarray(sample_token(jnp.asarray(logits), keys(256), options))
+    assert drawn.dtype == np.int32 and np.array_equal(drawn, logits.argmax(-1))
+
+
+def test_a_draw_depends_on_its_own_row_alone() -> None:
+    options = EvalOptions(temperature=1.0, top_k=20, top_p=0.9)
+    logits = jnp.asarray(random_logits(64))
+    drawn = sample_token(logits, keys(64), options)
+    rows = jnp.array([40, 3, 3, 17])
+    assert np.array_equal(sample_token(logits[rows], keys(64)[rows], options), drawn[rows])
+    assert np.array_equal(sample_token(logits, keys(64), options), drawn)
+    assert not np.array_equal(sample_token(logits, keys(64, seed=1), options), drawn)
+
+
+def test_another_seed_or_place_is_another_draw(one: Split, drawn: list[Generation]) -> None:
+    assert generate(*one, PROMPTS, options=DRAWN, stop_ids=NEVER) == drawn
+    other_seed = dataclasses.replace(DRAWN, seed=DRAWN.seed + 1)
+    others = generate(*one, PROMPTS, options=other_seed, stop_ids=NEVER)
+    assert all(a != b for a, b in zip(others, drawn, strict=True))
+    same = generate(*one, [PROMPTS[1]] * 4, options=DRAWN, stop_ids=NEVER)
+    assert len({tuple(answer.ids) for answer in same}) == 4 and same[1] == drawn[1]
+
+
+REAL_PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a little girl who lived near the forest with her grandmother and",
+    "To make bread you need",
+    "Die Hauptstadt von Deutschland ist Berlin. Die Stadt",
+    "def mean(values):\n    return",
+    "Question: What is 12 times 12? Answer: 144. Question: What is 9 times 9? Answer:",
+    "水は地球上で最も重要な物質の一つであり、",
+    "In economics, inflation is a general increase in",
+]
+
+
+def test_real_model_greedy(real_model: Gemma, hf_real_model: Any, tokenizer: Tokenizer) -> None:
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in REAL_PROMPTS]
+    assert len({len(prompt) for prompt in prompts}) > 4
+    options = EvalOptions(batch_size=8, max_new_tokens=32)
+    answers = generate(*lora.split(real_model), prompts, options=options, stop_ids=NEVER)
+    # transformers' choice after our tokens: where all are equal, its greedy continuation is ours.
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer.ids) == 32 and not answer.stopped
+        tokens = torch.tensor([prompt + answer.ids])
+        with torch.no_grad():
+            logits = hf_real_model(tokens, logits_to_keep=33).logits[0, :-1]
+        behind = logits.max(-1).values - logits[torch.arange(32), tokens[0, len(prompt) :]]
+        assert (behind <= NEAR_TIE).all(), (tokenizer.decode(prompt), behind)
+        assert (behind > 0).float().mean() < 0.1
+    assert len({token for answer in answers for token in answer.ids}) > 50

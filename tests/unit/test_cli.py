@@ -1,0 +1,296 @@
+"""The command line: every recipe, overrides, --help, --print_config, and complaints of one line."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxsft import config as config_module
+from jaxsft.cli import parse_config, recipe_names
+from jaxsft.config import TrainConfig, check_devices, validate
+from jaxsft.step import make_schedule
+
+
+def parse(*argv: str) -> TrainConfig:
+    return parse_config("jaxsft.train", "Trains.", argv)[0]
+
+
+def schedule(config: TrainConfig, num_steps: int) -> Any:
+    return make_schedule(
+        config.lr_scheduler_type,
+        peak=config.learning_rate,
+        end=config.min_learning_rate,
+        warmup_steps=config.warmup_steps,
+        num_steps=num_steps,
+    )
+
+
+def field_docs() -> dict[str, str]:
+    """Option name -> the text under its field, read from the source as --help should have it."""
+    classes = {
+        node.name: node
+        for node in ast.parse(inspect.getsource(config_module)).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def options(name: str, prefix: str) -> dict[str, str]:
+        body, found = classes[name].body, {}
+        for field, doc in zip(body, [*body[1:], None], strict=True):
+            if not isinstance(field, ast.AnnAssign):
+                continue
+            assert isinstance(field.target, ast.Name)
+            annotation = ast.unparse(field.annotation)
+            if annotation in classes:
+                found |= options(annotation, f"{prefix}{field.target.id}.")
+                continue
+            assert isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant), field.target
+            found[prefix + field.target.id] = str(doc.value.value)
+        return found
+
+    return options("TrainConfig", "")
+
+
+def test_recipes_are_the_four_of_the_project() -> None:
+    assert recipe_names() == ["demo", "single_session", "single_session_packed", "unrestricted"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid(name: str) -> None:
+    config = parse("--config", name)
+    validate(config)
+    assert config.name == name
+    assert config.data.train_files and config.data.overlong == "shorten"
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (64, 64, 0)
+    assert config.lora.target_modules == "all-linear"
+    assert config.data.system_prompt == config_module.SYSTEM_PROMPT
+    assert not config.data.loss_on_prompt
+    # Every batch splits over the eight chips that the big recipes are for.
+    check_devices(config, 1 if name == "demo" else 8)
+
+
+def test_no_config_means_the_demo() -> None:
+    assert parse() == parse("--config", "demo") == parse("--config=demo")
+    files = [parse().data.train_files, parse().data.eval_files]
+    assert files == [["data/sample/train.jsonl"], ["data/sample/heldout.jsonl"]]
+    assert parse().model.path == "demo"
+
+
+def test_single_session_is_the_run_it_reimplements() -> None:
+    config = parse("--config", "single_session")
+    assert config.data.start == 0 and config.data.stop == 180_000
+    assert config.max_steps == 180_000 * 4 / 32 == 22_500
+    assert config.global_batch_size == 32 and config.data.max_length == 2048
+    assert not config.data.packing
+    assert (config.save_steps, config.save_total_limit) == (500, 2)
+    assert (config.weight_decay, config.max_grad_norm) == (0.01, 1.0)
+    rate = schedule(config, 22_500)
+    assert rate(0) == 0 and rate(100) == pytest.approx(1e-5)
+    assert rate(200) == pytest.approx(2e-5)
+    # Half-way between 200 and 22,500 a cosine is half-way between peak and end.
+    assert rate(11_350) == pytest.approx((2e-5 + 1e-6) / 2)
+    assert rate(22_500) == pytest.approx(2e-5 / 20)
+    greedy = config.eval
+    assert (greedy.temperature, greedy.top_k, greedy.seed) == (0, 1, 42)
+    assert greedy.max_new_tokens == 768
+
+
+def test_unrestricted_continues_it() -> None:
+    config, first = parse("--config", "unrestricted"), parse("--config", "single_session")
+    assert (config.data.start, config.data.stop) == (first.data.stop, 280_000)
+    assert config.max_steps == 100_000 * 2 / 32 == 6_250
+    assert config.lora.init_from == f"{first.output_dir}/{first.name}/adapter"
+    assert config.data.train_files == first.data.train_files and config.model == first.model
+    rate = schedule(config, 6_250)
+    assert rate(100) == pytest.approx(5e-6) and rate(6_250) == pytest.approx(1e-7)
+
+
+def test_packed_recipe_has_the_same_samples_and_tokens_a_step() -> None:
+    config, first = parse("--config", "single_session_packed"), parse("--config", "single_session")
+    assert config.data.packing and config.max_steps is None and config.num_train_epochs == 4
+    assert (config.global_batch_size, config.data.max_length) == (16, 4096)
+    assert first.global_batch_size * first.data.max_length == 16 * 4096
+    same = {"max_length": 2048, "packing": False}
+    assert dataclasses.replace(config.data, **same) == first.data
+    assert (config.learning_rate, config.min_learning_rate) == (2e-5, 1e-6)
+
+
+def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path: Path) -> None:
+    argv = ["--config", "single_session", "--lora.r", "8", "--data.stop=null", "--max_steps", "5"]
+    config, first = parse(*argv, "--learning_rate", "1e-3"), parse("--config", "single_session")
+    assert (config.lora.r, config.data.stop, config.max_steps) == (8, None, 5)
+    assert config.learning_rate == 1e-3
+    changed = {
+        "lora": dataclasses.replace(first.lora, r=8),
+        "data": dataclasses.replace(first.data, stop=None),
+        "max_steps": 5,
+        "learning_rate": 1e-3,
+    }
+    assert config == dataclasses.replace(first, **changed)
+    # One file may be given without brackets, several with them.
+    assert parse("--data.train_files", "a.jsonl").data.train_files == "a.jsonl"
+    assert parse("--data.train_files", "[a.jsonl, b.jsonl]").data.train_files == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+    # A file of one's own, with numbers as people write them: YAML takes 2e-3 for a text.
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("learning_rate: 2e-3\ndata:\n  train_files: [a.jsonl]\n")
+    assert parse("--config", str(mine)).learning_rate == 2e-3
+    # What the file leaves out has the default of config.py, not the demo's value.
+    assert parse("--config", str(mine)).data.max_length == TrainConfig().data.max_length
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_print_config_reloads_to_the_same(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--config", name, "--lora.dropout", "0.25", "--seed", "7"]
+    with pytest.raises(SystemExit) as exit_info:
+        parse(*argv, "--print_config")
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert parse("--config", str(again)) == parse(*argv)
+    # The same text is what a run keeps as config.yaml.
+    assert parse_config("jaxsft.train", "Trains.", argv)[1] == printed
+
+
+def test_help_has_every_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--help")
+    assert exit_info.value.code == 0
+    out, err = capsys.readouterr()
+    assert not err and out.startswith("usage: python -m jaxsft.train ")
+    assert max(map(len, out.splitlines())) <= 100
+    words = " ".join(out.split())
+    docs = field_docs()
+    assert {"learning_rate", "lora.r", "eval.top_p"} < docs.keys() and len(docs) > 40
+    for option, text in docs.items():
+        assert re.search(rf"--{re.escape(option)}[ ,]", words), option
+        assert " ".join(text.split()) in words, option
+    for name in recipe_names():
+        assert name in words
+    assert "Trains." in words
+
+
+@pytest.mark.parametrize(
+    ("written", "nearest"),
+    [
+        ("--lora_r", "lora.r"),
+        ("--lora.rank", "lora.r"),
+        ("--lora_alpha", "lora.alpha"),
+        ("--lora_dropout", "lora.dropout"),
+        ("--lora_target_modules", "lora.target_modules"),
+        ("--learning-rate", "learning_rate"),
+        ("--lerning_rate=3", "learning_rate"),
+        ("--epochs", "num_train_epochs"),
+        ("--max_length", "data.max_length"),
+        ("--packing", "data.packing"),
+        ("--train_file", "data.train_files"),
+        ("--max_new_tokens", "eval.max_new_tokens"),
+    ],
+)
+def test_unknown_option_names_the_nearest(written: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match="unknown option") as error:
+        parse(written, "1")
+    name = written.lstrip("-").partition("=")[0]
+    assert f"unknown option {name!r}; did you mean --{nearest}?" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("lerning_rate: 1.0e-3", "learning_rate"),
+        ("lora:\n  rank: 3", "lora.r"),
+        ("lora_alpha: 3", "lora.alpha"),
+        ("data:\n  packed: true", "data.packing"),
+    ],
+)
+def test_unknown_key_in_a_file_names_the_nearest(text: str, nearest: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"data:\n  train_files: [a]\n{text}" if "data:" not in text else text)
+    with pytest.raises(ValueError) as error:
+        parse("--config", str(path))
+    assert f"did you mean --{nearest}?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "nearest"),
+    [("singlesession", "single_session"), ("Demo", "demo"), ("unrestrict.yaml", "unrestricted")],
+)
+def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"no such file or recipe; did you mean '{nearest}'"):
+        parse("--config", written)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--learning_rate", "-1"], "learning_rate is -1.0, but must be above 0"),
+        (["--learning_rate", "fast"], "learning_rate.*fast"),
+        (["--learning_rate", "nan"], "learning_rate.*nan"),
+        (["--learning_rate"], "learning_rate: expected one argument"),
+        (["--min_learning_rate", "1"], "min_learning_rate 1.0 is above learning_rate 0.0004"),
+        (["--lora.r", "4.5"], "lora.r.*4.5"),
+        (["--lora.r", "0"], "lora.r is 0"),
+        (["--lora.dropout", "1"], "lora.dropout is 1.0, but must be at least 0 and below 1"),
+        (["--max_steps", "0"], "max_steps is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--name", "a/b"], "name is 'a/b', but must be a plain directory name"),
+        (["--name", ".."], "name is '..'"),
+        (["--model.dtype", "float16"], "model.dtype.*'float32', 'bfloat16'.*float16"),
+        (["--data.train_files", "[]"], "data.train_files is empty"),
+        (["--data.start", "9", "--data.stop", "9"], "data.stop 9 is not above data.start 9"),
+        (["--eval.top_p", "0"], "eval.top_p is 0.0"),
+        (
+            ["--global_batch_size", "6", "--gradient_accumulation_steps", "4"],
+            "global_batch_size 6 is not a multiple of gradient_accumulation_steps 4",
+        ),
+        (["demo"], "unexpected argument 'demo'; options begin with --, as in --config demo"),
+    ],
+)
+def test_bad_values_are_named(argv: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as error:
+        parse(*argv)
+    assert "\n" not in str(error.value)
+
+
+def test_every_bad_value_is_named_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        parse("--learning_rate", "-1", "--lora.r", "0", "--eval.batch_size", "0")
+    for name in ("learning_rate", "lora.r", "eval.batch_size"):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_devices", "complaint"),
+    [
+        ({"global_batch_size": 12}, 8, "global_batch_size 12 .* nearest valid: 8, 16"),
+        ({"global_batch_size": 3}, 8, "nearest valid: 8$"),
+        (
+            {"global_batch_size": 24, "gradient_accumulation_steps": 2},
+            8,
+            r"micro-batches \(16\); nearest valid: 16, 32",
+        ),
+        ({"fsdp": 3}, 8, r"fsdp 3 does not divide 8 devices; valid: \[1, 2, 4, 8\]"),
+        ({"fsdp": 16}, 8, "fsdp 16"),
+        ({"eval": config_module.EvalOptions(batch_size=6)}, 4, "eval.batch_size 6 .* 4, 8"),
+    ],
+)
+def test_batches_that_do_not_fit_the_devices(
+    changes: dict[str, Any], num_devices: int, complaint: str
+) -> None:
+    config = dataclasses.replace(TrainConfig(), **changes)
+    with pytest.raises(ValueError, match=complaint):
+        check_devices(config, num_devices)
+
+
+def test_batches_that_fit_the_devices() -> None:
+    for num_devices, fsdp in ((1, 1), (8, 1), (8, 4), (8, 8)):
+        check_devices(dataclasses.replace(TrainConfig(), fsdp=fsdp), num_devices)
