@@ -19,7 +19,7 @@ from jaxsft.packing import (
     num_steps,
     one_per_row,
 )
-from jaxsft.peft_io import AdapterConfig, load_adapter
+from jaxsft.peft_io import AdapterConfig, load_adapter, read_adapter_config
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec, TrainState, init_state, make_schedule, make_transform
 from jaxsft.tokenizer import Tokenizer
@@ -28,20 +28,20 @@ from jaxsft.weights import WeightsInfo, demo_model_path, load_model
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Samples of some files and the rows that they are packed into."""
+    """The rows that the samples of some files are packed into."""
 
-    samples: list[Sample]
     packed: PackedRows
     report: DataReport
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Everything on the data side. `heldout` is None without held-out files."""
+    """Everything on the data side. `heldout` is None, and its samples none, without such files."""
 
     tokenizer: Tokenizer
     train: Rows
     heldout: Rows | None
+    heldout_samples: list[Sample]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,25 @@ class Setup:
 
 
 def model_path(config: TrainConfig) -> Path:
-    """Where the model's files are."""
-    return demo_model_path() if config.model.path == "demo" else Path(config.model.path)
+    """Where the model's files are; ValueError where nothing is."""
+    if config.model.path == "demo":
+        return demo_model_path()
+    path = Path(config.model.path)
+    if not path.exists():
+        raise ValueError(
+            f"model.path {path} does not exist; give a Hugging Face model directory (hf download "
+            "NAME --local-dir DIR makes one) or a .gguf file"
+        )
+    return path
+
+
+def check_early(config: TrainConfig) -> None:
+    """ValueError for mistakes that need neither data nor weights to be seen."""
+    check_devices(config, jax.device_count())
+    lora.resolve_targets(config.lora.target_modules)
+    model_path(config)
+    if config.lora.init_from is not None:
+        _check_adapter(config, read_adapter_config(config.lora.init_from))
 
 
 def load_data(config: TrainConfig) -> Data:
@@ -72,21 +89,24 @@ def load_data(config: TrainConfig) -> Data:
     else:
         tokenizer = Tokenizer.from_file(source / "tokenizer.model" if source.is_dir() else source)
 
-    def load(files: Any, **kwargs: Any) -> Rows:
+    def load(files: Any, **kwargs: Any) -> tuple[Rows, list[Sample]]:
         samples, report = load_samples(
             files, tokenizer, options.max_length, options.overlong, options.system_prompt, **kwargs
         )
         pack = best_fit_decreasing if options.packing else one_per_row
         bins = pack([len(sample.ids) for sample in samples], options.max_length)
-        return Rows(samples, PackedRows(samples, bins, options.max_length), report)
+        return Rows(PackedRows(samples, bins, options.max_length), report), samples
 
-    train = load(
+    # The training samples themselves are dropped: their tokens are in the rows.
+    train, _ = load(
         options.train_files,
         loss_on_prompt=options.loss_on_prompt,
         start=options.start,
         stop=options.stop,
     )
-    return Data(tokenizer, train, load(options.eval_files) if options.eval_files else None)
+    if not options.eval_files:
+        return Data(tokenizer, train, None, [])
+    return Data(tokenizer, train, *load(options.eval_files))
 
 
 def build(config: TrainConfig, data: Data) -> Setup:
@@ -95,7 +115,6 @@ def build(config: TrainConfig, data: Data) -> Setup:
     Raises:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
     """
-    check_devices(config, jax.device_count())
     mesh = make_mesh(jax.device_count() // config.fsdp, config.fsdp)
     rows = data.train.packed
     steps = config.max_steps or num_steps(
@@ -111,7 +130,7 @@ def build(config: TrainConfig, data: Data) -> Setup:
         mesh=mesh,
     )
     _check_fit(config, data, info)
-    adapter_config = _add_adapter(config, model, info.name)
+    adapter_config = _add_adapter(config, model)
     graphdef, adapter, frozen = lora.split(model)
     spec = StepSpec(
         graphdef=graphdef,
@@ -169,11 +188,21 @@ def num_adapter_params(state: TrainState) -> int:
 
 
 def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
-    if data.tokenizer.vocab_size > info.config.vocab_size:
+    num_rows = info.config.vocab_size
+    # Embeddings may be padded, by some tens of rows; another Gemma's tokenizer is 6,144 ids off.
+    if not 0 <= num_rows - data.tokenizer.vocab_size < 1024:
         raise ValueError(
-            f"the tokenizer has {data.tokenizer.vocab_size} ids, the model's embedding only "
-            f"{info.config.vocab_size} rows; use the tokenizer that belongs to the model"
+            f"the tokenizer has {data.tokenizer.vocab_size} ids, the model's embedding "
+            f"{num_rows} rows; use the tokenizer that belongs to the model"
         )
+    longest = max((len(s.ids) for s in data.heldout_samples[: config.eval.num_prompts]), default=0)
+    if longest + config.eval.max_new_tokens > info.config.max_positions and longest:
+        raise ValueError(
+            f"eval.max_new_tokens {config.eval.max_new_tokens} after a prompt is beyond the "
+            f"model's {info.config.max_positions} positions"
+        )
+    if config.eval.top_k > num_rows:
+        raise ValueError(f"eval.top_k {config.eval.top_k} is above the {num_rows} tokens there are")
     if config.data.max_length > info.config.max_positions:
         raise ValueError(
             f"data.max_length {config.data.max_length} is beyond the model's "
@@ -181,29 +210,23 @@ def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
         )
 
 
-def _add_adapter(config: TrainConfig, model: Gemma, model_name: str) -> AdapterConfig:
-    """A fresh adapter, or the one in lora.init_from, which must have the configured shape."""
+def _adapter_config(config: TrainConfig) -> AdapterConfig:
+    """The adapter that the options ask for."""
     options = config.lora
-    wanted = AdapterConfig(
+    is_demo = config.model.path == "demo"
+    return AdapterConfig(
         rank=options.r,
         alpha=options.alpha,
         dropout=options.dropout,
         use_rslora=options.use_rslora,
         targets=lora.resolve_targets(options.target_modules),
-        base_model_name=model_name,
+        base_model_name="google/gemma-3-270m" if is_demo else config.model.path,
     )
-    if options.init_from is None:
-        lora.inject(
-            model,
-            rank=wanted.rank,
-            alpha=wanted.alpha,
-            dropout=wanted.dropout,
-            use_rslora=wanted.use_rslora,
-            targets=wanted.targets,
-            rngs=nnx.Rngs(lora=config.seed),
-        )
-        return wanted
-    found = load_adapter(options.init_from, model)
+
+
+def _check_adapter(config: TrainConfig, found: AdapterConfig) -> None:
+    """ValueError unless the adapter to start from has the configured shape."""
+    wanted = _adapter_config(config)
     different = [
         f"{name} is {getattr(found, name)} there and {getattr(wanted, name)} here"
         for name in ("rank", "alpha", "dropout", "use_rslora", "targets")
@@ -211,9 +234,27 @@ def _add_adapter(config: TrainConfig, model: Gemma, model_name: str) -> AdapterC
     ]
     if different:
         raise ValueError(
-            f"{options.init_from}: {'; '.join(different)}; set the lora options to the adapter's"
+            f"{config.lora.init_from}: {'; '.join(different)}; set the lora options to the "
+            "adapter's"
         )
-    return wanted
+
+
+def _add_adapter(config: TrainConfig, model: Gemma) -> AdapterConfig:
+    """Puts a fresh adapter, or the one in lora.init_from, into the model."""
+    adapter = _adapter_config(config)
+    if config.lora.init_from is not None:
+        _check_adapter(config, load_adapter(config.lora.init_from, model))
+        return adapter
+    lora.inject(
+        model,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        use_rslora=adapter.use_rslora,
+        targets=adapter.targets,
+        rngs=nnx.Rngs(lora=config.seed),
+    )
+    return adapter
 
 
 # Options that change no number of the run, or only through a digest that is compared as well.

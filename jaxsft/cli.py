@@ -58,10 +58,13 @@ def parse_config(command: str, description: str, argv: Sequence[str]) -> tuple[T
 
 def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
     """Recipe names after --config become paths; without any --config the default goes first."""
-    args = []
+    args: list[str] = []
     for arg in argv:
         name, equals, value = arg.partition("=")
-        args += [name, value] if name == "--config" and equals else [arg]
+        if re.fullmatch(r"-\d[\d.e+-]*", arg) and args:
+            args[-1] += f"={arg}"  # the parser takes -1e-3 for an option
+        else:
+            args += [name, value] if name == "--config" and equals else [arg]
     if "--config" not in args:
         args = ["--config", DEFAULT_RECIPE, *args]
     for i, arg in enumerate(args[:-1]):

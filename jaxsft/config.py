@@ -86,7 +86,7 @@ class EvalOptions:
     """Longest generated answer."""
     temperature: float = 0.0
     """0 is greedy."""
-    top_k: int = 1
+    top_k: int = 0
     """Sample from the k likeliest tokens; 0 for all."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probability reaches this."""
@@ -173,6 +173,18 @@ def validate(config: TrainConfig) -> None:
         problems.append(f"data.stop {config.data.stop} is not above data.start {config.data.start}")
     if not config.data.train_files:
         problems.append("data.train_files is empty: name at least one JSONL or Parquet file")
+    if config.eval.temperature == 0 and (config.eval.top_k > 1 or config.eval.top_p < 1):
+        problems.append(
+            "eval.top_k and eval.top_p do nothing at eval.temperature 0, set it above 0"
+        )
+    if config.eval.temperature > 0 and config.eval.top_k == 1:
+        problems.append("eval.top_k 1 makes eval.temperature useless, set one of them to 0")
+    if config.eval_steps and not config.data.eval_files:
+        problems.append("eval_steps needs data.eval_files")
+    if config.max_steps is not None and config.warmup_steps >= config.max_steps:
+        problems.append(
+            f"warmup_steps {config.warmup_steps} is not below max_steps {config.max_steps}"
+        )
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -184,20 +196,18 @@ def check_devices(config: TrainConfig, num_devices: int) -> None:
         raise ValueError(
             f"fsdp {config.fsdp} does not divide {num_devices} devices; valid: {divisors}"
         )
-    for name, size, multiple in (
-        (
-            "global_batch_size",
-            config.global_batch_size,
-            num_devices * config.gradient_accumulation_steps,
-        ),
-        ("eval.batch_size", config.eval.batch_size, num_devices),
-    ):
+    micro_batches = config.gradient_accumulation_steps
+    sizes = [("global_batch_size", config.global_batch_size, micro_batches)]
+    if config.data.eval_files:
+        sizes.append(("eval.batch_size", config.eval.batch_size, 1))
+    for name, size, num_parts in sizes:
+        multiple = num_devices * num_parts
         if size % multiple:
             lower = size // multiple * multiple
             nearest = ", ".join(str(n) for n in (lower, lower + multiple) if n)
+            over = f"{num_devices} devices" + (f" x {num_parts} micro-batches" * (num_parts > 1))
             raise ValueError(
-                f"{name} {size} does not split evenly over {num_devices} devices"
-                f" x micro-batches ({multiple}); nearest valid: {nearest}"
+                f"{name} {size} does not split evenly over {over}; nearest valid: {nearest}"
             )
 
 
@@ -210,6 +220,7 @@ def _get(config: Any, dotted: str) -> Any:
 _POSITIVE = (lambda x: x > 0, "above 0")
 _NOT_NEGATIVE = (lambda x: x >= 0, "0 or above")
 _SHARE = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+_SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
 _CHECKS = (
     ("name", lambda x: bool(x) and "/" not in x and x not in (".", ".."), "a plain directory name"),
     ("learning_rate", *_POSITIVE),
@@ -232,7 +243,8 @@ _CHECKS = (
     ("save_total_limit", *_POSITIVE),
     ("max_nonfinite_steps", *_POSITIVE),
     ("num_workers", *_NOT_NEGATIVE),
-    ("seed", *_NOT_NEGATIVE),
+    ("seed", *_SEED),
+    ("eval.seed", *_SEED),
     ("lora.r", *_POSITIVE),
     ("lora.alpha", *_POSITIVE),
     ("lora.dropout", *_SHARE),

@@ -16,9 +16,7 @@ import grain
 import numpy as np
 
 from jaxsft.chat import encode_chats, shorten
-from jaxsft.packing import Batch, Sample
-from jaxsft.packing import StepBatches as StepBatches
-from jaxsft.packing import num_steps as num_steps
+from jaxsft.packing import Batch, Sample, StepBatches
 from jaxsft.reasoning import Conversation, Rejected, Turn, convert_row
 from jaxsft.tokenizer import Tokenizer
 
@@ -196,6 +194,11 @@ def load_samples(
             report.num_tokens += len(sample.ids)
             report.num_loss_tokens += int(sample.loss_mask.sum())
             samples.append(sample)
+    if stop is not None and report.rows_read < stop - start:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: rows {start} to {stop} are asked for, but only "
+            f"{report.rows_read:,} of these {stop - start:,} are there; lower data.stop"
+        )
     report.samples = len(samples)
     if not samples:
         names = ", ".join(str(path) for path in paths) or "no files"

@@ -13,7 +13,7 @@ from jaxsft.sample import generate
 from jaxsft.step import StepSpec, eval_step, put_batch
 from jaxsft.tokenizer import Tokenizer
 
-# The exact-format test of the field's GRPO demonstrations, for comparable numbers.
+# As the field's GRPO demonstrations test it; `is_exact_format` asks for each tag once as well.
 EXACT_FORMAT = re.compile(
     r"^\s*<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>\s*$", re.DOTALL
 )
@@ -97,7 +97,7 @@ def answer_prompts(
 
 
 def user_text(rendered_prompt: str) -> str:
-    """The last user turn of a prompt that `chat.encode_prompt` rendered, system text included."""
+    """The text of a decoded prompt's last user turn, the system text in front of it included."""
     last_turn = rendered_prompt.rsplit("<start_of_turn>user\n", 1)[-1]
     return last_turn.split("<end_of_turn>", 1)[0]
 

@@ -96,7 +96,7 @@ def load_adapter(directory: Path | str, model: Gemma) -> AdapterConfig:
     tensor by name.
     """
     directory = Path(directory)
-    config = _read_config(directory / CONFIG_NAME)
+    config = read_adapter_config(directory)
     source = SafetensorsDirectory(directory, WEIGHTS_NAME)
     parts = list(_parts(model.config, config.targets, config.rank))
     check_shapes(source, {part.key: part.shape for part in parts})
@@ -152,8 +152,9 @@ def _parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Iterator[_
             yield _Part(f"{key}_B.weight", (out_dim, rank), (*path, "b"), row)
 
 
-def _read_config(path: Path) -> AdapterConfig:
-    """The settings in an adapter_config.json; ValueError names all that are not supported."""
+def read_adapter_config(directory: Path | str) -> AdapterConfig:
+    """The settings of a PEFT directory; ValueError names all that are not supported."""
+    path = Path(directory) / CONFIG_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha, targets = raw["r"], raw["lora_alpha"], raw["target_modules"]

@@ -183,13 +183,15 @@ def from_hf_config(source: Path | str | dict[str, Any]) -> GemmaConfig:
             f"{where}: model_type {model_type!r} is not supported; supported are 'gemma' "
             "(Gemma 1), 'gemma2' and 'gemma3_text' (270M, 1B)"
         )
-    problems = _unsupported(raw, model_type)
-    if problems:
-        raise ValueError(f"{where}: not supported: " + "; ".join(problems))
     try:
-        return _parse(raw, model_type)
-    except (KeyError, TypeError) as error:
+        problems = _unsupported(raw, model_type)
+        config = None if problems else _parse(raw, model_type)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {model_type} config lacks or garbles {error}") from error
+    problems += [] if config is None else _impossible(config)
+    if config is None or problems:
+        raise ValueError(f"{where}: not supported: " + "; ".join(problems))
+    return config
 
 
 def _unsupported(raw: dict[str, Any], model_type: str) -> list[str]:
@@ -216,6 +218,24 @@ def _unsupported(raw: dict[str, Any], model_type: str) -> list[str]:
     for kind in raw.get("layer_types") or ():
         if kind not in _HF_LAYER_TYPES:
             problems.append(f"layer_types entry {kind!r} (only {', '.join(_HF_LAYER_TYPES)})")
+    return problems
+
+
+def _impossible(config: GemmaConfig) -> list[str]:
+    """Dimensions that no model can have."""
+    names = ("vocab_size", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim")
+    values = {name: getattr(config, name) for name in (*names, "num_layers", "max_positions")}
+    if config.sliding_window is not None:
+        values["sliding_window"] = config.sliding_window
+    problems = [
+        f"{name}={value!r} (must be a whole number above 0)"
+        for name, value in values.items()
+        if type(value) is not int or value < 1
+    ]
+    if not problems and config.num_heads % config.num_kv_heads:
+        problems.append(f"{config.num_heads} heads for {config.num_kv_heads} KV heads")
+    if not problems and config.head_dim % 2:
+        problems.append(f"head_dim={config.head_dim} (rotary positions need an even one)")
     return problems
 
 

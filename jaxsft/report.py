@@ -1,8 +1,11 @@
 """What a person sees of a run: the progress line, the before/after table, two answers."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -69,7 +72,7 @@ def progress(
     """Yields show(step, metrics, eta_s, log): a live line on a terminal, else lines where `log`."""
 
     def line(step: int, metrics: Mapping[str, float], eta_s: float) -> str:
-        eta = "--:--" if math.isnan(eta_s) else f"{int(eta_s) // 60}:{int(eta_s) % 60:02d}"
+        eta = "--:--" if math.isnan(eta_s) else str(timedelta(seconds=int(eta_s)))
         return (
             f"step {step}/{last_step}  loss {metrics['loss']:.4f}  "
             f"lr {metrics['learning_rate']:.2e}  "
@@ -85,7 +88,7 @@ def progress(
         yield show
         return
     with Progress(
-        BarColumn(bar_width=24), TextColumn("{task.description}"), console=console
+        BarColumn(bar_width=24), TextColumn("{task.description}", markup=False), console=console
     ) as live:
         task = live.add_task("compiling the first step …", total=last_step, completed=first_step)
         yield lambda step, metrics, eta_s, log: live.update(
@@ -93,9 +96,27 @@ def progress(
         )
 
 
-def show_result(console: Console, result: Mapping[str, Any]) -> None:
+def show_finished(console: Console, run_dir: Path, yaml: str) -> None:
+    """What a finished run gave, and which of its options differ from those asked for now."""
+    show_result(console, run_dir)
+    console.print(f"{run_dir.name} is finished: its adapter is in {run_dir / 'adapter'}.")
+    was = (run_dir / "config.yaml").read_text(encoding="utf-8").splitlines()
+    changed = [line.strip() for line in yaml.splitlines() if line not in was]
+    if changed:
+        console.print(f"It was made with other options than now: {', '.join(changed)}.")
+    console.print(f"To train again, choose another --name or remove {run_dir}.")
+
+
+def show_result(console: Console, run_dir: Path) -> None:
     """The before/after table and one held-out answer before and after, side by side."""
-    before, after = result["before"], result["after"]
+    path = run_dir / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        before, after = result["before"], result["after"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error!r}); remove it to finish the run again"
+        ) from error
     if not after:
         return
     table = Table("held-out rows", "before", "after", title="Before and after training")
@@ -109,7 +130,8 @@ def show_result(console: Console, result: Mapping[str, Any]) -> None:
     index = next((i for i, a in enumerate(after["answers"]) if a["exact_format"]), 0)
     answer = after["answers"][index]
     sides = Table("before", "after", title=Text(f"Prompt: {answer['prompt']}"), show_lines=True)
-    old = before["answers"][index]["text"] if before.get("answers") else "–"
+    answers = before.get("answers") or []
+    old = answers[index]["text"] if index < len(answers) else "–"
     sides.add_row(Text(old), Text(answer["text"]))
     console.print(sides)
 

@@ -32,7 +32,7 @@ def make_mesh(data: int, fsdp: int = 1, devices: Any = None) -> Mesh:
     if data * fsdp != len(devices):
         raise ValueError(
             f"mesh {data} (data) x {fsdp} (fsdp) needs {data * fsdp} devices, "
-            f"{len(devices)} are present; set mesh.fsdp to a divisor of {len(devices)}"
+            f"{len(devices)} are present; set fsdp to a divisor of {len(devices)}"
         )
     # Auto: jax.make_mesh defaults to Explicit axis types, which would type every array by sharding.
     axis_types = (AxisType.Auto,) * len(MESH_AXES)

@@ -17,8 +17,6 @@ from jaxsft.loss import chunked_cross_entropy
 from jaxsft.packing import Batch
 from jaxsft.sharding import constrain, named
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 class TrainState(NamedTuple):
     """What a step changes and a checkpoint keeps. Adapter and moments are float32.

@@ -1,10 +1,11 @@
 """Fine-tunes a Gemma on reasoning traces: `python -m jaxsft.train [--config RECIPE] [--OPTION …]`.
 
-Measures the model on held-out rows, trains, measures again, and leaves in output_dir/name:
-config.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples.jsonl, result.json and adapter/ (a
-PEFT directory). The same command again continues an interrupted run, and a finished one says so.
+Measures the model on held-out rows, trains, measures again, and leaves everything in
+output_dir/name, the adapter in PEFT format among it. The same command again continues an
+interrupted run, and a finished one says so.
 
-Exit codes: 0 finished, 2 bad input (one line says what), 75 interrupted, run the command again.
+Exit codes: 0 finished; 1 the run failed (one line says how; the last checkpoint is good); 2 bad
+input (one line says what, nothing was trained); 75 interrupted and saved, run the command again.
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxsft.build import Data, Setup, build, load_data
+from jaxsft.build import Data, Setup, build, check_early, load_data
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
@@ -29,9 +31,10 @@ from jaxsft.data import batches
 from jaxsft.evaluate import answer_prompts, held_out_loss, is_exact_format, score_format
 from jaxsft.metrics import MetricsWriter, Throughput
 from jaxsft.peft_io import save_adapter
-from jaxsft.report import progress, show_data, show_result, show_setup
+from jaxsft.report import progress, show_data, show_finished, show_result, show_setup
 from jaxsft.step import TrainState, put_batch, train_step
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -40,18 +43,16 @@ DESCRIPTION = "Fine-tunes a Gemma with LoRA on reasoning traces. Without options
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    # No markup: file names may hold brackets.
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     try:
         arguments = sys.argv[1:] if argv is None else argv
         config, yaml = parse_config("jaxsft.train", DESCRIPTION, arguments)
         run_dir = Path(config.output_dir) / config.name
         if (run_dir / "result.json").exists():
-            show_result(console, json.loads((run_dir / "result.json").read_text()))
-            console.print(
-                f"{config.name} is finished: its adapter is in {run_dir / 'adapter'}. "
-                f"To train again, choose another --name or remove {run_dir}."
-            )
+            show_finished(console, run_dir, yaml)
             return 0
+        check_early(config)
         # float32 means float32 on accelerators too; their default is bfloat16 passes.
         jax.config.update("jax_default_matmul_precision", "highest")
         data = load_data(config)
@@ -66,30 +67,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         if restored is not None:
             console.print(f"Continuing from step {restored.step}.")
             setup = dataclasses.replace(setup, state=restored.state)
-        (run_dir / "config.yaml").write_text(yaml)
+        before = load_before(config, data, setup, run_dir)
+        (run_dir / "config.yaml").write_text(yaml, encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return fail(error, EXIT_BAD_INPUT)
+    try:
+        with catch_signals(console) as interrupted:
+            return run(config, data, setup, before, checkpoints, run_dir, console, interrupted)
+    except (FloatingPointError, OSError) as error:
+        return fail(error, EXIT_FAILED)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "raise gradient_accumulation_steps, or lower data.max_length or eval.batch_size"
+        return fail(f"out of memory, {advice}: {str(error).splitlines()[0]}", EXIT_FAILED)
 
+
+def fail(error: object, code: int) -> int:
+    """Prints the error as one line; returns the exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def run(
+    config: TrainConfig,
+    data: Data,
+    setup: Setup,
+    before: dict[str, Any] | None,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    console: Console,
+    interrupted: Callable[[], bool],
+) -> int:
+    """Measures unless `before` is known, trains, measures, writes the results."""
     with checkpoints, MetricsWriter(run_dir, int(setup.state.step)) as writer:
-        before_file = run_dir / "before.json"
-        if not before_file.exists():
+        if before is None:
             before = measure(config, data, setup, setup.state, writer, console)
-            write_json(before_file, before)
-        before = json.loads(before_file.read_text())
-        state = train(config, data, setup, checkpoints, writer, console)
+            write_json(run_dir / "before.json", before | {"of": measured_of(config, data, setup)})
+        state = setup.state
+        if not interrupted():
+            state = train(config, data, setup, checkpoints, writer, console, interrupted)
         if int(state.step) < len(setup.step_batches):
-            console.print("Interrupted and saved. To go on, run the same command again.")
+            console.print("Interrupted, nothing is lost. To go on, run the same command again.")
             return EXIT_INTERRUPTED
         after = measure(config, data, setup, state, writer, console)
-    save_adapter(
-        run_dir / "adapter",
-        nnx.merge(setup.spec.graphdef, state.adapter, setup.frozen),
-        setup.adapter_config,
-    )
+    model = nnx.merge(setup.spec.graphdef, state.adapter, setup.frozen)
+    save_adapter(run_dir / "adapter", model, setup.adapter_config)
     write_samples(run_dir / "samples.jsonl", before, after)
     write_json(run_dir / "result.json", {"before": before, "after": after})
-    show_result(console, json.loads((run_dir / "result.json").read_text()))
+    show_result(console, run_dir)
     console.print(f"The adapter is in {run_dir / 'adapter'}, everything else beside it.")
     return 0
 
@@ -101,6 +127,7 @@ def train(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     console: Console,
+    interrupted: Callable[[], bool],
 ) -> TrainState:
     """The loop, from the state in `setup` to the last step, or to where a signal stopped it."""
     state, spec = setup.state, setup.spec
@@ -108,7 +135,6 @@ def train(
     metadata = {"fingerprint": setup.fingerprint}
     throughput = Throughput()
     num_nonfinite = 0  # in a row
-    interrupted = catch_signals()
     with progress(console, first_step, last_step) as show:
         for index, batch in batches(setup.step_batches, first_step, config.num_workers):
             step = index + 1
@@ -145,19 +171,60 @@ def train(
     return state
 
 
-def catch_signals() -> Callable[[], bool]:
-    """Takes over SIGINT and SIGTERM; the result says whether one came. A second one aborts."""
+@contextmanager
+def catch_signals(console: Console) -> Iterator[Callable[[], bool]]:
+    """Takes over SIGINT and SIGTERM; yields whether one came. A second one ends the process."""
     received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)
-        for each in signals:
+        for each in handlers:
             signal.signal(each, signal.SIG_DFL)
+        console.print(f"{signal.Signals(number).name}: stopping soon; once more to stop at once.")
 
-    for number in signals:
-        signal.signal(number, handle)
-    return lambda: bool(received)
+    handlers = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
+def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
+    """What a measurement before training depends on, by name."""
+    same = {f"eval.{name}": str(value) for name, value in dataclasses.asdict(config.eval).items()}
+    heldout = "none" if data.heldout is None else data.heldout.packed.digest()
+    start = {name: str(setup.fingerprint[name]) for name in ("model", "model.dtype", "tokenizer")}
+    return same | start | {"data.eval_files": heldout, "lora.init_from": str(config.lora.init_from)}
+
+
+def load_before(
+    config: TrainConfig, data: Data, setup: Setup, run_dir: Path
+) -> dict[str, Any] | None:
+    """The run's measurement before training: None if still to be made, {} if training has begun.
+
+    Raises ValueError when training has begun and it was made with other options.
+    """
+    path = run_dir / "before.json"
+    has_begun = int(setup.state.step) > 0
+    if not path.exists():
+        return {} if has_begun else None
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        there, here = before.pop("of"), measured_of(config, data, setup)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); remove it") from error
+    if there == here:
+        return dict(before)
+    if not has_begun:
+        return None
+    changed = [
+        f"{k} ({there.get(k)} there, {v} here)" for k, v in here.items() if there.get(k) != v
+    ]
+    raise ValueError(
+        f"{path}: was measured with another {'; '.join(changed)}; the table would compare two "
+        "things: use the old options, or remove the file to leave 'before' out"
+    )
 
 
 def eval_loss(config: TrainConfig, data: Data, setup: Setup, state: TrainState) -> float:
@@ -179,7 +246,7 @@ def measure(
     """Held-out loss, and the form of the answers to the first held-out prompts."""
     if data.heldout is None:
         return {}
-    step, samples = int(state.step), data.heldout.samples
+    step, samples = int(state.step), data.heldout_samples
     console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
     scores: dict[str, Any] = {"loss": eval_loss(config, data, setup, state)}
     answers: list[dict[str, Any]] = []
@@ -193,7 +260,7 @@ def measure(
             options=config.eval,
         )
         scores |= dataclasses.asdict(score_format(generated))
-        system = f"{config.data.system_prompt}\n\n"
+        system = f"{config.data.system_prompt}\n\n" if config.data.system_prompt else ""
         for i, answer in enumerate(generated):
             prompt = answer.prompt.removeprefix(system)
             writer.text(step, f"sample/{i}", f"{prompt}\n\n{answer.text}")
@@ -205,14 +272,11 @@ def measure(
 
 def write_samples(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     """One JSON line a held-out prompt: prompt, reference, and the answers before and after."""
+    new, old = after.get("answers", []), before.get("answers", [])
     lines = [
-        {
-            "prompt": new["prompt"],
-            "reference": new["reference"],
-            "before": old["text"],
-            "after": new["text"],
-        }
-        for old, new in zip(before.get("answers", []), after.get("answers", []), strict=False)
+        {key: answer[key] for key in ("prompt", "reference")}
+        | {"before": old[i]["text"] if i < len(old) else None, "after": answer["text"]}
+        for i, answer in enumerate(new)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")
@@ -220,12 +284,15 @@ def write_samples(path: Path, before: dict[str, Any], after: dict[str, Any]) -> 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes whole or not at all; NaN, which JSON lacks, becomes null."""
-    finite = {
-        key: None if isinstance(value, float) and math.isnan(value) else value
-        for key, value in values.items()
-    }
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(finite, ensure_ascii=False, indent=1), encoding="utf-8")
+    text = json.dumps(finite(values), ensure_ascii=False, indent=1, allow_nan=False)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -346,7 +346,7 @@ def test_unknown_remat_policy_is_refused() -> None:
 # ---- bfloat16 ----
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3-1b"])
 def test_bfloat16_is_as_close_to_float32_as_transformers(name: str) -> None:
     """Our mean abs error against the float32 reference is at most twice transformers' own."""
     hf_model, model = twin(name)

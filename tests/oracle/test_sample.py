@@ -1,6 +1,7 @@
 """Generation equals full recomputation and transformers, token by token; draws are as they say."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from jaxsft.config import EvalOptions
 from jaxsft.model import Gemma
 from jaxsft.sample import Generation, generate, sample_token
 from jaxsft.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NEVER = (9999,)  # a stop id outside the twins' vocabulary
 NUM_NEW_TOKENS = 20
@@ -140,18 +143,23 @@ def test_no_prompts_give_no_answers(one: Split) -> None:
 
 
 def test_an_answer_ends_before_the_first_stop_token(one: Split, drawn: list[Generation]) -> None:
-    # Three stop tokens, as if the model had one more than <eos> and <end_of_turn>: the last token
-    # of an answer (there alone), one on the way and a first one.
-    last = next(a.ids[-1] for a in drawn if a.ids[-1] not in a.ids[:-1])
-    stop_ids = (last, drawn[1].ids[NUM_NEW_TOKENS // 2], drawn[2].ids[0])
+    def ends(stop_ids: Sequence[int]) -> list[int | None]:
+        return [
+            next((i for i, token in enumerate(answer.ids) if token in stop_ids), None)
+            for answer in drawn
+        ]
+
+    # Three stop tokens, as if the model had one more than <eos> and <end_of_turn>, that end one
+    # answer at once, one on the way, one with the last token that it may have, and one not at all.
+    middle, last = NUM_NEW_TOKENS // 2, NUM_NEW_TOKENS - 1
+    choices = [
+        (drawn[a].ids[0], drawn[b].ids[middle], drawn[c].ids[last])
+        for a, b, c in itertools.permutations(range(4), 3)
+    ]
+    stop_ids = next(ids for ids in choices if set(ends(ids)) == {0, middle, last, None})
     answers = generate(*one, PROMPTS, options=DRAWN, stop_ids=stop_ids)
-    ends = []
-    for answer, whole in zip(answers, drawn, strict=True):
-        end = next((i for i, token in enumerate(whole.ids) if token in stop_ids), None)
+    for answer, whole, end in zip(answers, drawn, ends(stop_ids), strict=True):
         assert answer == Generation(whole.ids[:end], end is not None)
-        ends.append(end)
-    # In the last place it is a stop and no cut; an answer without a stop token is cut.
-    assert {0, NUM_NEW_TOKENS // 2, NUM_NEW_TOKENS - 1, None} == set(ends)
 
 
 def test_each_bucket_compiles_once(one: Split) -> None:

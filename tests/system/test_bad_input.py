@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import jaxsft.build
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.train import EXIT_BAD_INPUT, main
 
-REPOSITORY = Path(__file__).parents[2]
 GOOD_ROW = {"prompt": "Why?", "response": "<think>It has to be so.</think>\nBecause."}
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 241000000\n"
 
@@ -43,7 +41,7 @@ def files(tmp_path: Path, tiny_model_dir: Path) -> Path:
         "name": "run",
         "output_dir": str(tmp_path / "runs"),
         "model": {"path": str(tiny_model_dir)},
-        "data": {"train_files": [str(tmp_path / "rows.jsonl")], "max_length": 96},
+        "data": {"train_files": [str(tmp_path / "rows.jsonl")], "max_length": 160},
         "lora": {"r": 2},
         "global_batch_size": 2,
     }
@@ -99,7 +97,7 @@ def test_config_files_that_are_none(text: str, files: Path, refuse: Refuse) -> N
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [
-        (['{"prompt": "Why?", "resp'], "rows.jsonl:2: broken or cut off at column 18"),
+        (['{"prompt": "Why?", "resp'], "rows.jsonl:2: broken or cut off at column 20"),
         (["[1, 2]"], "rows.jsonl:2: is a JSON list"),
         (['{"prompt": "Why?"}'], r"rows.jsonl:2: no accepted set of fields \(found: prompt\)"),
         (['{"prompt": null, "response": "<think>a</think>b"}'], 'rows.jsonl:2: "prompt" is null'),
@@ -135,16 +133,16 @@ def test_rows_that_are_too_long(files: Path, refuse: Refuse) -> None:
     long_row = GOOD_ROW | {"prompt": "Why? " * 100}
     write_rows(files, json.dumps(GOOD_ROW), json.dumps(long_row))
     line = refuse("--data.overlong", "raise")
-    assert re.search(r"rows.jsonl:2 \(\d+ tokens, limit 96\): too long", line)
+    assert re.search(r"rows.jsonl:2 \(\d+ tokens, limit 160\): too long", line)
 
 
 def test_schedule_and_lengths(refuse: Refuse) -> None:
     # Four rows of one sample, batches of two: two steps.
     assert "warmup_steps 2 is not below the run's 2 steps" in refuse("--warmup_steps", "2")
     line = refuse("--warmup_steps", "3", "--max_steps", "3")
-    assert "warmup_steps 3 is not below the run's 3 steps" in line
-    line = refuse("--data.max_length", "512")
-    assert "data.max_length 512 is beyond the model's 256 positions" in line
+    assert "warmup_steps 3 is not below max_steps 3" in line
+    line = refuse("--data.max_length", "1024")
+    assert "data.max_length 1024 is beyond the model's 512 positions" in line
 
 
 def test_lora_options(files: Path, refuse: Refuse) -> None:
@@ -190,17 +188,23 @@ def test_model_files(
     assert re.search(complaint, refuse("--model.path", str(model)))
 
 
-def test_model_paths(files: Path, tokenizer: Tokenizer, refuse: Refuse) -> None:
+def test_model_paths(
+    files: Path, tiny_model_dir: Path, tokenizer: Tokenizer, refuse: Refuse
+) -> None:
     missing = str(files / "missing")
     assert missing in refuse("--model.path", missing)
     pointer = files / "pointer.gguf"
     pointer.write_text(LFS_POINTER)
     assert re.search("pointer.gguf.*Git LFS pointer", refuse("--model.path", str(pointer)))
     # A tokenizer given on its own does not hide the model's absence.
-    good = files / "tokenizer.model"
-    good.write_bytes(tokenizer.model_bytes)
-    line = refuse("--model.path", missing, "--model.tokenizer", str(good))
+    good = str(tiny_model_dir / "tokenizer.model")
+    line = refuse("--model.path", missing, "--model.tokenizer", good)
     assert missing in line and "does not exist" in line
+    # Another Gemma's tokenizer has other ids for the same text.
+    other = files / "other.model"
+    other.write_bytes(tokenizer.model_bytes)
+    line = refuse("--model.tokenizer", str(other))
+    assert "the tokenizer has 262144 ids, the model's embedding" in line
 
 
 def test_output_directories_that_cannot_be_made(files: Path, refuse: Refuse) -> None:
@@ -222,12 +226,14 @@ def test_output_directories_that_cannot_be_made(files: Path, refuse: Refuse) -> 
         (["--warmup_steps", "9"], "warmup_steps 9 is not below the run's 2 steps"),
     ],
 )
-def test_as_a_process(options: list[str], complaint: str, files: Path) -> None:
+def test_as_a_process(
+    options: list[str], complaint: str, files: Path, command_environment: dict[str, str]
+) -> None:
     (files / "broken.jsonl").write_text(json.dumps(GOOD_ROW) + "\n{\n")
     result = subprocess.run(
         [sys.executable, "-m", "jaxsft.train", "--config", "config.yaml", *options],
         cwd=files,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=command_environment,
         capture_output=True,
         text=True,
     )

@@ -11,7 +11,7 @@ import pytest
 
 from jaxsft import config as config_module
 from jaxsft.cli import parse_config, recipe_names
-from jaxsft.config import TrainConfig, check_devices, validate
+from jaxsft.config import DataOptions, EvalOptions, TrainConfig, check_devices, validate
 from jaxsft.step import make_schedule
 
 
@@ -93,9 +93,9 @@ def test_single_session_is_the_run_it_reimplements() -> None:
     # Half-way between 200 and 22,500 a cosine is half-way between peak and end.
     assert rate(11_350) == pytest.approx((2e-5 + 1e-6) / 2)
     assert rate(22_500) == pytest.approx(2e-5 / 20)
-    greedy = config.eval
-    assert (greedy.temperature, greedy.top_k, greedy.seed) == (0, 1, 42)
-    assert greedy.max_new_tokens == 768
+    # Answers are greedy: top_k 1 in other words.
+    assert (config.eval.temperature, config.eval.seed) == (0, 42)
+    assert config.eval.max_new_tokens == 768
 
 
 def test_unrestricted_continues_it() -> None:
@@ -119,14 +119,14 @@ def test_packed_recipe_has_the_same_samples_and_tokens_a_step() -> None:
 
 
 def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path: Path) -> None:
-    argv = ["--config", "single_session", "--lora.r", "8", "--data.stop=null", "--max_steps", "5"]
+    argv = ["--config", "single_session", "--lora.r", "8", "--data.stop=null", "--max_steps=500"]
     config, first = parse(*argv, "--learning_rate", "1e-3"), parse("--config", "single_session")
-    assert (config.lora.r, config.data.stop, config.max_steps) == (8, None, 5)
+    assert (config.lora.r, config.data.stop, config.max_steps) == (8, None, 500)
     assert config.learning_rate == 1e-3
     changed = {
         "lora": dataclasses.replace(first.lora, r=8),
         "data": dataclasses.replace(first.data, stop=None),
-        "max_steps": 5,
+        "max_steps": 500,
         "learning_rate": 1e-3,
     }
     assert config == dataclasses.replace(first, **changed)
@@ -233,6 +233,7 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
     ("argv", "complaint"),
     [
         (["--learning_rate", "-1"], "learning_rate is -1.0, but must be above 0"),
+        (["--learning_rate", "-1e-3"], "learning_rate is -0.001, but must be above 0"),
         (["--learning_rate", "fast"], "learning_rate.*fast"),
         (["--learning_rate", "nan"], "learning_rate.*nan"),
         (["--learning_rate"], "learning_rate: expected one argument"),
@@ -248,6 +249,11 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
         (["--data.train_files", "[]"], "data.train_files is empty"),
         (["--data.start", "9", "--data.stop", "9"], "data.stop 9 is not above data.start 9"),
         (["--eval.top_p", "0"], "eval.top_p is 0.0"),
+        (["--eval.top_p", "0.9"], "do nothing at eval.temperature 0"),
+        (["--eval.top_k", "1", "--eval.temperature", "1"], "eval.top_k 1 makes .* useless"),
+        (["--eval_steps", "5", "--data.eval_files", "[]"], "eval_steps needs data.eval_files"),
+        (["--warmup_steps", "9", "--max_steps", "9"], "warmup_steps 9 is not below max_steps 9"),
+        (["--eval.seed", str(2**32)], r"eval.seed is 4294967296, but must be .* below 2\^32"),
         (
             ["--global_batch_size", "6", "--gradient_accumulation_steps", "4"],
             "global_batch_size 6 is not a multiple of gradient_accumulation_steps 4",
@@ -276,11 +282,15 @@ def test_every_bad_value_is_named_at_once() -> None:
         (
             {"global_batch_size": 24, "gradient_accumulation_steps": 2},
             8,
-            r"micro-batches \(16\); nearest valid: 16, 32",
+            "over 8 devices x 2 micro-batches; nearest valid: 16, 32",
         ),
         ({"fsdp": 3}, 8, r"fsdp 3 does not divide 8 devices; valid: \[1, 2, 4, 8\]"),
         ({"fsdp": 16}, 8, "fsdp 16"),
-        ({"eval": config_module.EvalOptions(batch_size=6)}, 4, "eval.batch_size 6 .* 4, 8"),
+        (
+            {"eval": EvalOptions(batch_size=6), "data": DataOptions(eval_files="a.jsonl")},
+            4,
+            "eval.batch_size 6 .* 4, 8",
+        ),
     ],
 )
 def test_batches_that_do_not_fit_the_devices(
