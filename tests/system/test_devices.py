@@ -86,7 +86,7 @@ def measure() -> dict[str, Any]:
     from jaxsft import lora, step
     from jaxsft.model import Gemma
     from jaxsft.packing import PackedRows, Sample, best_fit_decreasing
-    from jaxsft.presets import LOCAL, GemmaConfig
+    from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
     from jaxsft.sharding import make_mesh, state_shardings
 
     config = GemmaConfig(
@@ -97,7 +97,7 @@ def measure() -> dict[str, Any]:
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
-        layer_types=(LOCAL, LOCAL),  # one scanned block, quick to compile
+        layer_types=(LOCAL, GLOBAL, LOCAL),  # a scanned pair and a tail
         max_positions=64,
         query_scale=0.35,
         sliding_window=6,

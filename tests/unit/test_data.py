@@ -245,11 +245,14 @@ def test_no_sample_left(write, fake):
 def test_range_runs_over_all_files(write, fake):
     rows = [{"prompt": f"p{i}", "response": "<think>r</think>a"} for i in range(6)]
     paths = [write(*rows[:2], name="a.jsonl"), write(*rows[2:], name="b.jsonl")]
-    for start, stop in ((0, None), (1, 4), (2, 3), (5, 99)):
+    for start, stop in ((0, None), (1, 4), (2, 3), (5, 6)):
         samples, report = load_samples(paths, fake, 500, "raise", None, start=start, stop=stop)
         names = [re.findall(r"p\d", text_of(fake, sample))[0] for sample in samples]
         assert names == [f"p{i}" for i in range(6)][start:stop]
         assert report.rows_read == len(names)
+    # Fewer rows than the recipe counts on would silently mean more epochs.
+    with pytest.raises(ValueError, match="only 1 of these 94 are there; lower data.stop"):
+        load_samples(paths, fake, 500, "raise", None, start=5, stop=99)
 
 
 def test_more_rows_than_one_chunk(write, fake):

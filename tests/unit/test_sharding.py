@@ -48,7 +48,7 @@ def test_make_mesh() -> None:
 
 
 def test_mesh_of_the_wrong_size_says_what_fits() -> None:
-    with pytest.raises(ValueError, match=r"needs 8 devices, 1 are present; set mesh.fsdp"):
+    with pytest.raises(ValueError, match=r"needs 8 devices, 1 are present; set fsdp to a"):
         sharding.make_mesh(4, 2, devices=jax.devices()[:1])
 
 
