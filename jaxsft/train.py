@@ -11,6 +11,7 @@ input (one line says what, nothing was trained); 75 interrupted and saved, run t
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
     try:
-        with catch_signals(console) as interrupted:
+        with catch_signals() as interrupted:
             return run(config, data, setup, before, checkpoints, run_dir, console, interrupted)
     except (FloatingPointError, OSError) as error:
         return fail(error, EXIT_FAILED)
@@ -172,7 +173,7 @@ def train(
 
 
 @contextmanager
-def catch_signals(console: Console) -> Iterator[Callable[[], bool]]:
+def catch_signals() -> Iterator[Callable[[], bool]]:
     """Takes over SIGINT and SIGTERM; yields whether one came. A second one ends the process."""
     received: list[int] = []
 
@@ -180,7 +181,9 @@ def catch_signals(console: Console) -> Iterator[Callable[[], bool]]:
         received.append(number)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)
-        console.print(f"{signal.Signals(number).name}: stopping soon; once more to stop at once.")
+        name = signal.Signals(number).name
+        # No print: this may interrupt one, and buffered files raise when entered again.
+        os.write(2, f"{name}: stopping soon; once more to stop at once.\n".encode())
 
     handlers = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
     try:

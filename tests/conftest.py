@@ -62,7 +62,9 @@ def command_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     blocked.mkdir()
     for name in ("torch", "transformers", "peft"):
         (blocked / f"{name}.py").write_text(f"raise ImportError('{name} at run time')\n")
-    return os.environ | {
+    # Unbuffered output would hide what goes wrong when a signal interrupts a write.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return inherited | {
         "PYTHONPATH": os.pathsep.join(map(str, (blocked, Path(__file__).parents[1]))),
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

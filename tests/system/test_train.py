@@ -19,6 +19,7 @@ import torch
 import transformers
 import yaml
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import parse_config
@@ -28,7 +29,7 @@ from jaxsft.packing import Sample
 from jaxsft.peft_io import load_adapter
 from jaxsft.step import make_schedule
 from jaxsft.tokenizer import Tokenizer
-from jaxsft.train import EXIT_BAD_INPUT, EXIT_INTERRUPTED, main
+from jaxsft.train import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, main
 from jaxsft.weights import load_model
 
 NUM_STEPS = 24
@@ -110,8 +111,8 @@ class Runs:
         assert (process.returncode, err) == (0, ""), out + err
         return out
 
-    def interrupt(self, name: str, after: str, number: int, *options: str) -> tuple[int, str]:
-        """Sends a signal when a line that starts with `after` comes: (exit code, all of stdout)."""
+    def interrupt(self, name: str, after: str, number: int, *options: str) -> tuple[int, str, str]:
+        """Sends a signal when a line that starts with `after` comes: (exit code, stdout, stderr)."""
         process = self.start(name, *options)
         assert process.stdout is not None and process.stderr is not None
         lines = []
@@ -120,14 +121,13 @@ class Runs:
                 lines.append(line)
                 if line.startswith(after):
                     process.send_signal(number)
-            code = process.wait()
-            assert process.stderr.read() == ""
+            code, err = process.wait(), process.stderr.read()
         finally:
             process.kill()
             process.stdout.close()
             process.stderr.close()
             process.wait()
-        return code, "".join(lines)
+        return code, "".join(lines), err
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         lines = (self.path(name) / "metrics.jsonl").read_text().splitlines()
@@ -323,15 +323,19 @@ def test_stopped_and_killed_runs_go_on_bit_for_bit(finished: tuple[Runs, str]) -
     runs, _ = finished
     # Generation changes nothing in training.
     options = ("--eval.num_prompts", "0")
-    code, out = runs.interrupt("cut", "step 5/", signal.SIGTERM, *options)
-    assert code == EXIT_INTERRUPTED == 75
+    code, out, err = runs.interrupt("cut", "step 5/", signal.SIGTERM, *options)
+    assert (code, err) == (
+        EXIT_INTERRUPTED,
+        "SIGTERM: stopping soon; once more to stop at once.\n",
+    )
+    assert EXIT_INTERRUPTED == 75
     assert "To go on, run the same command again." in out.splitlines()[-1]
     stopped_at = len(runs.train_metrics("cut"))
     assert 5 <= stopped_at < NUM_STEPS - 6
     assert not (runs.path("cut") / "result.json").exists()
 
-    code, out = runs.interrupt("cut", f"step {stopped_at + 5}/", signal.SIGKILL, *options)
-    assert code == -signal.SIGKILL
+    code, out, err = runs.interrupt("cut", f"step {stopped_at + 5}/", signal.SIGKILL, *options)
+    assert (code, err) == (-signal.SIGKILL, "")
     assert f"Continuing from step {stopped_at}." in out and "Measuring" not in out
     whole_steps = Checkpoints(runs.path("cut") / "checkpoints", 2).steps()
     assert stopped_at <= whole_steps[-1] < NUM_STEPS
@@ -428,16 +432,19 @@ def test_packing_and_accumulation_change_no_loss(runs: Runs) -> None:
     assert "Measuring" not in out and "before" not in out
 
 
-def test_a_run_that_diverges_fails_in_one_line(runs: Runs) -> None:
-    options = ("--learning_rate", "1e30", "--warmup_steps", "0", "--data.eval_files", "[]")
-    process = runs.start("diverged", *options)
+def test_a_run_that_is_not_finite_fails_in_one_line(finished: tuple[Runs, str]) -> None:
+    runs, _ = finished
+    huge = runs.directory / "huge"
+    shutil.copytree(runs.path("whole") / "adapter", huge)
+    weights = load_file(huge / "adapter_model.safetensors")
+    huge_weights = {name: 1e30 * value for name, value in weights.items()}
+    save_file(huge_weights, huge / "adapter_model.safetensors")
+    process = runs.start("huge", "--lora.init_from", str(huge), "--data.eval_files", "[]")
     out, err = process.communicate()
-    assert process.returncode == 1, out + err
-    assert err == (
-        "error: loss or gradient not finite in steps 2 to 4; no such update was applied\n"
-    )
+    assert process.returncode == EXIT_FAILED, out + err
+    steps = "loss or gradient not finite in steps 1 to 3"
+    assert err == f"error: {steps}; no such update was applied\n"
     # The steps are there to be looked at, and nothing claims to be a result.
-    lines = runs.train_metrics("diverged")
-    assert [line["train/applied"] for line in lines] == [1, 0, 0, 0]
-    assert not (runs.path("diverged") / "adapter").exists()
-    assert not (runs.path("diverged") / "result.json").exists()
+    assert [line["train/applied"] for line in runs.train_metrics("huge")] == [0, 0, 0]
+    assert not (runs.path("huge") / "adapter").exists()
+    assert not (runs.path("huge") / "result.json").exists()
