@@ -133,7 +133,6 @@ def train(
     """The loop, from the state in `setup` to the last step, or to where a signal stopped it."""
     state, spec = setup.state, setup.spec
     first_step, last_step = int(state.step), len(setup.step_batches)
-    metadata = {"fingerprint": setup.fingerprint}
     throughput = Throughput()
     num_nonfinite = 0  # in a row
     with progress(console, first_step, last_step) as show:
@@ -162,7 +161,7 @@ def train(
                 )
             stop = interrupted()
             if stop or step % config.save_steps == 0 or step == last_step:
-                checkpoints.save(step, state, metadata)
+                checkpoints.save(step, state, {"fingerprint": setup.fingerprint})
             if stop:
                 break
             if config.eval_steps and step % config.eval_steps == 0 and step < last_step:
@@ -181,9 +180,7 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        # No print: this may interrupt one, and buffered files raise when entered again.
-        os.write(2, f"{name}: stopping soon; once more to stop at once.\n".encode())
+        os.write(2, b"Stopping soon; once more to stop at once.\n")  # print is not reentrant
 
     handlers = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -112,7 +112,7 @@ class Runs:
         return out
 
     def interrupt(self, name: str, after: str, number: int, *options: str) -> tuple[int, str, str]:
-        """Sends a signal when a line that starts with `after` comes: (exit code, stdout, stderr)."""
+        """Sends a signal when a line starts with `after`: (exit code, stdout, stderr)."""
         process = self.start(name, *options)
         assert process.stdout is not None and process.stderr is not None
         lines = []
@@ -324,10 +324,7 @@ def test_stopped_and_killed_runs_go_on_bit_for_bit(finished: tuple[Runs, str]) -
     # Generation changes nothing in training.
     options = ("--eval.num_prompts", "0")
     code, out, err = runs.interrupt("cut", "step 5/", signal.SIGTERM, *options)
-    assert (code, err) == (
-        EXIT_INTERRUPTED,
-        "SIGTERM: stopping soon; once more to stop at once.\n",
-    )
+    assert (code, err) == (EXIT_INTERRUPTED, "Stopping soon; once more to stop at once.\n")
     assert EXIT_INTERRUPTED == 75
     assert "To go on, run the same command again." in out.splitlines()[-1]
     stopped_at = len(runs.train_metrics("cut"))

@@ -251,7 +251,7 @@ def test_range_runs_over_all_files(write, fake):
         assert names == [f"p{i}" for i in range(6)][start:stop]
         assert report.rows_read == len(names)
     # Fewer rows than the recipe counts on would silently mean more epochs.
-    with pytest.raises(ValueError, match="only 1 of these 94 are there; lower data.stop"):
+    with pytest.raises(ValueError, match=r"only 1 of these 94 are there; lower data.stop"):
         load_samples(paths, fake, 500, "raise", None, start=5, stop=99)
 
 
