@@ -1,6 +1,7 @@
 """A config made real: data read and packed, model loaded and split, step and state on the mesh."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ def check_early(config: TrainConfig) -> None:
     """ValueError for mistakes that need neither data nor weights to be seen."""
     check_devices(config, jax.device_count())
     lora.resolve_targets(config.lora.target_modules)
+    run_dir = Path(config.output_dir) / config.name
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"{run_dir} cannot be made: {nearest} is not a writable directory")
     model_path(config)
     if config.lora.init_from is not None:
         _check_adapter(config, read_adapter_config(config.lora.init_from))
