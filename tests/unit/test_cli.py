@@ -237,7 +237,7 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
         (["--learning_rate", "fast"], "learning_rate.*fast"),
         (["--learning_rate", "nan"], "learning_rate.*nan"),
         (["--learning_rate"], "learning_rate: expected one argument"),
-        (["--min_learning_rate", "1"], "min_learning_rate 1.0 is above learning_rate 0.0004"),
+        (["--min_learning_rate", "1"], "min_learning_rate 1.0 is above learning_rate 0.0003"),
         (["--lora.r", "4.5"], "lora.r.*4.5"),
         (["--lora.r", "0"], "lora.r is 0"),
         (["--lora.dropout", "1"], "lora.dropout is 1.0, but must be at least 0 and below 1"),
