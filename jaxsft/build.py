@@ -72,23 +72,24 @@ def model_path(config: TrainConfig) -> Path:
     return path
 
 
-def check_early(config: TrainConfig) -> None:
-    """ValueError for mistakes that need neither data nor weights to be seen."""
+def check_early(config: TrainConfig) -> Path:
+    """The model's path; ValueError for mistakes that need neither data nor weights to be seen."""
     check_devices(config, jax.device_count())
     lora.resolve_targets(config.lora.target_modules)
     run_dir = Path(config.output_dir) / config.name
     nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"{run_dir} cannot be made: {nearest} is not a writable directory")
-    model_path(config)
+    path = model_path(config)
     if config.lora.init_from is not None:
         _check_adapter(config, read_adapter_config(config.lora.init_from))
+    return path
 
 
-def load_data(config: TrainConfig) -> Data:
+def load_data(config: TrainConfig, path: Path) -> Data:
     """Reads, converts, tokenises and packs all rows; ValueError names the file and line."""
     options = config.data
-    source = Path(config.model.tokenizer) if config.model.tokenizer else model_path(config)
+    source = Path(config.model.tokenizer) if config.model.tokenizer else path
     if source.suffix == ".gguf":
         tokenizer = Tokenizer.from_gguf(source)
     else:
@@ -114,8 +115,8 @@ def load_data(config: TrainConfig) -> Data:
     return Data(tokenizer, train, *load(options.eval_files))
 
 
-def build(config: TrainConfig, data: Data) -> Setup:
-    """Loads the model, adds the adapter, and puts both on the mesh.
+def build(config: TrainConfig, data: Data, path: Path) -> Setup:
+    """Loads the model at `path`, adds the adapter, and puts both on the mesh.
 
     Raises:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
@@ -128,7 +129,7 @@ def build(config: TrainConfig, data: Data) -> Setup:
     if config.warmup_steps >= steps:
         raise ValueError(f"warmup_steps {config.warmup_steps} is not below the run's {steps} steps")
     model, info = load_model(
-        model_path(config),
+        path,
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
         remat=config.model.remat,

@@ -76,10 +76,6 @@ class Checkpoints:
             if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir() and any(path.iterdir())
         )
 
-    def latest_step(self) -> int | None:
-        """The newest of `steps()`, or None."""
-        return max(self.steps(), default=None)
-
     def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
         """Waits for the save before, then starts one; returns once the state is on the host.
 

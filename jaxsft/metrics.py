@@ -1,7 +1,6 @@
 """What a run measures, on disk: metrics.jsonl for programs, TensorBoard events for people.
 
-Also the arithmetic of speed: tokens a second, time left, model FLOPs utilisation. Nothing here
-reads a clock or prints.
+Also the arithmetic of speed: tokens a second and time left. Nothing here reads a clock or prints.
 """
 
 import json
@@ -137,18 +136,3 @@ class Throughput:
     def eta_s(self, num_steps_left: int) -> float:
         """Seconds that the remaining steps will take; NaN before the second update."""
         return num_steps_left * self.step_s
-
-
-def mfu(flops_per_step: float, step_s: float, peak_flops: float) -> float:
-    """Model FLOPs utilisation: the useful FLOPs of a step over what the hardware could have done.
-
-    Args:
-        flops_per_step: the model's FLOPs in a step over all devices; recomputation (remat) not
-            counted (PaLM, arXiv:2204.02311, appendix B).
-        step_s: seconds a step.
-        peak_flops: FLOPs a second of all devices together.
-
-    Returns:
-        A share, 0..1.
-    """
-    return flops_per_step / (step_s * peak_flops)

@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (run_dir / "result.json").exists():
             show_finished(console, run_dir, yaml)
             return 0
-        check_early(config)
+        path = check_early(config)
         # float32 means float32 on accelerators too; their default is bfloat16 passes.
         jax.config.update("jax_default_matmul_precision", "highest")
-        data = load_data(config)
+        data = load_data(config, path)
         show_data(console, data)
-        setup = build(config, data)
+        setup = build(config, data, path)
         show_setup(console, setup)
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(run_dir / "checkpoints", config.save_total_limit)

@@ -125,7 +125,7 @@ def test_retention_keeps_the_newest_and_clears_leftovers(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("half")
     with Checkpoints(tmp_path, 2) as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.steps() == []
         for step in (5, 10, 15, 20):
             checkpoints.save(step, make_state(step), metadata(step))
             checkpoints.wait()
@@ -247,7 +247,7 @@ def test_what_is_not_a_step_is_never_the_latest(tmp_path):
     (tmp_path / "12.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "13").write_text("a file")
     checkpoints = Checkpoints(tmp_path, 3)
-    assert checkpoints.latest_step() == 4
+    assert checkpoints.steps()[-1] == 4
     assert checkpoints.restore(make_state(), FINGERPRINT).step == 4
     checkpoints.save(9, make_state(9), metadata(9))  # the empty directory is in nobody's way
     checkpoints.wait()
@@ -259,7 +259,7 @@ def test_relative_path(tmp_path, monkeypatch):
     save_steps("runs/demo", [1])
     assert (tmp_path / "runs" / "demo" / "1").is_dir()
     monkeypatch.chdir("/")
-    assert Checkpoints(tmp_path / "runs" / "demo", 1).latest_step() == 1
+    assert Checkpoints(tmp_path / "runs" / "demo", 1).steps() == [1]
 
 
 def test_misuse_is_refused(tmp_path):

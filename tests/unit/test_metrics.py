@@ -3,10 +3,9 @@
 import json
 import math
 
-import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxsft.metrics import MetricsWriter, Throughput, mfu
+from jaxsft.metrics import MetricsWriter, Throughput
 
 
 def read_jsonl(run_dir):
@@ -100,8 +99,3 @@ def test_throughput_leaves_out_the_compiling_step_and_what_is_not_training():
     assert throughput.eta_s(10) == 12.0
     throughput.update(155.0, num_tokens=50)  # the first one leaves the window
     assert throughput.tokens_per_s == 100 / 5
-
-
-def test_mfu():
-    # The table of the v5e-8 budget: 11.1 GFLOP a token, 65,536 tokens, 8 × 197 TFLOP/s, 0.85 s.
-    assert mfu(11.1e9 * 65_536, 0.85, 8 * 197e12) == pytest.approx(0.543, abs=1e-3)
