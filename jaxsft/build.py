@@ -11,18 +11,30 @@ from flax import nnx
 from jaxsft import lora
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.data import DataReport, load_samples
+from jaxsft.fused_weights import fuse, unfuse
 from jaxsft.model import Gemma
 from jaxsft.packing import (
     PackedRows,
     Sample,
     StepBatches,
     best_fit_decreasing,
-    num_steps,
     one_per_row,
 )
 from jaxsft.peft_io import AdapterConfig, load_adapter, read_adapter_config
-from jaxsft.sharding import make_mesh
-from jaxsft.step import StepSpec, TrainState, init_state, make_schedule, make_transform
+from jaxsft.program import (
+    StepArguments,
+    abstract_batch,
+    check_positions,
+    compiler_options,
+    inject_adapter,
+    lower_step,
+    make_spec,
+    mesh_of,
+    num_run_steps,
+    program_hash,
+)
+from jaxsft.sharding import named, state_shardings
+from jaxsft.step import StepSpec, TrainState, init_state
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import WeightsInfo, demo_model_path, load_model
 
@@ -47,15 +59,21 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that the loop runs on. `flops_per_token` is by lora_step_flops, padding free."""
+    """Everything that the loop runs on. `flops_per_token` is by lora_step_flops, padding free.
+
+    `frozen` is what the step takes, `model_weights` the shapes of the model's own frozen state.
+    `program_hash` is that of the train step, as `plan` prints it.
+    """
 
     model_info: WeightsInfo
     adapter_config: AdapterConfig
-    frozen: nnx.State
+    model_weights: nnx.State
+    frozen: Any
     spec: StepSpec
     state: TrainState
     step_batches: StepBatches
     flops_per_token: float
+    program_hash: str
     fingerprint: dict[str, str | int | float]
 
 
@@ -121,13 +139,9 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
     Raises:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
     """
-    mesh = make_mesh(jax.device_count() // config.fsdp, config.fsdp)
+    mesh = mesh_of(config, jax.devices())
     rows = data.train.packed
-    steps = config.max_steps or num_steps(
-        len(rows), config.num_train_epochs, config.global_batch_size
-    )
-    if config.warmup_steps >= steps:
-        raise ValueError(f"warmup_steps {config.warmup_steps} is not below the run's {steps} steps")
+    steps = num_run_steps(config, len(rows))
     model, info = load_model(
         path,
         dtype=config.model.dtype,
@@ -138,39 +152,26 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
     _check_fit(config, data, info)
     adapter_config = _add_adapter(config, model)
     graphdef, adapter, frozen = lora.split(model)
-    spec = StepSpec(
-        graphdef=graphdef,
-        transform=make_transform(
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-        ),
-        schedule=make_schedule(
-            config.lr_scheduler_type,
-            peak=config.learning_rate,
-            end=config.min_learning_rate,
-            warmup_steps=config.warmup_steps,
-            num_steps=steps,
-        ),
-        mesh=mesh,
-        logit_cap=info.config.final_softcap,
-        chunk_tokens=config.loss_chunk_tokens,
-        accumulation_steps=config.gradient_accumulation_steps,
-        use_dropout=config.lora.dropout > 0,
-        seed=config.seed,
-    )
+    model_weights = jax.eval_shape(lambda: frozen)
+    spec = make_spec(config, info.config, graphdef, mesh, steps)
     state = init_state(adapter, spec)
+    if spec.fused is not None:
+        # The model's own weights are free once nothing names them: half the memory of the pair.
+        frozen = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(
+            frozen, layout=spec.fused.layout
+        )
+        del model
     flops = info.config.lora_step_flops(
         num_tokens=rows.num_tokens,
         num_loss_tokens=rows.num_loss_tokens,
         row_length=rows.row_length,
         lora_params=num_adapter_params(state),
     )
+    arguments = StepArguments(spec, state, frozen, abstract_batch(config, mesh))
     return Setup(
         model_info=info,
         adapter_config=adapter_config,
+        model_weights=model_weights,
         frozen=frozen,
         spec=spec,
         state=state,
@@ -184,8 +185,20 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
             epochs=None if config.max_steps else config.num_train_epochs,
         ),
         flops_per_token=flops / rows.num_tokens,
+        program_hash=program_hash(lower_step(arguments), compiler_options(mesh)),
         fingerprint=fingerprint(config, data, info.digest, steps),
     )
+
+
+def plain_weights(setup: Setup) -> nnx.State:
+    """The model's own frozen state, for generation."""
+    if setup.spec.fused is None:
+        return setup.frozen
+    restore = jax.jit(
+        lambda weights: unfuse(weights, setup.model_weights, setup.spec.fused.layout),
+        out_shardings=state_shardings(setup.model_weights, setup.spec.mesh),
+    )
+    return restore(setup.frozen)
 
 
 def num_adapter_params(state: TrainState) -> int:
@@ -209,11 +222,7 @@ def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
         )
     if config.eval.top_k > num_rows:
         raise ValueError(f"eval.top_k {config.eval.top_k} is above the {num_rows} tokens there are")
-    if config.data.max_length > info.config.max_positions:
-        raise ValueError(
-            f"data.max_length {config.data.max_length} is beyond the model's "
-            f"{info.config.max_positions} positions"
-        )
+    check_positions(config, info.config)
 
 
 def _adapter_config(config: TrainConfig) -> AdapterConfig:
@@ -251,15 +260,7 @@ def _add_adapter(config: TrainConfig, model: Gemma) -> AdapterConfig:
     if config.lora.init_from is not None:
         _check_adapter(config, load_adapter(config.lora.init_from, model))
         return adapter
-    lora.inject(
-        model,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        use_rslora=adapter.use_rslora,
-        targets=adapter.targets,
-        rngs=nnx.Rngs(lora=config.seed),
-    )
+    inject_adapter(config, model)
     return adapter
 
 

@@ -22,8 +22,10 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def parse_config(command: str, description: str, argv: Sequence[str]) -> tuple[TrainConfig, str]:
-    """(validated config, the same as YAML) from a command line; no `--config` means `demo`.
+def parse_config(
+    command: str, description: str, argv: Sequence[str], default_recipe: str = DEFAULT_RECIPE
+) -> tuple[TrainConfig, str]:
+    """(validated config, the same as YAML) from a command line, and a recipe without `--config`.
 
     `--help` and `--print_config` print and exit 0.
 
@@ -42,12 +44,12 @@ def parse_config(command: str, description: str, argv: Sequence[str]) -> tuple[T
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file or recipe: {', '.join(recipe_names())} (default: {DEFAULT_RECIPE}). "
+        help=f"YAML file or recipe: {', '.join(recipe_names())} (default: {default_recipe}). "
         "Options after it override it.",
     )
     parser.add_class_arguments(TrainConfig)
     try:
-        parsed = parser.parse_args(_with_recipe_paths(argv))
+        parsed = parser.parse_args(_with_recipe_paths(argv, default_recipe))
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_explain(str(error), parser)) from None
     values = {k: v for k, v in vars(parser.instantiate(parsed)).items() if k != "config"}
@@ -56,7 +58,7 @@ def parse_config(command: str, description: str, argv: Sequence[str]) -> tuple[T
     return config, parser.dump(parsed, skip_unset=False)
 
 
-def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
+def _with_recipe_paths(argv: Sequence[str], default_recipe: str) -> list[str]:
     """Recipe names after --config become paths; without any --config the default goes first."""
     args: list[str] = []
     for arg in argv:
@@ -66,7 +68,7 @@ def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
         else:
             args += [name, value] if name == "--config" and equals else [arg]
     if "--config" not in args:
-        args = ["--config", DEFAULT_RECIPE, *args]
+        args = ["--config", default_recipe, *args]
     for i, arg in enumerate(args[:-1]):
         value = args[i + 1]
         if arg != "--config" or Path(value).is_file():

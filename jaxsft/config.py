@@ -134,6 +134,9 @@ class TrainConfig:
     """Global gradient clipping; 0 for none."""
     seed: int = 42
     """Adapter initialisation, row order and dropout."""
+    step: Literal["auto", "fused", "plain"] = "auto"
+    """Formulation of the step: "fused" is fast on a TPU, "plain" the reference, which dropout and
+    fsdp need; "auto" is fused on a TPU where it can be."""
     fsdp: int = 1
     """Devices that the frozen weights are sharded over; 1 replicates them."""
     loss_chunk_tokens: int = 512

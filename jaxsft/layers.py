@@ -121,9 +121,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., dim] -> same shape and dtype."""
-        x_f32 = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + self.eps)
-        return (x_f32 * inverse_rms * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) · (1 + scale) over the last axis, in float32, returned in x's dtype."""
+    x_f32 = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + eps)
+    return (x_f32 * inverse_rms * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 def rotary_table(positions_BT: jax.Array, head_dim: int, theta: float) -> jax.Array:

@@ -14,6 +14,12 @@ from jax.sharding import Mesh
 from jaxsft.attention import soft_cap
 from jaxsft.sharding import AXIS_TABLE, partition_spec
 
+# Rows of the table that meet a chunk of tokens at once: 2048 divides 256,000 and 262,144, and the
+# logits of 2048 x 2048 stay in a TPU's on-chip memory.
+VOCAB_TILE = 2048
+# exp() of logits under such a soft cap cannot overflow float32, summed over 2^18 columns.
+MAX_CAP_WITHOUT_SHIFT = 70.0
+
 
 def plain_cross_entropy(
     hidden_BTD: jax.Array,
@@ -49,7 +55,7 @@ def chunked_cross_entropy(
 
     Positions that bear loss are gathered `chunk_tokens` at a time, each device its own rows; a
     device stops after its last one, so more loss tokens mean more chunks and none is ever lost. The
-    table is frozen: the gradient of the hidden states is formed in the same pass over the logits,
+    table is frozen: the gradient of the hidden states is formed in the same pass over the table,
     and the backward pass only scales it.
     """
     shape = (-1, hidden_BTD.shape[-1])
@@ -78,15 +84,28 @@ def chunked_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunked_sum(hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk) -> jax.Array:
-    return _sum_and_gradient(
-        hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk, with_gradient=False
-    )[0]
+    return loss_only(hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk)[0]
 
 
-def _forward(hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk) -> tuple[jax.Array, Any]:
-    return _sum_and_gradient(
-        hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk, with_gradient=True
+def loss_and_gradient(
+    hidden_ND: jax.Array,
+    table_VD: jax.Array,
+    targets_N: jax.Array,
+    mask_N: jax.Array,
+    logit_cap: float | None,
+    chunk_tokens: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(loss sum in nats, its gradient by hidden state [N, D]) in one pass over the table."""
+    loss_sum, gradient = _sum_and_gradient(
+        hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk_tokens, with_gradient=True
     )
+    assert gradient is not None
+    return loss_sum, gradient
+
+
+def loss_only(*args: Any) -> tuple[jax.Array, None]:
+    """`loss_and_gradient` without the gradient."""
+    return _sum_and_gradient(*args, with_gradient=False)[0], None
 
 
 def _backward(logit_cap, chunk, gradient_ND, cotangent) -> tuple[Any, ...]:
@@ -94,7 +113,7 @@ def _backward(logit_cap, chunk, gradient_ND, cotangent) -> tuple[Any, ...]:
     return scaled.astype(gradient_ND.dtype), None, None, None
 
 
-_chunked_sum.defvjp(_forward, _backward)
+_chunked_sum.defvjp(loss_and_gradient, _backward)
 
 
 def _sum_and_gradient(
@@ -111,23 +130,70 @@ def _sum_and_gradient(
     def body(carry):
         start, loss_sum, gradient = carry
         rows = jax.lax.dynamic_slice(order, (start,), (chunk,))
-        valid = rows < num_positions
         x = hidden_ND.at[rows].get(mode="fill", fill_value=0)
         target = targets_N.at[rows].get(mode="fill", fill_value=0)
-        raw = jnp.einsum("CD,VD->CV", x, table, preferred_element_type=jnp.float32)
-        logits = soft_cap(raw, logit_cap)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        losses = log_z - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        loss_sum = loss_sum + jnp.sum(jnp.where(valid, losses, 0.0))
+        losses, dx = _one_chunk(x, table, target, logit_cap, with_gradient=with_gradient)
+        loss_sum = loss_sum + jnp.sum(jnp.where(rows < num_positions, losses, 0.0))
         if gradient is not None:
-            is_target = jnp.arange(logits.shape[1])[None, :] == target[:, None]
-            d_logits = jnp.exp(logits - log_z[:, None]) - is_target
-            if logit_cap is not None:
-                d_logits = d_logits * (1.0 - (logits / logit_cap) ** 2)  # d tanh
-            dx = jnp.einsum("CV,VD->CD", d_logits.astype(dtype), table)
-            gradient = gradient.at[rows].set(dx, mode="drop")
+            gradient = gradient.at[rows].set(dx.astype(dtype), mode="drop")
         return start + chunk, loss_sum, gradient
 
     start = (jnp.int32(0), jnp.float32(0.0), jnp.zeros_like(hidden_ND) if with_gradient else None)
     _, loss_sum, gradient = jax.lax.while_loop(lambda carry: carry[0] < num_loss, body, start)
     return loss_sum, gradient
+
+
+def _one_chunk(
+    x_CD, table_VD, target_C, logit_cap, *, with_gradient: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Losses [C] and their gradients by x [C, D], float32, in one pass over the vocabulary.
+
+    Like flash attention (arXiv:2205.14135) with the table as keys and values: tile by tile, the
+    logits' exponentials, their sum and their product with the table accumulate, and the sum divides
+    at the end, so that no logit ever leaves the chip. The target's own term, p - 1, is formed apart
+    in float32: as a difference of two sums it would drown in bfloat16 where p is near 1.
+    """
+    num_tokens, vocab_size = x_CD.shape[0], table_VD.shape[0]
+    tile = min(VOCAB_TILE, vocab_size)
+    is_bounded = logit_cap is not None and logit_cap <= MAX_CAP_WITHOUT_SHIFT
+    columns = jnp.arange(tile)
+
+    def add_tile(carry, index):
+        shift, total, dx = carry
+        first = index * tile
+        start = jnp.minimum(first, vocab_size - tile)  # the last tile may overlap the one before
+        tile_VD = jax.lax.dynamic_slice_in_dim(table_VD, start, tile)
+        raw = jnp.einsum("CD,VD->CV", x_CD, tile_VD, preferred_element_type=jnp.float32)
+        logits = soft_cap(raw, logit_cap)
+        if vocab_size % tile:
+            logits = jnp.where(start + columns >= first, logits, -jnp.inf)
+        if not is_bounded:
+            new_shift = jnp.maximum(shift, jnp.max(logits, axis=-1))
+            decay = jnp.exp(shift - new_shift)
+            shift, total, dx = new_shift, total * decay, dx * decay[:, None]
+        exp = jnp.exp(logits - shift[:, None])
+        total = total + jnp.sum(exp, axis=-1)
+        if with_gradient:
+            slope = exp if logit_cap is None else exp * (1.0 - (logits / logit_cap) ** 2)
+            others = jnp.where(start + columns == target_C[:, None], 0.0, slope)
+            if vocab_size % tile and logit_cap is not None:
+                others = jnp.where(start + columns >= first, others, 0.0)  # 0 · inf
+            dx = dx + jnp.einsum(
+                "CV,VD->CD",
+                others.astype(x_CD.dtype),
+                tile_VD,
+                preferred_element_type=jnp.float32,
+            )
+        return (shift, total, dx), None
+
+    shift = jnp.zeros(num_tokens) if is_bounded else jnp.full(num_tokens, -jnp.inf)
+    start = (shift, jnp.zeros(num_tokens), jnp.zeros(x_CD.shape, jnp.float32))
+    indices = jnp.arange(-(-vocab_size // tile))
+    (shift, total, dx), _ = jax.lax.scan(add_tile, start, indices)
+
+    target_CD = table_VD[target_C].astype(jnp.float32)
+    raw = jnp.sum(x_CD.astype(jnp.float32) * target_CD, axis=-1)
+    target_logit = soft_cap(raw, logit_cap)
+    losses = jnp.log(total) + shift - target_logit
+    slope = 1.0 if logit_cap is None else 1.0 - (target_logit / logit_cap) ** 2
+    return losses, dx / total[:, None] + (jnp.expm1(-losses) * slope)[:, None] * target_CD

@@ -54,7 +54,7 @@ def show_data(console: Console, data: Data) -> None:
 
 
 def show_setup(console: Console, setup: Setup) -> None:
-    """One line on model, adapter, steps and devices."""
+    """One line on model, adapter, steps and devices, one on the program that will run."""
     info, batches = setup.model_info, setup.step_batches
     mesh = setup.spec.mesh
     console.print(
@@ -63,6 +63,7 @@ def show_setup(console: Console, setup: Setup) -> None:
         f"{batches.global_batch_size} rows on {mesh.size} {mesh.devices.flat[0].device_kind} "
         f"device{'s' if mesh.size > 1 else ''}"
     )
+    console.print(f"train step: program {setup.program_hash}")
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """The one jitted train step, the eval step, the optimizer and its schedule.
 
-Only the adapter is differentiated: frozen weights get no gradient and no optimizer state.
+Only the adapter is differentiated: frozen weights get no gradient and no optimizer state. Two
+formulations of one function: `StepSpec.fused` None differentiates model.py (the reference: any
+device, dropout, sharded weights), otherwise fused.py computes the gradient, each device on its own
+rows, with one gather of the adapter before and one reduction of its gradient after.
 """
 
 import dataclasses
@@ -11,11 +14,22 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from jaxsft.fused import FusedSpec, loss_and_gradients
+from jaxsft.fused import loss as fused_loss
+from jaxsft.fused_weights import group_adapter, write_adapter
 from jaxsft.loss import chunked_cross_entropy
 from jaxsft.packing import Batch
-from jaxsft.sharding import constrain, named
+from jaxsft.sharding import (
+    constrain,
+    gather_shards,
+    named,
+    partition_spec,
+    reduce_to_shards,
+    shard_dim,
+    shard_spec,
+)
 
 
 class TrainState(NamedTuple):
@@ -44,6 +58,7 @@ class StepSpec:
     accumulation_steps: int = 1
     use_dropout: bool = False
     seed: int = 0
+    fused: FusedSpec | None = None
 
 
 def make_schedule(
@@ -84,13 +99,21 @@ def make_transform(
 
 
 def init_state(adapter: nnx.State, spec: StepSpec) -> TrainState:
-    """TrainState at step 0, replicated over the mesh."""
+    """TrainState at step 0 on the mesh."""
 
     def init(adapter: nnx.State) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, jnp.zeros((), jnp.int32), adapter, spec.transform.init(adapter))
 
-    return jax.jit(init, out_shardings=named(spec.mesh))(adapter)
+    shardings = train_state_shardings(jax.eval_shape(init, adapter), spec)
+    return jax.jit(init, out_shardings=shardings)(adapter)
+
+
+def train_state_shardings(state: TrainState, spec: StepSpec) -> TrainState:
+    """NamedSharding of every array: with the fused step adapter and moments are split over the
+    devices (ZeRO, arXiv:1910.02054), else replicated."""
+    num_shards = 1 if spec.fused is None else spec.mesh.shape["data"]
+    return jax.tree.map(lambda x: NamedSharding(spec.mesh, shard_spec(x.shape, num_shards)), state)
 
 
 def _loss_sum(
@@ -138,20 +161,73 @@ def _gradient_sum(
     return jax.lax.scan(body, zeros, micro_batches)[0]
 
 
-@partial(jax.jit, static_argnames="spec", donate_argnames="state")
-def train_step(
-    state: TrainState, frozen: nnx.State, batch: Batch, *, spec: StepSpec
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on a global batch [B, T]; donates `state`.
+def _fused_gradient_sum(
+    adapter: nnx.State, weights: dict[str, Any], batch: Batch, spec: StepSpec
+) -> tuple[nnx.State, jax.Array, jax.Array, dict[str, Any]]:
+    """As _gradient_sum, its gradient sharded like the adapter; and the weights it wrote into."""
+    assert spec.fused is not None
+    settings, num_shards = spec.fused, spec.mesh.shape["data"]
+    leaves, tree = jax.tree.flatten(adapter)
+    dims = [shard_dim(x.shape, num_shards) for x in leaves]
+    specs = [shard_spec(x.shape, num_shards) for x in leaves]
+    group = partial(group_adapter, layout=settings.layout)
 
-    Returns the new state and scalars: loss (nats per loss token), num_loss_tokens, grad_norm
-    (before clipping), learning_rate, applied (False: loss or gradient was not finite and adapter
-    and moments are unchanged).
+    def local(shards, weights, batch):
+        whole = gather_shards([x.astype(settings.dtype) for x in shards], dims)
+        grouped = group(jax.tree.unflatten(tree, whole))
+        pairs = zip(weights["stacks"], grouped, strict=True)
+        stacks = [list(map(write_adapter, *pair)) for pair in pairs]
+        weights = weights | {"stacks": stacks}
+
+        def body(carry, micro_batch):
+            loss_sum, grads = loss_and_gradients(weights, grouped, micro_batch, settings)
+            num_tokens = jnp.sum(micro_batch.loss_mask_BT, dtype=jnp.int32)
+            return jax.tree.map(jnp.add, carry, (loss_sum, num_tokens, grads)), None
+
+        count = spec.accumulation_steps
+        micro_batches = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), grouped)
+        start = jnp.float32(0.0), jnp.int32(0), zeros
+        (loss_sum, num_tokens, grads), _ = jax.lax.scan(body, start, micro_batches)
+        with jax.named_scope("optimizer"):
+            abstract = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in whole]
+            transpose = jax.linear_transpose(group, jax.tree.unflatten(tree, abstract))
+            (by_projection,) = transpose(grads)
+            reduced = reduce_to_shards(jax.tree.leaves(by_projection), dims, num_shards)
+        return reduced, *jax.lax.psum((loss_sum, num_tokens), "data"), weights
+
+    whole_spec, rows = partition_spec(), partition_spec("batch")
+    reduced, loss_sum, num_tokens, weights = jax.shard_map(
+        local,
+        mesh=spec.mesh,
+        in_specs=(specs, whole_spec, rows),
+        out_specs=(specs, whole_spec, whole_spec, whole_spec),
+        check_vma=False,  # the loss head's trip count differs from device to device on purpose
+    )(leaves, weights, batch)
+    return jax.tree.unflatten(tree, reduced), loss_sum, num_tokens, weights
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames=("state", "frozen"))
+def train_step(
+    state: TrainState, frozen: Any, batch: Batch, *, spec: StepSpec
+) -> tuple[TrainState, Any, dict[str, jax.Array]]:
+    """One optimizer step on a global batch [B, T]; donates `state` and `frozen`.
+
+    `frozen` is the model's frozen state, or with `spec.fused` its fused weights, whose pads the
+    step writes: hence returned, all else in it unchanged.
+
+    Returns the new state, the frozen weights, and scalars: loss (nats per loss token),
+    num_loss_tokens, grad_norm (before clipping), learning_rate, applied (False: loss or gradient
+    was not finite and adapter and moments are unchanged).
     """
     key = None
     if spec.use_dropout:
         key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
-    grads, loss_sum, num_tokens = _gradient_sum(state.adapter, frozen, batch, key, spec)
+    if spec.fused is not None:
+        sums = _fused_gradient_sum(state.adapter, frozen, batch, spec)
+        grads, loss_sum, num_tokens, frozen = sums
+    else:
+        grads, loss_sum, num_tokens = _gradient_sum(state.adapter, frozen, batch, key, spec)
     # The one division. A batch without loss tokens has zero gradients; 1 keeps it finite.
     denominator = jnp.maximum(num_tokens, 1).astype(jnp.float32)
     loss = loss_sum / denominator
@@ -175,15 +251,34 @@ def train_step(
         "learning_rate": jnp.asarray(learning_rate, jnp.float32),
         "applied": applied,
     }
-    return jax.lax.with_sharding_constraint(new_state, named(spec.mesh)), metrics
+    shardings = train_state_shardings(new_state, spec)
+    return jax.lax.with_sharding_constraint(new_state, shardings), frozen, metrics
 
 
 @partial(jax.jit, static_argnames="spec")
 def eval_step(
-    adapter: nnx.State, frozen: nnx.State, batch: Batch, *, spec: StepSpec
+    adapter: nnx.State, frozen: Any, batch: Batch, *, spec: StepSpec
 ) -> tuple[jax.Array, jax.Array]:
     """(loss sum in nats, number of loss tokens) of a batch [B, T], without dropout."""
-    return _loss_sum(adapter, frozen, batch, None, spec)
+    if spec.fused is None:
+        return _loss_sum(adapter, frozen, batch, None, spec)
+    settings, rows = spec.fused, partition_spec("batch")
+
+    def local(adapter, weights, batch):
+        whole = jax.tree.map(lambda x: x.astype(settings.dtype), adapter)
+        grouped = group_adapter(whole, settings.layout)
+        loss_sum = fused_loss(weights, grouped, batch, settings)
+        num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
+        return jax.lax.psum((loss_sum, num_tokens), "data")
+
+    whole_spec = partition_spec()
+    return jax.shard_map(
+        local,
+        mesh=spec.mesh,
+        in_specs=(whole_spec, whole_spec, rows),
+        out_specs=(whole_spec, whole_spec),
+        check_vma=False,
+    )(adapter, frozen, batch)
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:

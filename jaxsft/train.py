@@ -24,16 +24,16 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxsft.build import Data, Setup, build, check_early, load_data
+from jaxsft.build import Data, Setup, build, check_early, load_data, plain_weights
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.data import batches
 from jaxsft.evaluate import answer_prompts, held_out_loss, is_exact_format, score_format
-from jaxsft.metrics import MetricsWriter, Throughput
+from jaxsft.metrics import MetricsWriter, Throughput, write_json
 from jaxsft.peft_io import save_adapter
 from jaxsft.report import progress, show_data, show_finished, show_result, show_setup
-from jaxsft.step import TrainState, put_batch, train_step
+from jaxsft.step import put_batch, train_step
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -103,19 +103,19 @@ def run(
     """Measures unless `before` is known, trains, measures, writes the results."""
     with checkpoints, MetricsWriter(run_dir, int(setup.state.step)) as writer:
         if before is None:
-            before = measure(config, data, setup, setup.state, writer, console)
+            before = measure(config, data, setup, writer, console)
             write_json(run_dir / "before.json", before | {"of": measured_of(config, data, setup)})
-        state = setup.state
         if not interrupted():
-            state = train(config, data, setup, checkpoints, writer, console, interrupted)
-        if int(state.step) < len(setup.step_batches):
+            setup = train(config, data, setup, checkpoints, writer, console, interrupted)
+        if int(setup.state.step) < len(setup.step_batches):
             console.print("Interrupted, nothing is lost. To go on, run the same command again.")
             return EXIT_INTERRUPTED
-        after = measure(config, data, setup, state, writer, console)
-    model = nnx.merge(setup.spec.graphdef, state.adapter, setup.frozen)
+        after = measure(config, data, setup, writer, console)
+    model = nnx.merge(setup.spec.graphdef, setup.state.adapter, setup.model_weights)
     save_adapter(run_dir / "adapter", model, setup.adapter_config)
     write_samples(run_dir / "samples.jsonl", before, after)
-    write_json(run_dir / "result.json", {"before": before, "after": after})
+    result = {"before": before, "after": after, "program_hash": setup.program_hash}
+    write_json(run_dir / "result.json", result)
     show_result(console, run_dir)
     console.print(f"The adapter is in {run_dir / 'adapter'}, everything else beside it.")
     return 0
@@ -129,9 +129,12 @@ def train(
     writer: MetricsWriter,
     console: Console,
     interrupted: Callable[[], bool],
-) -> TrainState:
-    """The loop, from the state in `setup` to the last step, or to where a signal stopped it."""
-    state, spec = setup.state, setup.spec
+) -> Setup:
+    """The loop, from the state in `setup` to the last step, or to where a signal stopped it.
+
+    Returns `setup` as it stands then; the one that was given is donated to the steps.
+    """
+    state, frozen, spec = setup.state, setup.frozen, setup.spec
     first_step, last_step = int(state.step), len(setup.step_batches)
     throughput = Throughput()
     num_nonfinite = 0  # in a row
@@ -140,7 +143,7 @@ def train(
             step = index + 1
             on_device = put_batch(batch, spec.mesh)
             with jax.transfer_guard("disallow"):
-                state, scalars = train_step(state, setup.frozen, on_device, spec=spec)
+                state, frozen, scalars = train_step(state, frozen, on_device, spec=spec)
             metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}
 
             num_tokens = int((batch.segment_ids_BT > 0).sum())
@@ -165,10 +168,11 @@ def train(
             if stop:
                 break
             if config.eval_steps and step % config.eval_steps == 0 and step < last_step:
-                writer.log(step, {"eval/loss": eval_loss(config, data, setup, state)})
+                now = dataclasses.replace(setup, state=state, frozen=frozen)
+                writer.log(step, {"eval/loss": eval_loss(config, data, now)})
                 throughput.restart_clock(time.monotonic())
     checkpoints.wait()
-    return state
+    return dataclasses.replace(setup, state=state, frozen=frozen)
 
 
 @contextmanager
@@ -227,33 +231,34 @@ def load_before(
     )
 
 
-def eval_loss(config: TrainConfig, data: Data, setup: Setup, state: TrainState) -> float:
+def eval_loss(config: TrainConfig, data: Data, setup: Setup) -> float:
     """Held-out loss in nats per completion token; NaN without held-out files."""
     if data.heldout is None:
         return math.nan
-    rows, batch_size = data.heldout.packed, config.eval.batch_size
-    return held_out_loss(state.adapter, setup.frozen, rows, spec=setup.spec, batch_size=batch_size)
+    rows, adapter = data.heldout.packed, setup.state.adapter
+    return held_out_loss(
+        adapter, setup.frozen, rows, spec=setup.spec, batch_size=config.eval.batch_size
+    )
 
 
 def measure(
     config: TrainConfig,
     data: Data,
     setup: Setup,
-    state: TrainState,
     writer: MetricsWriter,
     console: Console,
 ) -> dict[str, Any]:
     """Held-out loss, and the form of the answers to the first held-out prompts."""
     if data.heldout is None:
         return {}
-    step, samples = int(state.step), data.heldout_samples
+    step, samples = int(setup.state.step), data.heldout_samples
     console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
-    scores: dict[str, Any] = {"loss": eval_loss(config, data, setup, state)}
+    scores: dict[str, Any] = {"loss": eval_loss(config, data, setup)}
     answers: list[dict[str, Any]] = []
     if config.eval.num_prompts:
         generated = answer_prompts(
-            state.adapter,
-            setup.frozen,
+            setup.state.adapter,
+            plain_weights(setup),
             samples[: config.eval.num_prompts],
             data.tokenizer,
             spec=setup.spec,
@@ -280,20 +285,6 @@ def write_samples(path: Path, before: dict[str, Any], after: dict[str, Any]) -> 
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes whole or not at all; NaN, which JSON lacks, becomes null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(each) for key, each in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    partial = path.with_name(path.name + ".tmp")
-    text = json.dumps(finite(values), ensure_ascii=False, indent=1, allow_nan=False)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

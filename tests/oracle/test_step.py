@@ -28,7 +28,7 @@ from twins import WINDOW
 from jaxsft import lora
 from jaxsft.model import Gemma
 from jaxsft.packing import Batch, PackedRows, Sample, best_fit_decreasing, one_per_row
-from jaxsft.sharding import make_mesh
+from jaxsft.sharding import make_mesh, state_shardings
 from jaxsft.step import (
     StepSpec,
     TrainState,
@@ -66,7 +66,9 @@ def prepare(model: Gemma, **settings: Any) -> tuple[TrainState, nnx.State, StepS
         chunk_tokens=16,
         **settings,
     )
-    return init_state(adapter, spec), frozen, spec
+    # A copy, on the mesh: the step donates the weights, and the twins' own are for all tests.
+    copied = jax.tree.map(jnp.copy, frozen)
+    return init_state(adapter, spec), jax.device_put(copied, state_shardings(frozen, MESH)), spec
 
 
 def pack(samples: list[Sample], row_length: int = ROW_LENGTH, num_rows: int | None = None) -> Batch:
@@ -130,7 +132,9 @@ def test_five_steps_equal_torch(name: str, overrides: dict[str, int]) -> None:
     cache_size = 0
     for step, samples in enumerate(STEPS):
         old_leaves = jax.tree.leaves(state)
-        state, metrics = train_step(state, frozen, pack(samples, num_rows=3), spec=spec)
+        state, frozen, metrics = train_step(
+            state, frozen, pack(samples, num_rows=3), spec=spec
+        )
         assert all(leaf.is_deleted() for leaf in old_leaves)  # donated
         if step == 0:
             cache_size = train_step._cache_size()
@@ -180,7 +184,7 @@ def loss_and_gradients(how: str) -> tuple[float, AdapterTensors]:
     state, frozen, spec = prepare(
         model, transform=RECORD, schedule=AT_ZERO, accumulation_steps=accumulation
     )
-    state, metrics = train_step(state, frozen, batch, spec=spec)
+    state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
     num_labels = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
     assert int(metrics["num_loss_tokens"]) == num_labels
     return float(metrics["loss"]), our_tensors(spec.graphdef, state.moments.trace, frozen)
@@ -212,7 +216,8 @@ def run(batches: list[tuple[nnx.State, Batch]]) -> tuple[TrainState, list[dict[s
     state, history = init_state(adapter, spec), []
     with jax.transfer_guard("disallow"):
         for frozen, batch in batches:
-            state, metrics = train_step(state, frozen, batch, spec=spec)
+            frozen = jax.tree.map(jnp.copy, frozen)  # donated
+            state, _, metrics = train_step(state, frozen, batch, spec=spec)
             history.append(metrics)
     return state, history
 
@@ -291,7 +296,7 @@ def dropout_losses(rate: float, use_dropout: bool, num_steps: int = 3) -> list[f
     )
     batch, losses = pack(STEPS[0], num_rows=3), []
     for _ in range(num_steps):
-        state, metrics = train_step(state, frozen, batch, spec=spec)
+        state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
         losses.append(float(metrics["loss"]))
     return losses
 

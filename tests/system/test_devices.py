@@ -138,7 +138,8 @@ def measure() -> dict[str, Any]:
     initial, reference, report = leaves(adapter), {}, {}
     for case, (data, fsdp) in CASES.items():
         mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
-        placed = jax.device_put(frozen, state_shardings(frozen, mesh))
+        copied = jax.tree.map(jnp.copy, frozen)  # the step donates it
+        placed = jax.device_put(copied, state_shardings(frozen, mesh))
         spec = step.StepSpec(
             graphdef,
             transform,
@@ -156,7 +157,7 @@ def measure() -> dict[str, Any]:
         cache_size, history, gradients, changes = step.train_step._cache_size(), [], [], []
         for batch in batches:
             placed_batch = step.put_batch(batch, mesh)
-            state, metrics = step.train_step(state, placed, placed_batch, spec=spec)
+            state, placed, metrics = step.train_step(state, placed, placed_batch, spec=spec)
             assert bool(metrics["applied"])
             history.append((float(metrics["loss"]), int(metrics["num_loss_tokens"])))
             gradients.append(leaves(state.moments[0].trace))

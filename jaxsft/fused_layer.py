@@ -1,0 +1,246 @@
+"""One layer of a Gemma with LoRA, forward and backward written out by hand.
+
+The same function as model.py's Block with autodiff, for training alone: LoRA rides inside the
+frozen matmuls (fused_weights.py), what is costly to compute again is saved, and the backward pass
+reads each saved array where it needs it. Only the adapter gets a gradient.
+
+Axes: N = B·T tokens, D model, F MLP; `pads` are the extra rows and columns that hold the adapter.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsft import flash_attention
+from jaxsft.attention import Tokens, attend, visible
+from jaxsft.flash_attention import HeadLayout
+from jaxsft.fused_weights import Layer, split_heads
+from jaxsft.layers import apply_rotary, rms_norm, rotary_table
+from jaxsft.packing import Batch
+from jaxsft.presets import LOCAL, GemmaConfig
+
+
+class Attend(NamedTuple):
+    """Attention on the projection's columns: (qkv [B, T, C], head norms) -> [B, T, N·H], and
+    its gradient by qkv."""
+
+    forward: Callable[[jax.Array, jax.Array], jax.Array]
+    backward: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def make_attend(config: GemmaConfig, kind: str, batch: Batch, *, use_kernel: bool) -> Attend:
+    """The Pallas kernels, or the XLA reference with autodiff."""
+    window = config.sliding_window if kind == LOCAL else None
+    theta = config.rope_theta_local if kind == LOCAL else config.rope_theta_global
+    table = rotary_table(batch.positions_BT, config.head_dim, theta)
+    if use_kernel:
+        layout = HeadLayout(
+            num_kv_heads=config.num_kv_heads,
+            group_size=config.num_heads // config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.query_scale,
+            logit_cap=config.attn_softcap,
+            # A window as long as the row hides nothing.
+            window=None if window is None or window >= batch.tokens_BT.shape[1] else window,
+            norm_eps=config.rms_norm_eps if config.qk_norm else None,
+        )
+        rotary, segments = table[..., 0, :], batch.segment_ids_BT
+        return Attend(
+            lambda qkv, norms: flash_attention.forward(qkv, rotary, norms, segments, layout),
+            lambda qkv, norms, d_out: flash_attention.backward(
+                qkv, d_out, rotary, norms, segments, layout
+            ),
+        )
+    where = Tokens(batch.positions_BT, batch.segment_ids_BT)
+    mask = visible(where, where, window)
+
+    def forward(qkv: jax.Array, norms: jax.Array) -> jax.Array:
+        heads = (x.reshape(*x.shape[:2], -1, config.head_dim) for x in split_heads(qkv, config))
+        q, k, v = heads
+        if config.qk_norm:
+            q = rms_norm(q, norms[0], config.rms_norm_eps)
+            k = rms_norm(k, norms[1], config.rms_norm_eps)
+        q, k = apply_rotary(q, table), apply_rotary(k, table)
+        out = attend(q, k, v, mask, scale=config.query_scale, logit_cap=config.attn_softcap)
+        return out.reshape(*qkv.shape[:2], -1)
+
+    def backward(qkv: jax.Array, norms: jax.Array, d_out: jax.Array) -> jax.Array:
+        return jax.vjp(lambda qkv: forward(qkv, norms), qkv)[1](d_out)[0]
+
+    return Attend(forward, backward)
+
+
+def _matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: Any = None) -> jax.Array:
+    """Product over one axis of each operand, accumulated in float32, in a's dtype by default."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype or a.dtype)
+
+
+@jax.named_scope("norm")
+def norm(x_ND: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """(RMSNorm of x, 1 / rms float32 [N])."""
+    x_f32 = x_ND.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1) + eps)
+    return _scaled(x_ND, inverse_rms, scale_D), inverse_rms
+
+
+@jax.named_scope("norm")
+def _scaled(x_ND: jax.Array, inverse_rms_N: jax.Array, scale_D: jax.Array) -> jax.Array:
+    x_f32 = x_ND.astype(jnp.float32) * inverse_rms_N[:, None]
+    return (x_f32 * (1.0 + scale_D.astype(jnp.float32))).astype(x_ND.dtype)
+
+
+@jax.named_scope("norm")
+def norm_backward(
+    dy_ND: jax.Array, x_ND: jax.Array, inverse_rms_N: jax.Array, scale_D: jax.Array
+) -> jax.Array:
+    """Gradient of x, float32: (g - x̂ mean(g x̂)) / rms with g = dy (1 + scale)."""
+    g = dy_ND.astype(jnp.float32) * (1.0 + scale_D.astype(jnp.float32))
+    x_hat = x_ND.astype(jnp.float32) * inverse_rms_N[:, None]
+    return inverse_rms_N[:, None] * (g - x_hat * jnp.mean(g * x_hat, axis=-1, keepdims=True))
+
+
+@jax.named_scope("lora")
+def _with_xa(x_NI: jax.Array, a: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """([x | x A], x A); x itself where the projection has no adapter."""
+    if a is None:
+        return x_NI, None
+    xa = _matmul(x_NI, a, (1, 0))
+    return jnp.concatenate([x_NI, xa], axis=-1), xa
+
+
+@jax.named_scope("lora")
+def _input_gradient(
+    dx_padded: jax.Array, a: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """(dx, d(x A)) from dy [W; s·B]ᵀ, whose last columns are the gradient of x A."""
+    if a is None:
+        return dx_padded, None
+    in_dim = dx_padded.shape[-1] - a.shape[-1]
+    dxa = dx_padded[:, in_dim:]
+    return dx_padded[:, :in_dim] + _matmul(dxa, a, (1, 1)), dxa
+
+
+@jax.named_scope("lora")
+def _factor_gradient(left: jax.Array | None, right: jax.Array | None) -> jax.Array | None:
+    """leftᵀ right over the tokens, float32: dA = xᵀ d(xA), d(s·B) = (xA)ᵀ dy."""
+    if left is None or right is None:
+        return None
+    return _matmul(left, right, (0, 0), jnp.float32)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def layer_forward(
+    x_ND: jax.Array,
+    layer: Layer,
+    lora: Layer,
+    attend: Attend,
+    batch_shape: tuple[int, int],
+    eps: float,
+) -> tuple[jax.Array, Layer]:
+    """One layer: ([N, D], what its backward pass wants to have)."""
+    saved: Layer = {"x": x_ND}
+    with jax.named_scope("attention"):
+        h, saved["pre_attn"] = norm(x_ND, layer["pre_attn_norm"], eps)
+        h, saved["qkv_xa"] = _with_xa(h, lora.get("qkv_a"))
+        saved["qkv"] = _matmul(h, layer["qkv"], (1, 0))
+        out = attend.forward(saved["qkv"].reshape(*batch_shape, -1), layer["head_norms"])
+        saved["heads"] = out.reshape(x_ND.shape[0], -1)
+        h, saved["o_xa"] = _with_xa(saved["heads"], lora.get("o_a"))
+        saved["attn"] = y = _matmul(h, layer["o"], (1, 0))
+        if "post_attn_norm" in layer:
+            y, saved["post_attn"] = norm(y, layer["post_attn_norm"], eps)
+    x_ND = x_ND + y
+    with jax.named_scope("mlp"):
+        h, saved["pre_mlp"] = norm(x_ND, layer["pre_mlp_norm"], eps)
+        h, saved["mlp_xa"] = _with_xa(h, lora.get("mlp_a"))
+        saved["gate"] = _matmul(h, layer["gate"], (1, 0))
+        saved["up"] = _matmul(h, layer["up"], (1, 0))
+        y = _matmul(_gelu(saved["gate"]) * saved["up"], layer["down"], (1, 0))
+        if "down_b" in lora:
+            # Here x A comes out as the last columns of x [W | A].
+            y, saved["down_xa"] = y[:, : x_ND.shape[1]], y[:, x_ND.shape[1] :]
+            with jax.named_scope("lora"):
+                y = y + _matmul(saved["down_xa"], lora["down_b"], (1, 0))
+        saved["mlp"] = y
+        if "post_mlp_norm" in layer:
+            y, saved["post_mlp"] = norm(y, layer["post_mlp_norm"], eps)
+    return x_ND + y, {name: value for name, value in saved.items() if value is not None}
+
+
+def layer_backward(
+    dx_ND: jax.Array,
+    layer: Layer,
+    lora: Layer,
+    saved: Callable[[str], Any],
+    attend: Attend,
+    batch_shape: tuple[int, int],
+) -> tuple[jax.Array, Layer]:
+    """(gradient of the layer's input, gradients of its grouped adapter in float32).
+
+    `saved(name)` is asked anew for every use: a value read once into several consumers would be
+    copied out of its stack first.
+    """
+    dtype, grads = dx_ND.dtype, {}
+
+    def post_norm(dy: jax.Array, name: str) -> jax.Array:
+        if f"post_{name}_norm" not in layer:
+            return dy
+        scale = layer[f"post_{name}_norm"]
+        return norm_backward(dy, saved(name), saved(f"post_{name}"), scale).astype(dtype)
+
+    def middle() -> jax.Array:
+        """The residual stream between attention and MLP, from what was saved."""
+        y = saved("attn")
+        if "post_attn_norm" in layer:
+            y = _scaled(y, saved("post_attn"), layer["post_attn_norm"])
+        return saved("x") + y
+
+    with jax.named_scope("mlp"):
+        dy = post_norm(dx_ND, "mlp")
+        dy_padded = dy
+        if "down_b" in lora:
+            with jax.named_scope("lora"):
+                dxa = _matmul(dy, lora["down_b"], (1, 1))
+                dy_padded = jnp.concatenate([dy, dxa], axis=-1)
+                hidden = _gelu(saved("gate")) * saved("up")
+                grads["down_a"] = _factor_gradient(hidden, dxa)
+                grads["down_b"] = _factor_gradient(saved("down_xa"), dy)
+        d_hidden = _matmul(dy_padded, layer["down"], (1, 1)).astype(jnp.float32)
+        gelu, gelu_vjp = jax.vjp(_gelu, saved("gate").astype(jnp.float32))
+        d_gate = gelu_vjp(d_hidden * saved("up").astype(jnp.float32))[0].astype(dtype)
+        d_up = (d_hidden * gelu).astype(dtype)
+        dh = _matmul(d_gate, layer["gate"], (1, 1), jnp.float32)
+        dh = (dh + _matmul(d_up, layer["up"], (1, 1), jnp.float32)).astype(dtype)
+        dh, dxa = _input_gradient(dh, lora.get("mlp_a"))
+        if dxa is not None:
+            h = _scaled(middle(), saved("pre_mlp"), layer["pre_mlp_norm"])
+            grads["mlp_a"] = _factor_gradient(h, dxa)
+        for name, d_part in (("gate", d_gate), ("up", d_up)):
+            if f"{name}_b" in lora:
+                grads[f"{name}_b"] = _factor_gradient(saved("mlp_xa"), d_part)
+        dh = norm_backward(dh, middle(), saved("pre_mlp"), layer["pre_mlp_norm"])
+    dx_ND = (dx_ND.astype(jnp.float32) + dh).astype(dtype)
+    with jax.named_scope("attention"):
+        dy = post_norm(dx_ND, "attn")
+        d_heads, dxa = _input_gradient(_matmul(dy, layer["o"], (1, 1)), lora.get("o_a"))
+        if dxa is not None:
+            grads["o_a"] = _factor_gradient(saved("heads"), dxa)
+            grads["o_b"] = _factor_gradient(saved("o_xa"), dy)
+        d_qkv = attend.backward(
+            saved("qkv").reshape(*batch_shape, -1),
+            layer["head_norms"],
+            d_heads.reshape(*batch_shape, -1),
+        ).reshape(dx_ND.shape[0], -1)
+        dh, dxa = _input_gradient(_matmul(d_qkv, layer["qkv"], (1, 1)), lora.get("qkv_a"))
+        if dxa is not None:
+            h = _scaled(saved("x"), saved("pre_attn"), layer["pre_attn_norm"])
+            grads["qkv_a"] = _factor_gradient(h, dxa)
+            grads["qkv_b"] = _factor_gradient(saved("qkv_xa"), d_qkv)
+        dh = norm_backward(dh, saved("x"), saved("pre_attn"), layer["pre_attn_norm"])
+    return (dx_ND.astype(jnp.float32) + dh).astype(dtype), grads

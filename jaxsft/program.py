@@ -1,0 +1,287 @@
+"""The train step of a config as a program: what is static, the shapes of its arguments, its hash.
+
+`train` runs and `plan` compiles the program that is made here, so a plan is about the step that
+will run: equal hashes say so. Nothing here holds weights or takes memory on a device.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental.mosaic.dialects import tpu
+from jax.extend.mlir import ir
+from jax.sharding import Mesh
+
+from jaxsft import flash_attention, lora
+from jaxsft.config import TrainConfig
+from jaxsft.fused import FusedSpec
+from jaxsft.fused_weights import fuse, make_layout
+from jaxsft.gguf_io import GGUFFile, hf_config
+from jaxsft.model import Gemma
+from jaxsft.packing import Batch, num_steps
+from jaxsft.presets import PRESETS, GemmaConfig, from_hf_config
+from jaxsft.sharding import make_mesh, named, state_shardings
+from jaxsft.step import (
+    StepSpec,
+    TrainState,
+    init_state,
+    make_schedule,
+    make_transform,
+    train_state_shardings,
+    train_step,
+)
+
+
+class StepArguments(NamedTuple):
+    """The arguments of `train_step`. Arrays, or their `ShapeDtypeStruct`s with shardings."""
+
+    spec: StepSpec
+    state: TrainState
+    frozen: Any  # the model's frozen state, or its fused weights
+    batch: Batch
+
+
+def architecture(model_path: str) -> tuple[GemmaConfig, str]:
+    """(the model's architecture, where it was read) for a `model.path`; weights are not needed.
+
+    A directory's config.json or a .gguf file counts when it is there, else the last part of the
+    path is taken for a model's name: google/gemma-2-2b-it is the preset gemma-2-2b.
+
+    Raises ValueError for a name that is no preset's, and for a config that isn't supported.
+    """
+    if model_path == "demo":
+        return PRESETS["gemma-3-270m"], "preset gemma-3-270m"
+    path = Path(model_path)
+    if path.suffix == ".gguf" and path.exists():
+        return from_hf_config(hf_config(GGUFFile(path))), str(path)
+    if path.is_dir():
+        return from_hf_config(path / "config.json"), str(path / "config.json")
+    name = path.name.lower().removesuffix("-it").removesuffix("-pt")
+    if name not in PRESETS:
+        raise ValueError(
+            f"model.path {model_path}: no such directory or .gguf file, and {path.name!r} is not "
+            f"the name of a known model; known: {', '.join(PRESETS)}, each also with -it"
+        )
+    return PRESETS[name], f"preset {name}, {model_path} is not on this machine"
+
+
+def check_positions(config: TrainConfig, model_config: GemmaConfig) -> None:
+    """ValueError when rows are longer than the model's positions."""
+    if config.data.max_length > model_config.max_positions:
+        raise ValueError(
+            f"data.max_length {config.data.max_length} is beyond the model's "
+            f"{model_config.max_positions} positions"
+        )
+
+
+def num_run_steps(config: TrainConfig, num_rows: int) -> int:
+    """Optimizer steps of a run over `num_rows`; ValueError when its warm-up is not shorter."""
+    steps = config.max_steps or num_steps(
+        num_rows, config.num_train_epochs, config.global_batch_size
+    )
+    if config.warmup_steps >= steps:
+        raise ValueError(f"warmup_steps {config.warmup_steps} is not below the run's {steps} steps")
+    return steps
+
+
+def mesh_of(config: TrainConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of a run on `devices`; their number must be a multiple of `config.fsdp`."""
+    return make_mesh(len(devices) // config.fsdp, config.fsdp, devices)
+
+
+def inject_adapter(config: TrainConfig, model: Gemma) -> None:
+    """Puts the fresh adapter that the options ask for into the model, in place."""
+    options = config.lora
+    lora.inject(
+        model,
+        rank=options.r,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        use_rslora=options.use_rslora,
+        targets=options.target_modules,
+        rngs=nnx.Rngs(lora=config.seed),
+    )
+
+
+def make_fused_spec(config: TrainConfig, model_config: GemmaConfig, mesh: Mesh) -> FusedSpec | None:
+    """The fused step's settings, None for the plain one; ValueError where `step` cannot be had."""
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    obstacles = [
+        text
+        for holds, text in (
+            (config.lora.dropout > 0, f"lora.dropout {config.lora.dropout}"),
+            (config.fsdp > 1, f"fsdp {config.fsdp}"),
+            (
+                config.model.dtype != config.model.param_dtype,
+                f"model.param_dtype {config.model.param_dtype} with dtype {config.model.dtype}",
+            ),
+        )
+        if holds
+    ]
+    if config.step == "fused" and obstacles:
+        raise ValueError(f"step fused does not go with {' and '.join(obstacles)}; use step plain")
+    if config.step == "plain" or obstacles or (config.step == "auto" and not on_tpu):
+        return None
+    length, head_dim = config.data.max_length, model_config.head_dim
+    if on_tpu and not flash_attention.supports(length, head_dim):
+        raise ValueError(
+            f"data.max_length {length} does not suit the TPU's attention kernels: use a multiple "
+            f"of {flash_attention.BLOCK_Q} up to {flash_attention.MAX_ROW_LENGTH}, or step plain"
+        )
+    options = config.lora
+    layout = make_layout(
+        model_config,
+        row_length=length,
+        rank=options.r,
+        scale=lora.lora_scale(options.r, options.alpha, options.use_rslora),
+        targets=lora.resolve_targets(options.target_modules),
+    )
+    return FusedSpec(
+        layout=layout,
+        dtype=jnp.dtype(config.model.dtype),
+        chunk_tokens=config.loss_chunk_tokens,
+        recompute_layers=config.model.remat == "full",
+        use_kernel=on_tpu,
+    )
+
+
+def make_spec(
+    config: TrainConfig,
+    model_config: GemmaConfig,
+    graphdef: nnx.GraphDef,
+    mesh: Mesh,
+    steps: int,
+) -> StepSpec:
+    """Everything static about the step of a run of so many steps."""
+    return StepSpec(
+        graphdef=graphdef,
+        transform=make_transform(
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        ),
+        schedule=make_schedule(
+            config.lr_scheduler_type,
+            peak=config.learning_rate,
+            end=config.min_learning_rate,
+            warmup_steps=config.warmup_steps,
+            num_steps=steps,
+        ),
+        mesh=mesh,
+        logit_cap=model_config.final_softcap,
+        chunk_tokens=config.loss_chunk_tokens,
+        accumulation_steps=config.gradient_accumulation_steps,
+        use_dropout=config.lora.dropout > 0,
+        seed=config.seed,
+        fused=make_fused_spec(config, model_config, mesh),
+    )
+
+
+def abstract_setup(
+    config: TrainConfig,
+    model_config: GemmaConfig,
+    devices: Sequence[jax.Device],
+    steps: int,
+) -> StepArguments:
+    """The step's arguments as shapes, dtypes and shardings, for devices that need not exist."""
+    check_positions(config, model_config)
+    options, mesh = config.model, mesh_of(config, devices)
+
+    def build() -> Gemma:
+        model = Gemma(
+            model_config,
+            dtype=options.dtype,
+            param_dtype=options.param_dtype,
+            remat=options.remat,
+            rngs=nnx.Rngs(0),
+        )
+        inject_adapter(config, model)
+        return model
+
+    graphdef, adapter, frozen = lora.split(nnx.eval_shape(build))
+    spec = make_spec(config, model_config, graphdef, mesh, steps)
+    state = jax.eval_shape(lambda adapter: init_state(adapter, spec), adapter)
+    return StepArguments(
+        spec,
+        jax.tree.map(_struct, state, train_state_shardings(state, spec)),
+        abstract_weights(frozen, spec),
+        abstract_batch(config, mesh),
+    )
+
+
+def abstract_weights(frozen: nnx.State, spec: StepSpec) -> Any:
+    """The frozen weights as the step takes them, from the model's: shapes and shardings."""
+    if spec.fused is None:
+        return jax.tree.map(_struct, frozen, state_shardings(frozen, spec.mesh))
+    weights = jax.eval_shape(partial(fuse, layout=spec.fused.layout), frozen)
+    return jax.tree.map(lambda x: _struct(x, named(spec.mesh)), weights)
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """A global batch [B, T] as `put_batch` makes it, without its numbers."""
+    shape = (config.global_batch_size, config.data.max_length)
+    sharding = named(mesh, "batch", None)
+    structs: list[Any] = [
+        jax.ShapeDtypeStruct(
+            shape, jnp.bool_ if name == "loss_mask_BT" else jnp.int32, sharding=sharding
+        )
+        for name in Batch._fields
+    ]
+    return Batch(*structs)
+
+
+def lower_step(arguments: StepArguments) -> jax.stages.Lowered:
+    """The train step as StableHLO, for the platform of the mesh."""
+    spec, *arrays = arguments
+    return train_step.lower(*arrays, spec=spec)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """XLA's options for the train step on the mesh's platform."""
+    return {}
+
+
+def program_hash(lowered: jax.stages.Lowered, compiler_options: Mapping[str, Any]) -> str:
+    """16 hex digits that tell apart any two programs, or ways to compile them.
+
+    The SHA-256 of the StableHLO, which holds shapes, shardings, constants and Pallas kernels but
+    neither source locations nor the kind of device, and of the compiler's options.
+    """
+    text = _KERNEL_BODY.sub(_kernel_without_locations, lowered.as_text())
+    options = json.dumps(dict(compiler_options), sort_keys=True)
+    return hashlib.sha256(f"{text}\n{options}".encode()).hexdigest()[:16]
+
+
+# A Pallas kernel in a custom call: MLIR bytecode, with the paths and lines of its source in it.
+_KERNEL_BODY = re.compile(r"(?<=\\22body\\22: \\22)[A-Za-z0-9+/=]+(?=\\22)")
+
+
+def _kernel_without_locations(body: re.Match[str]) -> str:
+    context = ir.Context()
+    context.allow_unregistered_dialects = True
+    tpu.register_dialect(context)
+    with context:
+        module = ir.Module.parse(base64.b64decode(body.group()))
+        return module.operation.get_asm(enable_debug_info=False)
+
+
+def num_bytes_per_device(tree: Any) -> int:
+    """Bytes that the arrays of a tree (or their shapes, with shardings) take on one device."""
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )
+
+
+def _struct(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,0 +1,143 @@
+"""The fused step is the plain one: losses, gradients, updates, on every architecture and subset."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from lora_twins import make_peft, random_samples, twin, with_adapter
+
+from jaxsft import lora
+from jaxsft.fused import FusedSpec
+from jaxsft.fused_weights import FusedLayout, fuse, make_layout, unfuse
+from jaxsft.model import Gemma
+from jaxsft.packing import Batch, PackedRows, best_fit_decreasing
+from jaxsft.sharding import make_mesh
+from jaxsft.step import StepSpec, eval_step, init_state, make_schedule, put_batch, train_step
+from jaxsft.lora import TARGETS
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROW_LENGTH = 40
+MESH = make_mesh(1, devices=jax.devices()[:1])
+CONSTANT = make_schedule("constant", peak=1e-3, end=0.0, warmup_steps=0, num_steps=5)
+
+
+def batch_of(num_rows: int) -> Batch:
+    samples = random_samples([40, 17, 22, 31, 12, 9, 25, 14], seed=3)
+    rows = PackedRows(
+        samples, best_fit_decreasing([len(s.ids) for s in samples], ROW_LENGTH), ROW_LENGTH
+    )
+    return put_batch(rows.batch([i % len(rows) for i in range(num_rows)]), MESH)
+
+
+def layout_of(model: Gemma, targets: tuple[str, ...] = TARGETS) -> FusedLayout:
+    block = model.blocks[0]
+    lora_module = next(
+        module.lora for part in (block.attn, block.mlp) for name in TARGETS
+        if (module := getattr(part, name, None)) is not None and module.lora is not None
+    )
+    return make_layout(
+        model.config,
+        row_length=ROW_LENGTH,
+        rank=lora_module.a[...].shape[-1],
+        scale=lora_module.scale,
+        targets=targets,
+    )
+
+
+def both(
+    model: Gemma, layout: FusedLayout, **settings: Any
+) -> list[tuple[Any, Any, StepSpec]]:
+    """(state, frozen weights, spec) of the plain and of the fused step."""
+    graphdef, adapter, frozen = lora.split(model)
+    plain = StepSpec(
+        graphdef=graphdef,
+        transform=optax.trace(decay=0.0),  # keeps the step's gradient as its state
+        schedule=CONSTANT,
+        mesh=MESH,
+        logit_cap=model.config.final_softcap,
+        chunk_tokens=16,
+        **settings,
+    )
+    fused_spec = FusedSpec(
+        layout, jnp.dtype("float32"), chunk_tokens=16, recompute_layers=False, use_kernel=False
+    )
+    fused = dataclasses.replace(plain, fused=fused_spec)
+    copied, weights = jax.tree.map(jnp.copy, (frozen, fuse(frozen, layout)))  # both are donated
+    return [
+        (init_state(adapter, plain), copied, plain),
+        (init_state(adapter, fused), weights, fused),
+    ]
+
+
+def assert_gradients_equal(ours: nnx.State, reference: nnx.State) -> None:
+    for (path, x), y in zip(
+        jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), strict=True
+    ):
+        difference = np.linalg.norm(np.asarray(x) - np.asarray(y))
+        assert difference <= 1e-4 * np.linalg.norm(y), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("gemma1", {"num_hidden_layers": 3}),
+        ("gemma2", {"num_hidden_layers": 3}),  # windows of 8, a tail
+        ("gemma2", {"num_hidden_layers": 5, "sliding_window": 64}),  # uniform, an odd layer
+        ("gemma3-1b", {"sliding_window_pattern": 2, "num_hidden_layers": 3}),
+    ],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_equals_the_plain_step(name: str, overrides: dict[str, int], recompute: bool) -> None:
+    hf_model, model = twin(name, **overrides)
+    model = with_adapter(model, make_peft(hf_model, random_b=True))
+    plain, fused = both(model, layout_of(model), accumulation_steps=2)
+    if recompute:
+        settings = fused[2].fused._replace(recompute_layers=True)
+        fused = (*fused[:2], dataclasses.replace(fused[2], fused=settings))
+    batch, results = batch_of(6), []
+    for state, frozen, spec in (plain, fused):
+        loss_sum, num_tokens = eval_step(state.adapter, frozen, batch, spec=spec)
+        state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
+        assert abs(float(loss_sum) / float(num_tokens) - float(metrics["loss"])) < 1e-5
+        results.append((metrics, state))
+    (expected, state), (metrics, fused_state) = results
+    assert abs(float(metrics["loss"]) - float(expected["loss"])) < 1e-5
+    assert int(metrics["num_loss_tokens"]) == int(expected["num_loss_tokens"])
+    assert_gradients_equal(fused_state.moments.trace, state.moments.trace)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("up_proj",), ("down_proj", "o_proj")])
+def test_subsets_of_the_projections(targets: tuple[str, ...]) -> None:
+    _, model = twin("gemma2", num_hidden_layers=3)
+    model = nnx.merge(*nnx.split(model))
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
+    lora.inject(model, rank=3, alpha=7.0, targets=targets, rngs=nnx.Rngs(lora=1))
+    for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, lora.LoRA):
+            module.b[...] = jax.random.normal(jax.random.key(2), module.b[...].shape) * 0.1
+    states = []
+    for state, frozen, spec in both(model, layout_of(model, targets)):
+        state, _, metrics = train_step(state, frozen, batch_of(2), spec=spec)
+        states.append((state, float(metrics["loss"])))
+    assert abs(states[0][1] - states[1][1]) < 1e-5
+    assert_gradients_equal(states[1][0].moments.trace, states[0][0].moments.trace)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"sliding_window": 64}])
+def test_unfuse_is_the_inverse(overrides: dict[str, int]) -> None:
+    hf_model, model = twin("gemma2", num_hidden_layers=3, **overrides)
+    model = with_adapter(model, make_peft(hf_model, random_b=True))
+    (_, frozen, _), (state, weights, spec) = both(model, layout_of(model))
+    assert spec.fused is not None
+    _, weights, _ = train_step(state, weights, batch_of(2), spec=spec)  # the pads are written
+    abstract = jax.eval_shape(lambda: frozen)
+    back = unfuse(weights, abstract, spec.fused.layout)
+    for (path, x), y in zip(jax.tree.leaves_with_path(back), jax.tree.leaves(frozen), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
