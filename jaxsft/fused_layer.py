@@ -8,6 +8,7 @@ Axes: N = B·T tokens, D model, F MLP; `pads` are the extra rows and columns tha
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +31,10 @@ class Attend(NamedTuple):
     backward: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def make_attend(config: GemmaConfig, kind: str, batch: Batch, *, use_kernel: bool) -> Attend:
-    """The Pallas kernels, or the XLA reference with autodiff."""
+def make_attend(
+    config: GemmaConfig, kind: str, batch: Batch, *, use_kernel: bool, interpret: bool = False
+) -> Attend:
+    """The Pallas kernels (`interpret` runs them on a CPU), or the XLA reference with autodiff."""
     window = config.sliding_window if kind == LOCAL else None
     theta = config.rope_theta_local if kind == LOCAL else config.rope_theta_global
     table = rotary_table(batch.positions_BT, config.head_dim, theta)
@@ -47,11 +50,11 @@ def make_attend(config: GemmaConfig, kind: str, batch: Batch, *, use_kernel: boo
             norm_eps=config.rms_norm_eps if config.qk_norm else None,
         )
         rotary, segments = table[..., 0, :], batch.segment_ids_BT
+        forward_kernel = partial(flash_attention.forward, layout=layout, interpret=interpret)
+        backward_kernel = partial(flash_attention.backward, layout=layout, interpret=interpret)
         return Attend(
-            lambda qkv, norms: flash_attention.forward(qkv, rotary, norms, segments, layout),
-            lambda qkv, norms, d_out: flash_attention.backward(
-                qkv, d_out, rotary, norms, segments, layout
-            ),
+            lambda qkv, norms: forward_kernel(qkv, rotary, norms, segments),
+            lambda qkv, norms, d_out: backward_kernel(qkv, d_out, rotary, norms, segments),
         )
     where = Tokens(batch.positions_BT, batch.segment_ids_BT)
     mask = visible(where, where, window)

@@ -13,6 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp")
 
+# A TPU keeps float32 in tiles of 8 x 128.
+LANES = 128
+TILE = 8 * LANES
+
 # Logical axis -> mesh axes. Each parameter declares its logical axes where it is created.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -74,10 +78,18 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str | None) -> jax
 
 
 def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """The tree of NamedShardings for parameters, from the `axes` that each one declares."""
+    """The tree of NamedShardings for parameters, from the `axes` that each one declares.
+
+    Spelled as XLA gives them back, without mesh axes of size 1 and trailing None: a step's output
+    is then its next input, and nothing is dispatched anew.
+    """
 
     def one(variable: nnx.Variable) -> Any:
-        return variable.replace(named(mesh, *variable.get_metadata("axes")))
+        axes = partition_spec(*variable.get_metadata("axes"))
+        dims = [None if axis is None or mesh.shape[axis] == 1 else axis for axis in axes]
+        while dims and dims[-1] is None:
+            dims.pop()
+        return variable.replace(NamedSharding(mesh, PartitionSpec(*dims)))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -132,8 +144,11 @@ def reduce_to_shards(
         return sums
     leading = [jnp.moveaxis(whole[i], dims[i], 0) for i in split]  # type: ignore[arg-type]
     packed = jnp.concatenate([x.reshape(num_shards, -1) for x in leading], axis=1)
-    # Flat: along a dimension of 8 the compiler reduces everything everywhere, at twice the cost.
-    reduced = jax.lax.psum_scatter(packed.reshape(-1), "data", tiled=True)
+    # In rows of a TPU tile: of a flat array the compiler reduces everything everywhere, at twice
+    # the cost.
+    num_pads = -packed.shape[1] % TILE
+    rows = jnp.pad(packed, [(0, 0), (0, num_pads)]).reshape(-1, LANES)
+    reduced = jax.lax.psum_scatter(rows, "data", tiled=True).reshape(-1)
     start = 0
     for i, x in zip(split, leading, strict=True):
         shape = (x.shape[0] // num_shards, *x.shape[1:])

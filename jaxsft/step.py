@@ -29,6 +29,7 @@ from jaxsft.sharding import (
     reduce_to_shards,
     shard_dim,
     shard_spec,
+    state_shardings,
 )
 
 
@@ -228,6 +229,8 @@ def train_step(
         grads, loss_sum, num_tokens, frozen = sums
     else:
         grads, loss_sum, num_tokens = _gradient_sum(state.adapter, frozen, batch, key, spec)
+        # Placed as it came, or the next step would compile again.
+        frozen = jax.lax.with_sharding_constraint(frozen, state_shardings(frozen, spec.mesh))
     # The one division. A batch without loss tokens has zero gradients; 1 keeps it finite.
     denominator = jnp.maximum(num_tokens, 1).astype(jnp.float32)
     loss = loss_sum / denominator

@@ -14,11 +14,11 @@ from lora_twins import make_peft, random_samples, twin, with_adapter
 from jaxsft import lora
 from jaxsft.fused import FusedSpec
 from jaxsft.fused_weights import FusedLayout, fuse, make_layout, unfuse
+from jaxsft.lora import TARGETS
 from jaxsft.model import Gemma
 from jaxsft.packing import Batch, PackedRows, best_fit_decreasing
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec, eval_step, init_state, make_schedule, put_batch, train_step
-from jaxsft.lora import TARGETS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -38,7 +38,9 @@ def batch_of(num_rows: int) -> Batch:
 def layout_of(model: Gemma, targets: tuple[str, ...] = TARGETS) -> FusedLayout:
     block = model.blocks[0]
     lora_module = next(
-        module.lora for part in (block.attn, block.mlp) for name in TARGETS
+        module.lora
+        for part in (block.attn, block.mlp)
+        for name in TARGETS
         if (module := getattr(part, name, None)) is not None and module.lora is not None
     )
     return make_layout(
@@ -50,9 +52,7 @@ def layout_of(model: Gemma, targets: tuple[str, ...] = TARGETS) -> FusedLayout:
     )
 
 
-def both(
-    model: Gemma, layout: FusedLayout, **settings: Any
-) -> list[tuple[Any, Any, StepSpec]]:
+def both(model: Gemma, layout: FusedLayout, **settings: Any) -> list[tuple[Any, Any, StepSpec]]:
     """(state, frozen weights, spec) of the plain and of the fused step."""
     graphdef, adapter, frozen = lora.split(model)
     plain = StepSpec(

@@ -1,0 +1,106 @@
+"""The Pallas kernels, interpreted, equal the XLA reference: outputs and gradients, every kind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft import flash_attention
+from jaxsft.fused_layer import make_attend
+from jaxsft.packing import Batch, PackedRows, Sample
+from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
+
+ROW_LENGTH, BLOCK = 64, 16
+
+
+def packed_batch() -> Batch:
+    """Two rows: three segments and padding; one segment as long as the row."""
+    samples = [Sample(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in (20, 30, 7, ROW_LENGTH)]
+    return PackedRows(samples, [[0, 1, 2], [3]], ROW_LENGTH).batch([0, 1])
+
+
+def config(*, cap: float | None, window: int, qk_norm: bool, num_kv_heads: int) -> GemmaConfig:
+    return GemmaConfig(
+        name="twin",
+        vocab_size=16,
+        d_model=8,
+        d_ff=8,
+        num_heads=4,
+        num_kv_heads=num_kv_heads,
+        head_dim=16,
+        layer_types=(LOCAL, GLOBAL),
+        max_positions=ROW_LENGTH,
+        query_scale=12**-0.5,  # not head_dim^-0.5
+        sliding_window=window,
+        attn_softcap=cap,
+        qk_norm=qk_norm,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "cap", "window", "qk_norm", "num_kv_heads"),
+    [
+        (LOCAL, 5.0, 9, False, 2),  # Gemma 2, windows shorter and longer than a block of 16
+        (LOCAL, 5.0, 33, False, 2),
+        (GLOBAL, 5.0, 9, False, 2),
+        (GLOBAL, None, 9, False, 1),  # Gemma 1
+        (LOCAL, None, 9, True, 1),  # Gemma 3
+        (GLOBAL, None, 9, True, 1),
+        (LOCAL, 200.0, 33, True, 2),  # a cap too wide to do without the row maximum
+    ],
+)
+def test_kernels_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    cap: float | None,
+    window: int,
+    qk_norm: bool,
+    num_kv_heads: int,
+) -> None:
+    monkeypatch.setattr(flash_attention, "BLOCK_Q", BLOCK)  # four blocks a row
+    settings = config(cap=cap, window=window, qk_norm=qk_norm, num_kv_heads=num_kv_heads)
+    batch = packed_batch()
+    group_dim = settings.num_heads // num_kv_heads + 2
+    keys = jax.random.split(jax.random.key(0), 3)
+    columns = num_kv_heads * group_dim * settings.head_dim
+    # Scores of up to 40: the cap of 5 acts, and the largest weight of a row is near 1.
+    qkv = 2 * jax.random.normal(keys[0], (2, ROW_LENGTH, columns))
+    # Padding attends to padding, here and there to different parts of it, and reaches no loss.
+    is_real = (batch.segment_ids_BT > 0)[..., None]
+    d_out = is_real * jax.random.normal(keys[1], (2, ROW_LENGTH, 4 * settings.head_dim))
+    norms = jax.random.normal(keys[2], (2, settings.head_dim))
+
+    reference = make_attend(settings, kind, batch, use_kernel=False)
+    kernel = make_attend(settings, kind, batch, use_kernel=True, interpret=True)
+    out, expected = kernel.forward(qkv, norms), reference.forward(qkv, norms)
+    np.testing.assert_allclose(is_real * out, is_real * expected, rtol=1e-4, atol=1e-5)
+    ours = kernel.backward(qkv, norms, d_out)
+    expected = reference.backward(qkv, norms, d_out)
+    assert float(jnp.linalg.norm(ours - expected)) <= 1e-5 * float(jnp.linalg.norm(expected))
+
+
+def test_the_window_and_the_cap_matter() -> None:
+    batch, outputs = packed_batch(), []
+    qkv = 2 * jax.random.normal(jax.random.key(0), (2, ROW_LENGTH, 128))
+    for kind, cap in ((LOCAL, 5.0), (GLOBAL, 5.0), (GLOBAL, None)):
+        settings = config(cap=cap, window=9, qk_norm=False, num_kv_heads=2)
+        attend = make_attend(settings, kind, batch, use_kernel=True, interpret=True)
+        outputs.append(np.asarray(attend.forward(qkv, jnp.zeros((2, 16)))))
+    for other in outputs[1:]:
+        assert np.abs(outputs[0] - other).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("row_length", "is_supported"),
+    [
+        (128, True),
+        (512, True),
+        (2048, True),
+        (4096, True),
+        (1000, False),
+        (64, False),
+        (8192, False),
+    ],
+)
+def test_supported_row_lengths(row_length: int, is_supported: bool) -> None:
+    assert flash_attention.supports(row_length, head_dim=256) is is_supported
