@@ -11,17 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.fused_layer import (
-    Attend,
-    layer_backward,
-    layer_forward,
-    make_attend,
-    norm,
-    norm_backward,
-)
+from jaxsft.fused_layer import LayerSettings, layer_backward, layer_forward, make_attend
 from jaxsft.fused_weights import FusedLayout, Layer, write_adapter
 from jaxsft.loss import loss_and_gradient, loss_only
 from jaxsft.packing import Batch
+from jaxsft.rows import Stacked, enter, enter_backward
 
 
 class FusedSpec(NamedTuple):
@@ -35,14 +29,18 @@ class FusedSpec(NamedTuple):
 
 
 def loss_and_gradients(
-    weights: dict[str, Any], grouped: list[list[Layer]], batch: Batch, spec: FusedSpec
-) -> tuple[jax.Array, list[list[Layer]]]:
-    """(loss sum in nats, its gradients by the grouped adapter, float32) of rows [B, T].
+    weights: dict[str, Any],
+    grouped: list[list[Layer]],
+    batch: Batch,
+    so_far: list[list[Layer]],
+    spec: FusedSpec,
+) -> tuple[jax.Array, list[list[Layer]], jax.Array]:
+    """(loss sum in nats, `so_far` plus its float32 gradients by the grouped adapter, its gradient
+    by the embedded tokens [N, D]) of rows [B, T].
 
     `weights` must hold `grouped` already (`write_adapter`).
     """
-    config, shape = spec.layout.config, batch.tokens_BT.shape
-    attends = _attends(batch, spec)
+    settings = _settings(batch, spec)
     x, saved_by_segment = _embed(weights, batch, spec), []
     segments = list(zip(weights["stacks"], grouped, spec.layout.segments, strict=True))
     for stacks, loras, (kinds, _) in segments:
@@ -50,8 +48,7 @@ def loss_and_gradients(
         def forward(x, layers, kinds=kinds):
             saved = []
             for (layer, lora), kind in zip(zip(*layers, strict=True), kinds, strict=True):
-                args = attends[kind], shape, config.rms_norm_eps
-                x, kept = layer_forward(x, layer, lora, *args)
+                x, kept = layer_forward(x, layer, lora, settings[kind])
                 saved.append({"x": kept["x"]} if spec.recompute_layers else kept)
             return x, saved
 
@@ -60,53 +57,60 @@ def loss_and_gradients(
     loss_sum, dx = _head(x, weights, batch, spec)
 
     grads_by_segment = []
-    for (stacks, loras, (kinds, count)), saved in zip(
-        reversed(segments), reversed(saved_by_segment), strict=True
+    for (stacks, loras, (kinds, count)), saved, sums in zip(
+        reversed(segments), reversed(saved_by_segment), reversed(so_far), strict=True
     ):
 
         def backward(dx, indexed, kinds=kinds, saved=saved):
             index, layers = indexed
             grads: list[Layer] = []
             for p in reversed(range(len(kinds))):
-                layer, lora, attend = layers[0][p], layers[1][p], attends[kinds[p]]
-                read = _reader(saved[p], index)
+                layer, lora, of_kind = layers[0][p], layers[1][p], settings[kinds[p]]
+                saved_here = _reader(saved[p], index)
                 if spec.recompute_layers:
-                    again = layer_forward(
-                        read("x"), layer, lora, attend, shape, config.rms_norm_eps
-                    )
-                    read = again[1].__getitem__
-                dx, of_layer = layer_backward(dx, layer, lora, read, attend, shape)
-                grads.insert(0, of_layer)
+                    again = layer_forward(saved_here("x").read(), layer, lora, of_kind)
+                    saved_here = again[1].__getitem__
+                dx, of_layer = layer_backward(dx, layer, lora, saved_here, of_kind)
+                # Added here, where the sum is still in the matmul that makes the gradient.
+                grads.insert(0, jax.tree.map(jnp.add, layers[2][p], of_layer))
             return dx, grads
 
-        indexed = jnp.arange(count), (stacks, loras)
+        indexed = jnp.arange(count), (stacks, loras, sums)
         dx, grads = jax.lax.scan(backward, dx, indexed, reverse=True)
         grads_by_segment.insert(0, grads)
-    return loss_sum, grads_by_segment
+    return loss_sum, grads_by_segment, dx
 
 
 def loss(
     weights: dict[str, Any], grouped: list[list[Layer]], batch: Batch, spec: FusedSpec
 ) -> jax.Array:
     """The loss sum alone; `weights` need not hold `grouped`, each layer is written as it runs."""
-    attends, x = _attends(batch, spec), _embed(weights, batch, spec)
-    args = batch.tokens_BT.shape, spec.layout.config.rms_norm_eps
+    settings, x = _settings(batch, spec), _embed(weights, batch, spec)
     segments = zip(weights["stacks"], grouped, spec.layout.segments, strict=True)
     for stacks, loras, (kinds, _) in segments:
 
         def forward(x, layers, kinds=kinds):
             for (layer, lora), kind in zip(zip(*layers, strict=True), kinds, strict=True):
-                x, _ = layer_forward(x, write_adapter(layer, lora), lora, attends[kind], *args)
+                x, _ = layer_forward(x, write_adapter(layer, lora), lora, settings[kind])
             return x, None
 
         x, _ = jax.lax.scan(forward, x, (stacks, loras))
     return _head(x, weights, batch, spec, with_gradient=False)[0]
 
 
-def _attends(batch: Batch, spec: FusedSpec) -> dict[str, Attend]:
-    config = spec.layout.config
+def _settings(batch: Batch, spec: FusedSpec) -> dict[str, LayerSettings]:
+    """By layer kind."""
+    config, use_kernel = spec.layout.config, spec.use_kernel
     kinds = {kind for kinds, _ in spec.layout.segments for kind in kinds}
-    return {k: make_attend(config, k, batch, use_kernel=spec.use_kernel) for k in kinds}
+    return {
+        kind: LayerSettings(
+            attend=make_attend(config, kind, batch, use_kernel=use_kernel),
+            batch_shape=batch.tokens_BT.shape,
+            eps=config.rms_norm_eps,
+            use_kernel=use_kernel,
+        )
+        for kind in kinds
+    }
 
 
 @jax.named_scope("embedding")
@@ -126,7 +130,7 @@ def _head(
 ) -> tuple[jax.Array, jax.Array | None]:
     """(loss sum, its gradient by the last layer's output) through the final norm."""
     config, scale = spec.layout.config, weights["final_norm"]
-    hidden, inverse_rms = norm(x_ND, scale, config.rms_norm_eps)
+    (hidden,) = enter(x_ND, scale, eps=config.rms_norm_eps)
     with jax.named_scope("loss_head"):
         head = loss_and_gradient if with_gradient else loss_only
         loss_sum, d_hidden = head(
@@ -139,16 +143,17 @@ def _head(
         )
     if d_hidden is None:
         return loss_sum, None
-    return loss_sum, norm_backward(d_hidden, x_ND, inverse_rms, scale).astype(x_ND.dtype)
+    zeros = jnp.zeros_like(d_hidden)
+    return loss_sum, enter_backward(zeros, d_hidden, x_ND, scale, eps=config.rms_norm_eps)[0]
 
 
-def _reader(stack: Layer, index: jax.Array) -> Callable[[str], jax.Array]:
-    """Reads one layer's saved arrays. Every read has an index of its own: XLA would otherwise share
-    one slice between its consumers and copy it out of the stack for them (0.9 ms for one MLP)."""
+def _reader(stack: Layer, index: jax.Array) -> Callable[[str], Stacked]:
+    """One layer's saved arrays. Every use has an index of its own: XLA would otherwise share one
+    slice between its consumers and copy it out of the stack for them (0.9 ms for one MLP)."""
 
-    def read(name: str) -> jax.Array:
+    def saved(name: str) -> Stacked:
         nonlocal index
         index = jax.lax.optimization_barrier(index)
-        return jax.lax.dynamic_index_in_dim(stack[name], index, keepdims=False)
+        return Stacked(stack[name], index)
 
-    return read
+    return saved

@@ -21,6 +21,16 @@ from jaxsft.fused_weights import Layer, split_heads
 from jaxsft.layers import apply_rotary, rms_norm, rotary_table
 from jaxsft.packing import Batch
 from jaxsft.presets import LOCAL, GemmaConfig
+from jaxsft.rows import (
+    enter,
+    enter_backward,
+    leave,
+    leave_and_enter,
+    leave_and_enter_backward,
+    leave_backward,
+    read,
+    rowwise,
+)
 
 
 class Attend(NamedTuple):
@@ -81,30 +91,6 @@ def _matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: Any = 
     return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype or a.dtype)
 
 
-@jax.named_scope("norm")
-def norm(x_ND: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """(RMSNorm of x, 1 / rms float32 [N])."""
-    x_f32 = x_ND.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1) + eps)
-    return _scaled(x_ND, inverse_rms, scale_D), inverse_rms
-
-
-@jax.named_scope("norm")
-def _scaled(x_ND: jax.Array, inverse_rms_N: jax.Array, scale_D: jax.Array) -> jax.Array:
-    x_f32 = x_ND.astype(jnp.float32) * inverse_rms_N[:, None]
-    return (x_f32 * (1.0 + scale_D.astype(jnp.float32))).astype(x_ND.dtype)
-
-
-@jax.named_scope("norm")
-def norm_backward(
-    dy_ND: jax.Array, x_ND: jax.Array, inverse_rms_N: jax.Array, scale_D: jax.Array
-) -> jax.Array:
-    """Gradient of x, float32: (g - x̂ mean(g x̂)) / rms with g = dy (1 + scale)."""
-    g = dy_ND.astype(jnp.float32) * (1.0 + scale_D.astype(jnp.float32))
-    x_hat = x_ND.astype(jnp.float32) * inverse_rms_N[:, None]
-    return inverse_rms_N[:, None] * (g - x_hat * jnp.mean(g * x_hat, axis=-1, keepdims=True))
-
-
 @jax.named_scope("lora")
 def _with_xa(x_NI: jax.Array, a: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     """([x | x A], x A); x itself where the projection has no adapter."""
@@ -138,29 +124,45 @@ def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+class LayerSettings(NamedTuple):
+    """What one kind of layer needs besides its weights. `batch_shape` is (rows, tokens a row)."""
+
+    attend: Attend
+    batch_shape: tuple[int, int]
+    eps: float
+    use_kernel: bool
+
+    def rowwise(self, function: Any, inputs: Any, scales: Any, num_outputs: int = 1) -> Any:
+        """A function of rows.py, as a kernel on a TPU."""
+        with jax.named_scope("norm"):
+            return rowwise(
+                partial(function, eps=self.eps),
+                inputs,
+                scales,
+                name=function.__name__,
+                num_outputs=num_outputs,
+                use_kernel=self.use_kernel,
+            )
+
+
 def layer_forward(
-    x_ND: jax.Array,
-    layer: Layer,
-    lora: Layer,
-    attend: Attend,
-    batch_shape: tuple[int, int],
-    eps: float,
+    x_ND: jax.Array, layer: Layer, lora: Layer, settings: LayerSettings
 ) -> tuple[jax.Array, Layer]:
     """One layer: ([N, D], what its backward pass wants to have)."""
     saved: Layer = {"x": x_ND}
+    post_attn, post_mlp = _post_norms(layer)
     with jax.named_scope("attention"):
-        h, saved["pre_attn"] = norm(x_ND, layer["pre_attn_norm"], eps)
+        (h,) = settings.rowwise(enter, [x_ND], [layer["pre_attn_norm"]])
         h, saved["qkv_xa"] = _with_xa(h, lora.get("qkv_a"))
         saved["qkv"] = _matmul(h, layer["qkv"], (1, 0))
-        out = attend.forward(saved["qkv"].reshape(*batch_shape, -1), layer["head_norms"])
-        saved["heads"] = out.reshape(x_ND.shape[0], -1)
+        qkv_BTC = saved["qkv"].reshape(*settings.batch_shape, -1)
+        heads = settings.attend.forward(qkv_BTC, layer["head_norms"])
+        saved["heads"] = heads.reshape(x_ND.shape[0], -1)
         h, saved["o_xa"] = _with_xa(saved["heads"], lora.get("o_a"))
-        saved["attn"] = y = _matmul(h, layer["o"], (1, 0))
-        if "post_attn_norm" in layer:
-            y, saved["post_attn"] = norm(y, layer["post_attn_norm"], eps)
-    x_ND = x_ND + y
+        saved["attn"] = _matmul(h, layer["o"], (1, 0))
     with jax.named_scope("mlp"):
-        h, saved["pre_mlp"] = norm(x_ND, layer["pre_mlp_norm"], eps)
+        scales = [layer["pre_mlp_norm"], *post_attn]
+        x_ND, h = settings.rowwise(leave_and_enter, [x_ND, saved["attn"]], scales, 2)
         h, saved["mlp_xa"] = _with_xa(h, lora.get("mlp_a"))
         saved["gate"] = _matmul(h, layer["gate"], (1, 0))
         saved["up"] = _matmul(h, layer["up"], (1, 0))
@@ -171,9 +173,8 @@ def layer_forward(
             with jax.named_scope("lora"):
                 y = y + _matmul(saved["down_xa"], lora["down_b"], (1, 0))
         saved["mlp"] = y
-        if "post_mlp_norm" in layer:
-            y, saved["post_mlp"] = norm(y, layer["post_mlp_norm"], eps)
-    return x_ND + y, {name: value for name, value in saved.items() if value is not None}
+        (x_ND,) = settings.rowwise(leave, [x_ND, y], post_mlp)
+    return x_ND, {name: value for name, value in saved.items() if value is not None}
 
 
 def layer_backward(
@@ -181,69 +182,65 @@ def layer_backward(
     layer: Layer,
     lora: Layer,
     saved: Callable[[str], Any],
-    attend: Attend,
-    batch_shape: tuple[int, int],
+    settings: LayerSettings,
 ) -> tuple[jax.Array, Layer]:
     """(gradient of the layer's input, gradients of its grouped adapter in float32).
 
-    `saved(name)` is asked anew for every use: a value read once into several consumers would be
-    copied out of its stack first.
+    `saved(name)`, an array or a `Stacked`, is asked anew for every use: a value read once into
+    several consumers would be copied out of its stack first.
     """
     dtype, grads = dx_ND.dtype, {}
+    post_attn, post_mlp = _post_norms(layer)
 
-    def post_norm(dy: jax.Array, name: str) -> jax.Array:
-        if f"post_{name}_norm" not in layer:
-            return dy
-        scale = layer[f"post_{name}_norm"]
-        return norm_backward(dy, saved(name), saved(f"post_{name}"), scale).astype(dtype)
-
-    def middle() -> jax.Array:
-        """The residual stream between attention and MLP, from what was saved."""
-        y = saved("attn")
-        if "post_attn_norm" in layer:
-            y = _scaled(y, saved("post_attn"), layer["post_attn_norm"])
-        return saved("x") + y
+    def get(name: str) -> jax.Array:
+        return read(saved(name))
 
     with jax.named_scope("mlp"):
-        dy = post_norm(dx_ND, "mlp")
+        (dy,) = settings.rowwise(leave_backward, [dx_ND, saved("mlp")], post_mlp)
         dy_padded = dy
         if "down_b" in lora:
             with jax.named_scope("lora"):
                 dxa = _matmul(dy, lora["down_b"], (1, 1))
                 dy_padded = jnp.concatenate([dy, dxa], axis=-1)
-                hidden = _gelu(saved("gate")) * saved("up")
-                grads["down_a"] = _factor_gradient(hidden, dxa)
-                grads["down_b"] = _factor_gradient(saved("down_xa"), dy)
+                grads["down_a"] = _factor_gradient(_gelu(get("gate")) * get("up"), dxa)
+                grads["down_b"] = _factor_gradient(get("down_xa"), dy)
         d_hidden = _matmul(dy_padded, layer["down"], (1, 1)).astype(jnp.float32)
-        gelu, gelu_vjp = jax.vjp(_gelu, saved("gate").astype(jnp.float32))
-        d_gate = gelu_vjp(d_hidden * saved("up").astype(jnp.float32))[0].astype(dtype)
+        gelu, gelu_vjp = jax.vjp(_gelu, get("gate").astype(jnp.float32))
+        d_gate = gelu_vjp(d_hidden * get("up").astype(jnp.float32))[0].astype(dtype)
         d_up = (d_hidden * gelu).astype(dtype)
+        for name, d_part in (("gate", d_gate), ("up", d_up)):
+            if f"{name}_b" in lora:
+                grads[f"{name}_b"] = _factor_gradient(get("mlp_xa"), d_part)
         dh = _matmul(d_gate, layer["gate"], (1, 1), jnp.float32)
         dh = (dh + _matmul(d_up, layer["up"], (1, 1), jnp.float32)).astype(dtype)
         dh, dxa = _input_gradient(dh, lora.get("mlp_a"))
+        scales = [layer["pre_mlp_norm"], *post_attn]
+        inputs = [dx_ND, dh, saved("x"), saved("attn")]
+        dx_ND, dy, h = settings.rowwise(leave_and_enter_backward, inputs, scales, 3)
         if dxa is not None:
-            h = _scaled(middle(), saved("pre_mlp"), layer["pre_mlp_norm"])
             grads["mlp_a"] = _factor_gradient(h, dxa)
-        for name, d_part in (("gate", d_gate), ("up", d_up)):
-            if f"{name}_b" in lora:
-                grads[f"{name}_b"] = _factor_gradient(saved("mlp_xa"), d_part)
-        dh = norm_backward(dh, middle(), saved("pre_mlp"), layer["pre_mlp_norm"])
-    dx_ND = (dx_ND.astype(jnp.float32) + dh).astype(dtype)
     with jax.named_scope("attention"):
-        dy = post_norm(dx_ND, "attn")
         d_heads, dxa = _input_gradient(_matmul(dy, layer["o"], (1, 1)), lora.get("o_a"))
         if dxa is not None:
-            grads["o_a"] = _factor_gradient(saved("heads"), dxa)
-            grads["o_b"] = _factor_gradient(saved("o_xa"), dy)
-        d_qkv = attend.backward(
-            saved("qkv").reshape(*batch_shape, -1),
+            grads["o_a"] = _factor_gradient(get("heads"), dxa)
+            grads["o_b"] = _factor_gradient(get("o_xa"), dy)
+        d_qkv_BTC = settings.attend.backward(
+            get("qkv").reshape(*settings.batch_shape, -1),
             layer["head_norms"],
-            d_heads.reshape(*batch_shape, -1),
-        ).reshape(dx_ND.shape[0], -1)
+            d_heads.reshape(*settings.batch_shape, -1),
+        )
+        d_qkv = d_qkv_BTC.reshape(dx_ND.shape[0], -1)
         dh, dxa = _input_gradient(_matmul(d_qkv, layer["qkv"], (1, 1)), lora.get("qkv_a"))
+        scales = [layer["pre_attn_norm"]]
+        dx_ND, h = settings.rowwise(enter_backward, [dx_ND, dh, saved("x")], scales, 2)
         if dxa is not None:
-            h = _scaled(saved("x"), saved("pre_attn"), layer["pre_attn_norm"])
             grads["qkv_a"] = _factor_gradient(h, dxa)
-            grads["qkv_b"] = _factor_gradient(saved("qkv_xa"), d_qkv)
-        dh = norm_backward(dh, saved("x"), saved("pre_attn"), layer["pre_attn_norm"])
-    return (dx_ND.astype(jnp.float32) + dh).astype(dtype), grads
+            grads["qkv_b"] = _factor_gradient(get("qkv_xa"), d_qkv)
+    return dx_ND, grads
+
+
+def _post_norms(layer: Layer) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The scales of the norms on attention's and MLP's output, where the model has them."""
+    names = ("post_attn_norm", "post_mlp_norm")
+    attn, mlp = ([layer[name]] if name in layer else [] for name in names)
+    return attn, mlp

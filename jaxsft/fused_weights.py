@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.presets import GLOBAL, GemmaConfig
-from jaxsft.sharding import LANES
 
 # One layer's or one stack of layers' arrays, by name.
 Layer = dict[str, Any]
+
+LANES = 128
 
 # LoRA inputs: the projections that read the same activations share one A.
 GROUPS = {

@@ -181,9 +181,10 @@ def _fused_gradient_sum(
         weights = weights | {"stacks": stacks}
 
         def body(carry, micro_batch):
-            loss_sum, grads = loss_and_gradients(weights, grouped, micro_batch, settings)
-            num_tokens = jnp.sum(micro_batch.loss_mask_BT, dtype=jnp.int32)
-            return jax.tree.map(jnp.add, carry, (loss_sum, num_tokens, grads)), None
+            loss_sum, num_tokens, grads = carry
+            added, grads, _ = loss_and_gradients(weights, grouped, micro_batch, grads, settings)
+            num_tokens += jnp.sum(micro_batch.loss_mask_BT, dtype=jnp.int32)
+            return (loss_sum + added, num_tokens, grads), None
 
         count = spec.accumulation_steps
         micro_batches = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
@@ -194,7 +195,7 @@ def _fused_gradient_sum(
             abstract = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in whole]
             transpose = jax.linear_transpose(group, jax.tree.unflatten(tree, abstract))
             (by_projection,) = transpose(grads)
-            reduced = reduce_to_shards(jax.tree.leaves(by_projection), dims, num_shards)
+            reduced = reduce_to_shards(jax.tree.leaves(by_projection), dims)
         return reduced, *jax.lax.psum((loss_sum, num_tokens), "data"), weights
 
     whole_spec, rows = partition_spec(), partition_spec("batch")

@@ -1,0 +1,82 @@
+"""The row kernels, interpreted, equal the functions that they run, and those equal autodiff."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft import rows
+from jaxsft.layers import rms_norm
+from jaxsft.rows import Stacked, rowwise
+
+EPS = 1e-6
+N, D = 32, 128
+
+
+def arrays(count: int, *shape: int) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(count), count)
+    return [jax.random.normal(key, shape) for key in keys]
+
+
+@pytest.mark.parametrize("has_post", [False, True])
+@pytest.mark.parametrize(
+    ("function", "num_rows", "num_outputs"),
+    [
+        (rows.leave, 2, 1),
+        (rows.leave_and_enter, 2, 2),
+        (rows.leave_backward, 2, 1),
+        (rows.leave_and_enter_backward, 4, 3),
+    ],
+)
+def test_kernel_equals_the_function(
+    monkeypatch: pytest.MonkeyPatch,
+    function: Callable[..., tuple[jax.Array, ...]],
+    num_rows: int,
+    num_outputs: int,
+    has_post: bool,
+) -> None:
+    monkeypatch.setattr(rows, "BLOCK_ROWS", 8)  # four blocks
+    inputs = arrays(num_rows, N, D)
+    num_scales = has_post + ("enter" in function.__name__)
+    scales = arrays(num_scales, D) if num_scales else []
+    bound = partial(function, eps=EPS)
+    expected = bound(*inputs, *scales)
+    # Every other input from a stack of three layers, the rest of which is NaN.
+    stacked = [
+        Stacked(jnp.full((3, N, D), jnp.nan).at[i % 3].set(x), jnp.int32(i % 3)) if i % 2 else x
+        for i, x in enumerate(inputs)
+    ]
+    for use_kernel in (False, True):
+        outputs = rowwise(
+            bound,
+            stacked,
+            scales,
+            name="rows",
+            num_outputs=num_outputs,
+            use_kernel=use_kernel,
+            interpret=True,
+        )
+        for ours, theirs in zip(outputs, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_post", [False, True])
+def test_backward_is_the_gradient(has_post: bool) -> None:
+    x, y, d_out, d_h = arrays(4, N, D)
+    pre, post = arrays(2, D)
+    scales = [post] if has_post else []
+
+    def forward(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = x + (rms_norm(y, post, EPS) if has_post else y)
+        return x, rms_norm(x, pre, EPS)
+
+    (expected_x, expected_h), vjp = jax.vjp(forward, x, y)
+    expected_dx, expected_dy = vjp((d_out, d_h))
+    out, h = rows.leave_and_enter(x, y, pre, *scales, eps=EPS)
+    dx, dy, again = rows.leave_and_enter_backward(d_out, d_h, x, y, pre, *scales, eps=EPS)
+    pairs = [(out, expected_x), (h, expected_h), (again, h), (dx, expected_dx), (dy, expected_dy)]
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
