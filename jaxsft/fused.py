@@ -61,9 +61,9 @@ def loss_and_gradients(
         reversed(segments), reversed(saved_by_segment), reversed(so_far), strict=True
     ):
 
-        def backward(dx, indexed, kinds=kinds, saved=saved):
-            index, layers = indexed
-            grads: list[Layer] = []
+        def backward(carry, indexed, kinds=kinds, saved=saved):
+            (dx, sums), (index, layers) = carry, indexed
+            sums = list(sums)
             for p in reversed(range(len(kinds))):
                 layer, lora, of_kind = layers[0][p], layers[1][p], settings[kinds[p]]
                 saved_here = _reader(saved[p], index)
@@ -71,13 +71,13 @@ def loss_and_gradients(
                     again = layer_forward(saved_here("x").read(), layer, lora, of_kind)
                     saved_here = again[1].__getitem__
                 dx, of_layer = layer_backward(dx, layer, lora, saved_here, of_kind)
-                # Added here, where the sum is still in the matmul that makes the gradient.
-                grads.insert(0, jax.tree.map(jnp.add, layers[2][p], of_layer))
-            return dx, grads
+                # In place and within the matmul that makes the gradient, not stack by stack after.
+                sums[p] = jax.tree.map(lambda s, g: s.at[index].add(g), sums[p], of_layer)
+            return (dx, sums), None
 
-        indexed = jnp.arange(count), (stacks, loras, sums)
-        dx, grads = jax.lax.scan(backward, dx, indexed, reverse=True)
-        grads_by_segment.insert(0, grads)
+        indexed = jnp.arange(count), (stacks, loras)
+        (dx, sums), _ = jax.lax.scan(backward, (dx, sums), indexed, reverse=True)
+        grads_by_segment.insert(0, sums)
     return loss_sum, grads_by_segment, dx
 
 
