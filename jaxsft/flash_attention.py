@@ -8,10 +8,8 @@ Axes: B batch, T position, K KV heads, G query heads per KV head, H head dim. Th
 [B, T, K·(G+2)·H] stand by KV head: its G query heads, its key, its value.
 """
 
-import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxsft.attention import MASKED_LOGIT
 from jaxsft.layers import rms_norm
+from jaxsft.rows import Stacked
 
 # Query rows per block: 512 keeps four float32 score blocks of 512 x 2048 within 16 MiB. Causal
 # blocks that no query sees are left out: at 2048 tokens 10 of 16 remain.
@@ -31,8 +30,7 @@ VMEM_LIMIT_BYTES = 100 * 2**20  # of 128 MiB on TPU v5e and v6e
 MAX_ROW_LENGTH = 4096  # the backward kernel's blocks and scratch would pass the limit above beyond
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadLayout:
+class HeadLayout(NamedTuple):
     """How `qkv` is cut into heads, and what happens to the scores. `window` is in tokens."""
 
     num_kv_heads: int
@@ -77,7 +75,8 @@ def forward(
     that position differences are index differences within a segment, as packing does.
     """
     batch, length, _ = qkv.shape
-    return _call(_forward_kernel, layout, interpret, (qkv,), rotary, norms, segment_ids_BT)(
+    stacked = Stacked(qkv[None], jnp.int32(0))
+    return _call(_forward_kernel, layout, interpret, stacked, (), rotary, norms, segment_ids_BT)(
         out_shape=jax.ShapeDtypeStruct(
             (batch, length, layout.num_kv_heads * layout.query_dim), qkv.dtype
         ),
@@ -88,7 +87,7 @@ def forward(
 
 
 def backward(
-    qkv: jax.Array,
+    qkv: Stacked,
     d_out: jax.Array,
     rotary: jax.Array,
     norms: jax.Array,
@@ -97,14 +96,17 @@ def backward(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Gradient of `qkv`, shaped like it, from that of the output [B, T, K·G·H]."""
-    length, head_dim = qkv.shape[1], layout.head_dim
-    inputs = (qkv, d_out)
-    return _call(_backward_kernel, layout, interpret, inputs, rotary, norms, segment_ids_BT)(
-        out_shape=jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+    """Gradient of a layer's `qkv` from that of the output [B, T, K·G·H].
+
+    `qkv` is read where the forward pass saved it: one layer of a stack [L, B, T, K·(G+2)·H].
+    """
+    shape, dtype = qkv.stack.shape[1:], qkv.stack.dtype
+    length, head_dim = shape[1], layout.head_dim
+    return _call(_backward_kernel, layout, interpret, qkv, (d_out,), rotary, norms, segment_ids_BT)(
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
         out_specs=_columns(length, layout.group_dim),
         scratch_shapes=[
-            pltpu.VMEM((length, head_dim), qkv.dtype),
+            pltpu.VMEM((length, head_dim), dtype),
             pltpu.VMEM((length, head_dim), jnp.float32),
             pltpu.VMEM((length, head_dim), jnp.float32),
         ],
@@ -113,41 +115,61 @@ def backward(
 
 
 def _columns(length: int, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, length, width), lambda b, k: (b, 0, k))
+    return pl.BlockSpec((None, length, width), lambda b, k, _: (b, 0, k))
 
 
 def _call(
     kernel: Callable[..., None],
     layout: HeadLayout,
     interpret: bool,
-    inputs: tuple[jax.Array, ...],
+    qkv: Stacked,
+    others: tuple[jax.Array, ...],
     rotary: jax.Array,
     norms: jax.Array,
     segment_ids_BT: jax.Array,
 ) -> Callable[..., jax.Array]:
     """The pallas_call over (row, KV head) with the inputs that both kernels share."""
     batch, length = segment_ids_BT.shape
-    widths = (layout.group_dim, layout.query_dim)[: len(inputs)]
     half = layout.head_dim // 2
+    in_specs = [
+        pl.BlockSpec(
+            (None, None, length, layout.group_dim), lambda b, k, layer: (layer[0], b, 0, k)
+        ),
+        *(_columns(length, layout.query_dim) for _ in others),
+        pl.BlockSpec((2, None, length, half), lambda b, k, _: (0, b, 0, 0)),
+        pl.BlockSpec((2, layout.head_dim), lambda b, k, _: (0, 0)),
+        # Segment ids as a column for the queries and as a row for the keys.
+        pl.BlockSpec((None, length, 1), lambda b, k, _: (b, 0, 0)),
+        pl.BlockSpec((None, 1, length), lambda b, k, _: (b, 0, 0)),
+    ]
 
-    def call(**kwargs: Any) -> jax.Array:
+    def run(_: Any, *refs: Any) -> None:  # the layer's number only decides the blocks' addresses
+        kernel(*refs, layout=layout)
+
+    def call(out_specs: Any, scratch_shapes: Any, **kwargs: Any) -> jax.Array:
         return pl.pallas_call(
-            partial(kernel, layout=layout),
-            grid=(batch, layout.num_kv_heads),
-            in_specs=[
-                *(_columns(length, width) for width in widths),
-                pl.BlockSpec((2, None, length, half), lambda b, k: (0, b, 0, 0)),
-                pl.BlockSpec((2, layout.head_dim), lambda b, k: (0, 0)),
-                # Segment ids as a column for the queries and as a row for the keys.
-                pl.BlockSpec((None, length, 1), lambda b, k: (b, 0, 0)),
-                pl.BlockSpec((None, 1, length), lambda b, k: (b, 0, 0)),
-            ],
+            run,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(batch, layout.num_kv_heads),
+                in_specs=in_specs,
+                out_specs=out_specs,
+                scratch_shapes=scratch_shapes,
+            ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT_BYTES
             ),
             interpret=interpret,
             **kwargs,
-        )(*inputs, rotary, norms, segment_ids_BT[:, :, None], segment_ids_BT[:, None, :])
+        )(
+            qkv.index[None].astype(jnp.int32),
+            qkv.stack,
+            *others,
+            rotary,
+            norms,
+            segment_ids_BT[:, :, None],
+            segment_ids_BT[:, None, :],
+        )
 
     return call
 

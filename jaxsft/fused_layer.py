@@ -22,6 +22,7 @@ from jaxsft.layers import apply_rotary, rms_norm, rotary_table
 from jaxsft.packing import Batch
 from jaxsft.presets import LOCAL, GemmaConfig
 from jaxsft.rows import (
+    Stacked,
     enter,
     enter_backward,
     leave,
@@ -35,10 +36,10 @@ from jaxsft.rows import (
 
 class Attend(NamedTuple):
     """Attention on the projection's columns: (qkv [B, T, C], head norms) -> [B, T, N·H], and
-    its gradient by qkv."""
+    its gradient by qkv from (qkv [N, C], head norms, gradient)."""
 
     forward: Callable[[jax.Array, jax.Array], jax.Array]
-    backward: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    backward: Callable[[jax.Array | Stacked, jax.Array, jax.Array], jax.Array]
 
 
 def make_attend(
@@ -62,10 +63,14 @@ def make_attend(
         rotary, segments = table[..., 0, :], batch.segment_ids_BT
         forward_kernel = partial(flash_attention.forward, layout=layout, interpret=interpret)
         backward_kernel = partial(flash_attention.backward, layout=layout, interpret=interpret)
-        return Attend(
-            lambda qkv, norms: forward_kernel(qkv, rotary, norms, segments),
-            lambda qkv, norms, d_out: backward_kernel(qkv, d_out, rotary, norms, segments),
-        )
+
+        def from_stack(qkv: jax.Array | Stacked, norms: jax.Array, d_out: jax.Array) -> jax.Array:
+            if not isinstance(qkv, Stacked):
+                qkv = Stacked(qkv[None], jnp.int32(0))
+            stack = qkv.stack.reshape(-1, *segments.shape, qkv.stack.shape[-1])
+            return backward_kernel(Stacked(stack, qkv.index), d_out, rotary, norms, segments)
+
+        return Attend(lambda qkv, norms: forward_kernel(qkv, rotary, norms, segments), from_stack)
     where = Tokens(batch.positions_BT, batch.segment_ids_BT)
     mask = visible(where, where, window)
 
@@ -79,8 +84,9 @@ def make_attend(
         out = attend(q, k, v, mask, scale=config.query_scale, logit_cap=config.attn_softcap)
         return out.reshape(*qkv.shape[:2], -1)
 
-    def backward(qkv: jax.Array, norms: jax.Array, d_out: jax.Array) -> jax.Array:
-        return jax.vjp(lambda qkv: forward(qkv, norms), qkv)[1](d_out)[0]
+    def backward(qkv: jax.Array | Stacked, norms: jax.Array, d_out: jax.Array) -> jax.Array:
+        qkv_BTC = read(qkv).reshape(*d_out.shape[:2], -1)
+        return jax.vjp(lambda qkv: forward(qkv, norms), qkv_BTC)[1](d_out)[0]
 
     return Attend(forward, backward)
 
@@ -225,7 +231,7 @@ def layer_backward(
             grads["o_a"] = _factor_gradient(get("heads"), dxa)
             grads["o_b"] = _factor_gradient(get("o_xa"), dy)
         d_qkv_BTC = settings.attend.backward(
-            get("qkv").reshape(*settings.batch_shape, -1),
+            saved("qkv"),
             layer["head_norms"],
             d_heads.reshape(*settings.batch_shape, -1),
         )

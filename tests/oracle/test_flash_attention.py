@@ -9,6 +9,7 @@ from jaxsft import flash_attention
 from jaxsft.fused_layer import make_attend
 from jaxsft.packing import Batch, PackedRows, Sample
 from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.rows import Stacked
 
 ROW_LENGTH, BLOCK = 64, 16
 
@@ -74,8 +75,10 @@ def test_kernels_equal_the_reference(
     kernel = make_attend(settings, kind, batch, use_kernel=True, interpret=True)
     out, expected = kernel.forward(qkv, norms), reference.forward(qkv, norms)
     np.testing.assert_allclose(is_real * out, is_real * expected, rtol=1e-4, atol=1e-5)
-    ours = kernel.backward(qkv, norms, d_out)
-    expected = reference.backward(qkv, norms, d_out)
+    flat = qkv.reshape(2 * ROW_LENGTH, -1)
+    stack = jnp.full((3, *flat.shape), jnp.nan).at[1].set(flat)  # read from a stack of layers
+    ours = kernel.backward(Stacked(stack, jnp.int32(1)), norms, d_out)
+    expected = reference.backward(flat, norms, d_out)
     assert float(jnp.linalg.norm(ours - expected)) <= 1e-5 * float(jnp.linalg.norm(expected))
 
 
