@@ -162,7 +162,7 @@ def _call(
             interpret=interpret,
             **kwargs,
         )(
-            qkv.index[None].astype(jnp.int32),
+            qkv.layer[None].astype(jnp.int32),
             qkv.stack,
             *others,
             rotary,

@@ -54,9 +54,11 @@ def loss_and_gradients(
 
         x, saved = jax.lax.scan(forward, x, (stacks, loras))
         saved_by_segment.append(saved)
-    loss_sum, dx = _head(x, weights, batch, spec)
+    loss_sum, d_last = _head(x, weights, batch, spec)
+    assert d_last is not None
+    dx: jax.Array = d_last
 
-    grads_by_segment = []
+    grads_by_segment: list[list[Layer]] = []
     for (stacks, loras, (kinds, count)), saved, sums in zip(
         reversed(segments), reversed(saved_by_segment), reversed(so_far), strict=True
     ):
@@ -136,8 +138,8 @@ def _head(
         loss_sum, d_hidden = head(
             hidden,
             weights["embedding"],
-            batch.targets_BT.reshape(-1),
-            batch.loss_mask_BT.reshape(-1),
+            jnp.asarray(batch.targets_BT).reshape(-1),
+            jnp.asarray(batch.loss_mask_BT).reshape(-1),
             config.final_softcap,
             min(spec.chunk_tokens, x_ND.shape[0]),
         )

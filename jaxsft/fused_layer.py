@@ -46,9 +46,10 @@ def make_attend(
     config: GemmaConfig, kind: str, batch: Batch, *, use_kernel: bool, interpret: bool = False
 ) -> Attend:
     """The Pallas kernels (`interpret` runs them on a CPU), or the XLA reference with autodiff."""
+    positions, segments = map(jnp.asarray, (batch.positions_BT, batch.segment_ids_BT))
     window = config.sliding_window if kind == LOCAL else None
     theta = config.rope_theta_local if kind == LOCAL else config.rope_theta_global
-    table = rotary_table(batch.positions_BT, config.head_dim, theta)
+    table = rotary_table(positions, config.head_dim, theta)
     if use_kernel:
         layout = HeadLayout(
             num_kv_heads=config.num_kv_heads,
@@ -60,7 +61,7 @@ def make_attend(
             window=None if window is None or window >= batch.tokens_BT.shape[1] else window,
             norm_eps=config.rms_norm_eps if config.qk_norm else None,
         )
-        rotary, segments = table[..., 0, :], batch.segment_ids_BT
+        rotary = table[..., 0, :]
         forward_kernel = partial(flash_attention.forward, layout=layout, interpret=interpret)
         backward_kernel = partial(flash_attention.backward, layout=layout, interpret=interpret)
 
@@ -68,10 +69,10 @@ def make_attend(
             if not isinstance(qkv, Stacked):
                 qkv = Stacked(qkv[None], jnp.int32(0))
             stack = qkv.stack.reshape(-1, *segments.shape, qkv.stack.shape[-1])
-            return backward_kernel(Stacked(stack, qkv.index), d_out, rotary, norms, segments)
+            return backward_kernel(Stacked(stack, qkv.layer), d_out, rotary, norms, segments)
 
         return Attend(lambda qkv, norms: forward_kernel(qkv, rotary, norms, segments), from_stack)
-    where = Tokens(batch.positions_BT, batch.segment_ids_BT)
+    where = Tokens(positions, segments)
     mask = visible(where, where, window)
 
     def forward(qkv: jax.Array, norms: jax.Array) -> jax.Array:
@@ -119,10 +120,8 @@ def _input_gradient(
 
 
 @jax.named_scope("lora")
-def _factor_gradient(left: jax.Array | None, right: jax.Array | None) -> jax.Array | None:
+def _factor_gradient(left: jax.Array, right: jax.Array) -> jax.Array:
     """leftᵀ right over the tokens, float32: dA = xᵀ d(xA), d(s·B) = (xA)ᵀ dy."""
-    if left is None or right is None:
-        return None
     return _matmul(left, right, (0, 0), jnp.float32)
 
 
@@ -195,7 +194,9 @@ def layer_backward(
     `saved(name)`, an array or a `Stacked`, is asked anew for every use: a value read once into
     several consumers would be copied out of its stack first.
     """
-    dtype, grads = dx_ND.dtype, {}
+    dtype = dx_ND.dtype
+    grads: Layer = {}
+    dxa: jax.Array | None
     post_attn, post_mlp = _post_norms(layer)
 
     def get(name: str) -> jax.Array:
@@ -206,9 +207,9 @@ def layer_backward(
         dy_padded = dy
         if "down_b" in lora:
             with jax.named_scope("lora"):
-                dxa = _matmul(dy, lora["down_b"], (1, 1))
-                dy_padded = jnp.concatenate([dy, dxa], axis=-1)
-                grads["down_a"] = _factor_gradient(_gelu(get("gate")) * get("up"), dxa)
+                d_down_xa = _matmul(dy, lora["down_b"], (1, 1))
+                dy_padded = jnp.concatenate([dy, d_down_xa], axis=-1)
+                grads["down_a"] = _factor_gradient(_gelu(get("gate")) * get("up"), d_down_xa)
                 grads["down_b"] = _factor_gradient(get("down_xa"), dy)
         d_hidden = _matmul(dy_padded, layer["down"], (1, 1)).astype(jnp.float32)
         gelu, gelu_vjp = jax.vjp(_gelu, get("gate").astype(jnp.float32))

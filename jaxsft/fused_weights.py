@@ -79,10 +79,10 @@ def make_layout(
     return FusedLayout(config, rank, scale, targets, kept, is_uniform)
 
 
-def fuse(frozen: nnx.State, layout: FusedLayout) -> dict[str, Any]:
+def fuse(frozen: Any, layout: FusedLayout) -> dict[str, Any]:
     """The model's frozen weights in the fused layout, pads zero; `unfuse` is the inverse."""
 
-    def fuse_block(block: nnx.State) -> Layer:
+    def fuse_block(block: Any) -> Layer:
         attn, mlp = block["attn"], block["mlp"]
         q, k, v = (attn[name]["kernel"][...] for name in GROUPS["qkv"])
         layer = {name: block[name]["scale"][...] for name in _NORMS if name in block}
@@ -105,12 +105,12 @@ def fuse(frozen: nnx.State, layout: FusedLayout) -> dict[str, Any]:
     }
 
 
-def unfuse(weights: dict[str, Any], frozen: nnx.State, layout: FusedLayout) -> nnx.State:
+def unfuse(weights: dict[str, Any], frozen: Any, layout: FusedLayout) -> nnx.State:
     """The model's own frozen weights, shaped like the abstract tree `frozen`."""
     config = layout.config
     taken = jax.tree.map(lambda x: x, frozen)  # new Variables: the abstract tree stays abstract
 
-    def put(module: nnx.State, name: str, value: jax.Array) -> None:
+    def put(module: Any, name: str, value: jax.Array) -> None:
         module[name] = module[name].replace(value)
 
     put(taken, "embedding", weights["embedding"])
@@ -135,7 +135,7 @@ def unfuse(weights: dict[str, Any], frozen: nnx.State, layout: FusedLayout) -> n
     return taken
 
 
-def group_adapter(adapter: nnx.State, layout: FusedLayout) -> list[list[Layer]]:
+def group_adapter(adapter: Any, layout: FusedLayout) -> list[list[Layer]]:
     """The adapter in the fused layout, by segment and stack: linear in it, dtype kept.
 
     For each group its A [.., in, pads] and s·B [.., pads, out], each projection in its own rank
@@ -143,7 +143,7 @@ def group_adapter(adapter: nnx.State, layout: FusedLayout) -> list[list[Layer]]:
     """
     config = layout.config
 
-    def group_block(block: nnx.State) -> Layer:
+    def group_block(block: Any) -> Layer:
         def of(name: str) -> tuple[jax.Array, jax.Array] | None:
             if name not in layout.targets:
                 return None
@@ -183,9 +183,10 @@ def _place(b: jax.Array, name: str, members: tuple[str, ...], config: GemmaConfi
         else jnp.zeros((*b.shape[:-1], config.linear_shapes[member][1]), b.dtype)
         for member in members
     ]
-    if len(parts) == 3:
-        return join_heads(*parts, config)
-    return parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    q, k, v = parts
+    return join_heads(q, k, v, config)
 
 
 def write_adapter(stack: Layer, grouped: Layer) -> Layer:
@@ -228,7 +229,7 @@ def _pad_columns(x: jax.Array, pads: int, *, total: bool = False) -> jax.Array:
 
 
 def _by_stack(
-    state: nnx.State, convert: Callable[[nnx.State], Layer], layout: FusedLayout
+    state: Any, convert: Callable[[Any], Layer], layout: FusedLayout
 ) -> list[list[Layer]]:
     """The converted blocks as the layout's stacks, by segment."""
     stacked = [convert(block) for block in _blocks(state, "blocks")]
@@ -260,5 +261,5 @@ def _by_block(stacks: list[list[Layer]], layout: FusedLayout) -> list[Layer]:
     return blocks + [jax.tree.map(lambda x, i=i: x[i], stack) for i in rest]
 
 
-def _blocks(state: nnx.State, part: str) -> list[nnx.State]:
+def _blocks(state: Any, part: str) -> list[Any]:
     return [state[part][i] for i in sorted(state[part])] if part in state else []

@@ -23,14 +23,14 @@ RowFunction = Callable[..., tuple[jax.Array, ...]]
 
 
 class Stacked(NamedTuple):
-    """Layer `index` (int32 scalar) of `stack` [L, N, D], not yet read."""
+    """Layer `layer` (int32 scalar) of `stack` [L, N, D], not yet read."""
 
     stack: jax.Array
-    index: jax.Array
+    layer: jax.Array
 
     def read(self) -> jax.Array:
         """The layer [N, D]."""
-        return jax.lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
 
 def read(x: "jax.Array | Stacked") -> jax.Array:
@@ -62,7 +62,7 @@ def rowwise(
     assert num_rows % block == 0 and all(shape == shapes[0] for shape in shapes)
 
     # The layer numbers are known before the kernel starts: a block's address depends on them.
-    prefetched = jnp.stack([x.index for x in stacks]) if stacks else jnp.zeros(1, jnp.int32)
+    prefetched = jnp.stack([x.layer for x in stacks]) if stacks else jnp.zeros(1, jnp.int32)
 
     def kernel(_: Any, *refs: Any) -> None:
         inputs, outputs = refs[: len(rows) + len(vectors)], refs[len(rows) + len(vectors) :]
