@@ -1,0 +1,144 @@
+"""Compiling for TPUs that this machine doesn't have, with XLA's own TPU compiler from libtpu.
+
+libtpu reads its environment when it is loaded: a command applies AOT_ENVIRONMENT before it imports
+jax. Nothing here runs on a device.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jaxlib._hlo import HloPrintOptions  # no public module has it
+
+# A process without a TPU: don't look for one, and share libtpu with other such processes. The
+# accelerator type only has to be a valid one, the topology decides what is compiled for.
+AOT_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
+
+# Chips per host, as Cloud TPU offers them: 8 chips in one host, larger slices of hosts with 4.
+# https://cloud.google.com/tpu/docs/v5e and /v6e, "Configurations".
+_SHAPES = {
+    "2x2": (2, 2, 1),
+    "2x4": (2, 4, 1),
+    "4x4": (2, 2, 1),
+    "4x8": (2, 2, 1),
+    "8x8": (2, 2, 1),
+    "8x16": (2, 2, 1),
+    "16x16": (2, 2, 1),
+}
+TOPOLOGIES = {
+    f"{chip}:{shape}": hosts for chip in ("v5e", "v6e") for shape, hosts in _SHAPES.items()
+}
+
+
+class Memory(NamedTuple):
+    """Bytes of HBM on each chip. `peak` is what is alive at the fullest moment, arguments and all;
+    it is also what the compiler holds against the chip's memory."""
+
+    arguments: int
+    peak: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that the program needs of a chip's memory."""
+        return self.peak + self.code
+
+
+class Compiled(NamedTuple):
+    """A program that fits: its scheduled HLO with all constants, and its memory."""
+
+    hlo_text: str
+    memory: Memory
+
+
+class OutOfMemory(NamedTuple):
+    """A program that doesn't fit: the memory that is too small, and bytes, as the compiler says."""
+
+    memory: str  # "hbm" or "vmem"
+    needed_bytes: int
+    available_bytes: int
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """Devices of a topology such as "v5e:2x4", for a Mesh: 8 handles, to compile for only.
+
+    Raises ValueError for a name that isn't in TOPOLOGIES.
+    """
+    if topology not in TOPOLOGIES:
+        raise ValueError(f"topology {topology!r} is not one of {', '.join(TOPOLOGIES)}")
+    description = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=topology,
+        chip_config_name="default",
+        chips_per_host_bounds=TOPOLOGIES[topology],
+        num_slices=1,
+    )
+    return list(description.devices)
+
+
+def compile_for_tpu(
+    lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | bool]
+) -> Compiled | OutOfMemory:
+    """Compile what was lowered on a mesh of `topology_devices`; takes minutes for a large model."""
+    try:
+        compiled = lowered.compile(compiler_options=dict(compiler_options))
+    except jax.errors.JaxRuntimeError as error:
+        if (too_large := parse_out_of_memory(str(error))) is None:
+            raise
+        return too_large
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return Compiled(
+        hlo_text=_scheduled_text(compiled),
+        memory=Memory(
+            arguments=analysis.argument_size_in_bytes,
+            # Not temp_size_in_bytes: 18.5 GiB for a program that peaks at 13.3 and fits into 15.75.
+            peak=analysis.peak_memory_in_bytes,
+            code=analysis.generated_code_size_in_bytes,
+        ),
+    )
+
+
+def parse_out_of_memory(message: str) -> OutOfMemory | None:
+    """The bytes in a compiler's RESOURCE_EXHAUSTED error, or None where it is something else.
+
+    Two wordings: "... required for HLO temporaries (28.75G) exceeds available HBM (15.75G)", whose
+    first number is the whole program, and "memory space vmem. Used 256.00M of 128.00M vmem".
+    """
+    found = re.search(
+        r"\((?P<needed>[\d.]+[KMGT]?)\) exceeds available (?P<memory>\w+) \((?P<limit>[\d.]+\w?)\)",
+        message,
+    ) or re.search(
+        r"Used (?P<needed>[\d.]+[KMGT]?) of (?P<limit>[\d.]+[KMGT]?) (?P<memory>\w+)", message
+    )
+    if found is None or "RESOURCE_EXHAUSTED" not in message:
+        return None
+    return OutOfMemory(
+        memory=found["memory"].lower(),
+        needed_bytes=_bytes(found["needed"]),
+        available_bytes=_bytes(found["limit"]),
+    )
+
+
+def _bytes(text: str) -> int:
+    """15.75G -> bytes."""
+    unit = 1024 ** ("KMGT".index(text[-1]) + 1) if text[-1] in "KMGT" else 1
+    return int(float(text.rstrip("KMGT")) * unit)
+
+
+def _scheduled_text(compiled: jax.stages.Compiled) -> str:
+    """`compiled.as_text()` with the constants that it leaves out: the kernels' block masks."""
+    executable = compiled.runtime_executable()
+    assert executable is not None
+    (module,) = executable.hlo_modules()
+    options = HloPrintOptions()
+    options.print_large_constants = True
+    return module.to_string(options)
