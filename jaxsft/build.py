@@ -22,10 +22,10 @@ from jaxsft.packing import (
 )
 from jaxsft.peft_io import AdapterConfig, load_adapter, read_adapter_config
 from jaxsft.program import (
+    COMPILER_OPTIONS,
     StepArguments,
     abstract_batch,
     check_positions,
-    compiler_options,
     inject_adapter,
     lower_step,
     make_spec,
@@ -185,17 +185,18 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
             epochs=None if config.max_steps else config.num_train_epochs,
         ),
         flops_per_token=flops / rows.num_tokens,
-        program_hash=program_hash(lower_step(arguments), compiler_options(mesh)),
+        program_hash=program_hash(lower_step(arguments), COMPILER_OPTIONS),
         fingerprint=fingerprint(config, data, info.digest, steps),
     )
 
 
 def plain_weights(setup: Setup) -> nnx.State:
     """The model's own frozen state, for generation."""
-    if setup.spec.fused is None:
+    fused = setup.spec.fused
+    if fused is None:
         return setup.frozen
     restore = jax.jit(
-        lambda weights: unfuse(weights, setup.model_weights, setup.spec.fused.layout),
+        lambda weights: unfuse(weights, setup.model_weights, fused.layout),
         out_shardings=state_shardings(setup.model_weights, setup.spec.mesh),
     )
     return restore(setup.frozen)
@@ -267,7 +268,8 @@ def _add_adapter(config: TrainConfig, model: Gemma) -> AdapterConfig:
 # Options that change no number of the run, or only through a digest that is compared as well.
 _NOT_IN_FINGERPRINT = (
     *("name", "output_dir", "model", "data", "eval", "fsdp", "num_workers", "logging_steps"),
-    *("eval_steps", "save_steps", "save_total_limit", "max_nonfinite_steps"),
+    *("eval_steps", "save_steps", "save_total_limit", "max_nonfinite_steps", "budget_hours"),
+    "multihost",
 )
 
 

@@ -1,11 +1,13 @@
-"""The command line of every command: a recipe or config file, then dotted overrides.
+"""The command line of every command: a recipe or config file, then dotted overrides; exit codes.
 
 `--config` takes a YAML file or the name of a recipe in jaxsft/recipes; later options win.
 """
 
 import argparse
 import difflib
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,20 @@ from jaxsft.config import TrainConfig, validate
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo"
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+
+def fail(error: object, code: int) -> int:
+    """Prints the error as one line; returns the exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def cache_dir() -> Path:
+    """Where `plan` keeps its estimates."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jaxsft" / "plan"
 
 
 def recipe_names() -> list[str]:

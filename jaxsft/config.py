@@ -153,6 +153,11 @@ class TrainConfig:
     """Abort after so many steps in a row whose loss or gradient is not finite."""
     num_workers: int = 2
     """Threads that read rows ahead."""
+    budget_hours: float | None = None
+    """Hours that the steps still to take may last; a run whose preflight says more stops there."""
+    multihost: bool = False
+    """One process of several, on the hosts of a TPU slice: give each the same command, they meet
+    through jax.distributed. For --preflight so far: checkpoints need all devices in one process."""
 
 
 def validate(config: TrainConfig) -> None:
@@ -246,6 +251,7 @@ _CHECKS = (
     ("save_total_limit", *_POSITIVE),
     ("max_nonfinite_steps", *_POSITIVE),
     ("num_workers", *_NOT_NEGATIVE),
+    ("budget_hours", lambda x: x is None or x > 0, "above 0, or null"),
     ("seed", *_SEED),
     ("eval.seed", *_SEED),
     ("lora.r", *_POSITIVE),

@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from tensorboardX import SummaryWriter
 
@@ -70,20 +70,6 @@ class MetricsWriter:
         """Flushes and closes both files. Calling it again does nothing."""
         self._jsonl.close()
         self._tensorboard.close()
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes whole or not at all; NaN, which JSON lacks, becomes null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(each) for key, each in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    partial = path.with_name(path.name + ".tmp")
-    text = json.dumps(finite(values), ensure_ascii=False, indent=1, allow_nan=False)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _drop_lines_after(path: Path, last_step: float) -> None:

@@ -40,6 +40,10 @@ from jaxsft.step import (
     train_step,
 )
 
+# XLA's options that the train step is compiled with: none but its defaults. The kernels carry their
+# own limits.
+COMPILER_OPTIONS: dict[str, Any] = {}
+
 
 class StepArguments(NamedTuple):
     """The arguments of `train_step`. Arrays, or their `ShapeDtypeStruct`s with shardings."""
@@ -188,6 +192,18 @@ def make_spec(
     )
 
 
+def make_model(config: TrainConfig, model_config: GemmaConfig) -> Gemma:
+    """The model without an adapter, randomly initialised: for `nnx.eval_shape`."""
+    options = config.model
+    return Gemma(
+        model_config,
+        dtype=options.dtype,
+        param_dtype=options.param_dtype,
+        remat=options.remat,
+        rngs=nnx.Rngs(0),
+    )
+
+
 def abstract_setup(
     config: TrainConfig,
     model_config: GemmaConfig,
@@ -196,16 +212,10 @@ def abstract_setup(
 ) -> StepArguments:
     """The step's arguments as shapes, dtypes and shardings, for devices that need not exist."""
     check_positions(config, model_config)
-    options, mesh = config.model, mesh_of(config, devices)
+    mesh = mesh_of(config, devices)
 
     def build() -> Gemma:
-        model = Gemma(
-            model_config,
-            dtype=options.dtype,
-            param_dtype=options.param_dtype,
-            remat=options.remat,
-            rngs=nnx.Rngs(0),
-        )
+        model = make_model(config, model_config)
         inject_adapter(config, model)
         return model
 
@@ -247,11 +257,6 @@ def lower_step(arguments: StepArguments) -> jax.stages.Lowered:
     return train_step.lower(*arrays, spec=spec)
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """XLA's options for the train step on the mesh's platform."""
-    return {}
-
-
 def program_hash(lowered: jax.stages.Lowered, compiler_options: Mapping[str, Any]) -> str:
     """16 hex digits that tell apart any two programs, or ways to compile them.
 
@@ -273,7 +278,7 @@ def _kernel_without_locations(body: re.Match[str]) -> str:
     tpu.register_dialect(context)
     with context:
         module = ir.Module.parse(base64.b64decode(body.group()))
-        return module.operation.get_asm(enable_debug_info=False)
+        return str(module.operation.get_asm(enable_debug_info=False))
 
 
 def num_bytes_per_device(tree: Any) -> int:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsft.build import Data, Rows, Setup, num_adapter_params
+from jaxsft.preflight import Preflight
 
 _TABLE_ROWS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("loss", "held-out loss, nats per completion token", lambda m: _number(m["loss"], "{:.3f}")),
@@ -64,6 +65,40 @@ def show_setup(console: Console, setup: Setup) -> None:
         f"device{'s' if mesh.size > 1 else ''}"
     )
     console.print(f"train step: program {setup.program_hash}")
+
+
+def show_preflight(console: Console, found: Preflight) -> None:
+    """What the preflight found, one line on each question."""
+    apart, memory = found.difference, found.memory
+    if apart is None:
+        console.print(f"  correct  not compared: {found.not_compared}")
+    else:
+        console.print(
+            f"  correct  {apart.ways} {'agree' if apart.is_small else 'DISAGREE'}: loss "
+            f"{apart.loss:.1e} apart (at most {apart.loss_bound:.0e}), gradients "
+            f"{apart.gradient:.1e} ({apart.where}; at most {apart.gradient_bound:.0e})"
+        )
+    plan = "no plan of this program on this machine"
+    if found.planned_seconds is not None:
+        ratio = found.seconds_per_step / found.planned_seconds
+        plan = f"{ratio:.2f} × the planned {found.planned_seconds:.3f} s"
+    console.print(
+        f"  speed    {found.seconds_per_step:.3f} s a step (median of {len(found.seconds)}, "
+        f"{min(found.seconds):.3f} to {max(found.seconds):.3f}), {found.tokens_per_s:,.0f} "
+        f"tokens/s; {plan}"
+    )
+    budget = "null" if found.budget_hours is None else f"{found.budget_hours:g}"
+    console.print(
+        f"  time     {found.num_steps_left:,} steps take {found.hours:.3g} hours; budget_hours "
+        f"{budget}"
+    )
+    if memory is not None:
+        gib = 2**30
+        console.print(
+            f"  memory   {memory.peak / gib:.2f} of {memory.limit / gib:.2f} GiB on the fullest "
+            "device"
+        )
+    console.print(f"  program  {found.program_hash}")
 
 
 @contextmanager

@@ -2,15 +2,16 @@
 
 Measures the model on held-out rows, trains, measures again, and leaves everything in
 output_dir/name, the adapter in PEFT format among it. The same command again continues an
-interrupted run, and a finished one says so.
+interrupted run, and a finished one says so. `--preflight` checks the step on this machine, times it
+and stops; on a TPU every run begins with that.
 
-Exit codes: 0 finished; 1 the run failed (one line says how; the last checkpoint is good); 2 bad
-input (one line says what, nothing was trained); 75 interrupted and saved, run the command again.
+Exit codes: 0 finished; 1 the preflight or the run failed (one line says how; the last checkpoint is
+good); 2 bad input (one line says what, nothing was trained); 75 interrupted and saved, run the
+command again.
 """
 
+import argparse
 import dataclasses
-import json
-import math
 import os
 import signal
 import sys
@@ -24,22 +25,34 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxsft.build import Data, Setup, build, check_early, load_data, plain_weights
+from jaxsft.build import Data, Setup, build, check_early, load_data
 from jaxsft.checkpoint import Checkpoints
-from jaxsft.cli import parse_config
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail, parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.data import batches
-from jaxsft.evaluate import answer_prompts, held_out_loss, is_exact_format, score_format
-from jaxsft.metrics import MetricsWriter, Throughput, write_json
+from jaxsft.json_file import write_json
+from jaxsft.measure import eval_loss, load_before, measure, measured_of, write_samples
+from jaxsft.metrics import MetricsWriter, Throughput
 from jaxsft.peft_io import save_adapter
-from jaxsft.report import progress, show_data, show_finished, show_result, show_setup
+from jaxsft.preflight import NUM_TIMED_STEPS, run_preflight
+from jaxsft.report import (
+    progress,
+    show_data,
+    show_finished,
+    show_preflight,
+    show_result,
+    show_setup,
+)
 from jaxsft.step import put_batch, train_step
 
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
-DESCRIPTION = "Fine-tunes a Gemma with LoRA on reasoning traces. Without options: the demo."
+DESCRIPTION = (
+    "Fine-tunes a Gemma with LoRA on reasoning traces. Without options: the demo. --preflight "
+    "checks the train step on this machine against another way to compute it, times it on the "
+    "run's own rows and stops, with exit code 1 when it disagrees or the run would take longer "
+    "than budget_hours; on a TPU every run begins with that."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # No markup: file names may hold brackets.
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     try:
-        arguments = sys.argv[1:] if argv is None else argv
-        config, yaml = parse_config("jaxsft.train", DESCRIPTION, arguments)
+        preflight_only, rest = parse_preflight(sys.argv[1:] if argv is None else argv)
+        config, yaml = parse_config("jaxsft.train", DESCRIPTION, rest)
+        if config.multihost:
+            join_hosts(preflight_only)
+            console.quiet = jax.process_index() > 0
         run_dir = Path(config.output_dir) / config.name
         if (run_dir / "result.json").exists():
             show_finished(console, run_dir, yaml)
@@ -61,19 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup = build(config, data, path)
         show_setup(console, setup)
         run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.save_total_limit)
-        restored = checkpoints.restore(
-            setup.state, setup.fingerprint, on_event=lambda line: console.print(f"warning: {line}")
-        )
-        if restored is not None:
-            console.print(f"Continuing from step {restored.step}.")
-            setup = dataclasses.replace(setup, state=restored.state)
+        checkpoints = None
+        if jax.process_count() == 1:
+            checkpoints = Checkpoints(run_dir / "checkpoints", config.save_total_limit)
+            setup = restore(setup, checkpoints, console)
         before = load_before(config, data, setup, run_dir)
         (run_dir / "config.yaml").write_text(yaml, encoding="utf-8")
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
     try:
         with catch_signals() as interrupted:
+            if preflight_only or is_on_tpu(setup):
+                setup, code = preflight(config, setup, run_dir, console, interrupted)
+                if preflight_only or code:
+                    return code
+            assert checkpoints is not None  # several processes stop after the preflight
             return run(config, data, setup, before, checkpoints, run_dir, console, interrupted)
     except (FloatingPointError, OSError) as error:
         return fail(error, EXIT_FAILED)
@@ -84,10 +102,71 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"out of memory, {advice}: {str(error).splitlines()[0]}", EXIT_FAILED)
 
 
-def fail(error: object, code: int) -> int:
-    """Prints the error as one line; returns the exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+def parse_preflight(argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """(is `--preflight` among the arguments, the others); ValueError where it has a value."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preflight", action="store_true")
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    return found.preflight, rest
+
+
+def join_hosts(preflight_only: bool) -> None:
+    """Makes this process one of several, before anything touches its devices.
+
+    Raises ValueError where there are no others, and where more than a preflight is wanted of them.
+    """
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"multihost: no other processes to join ({error}); JAX finds them on the hosts of a "
+            "TPU slice and under Slurm or Open MPI, elsewhere leave it out"
+        ) from error
+    if jax.process_count() > 1 and not preflight_only:
+        raise ValueError(
+            f"multihost: checkpoints need all devices in one process, here are "
+            f"{jax.process_count()}; only --preflight runs on several so far"
+        )
+
+
+def is_on_tpu(setup: Setup) -> bool:
+    """Does the step run on TPUs?"""
+    return setup.spec.mesh.devices.flat[0].platform == "tpu"
+
+
+def restore(setup: Setup, checkpoints: Checkpoints, console: Console) -> Setup:
+    """`setup` with the state of the newest good checkpoint, if there is any."""
+    restored = checkpoints.restore(
+        setup.state, setup.fingerprint, on_event=lambda line: console.print(f"warning: {line}")
+    )
+    if restored is None:
+        return setup
+    console.print(f"Continuing from step {restored.step}.")
+    return dataclasses.replace(setup, state=restored.state)
+
+
+def preflight(
+    config: TrainConfig,
+    setup: Setup,
+    run_dir: Path,
+    console: Console,
+    interrupted: Callable[[], bool],
+) -> tuple[Setup, int]:
+    """(`setup` as it must be used from now on, exit code: 0 when the run may start)."""
+    console.print(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
+    setup, found = run_preflight(config, setup, cache_dir(), interrupted)
+    if found is None:
+        console.print("Interrupted, nothing is lost. To go on, run the same command again.")
+        return setup, EXIT_INTERRUPTED
+    show_preflight(console, found)
+    if jax.process_index() == 0:
+        write_json(run_dir / "preflight.json", found.as_dict())
+    if found.problems:
+        return setup, fail("; ".join(found.problems), EXIT_FAILED)
+    return setup, 0
 
 
 def run(
@@ -192,99 +271,6 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
-
-
-def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
-    """What a measurement before training depends on, by name."""
-    same = {f"eval.{name}": str(value) for name, value in dataclasses.asdict(config.eval).items()}
-    heldout = "none" if data.heldout is None else data.heldout.packed.digest()
-    start = {name: str(setup.fingerprint[name]) for name in ("model", "model.dtype", "tokenizer")}
-    return same | start | {"data.eval_files": heldout, "lora.init_from": str(config.lora.init_from)}
-
-
-def load_before(
-    config: TrainConfig, data: Data, setup: Setup, run_dir: Path
-) -> dict[str, Any] | None:
-    """The run's measurement before training: None if still to be made, {} if training has begun.
-
-    Raises ValueError when training has begun and it was made with other options.
-    """
-    path = run_dir / "before.json"
-    has_begun = int(setup.state.step) > 0
-    if not path.exists():
-        return {} if has_begun else None
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        there, here = before.pop("of"), measured_of(config, data, setup)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged ({error!r}); remove it") from error
-    if there == here:
-        return dict(before)
-    if not has_begun:
-        return None
-    changed = [
-        f"{k} ({there.get(k)} there, {v} here)" for k, v in here.items() if there.get(k) != v
-    ]
-    raise ValueError(
-        f"{path}: was measured with another {'; '.join(changed)}; the table would compare two "
-        "things: use the old options, or remove the file to leave 'before' out"
-    )
-
-
-def eval_loss(config: TrainConfig, data: Data, setup: Setup) -> float:
-    """Held-out loss in nats per completion token; NaN without held-out files."""
-    if data.heldout is None:
-        return math.nan
-    rows, adapter = data.heldout.packed, setup.state.adapter
-    return held_out_loss(
-        adapter, setup.frozen, rows, spec=setup.spec, batch_size=config.eval.batch_size
-    )
-
-
-def measure(
-    config: TrainConfig,
-    data: Data,
-    setup: Setup,
-    writer: MetricsWriter,
-    console: Console,
-) -> dict[str, Any]:
-    """Held-out loss, and the form of the answers to the first held-out prompts."""
-    if data.heldout is None:
-        return {}
-    step, samples = int(setup.state.step), data.heldout_samples
-    console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
-    scores: dict[str, Any] = {"loss": eval_loss(config, data, setup)}
-    answers: list[dict[str, Any]] = []
-    if config.eval.num_prompts:
-        generated = answer_prompts(
-            setup.state.adapter,
-            plain_weights(setup),
-            samples[: config.eval.num_prompts],
-            data.tokenizer,
-            spec=setup.spec,
-            options=config.eval,
-        )
-        scores |= dataclasses.asdict(score_format(generated))
-        system = f"{config.data.system_prompt}\n\n" if config.data.system_prompt else ""
-        for i, answer in enumerate(generated):
-            prompt = answer.prompt.removeprefix(system)
-            writer.text(step, f"sample/{i}", f"{prompt}\n\n{answer.text}")
-            flags = {"prompt": prompt, "exact_format": is_exact_format(answer.text)}
-            answers.append(dataclasses.asdict(answer) | flags)
-    writer.log(step, {f"eval/{name}": value for name, value in scores.items()})
-    return scores | {"answers": answers}
-
-
-def write_samples(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """One JSON line a held-out prompt: prompt, reference, and the answers before and after."""
-    new, old = after.get("answers", []), before.get("answers", [])
-    lines = [
-        {key: answer[key] for key in ("prompt", "reference")}
-        | {"before": old[i]["text"] if i < len(old) else None, "after": answer["text"]}
-        for i, answer in enumerate(new)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,21 +22,34 @@ ORDER = [
     # L0
     "config",
     "presets",
+    "json_file",
     # L1
     "sharding",
     "layers",
     "attention",
-    "splash",
+    "rows",
+    "flash_attention",
+    "fused_weights",
     "packing",
     "gguf_io",
     "safetensors_io",
     "tokenizer",
     "reasoning",
     "loss",
+    "hlo_text",
+    "llo_text",
     # L2
     "lora",
     "model",
+    "fused_layer",
+    "fused",
     "chat",
+    "workload",
+    "hlo_values",
+    "hlo_cost",
+    "hlo_memory",
+    "hlo_price",
+    "llo_schedule",
     # L3
     "data",
     "tensor_names",
@@ -44,16 +57,29 @@ ORDER = [
     "peft_io",
     "step",
     "sample",
+    "pricing",
+    "tpu_aot",
+    "kernel_price",
     # L4
     "checkpoint",
     "metrics",
     "evaluate",
+    "program",
+    "estimate",
+    "run_plan",
+    "plan_search",
     # L5
     "cli",
     "build",
+    "agreement",
+    "measure",
+    "preflight",
     "report",
     "train",
+    "plan_report",
+    "plan_plot",
     "plan",
+    "kernel_worker",
     "export",
     "generate",
     "inspect",
@@ -61,9 +87,10 @@ ORDER = [
 L5 = frozenset(ORDER[ORDER.index("cli") :])
 
 # These two share `Batch` and nothing else. The data side has no JAX in it.
-DATA_SIDE = frozenset({"packing", "tokenizer", "reasoning", "chat", "data"})
+DATA_SIDE = frozenset({"packing", "tokenizer", "reasoning", "chat", "data", "workload"})
 MODEL_SIDE = frozenset(
-    {"sharding", "layers", "attention", "splash", "loss", "lora", "model", "peft_io", "step"}
+    {"sharding", "layers", "attention", "rows", "flash_attention", "fused_weights", "fused_layer"}
+    | {"fused", "loss", "lora", "model", "peft_io", "step"}
 )
 
 MAX_FILE_LINES = 300

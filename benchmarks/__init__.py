@@ -1,0 +1,1 @@
+"""Benchmarks: speed and memory, measured or estimated; nothing here is imported by jaxsft."""

@@ -1,0 +1,73 @@
+"""Our own side of the comparison: the package's train step.
+
+`python -m benchmarks.peer_jaxsft MODEL_DIR ADAPTER_DIR LEARNING_RATE DATA_FILE`.
+"""
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks.peer_lab import NUM_ROWS, ROW_LENGTH
+from benchmarks.peer_protocol import serve
+from jaxsft.build import build, load_data
+from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
+from jaxsft.packing import Batch
+from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config, save_adapter
+from jaxsft.step import init_state, put_batch, train_step
+from jaxsft.weights import demo_model_path
+
+
+class JaxsftTrainer:
+    """`jaxsft.step.train_step` as `jaxsft.train` builds it: float32, gradients clipped to 1."""
+
+    def __init__(self, model_dir: str, adapter_dir: str, learning_rate: float, data_file: str):
+        jax.config.update("jax_default_matmul_precision", "highest")
+        adapter = read_adapter_config(adapter_dir)
+        config = TrainConfig(
+            model=ModelOptions(path=model_dir, tokenizer=str(demo_model_path())),
+            lora=LoraOptions(r=adapter.rank, alpha=adapter.alpha, init_from=adapter_dir),
+            data=DataOptions(train_files=[data_file], max_length=ROW_LENGTH),
+            global_batch_size=NUM_ROWS,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+        )
+        path = Path(model_dir)
+        self.setup = build(config, load_data(config, path), path)
+        self.state, self.frozen = self.setup.state, self.setup.frozen
+
+    def _batch(self, rows: Path) -> Batch:
+        with np.load(rows) as arrays:
+            batch = Batch(*(arrays[name] for name in Batch._fields))
+        return put_batch(batch, self.setup.spec.mesh)
+
+    def gradients(self, rows: Path, out: Path) -> float:
+        """See `peer_protocol.Trainer`."""
+        # An optimizer whose state is the gradient.
+        spec = dataclasses.replace(self.setup.spec, transform=optax.trace(decay=0.0))
+        state = init_state(jax.tree.map(jnp.copy, self.state.adapter), spec)
+        state, self.frozen, metrics = train_step(state, self.frozen, self._batch(rows), spec=spec)
+        model = nnx.merge(spec.graphdef, state.moments.trace, self.setup.model_weights)
+        with tempfile.TemporaryDirectory(dir=out.parent) as directory:
+            save_adapter(directory, model, self.setup.adapter_config)
+            (Path(directory) / WEIGHTS_NAME).rename(out)
+        return float(metrics["loss"])
+
+    def step(self, rows: Path) -> float:
+        """See `peer_protocol.Trainer`."""
+        self.state, self.frozen, metrics = train_step(
+            self.state, self.frozen, self._batch(rows), spec=self.setup.spec
+        )
+        jax.block_until_ready((self.state, self.frozen))
+        return float(metrics["loss"])
+
+
+if __name__ == "__main__":
+    model_dir, adapter_dir, learning_rate, data_file = sys.argv[1:]
+    serve(lambda: JaxsftTrainer(model_dir, adapter_dir, float(learning_rate), data_file))

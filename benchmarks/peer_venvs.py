@@ -1,0 +1,57 @@
+"""A virtual environment for each peer: their pins conflict with one another and with ours."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+DEFAULT_DIR = Path.home() / ".cache" / "jaxsft" / "peers"
+
+# Installed one list after the other. torch is exact and first, so that a CPU build, where pip is
+# configured to find one, is what transformers and peft then meet.
+REQUIREMENTS = {
+    "torch": (
+        ("torch==2.13.0",),
+        ("transformers==5.23.0", "peft==0.21.2", "safetensors", "numpy"),
+    ),
+    # jax and libtpu as jaxsft has them: the same compiler for both.
+    "tunix": (
+        (
+            *("google-tunix==0.1.7", "qwix==0.1.8", "flax==0.12.8", "optax==0.2.8"),
+            *("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.42.1"),
+        ),
+    ),
+}
+_STAMP = "jaxsft-peer.txt"
+
+
+def ensure(
+    name: str, requirements: tuple[tuple[str, ...], ...], directory: Path = DEFAULT_DIR
+) -> Path:
+    """The Python of the environment directory/name, made first unless it is there and complete.
+
+    Raises ValueError when it cannot be made.
+    """
+    environment = directory / name
+    stamp, python = environment / _STAMP, environment / "bin" / "python"
+    wanted = "\n".join(" ".join(group) for group in requirements)
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    # PYTHONPATH would let pip take what lies there for installed.
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    try:
+        if (environment / "pyvenv.cfg").exists():
+            shutil.rmtree(environment)
+        environment.mkdir(parents=True)
+        commands = [[sys.executable, "-m", "venv", str(environment)]]
+        commands += [[str(python), "-m", "pip", "install", "-q", *g] for g in requirements]
+        for command in commands:
+            subprocess.run(command, check=True, env=clean, stdout=sys.stderr)
+        stamp.write_text(wanted, encoding="utf-8")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"the environment {environment} cannot be made: {error}; --venvs DIR names another "
+            "place, what pip printed says why packages do not install"
+        ) from error
+    return python

@@ -1,0 +1,270 @@
+"""What a train step will take on a TPU, as data: memory by kind, seconds by part, FLOPs.
+
+All of it comes from the program that XLA's TPU compiler makes on a machine without a TPU: an
+estimate. Results are kept on disk, so that the same program is compiled once.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsft.config import TrainConfig
+from jaxsft.hlo_memory import saved_activation_bytes
+from jaxsft.hlo_text import parse_program
+from jaxsft.json_file import write_json
+from jaxsft.kernel_price import KernelPrice, price_kernels
+from jaxsft.presets import GemmaConfig
+from jaxsft.pricing import CHIPS, Chip, PricedOp, price_program
+from jaxsft.program import (
+    COMPILER_OPTIONS,
+    abstract_setup,
+    lower_step,
+    num_bytes_per_device,
+    program_hash,
+)
+from jaxsft.tpu_aot import Compiled, OutOfMemory, compile_for_tpu, topology_devices
+
+GIB = 2**30
+# What the TPU compiler lets a program have of 16 and 32 GiB.
+HBM_LIMIT_BYTES = {"v5e": int(15.75 * GIB), "v6e": int(31.25 * GIB)}
+
+# The one measurement that such estimates can be held against.
+CALIBRATION = (
+    "Tunix's published run of single_session took 1.095 s a step on a real v5e-8; its step, "
+    "compiled and priced like this one but without collectives, comes to 1.05 s (release 0.1.7) "
+    "and 1.11 s (development version)."
+)
+NUM_LARGEST_OPS = 40
+
+# The modules that decide what is made of a program.
+_PRICING = ("estimate", "hlo_*", "kernel_*", "llo_*", "pricing", "tpu_aot")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepEstimate:
+    """One optimizer step on a TPU slice. Bytes are those of one chip, FLOPs those of all chips.
+
+    `hbm_bytes` is by kind. A step that does not fit has no seconds, `misfit` says why not, and
+    `hbm_bytes` is what the compiler names, as "needed". `parts` are seconds by pricing.PARTS and
+    add up to `seconds`. `matmul_flops` are those of all matmuls, Pallas kernels' too, and
+    `recomputed_flops` those that rematerialisation repeats. `num_positions`: rows × row length.
+    `largest_ops` are the ops that take the longest, over all their runs.
+    """
+
+    topology: str
+    num_chips: int
+    program_hash: str
+    compiler_options: dict[str, Any]
+    compiler: str
+    compile_seconds: float
+    num_positions: int
+    misfit: str
+    hbm_bytes: dict[str, int]
+    hbm_limit_bytes: int
+    seconds: float = 0.0
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    unpriced: list[str] = dataclasses.field(default_factory=list)
+    assumptions: list[str] = dataclasses.field(default_factory=list)
+    matmul_flops: float = 0.0
+    recomputed_flops: float = 0.0
+    largest_ops: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Does the compiler place the program into the chip's memories?"""
+        return not self.misfit
+
+    @property
+    def chip(self) -> str:
+        """The kind of chip, a key of pricing.CHIPS."""
+        return self.topology.split(":")[0]
+
+    @property
+    def hbm_total_gib(self) -> float:
+        """GiB that the step takes of a chip's memory."""
+        return sum(self.hbm_bytes.values()) / GIB
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Row positions a second, over all chips."""
+        return self.num_positions / self.seconds if self.seconds else 0.0
+
+
+def estimate_step(
+    config: TrainConfig,
+    model_config: GemmaConfig,
+    topology: str,
+    steps: int,
+    *,
+    cache_dir: Path,
+    environment: Mapping[str, str],
+) -> tuple[StepEstimate, bool]:
+    """(the estimate of the step of a run of so many steps, was it on disk), in minutes if not.
+
+    `environment` is that of the process, for the subprocess that compiles kernels. Raises
+    ValueError for a config that the model or the topology cannot run.
+    """
+    # By what the program is made from, which is quick to compare, and by the program itself.
+    inputs = f"{dataclasses.asdict(config)} {model_config} {topology} {steps}"
+    by_inputs = cache_dir / f"{_cache_key(inputs, ('*',))}.json"
+    if (cached := _load(by_inputs)) is not None:
+        return cached, True
+    arguments = abstract_setup(config, model_config, topology_devices(topology), steps)
+    lowered = lower_step(arguments)
+    argument_bytes = {
+        "weights": num_bytes_per_device(arguments.frozen),
+        "adapter + optimizer": num_bytes_per_device(arguments.state),
+    }
+    found = estimate_lowered(
+        lowered,
+        argument_bytes,
+        config,
+        topology,
+        cache_dir=cache_dir,
+        environment=environment,
+    )
+    write_json(by_inputs, dataclasses.asdict(found[0]))
+    return found
+
+
+def estimate_lowered(
+    lowered: jax.stages.Lowered,
+    argument_bytes: Mapping[str, int],
+    config: TrainConfig,
+    topology: str,
+    *,
+    cache_dir: Path,
+    environment: Mapping[str, str],
+) -> tuple[StepEstimate, bool]:
+    """As estimate_step, of a lowered step of `config`; a chip's bytes of its arguments by kind."""
+    found_hash = program_hash(lowered, COMPILER_OPTIONS)
+    path = cache_dir / f"{found_hash}-{_cache_key(topology, _PRICING)}.json"
+    if (cached := _load(path)) is not None:
+        return cached, True
+    chip = CHIPS[topology.split(":")[0]]
+    started = time.monotonic()
+    compiled = compile_for_tpu(lowered, COMPILER_OPTIONS)
+    known: dict[str, Any] = {
+        "topology": topology,
+        "num_chips": num_chips(topology),
+        "program_hash": found_hash,
+        "compiler_options": COMPILER_OPTIONS,
+        "compiler": f"libtpu {version('libtpu')}",
+        "compile_seconds": time.monotonic() - started,
+        "num_positions": config.global_batch_size * config.data.max_length,
+        "hbm_limit_bytes": HBM_LIMIT_BYTES[chip.name],
+    }
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    if isinstance(compiled, OutOfMemory):
+        estimate = _too_large(compiled, known)
+    else:
+        text, kernel_dir = compiled.hlo_text, cache_dir / "kernels"
+        kernels = price_kernels(text, chip, topology, COMPILER_OPTIONS, kernel_dir, environment)
+        estimate = _price(compiled, chip, kernels, argument_bytes, config, known)
+    write_json(path, dataclasses.asdict(estimate))
+    return estimate, False
+
+
+def _too_large(found: OutOfMemory, known: dict[str, Any]) -> StepEstimate:
+    needed, available = found.needed_bytes, found.available_bytes
+    return StepEstimate(
+        **known,
+        misfit=f"{needed / GIB:.2f} of {available / GIB:.2f} GiB of {found.memory.upper()}",
+        hbm_bytes={"needed": needed} if found.memory == "hbm" else {},
+    )
+
+
+def _price(
+    compiled: Compiled,
+    chip: Chip,
+    kernels: Mapping[str, KernelPrice],
+    argument_bytes: Mapping[str, int],
+    config: TrainConfig,
+    known: dict[str, Any],
+) -> StepEstimate:
+    priced = price_program(
+        compiled.hlo_text,
+        chip,
+        {name: kernel.seconds for name, kernel in kernels.items()},
+        {"loss_head": num_loss_chunks(config, known["num_chips"])},
+    )
+    in_kernels = sum(
+        kernels[op.name].matmul_flops * op.trips for op in priced.ops if op.name in kernels
+    )
+    assumed = {each for kernel in kernels.values() for each in kernel.assumptions}
+    assumed |= {f"one iteration of {loop}" for loop in priced.unknown_loops}
+    largest = sorted(priced.ops, key=lambda op: -op.exposed_s)[:NUM_LARGEST_OPS]
+    return StepEstimate(
+        **known,
+        misfit="",
+        hbm_bytes=_memory_by_kind(compiled, argument_bytes),
+        seconds=priced.seconds,
+        parts=priced.parts,
+        collectives=[_op_as_dict(op) for op in priced.collectives],
+        unpriced=[f"{op.opcode} {op.name} ({op.op_name})" for op in priced.unpriced],
+        assumptions=sorted(assumed),
+        matmul_flops=(priced.matmul_flops + in_kernels) * known["num_chips"],
+        recomputed_flops=priced.recomputed_matmul_flops * known["num_chips"],
+        largest_ops=[_op_as_dict(op) for op in largest],
+    )
+
+
+def _op_as_dict(op: PricedOp) -> dict[str, Any]:
+    return {
+        "op": op.opcode,
+        "part": op.part,
+        "name": op.op_name,
+        "num_bytes": op.num_bytes,
+        "trips": op.trips,
+        "in_loop": op.in_loop,
+        "seconds": op.seconds,
+        "exposed_seconds": op.exposed_s,
+    }
+
+
+def num_loss_chunks(config: TrainConfig, num_chips: int) -> int:
+    """Chunks of a chip's micro-batch in the loss head when every position bears loss."""
+    positions = config.global_batch_size * config.data.max_length
+    positions //= config.gradient_accumulation_steps * num_chips
+    return -(-positions // min(config.loss_chunk_tokens, positions))
+
+
+def num_chips(topology: str) -> int:
+    """Chips of a topology such as v5e:2x4."""
+    return math.prod(int(size) for size in topology.split(":")[1].split("x"))
+
+
+def _memory_by_kind(compiled: Compiled, argument_bytes: Mapping[str, int]) -> dict[str, int]:
+    memory = compiled.memory
+    activations = saved_activation_bytes(parse_program(compiled.hlo_text))
+    temporaries = memory.peak - memory.arguments - activations
+    known = {**argument_bytes, "activations": activations, "temporaries": temporaries}
+    return known | {"program, batch": memory.total - sum(known.values())}
+
+
+def _cache_key(inputs: str, modules: Sequence[str]) -> str:
+    """16 hex digits of the inputs, the compilers' versions and some of this package's modules."""
+    digest = hashlib.sha256(inputs.encode())
+    names = ("jax", "jaxlib", "libtpu", "flax", "optax")
+    digest.update(" ".join(version(name) for name in names).encode())
+    for pattern in modules:
+        for path in sorted(Path(__file__).parent.glob(f"{pattern}.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _load(path: Path) -> StepEstimate | None:
+    """A kept estimate; None where there is none, or a damaged one."""
+    try:
+        return StepEstimate(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,20 @@
+"""JSON files that are there whole or not at all."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes whole or not at all; NaN, which JSON lacks, becomes null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    partial = path.with_name(path.name + ".tmp")
+    text = json.dumps(finite(values), ensure_ascii=False, indent=1, allow_nan=False)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,107 @@
+"""A run's measurements on held-out rows, before and after training, kept so that they compare."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxsft.build import Data, Setup, plain_weights
+from jaxsft.config import TrainConfig
+from jaxsft.evaluate import answer_prompts, held_out_loss, is_exact_format, score_format
+from jaxsft.metrics import MetricsWriter
+
+
+def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
+    """What a measurement before training depends on, by name."""
+    same = {f"eval.{name}": str(value) for name, value in dataclasses.asdict(config.eval).items()}
+    heldout = "none" if data.heldout is None else data.heldout.packed.digest()
+    start = {name: str(setup.fingerprint[name]) for name in ("model", "model.dtype", "tokenizer")}
+    return same | start | {"data.eval_files": heldout, "lora.init_from": str(config.lora.init_from)}
+
+
+def load_before(
+    config: TrainConfig, data: Data, setup: Setup, run_dir: Path
+) -> dict[str, Any] | None:
+    """The run's measurement before training: None if still to be made, {} if training has begun.
+
+    Raises ValueError when training has begun and it was made with other options.
+    """
+    path = run_dir / "before.json"
+    has_begun = int(setup.state.step) > 0
+    if not path.exists():
+        return {} if has_begun else None
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        there, here = before.pop("of"), measured_of(config, data, setup)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); remove it") from error
+    if there == here:
+        return dict(before)
+    if not has_begun:
+        return None
+    changed = [
+        f"{k} ({there.get(k)} there, {v} here)" for k, v in here.items() if there.get(k) != v
+    ]
+    raise ValueError(
+        f"{path}: was measured with another {'; '.join(changed)}; the table would compare two "
+        "things: use the old options, or remove the file to leave 'before' out"
+    )
+
+
+def eval_loss(config: TrainConfig, data: Data, setup: Setup) -> float:
+    """Held-out loss in nats per completion token; NaN without held-out files."""
+    if data.heldout is None:
+        return math.nan
+    rows, adapter = data.heldout.packed, setup.state.adapter
+    return held_out_loss(
+        adapter, setup.frozen, rows, spec=setup.spec, batch_size=config.eval.batch_size
+    )
+
+
+def measure(
+    config: TrainConfig,
+    data: Data,
+    setup: Setup,
+    writer: MetricsWriter,
+    console: Console,
+) -> dict[str, Any]:
+    """Held-out loss, and the form of the answers to the first held-out prompts."""
+    if data.heldout is None:
+        return {}
+    step, samples = int(setup.state.step), data.heldout_samples
+    console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
+    scores: dict[str, Any] = {"loss": eval_loss(config, data, setup)}
+    answers: list[dict[str, Any]] = []
+    if config.eval.num_prompts:
+        generated = answer_prompts(
+            setup.state.adapter,
+            plain_weights(setup),
+            samples[: config.eval.num_prompts],
+            data.tokenizer,
+            spec=setup.spec,
+            options=config.eval,
+        )
+        scores |= dataclasses.asdict(score_format(generated))
+        system = f"{config.data.system_prompt}\n\n" if config.data.system_prompt else ""
+        for i, answer in enumerate(generated):
+            prompt = answer.prompt.removeprefix(system)
+            writer.text(step, f"sample/{i}", f"{prompt}\n\n{answer.text}")
+            flags = {"prompt": prompt, "exact_format": is_exact_format(answer.text)}
+            answers.append(dataclasses.asdict(answer) | flags)
+    writer.log(step, {f"eval/{name}": value for name, value in scores.items()})
+    return scores | {"answers": answers}
+
+
+def write_samples(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """One JSON line a held-out prompt: prompt, reference, and the answers before and after."""
+    new, old = after.get("answers", []), before.get("answers", [])
+    lines = [
+        {key: answer[key] for key in ("prompt", "reference")}
+        | {"before": old[i]["text"] if i < len(old) else None, "after": answer["text"]}
+        for i, answer in enumerate(new)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")

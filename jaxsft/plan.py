@@ -1,0 +1,271 @@
+"""Plans a run without a TPU: `python -m jaxsft.plan [--config RECIPE] [--topology v5e:2x4] …`.
+
+Compiles the very train step that `train` would run with XLA's TPU compiler, on this machine, and
+says whether it fits, how long it takes and why. All numbers are estimates.
+
+Exit codes: 0 the run fits; 1 it does not fit the chips' memory or --budget-hours; 2 bad input.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxsft import lora
+from jaxsft.build import load_data, model_path
+from jaxsft.cli import EXIT_BAD_INPUT, fail, parse_config
+from jaxsft.config import TrainConfig, check_devices
+from jaxsft.estimate import StepEstimate, estimate_step, num_chips
+from jaxsft.json_file import write_json
+from jaxsft.plan_plot import plot_plan
+from jaxsft.plan_report import describe_setting, show_plan, show_search
+from jaxsft.plan_search import (
+    Setting,
+    all_settings,
+    nearest_savings,
+    setting_of,
+    try_settings,
+)
+from jaxsft.presets import GemmaConfig
+from jaxsft.program import (
+    COMPILER_OPTIONS,
+    abstract_setup,
+    architecture,
+    lower_step,
+    program_hash,
+)
+from jaxsft.run_plan import RunPlan, count_workloads, steps_without_data
+from jaxsft.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES
+from jaxsft.workload import Workload, read_lengths
+
+EXIT_DOES_NOT_FIT = 1
+LOCAL = "local"
+DEFAULT_RECIPE = "single_session"
+
+DESCRIPTION = (
+    "Plans a run on a TPU slice that need not exist: fit, time and memory, by kind and part. "
+    "Options of its own: --topology v5e:2x4 (or another slice of v5e or v6e; local: only the hash "
+    "of the program on this machine's devices), --budget-hours H (exit code 1 when the run takes "
+    "longer), --lengths FILE (tokens of each sample: a JSON histogram {length: count} or one "
+    "number a line), --data (read the run's own data for them), --search (rank micro-batches, row "
+    "lengths and remat policies), --plot FILE.png, --json FILE. All others are train's."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    width = None if sys.stdout.isatty() else 120  # logs have room, whatever the terminal has
+    console = Console(highlight=False, markup=False, width=width)
+    try:
+        options, rest = parse_options(sys.argv[1:] if argv is None else argv)
+        config, _ = parse_config("jaxsft.plan", DESCRIPTION, rest, DEFAULT_RECIPE)
+        lora.resolve_targets(config.lora.target_modules)
+        # As train does: the default on accelerators is bfloat16 passes for float32 matmuls.
+        jax.config.update("jax_default_matmul_precision", "highest")
+        if options.topology == LOCAL:
+            return plan_local(config, options, console)
+        prepare_compiler()
+        plan, from_cache = make_plan(config, options, console)
+        show_plan(console, plan, from_cache=from_cache)
+        values = plan.as_dict()
+        if not plan.estimate.fits:
+            values["nearest"] = show_nearest(plan, console)
+        if options.search:
+            values["search"] = search(plan, console)
+        if options.plot:
+            plot_plan(plan, Path(options.plot))
+        if options.json:
+            write_json(Path(options.json), values)
+    except (ValueError, OSError) as error:
+        return fail(error, EXIT_BAD_INPUT)
+    return EXIT_DOES_NOT_FIT if plan.is_over_budget or not plan.estimate.fits else 0
+
+
+class PlanOptions(NamedTuple):
+    """The options of this command that are not train's."""
+
+    topology: str = "v5e:2x4"
+    lengths: str | None = None
+    data: bool = False
+    search: bool = False
+    plot: str | None = None
+    json: str | None = None
+
+
+def parse_options(argv: Sequence[str]) -> tuple[PlanOptions, list[str]]:
+    """(this command's options, the others); ValueError in one line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--topology", default=PlanOptions().topology)
+    for name in ("--lengths", "--plot", "--json"):
+        parser.add_argument(name)
+    for name in ("--data", "--search"):
+        parser.add_argument(name, action="store_true")
+    try:
+        found, rest = parser.parse_known_args(_with_train_names(argv))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    options = PlanOptions(**vars(found))
+    if options.topology != LOCAL and options.topology not in TOPOLOGIES:
+        valid = ", ".join((*TOPOLOGIES, LOCAL))
+        raise ValueError(f"--topology {options.topology} is not known; valid: {valid}")
+    if options.lengths and options.data:
+        raise ValueError("--lengths and --data both give the data's lengths; choose one")
+    for path in filter(None, (options.plot, options.json)):
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no such directory to write it to")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'jaxsft[plan]'")
+    return options, rest
+
+
+def _with_train_names(argv: Sequence[str]) -> list[str]:
+    """--budget-hours is train's --budget_hours."""
+    return [re.sub(r"^--budget-hours(?==|$)", "--budget_hours", argument) for argument in argv]
+
+
+def prepare_compiler() -> None:
+    """Sets what the TPU compiler reads when it is loaded; ValueError when it is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the TPU compiler is not installed: pip install 'jaxsft[plan]'")
+    os.environ.update(AOT_ENVIRONMENT)
+    jax.config.update("jax_platforms", AOT_ENVIRONMENT["JAX_PLATFORMS"])
+
+
+def cache_dir() -> Path:
+    """Where estimates are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jaxsft" / "plan"
+
+
+def make_plan(config: TrainConfig, options: PlanOptions, console: Console) -> tuple[RunPlan, bool]:
+    """(the plan, does it come from the cache)."""
+    topology = options.topology
+    check_devices(config, num_chips(topology))
+    model_config, source = architecture(config.model.path)
+    workloads = read_workloads(config, options)
+    steps = num_plan_steps(config, workloads)
+    if steps is None and config.budget_hours is not None:
+        raise ValueError(
+            "budget_hours needs the number of steps: give --lengths, --data or --max_steps"
+        )
+    estimate, from_cache = estimate_config(config, model_config, topology, steps, console)
+    plan = RunPlan(config, model_config, source, estimate, steps, workloads)
+    return plan, from_cache
+
+
+def estimate_config(
+    config: TrainConfig,
+    model_config: GemmaConfig,
+    topology: str,
+    steps: int | None,
+    console: Console,
+) -> tuple[StepEstimate, bool]:
+    """The step's estimate and whether it was kept. Any number of steps takes the same time."""
+    with console.status(f"Compiling for {topology}: {describe_setting(setting_of(config))} …"):
+        return estimate_step(
+            config,
+            model_config,
+            topology,
+            steps or config.warmup_steps + 1,
+            cache_dir=cache_dir(),
+            environment=os.environ,
+        )
+
+
+def read_workloads(config: TrainConfig, options: PlanOptions) -> dict[str, Workload]:
+    """Packed and unpacked, from --lengths or --data; {} without either."""
+    if options.lengths:
+        return count_workloads(config, read_lengths(options.lengths))
+    if options.data:
+        rows = load_data(config, model_path(config)).train.packed
+        lengths = np.diff(rows.sample_offsets).tolist()
+        return count_workloads(config, lengths, rows.num_loss_tokens)
+    return {}
+
+
+def num_plan_steps(config: TrainConfig, workloads: dict[str, Workload]) -> int | None:
+    """Steps of the run, where config or data tell; ValueError when the warm-up is not shorter."""
+    steps = steps_without_data(config)
+    if workloads:
+        steps = next(iter(workloads.values())).num_steps
+    if steps is not None and config.warmup_steps >= steps:
+        raise ValueError(f"warmup_steps {config.warmup_steps} is not below the run's {steps} steps")
+    return steps
+
+
+def show_nearest(plan: RunPlan, console: Console) -> dict[str, Any] | None:
+    """Compiles settings that take less memory, the nearest first, until one fits; shows it."""
+    candidates = nearest_savings(plan.config, plan.estimate.num_chips)
+    for setting, found in try_settings(candidates, setting_estimator(plan, console)):
+        if isinstance(found, StepEstimate) and found.fits:
+            console.print(
+                f"The nearest setting that fits: {describe_setting(setting)} "
+                f"({found.seconds:.3f} s a step, {found.hbm_total_gib:.2f} GiB a chip)."
+            )
+            return setting._asdict() | {"estimated_seconds_per_step": found.seconds}
+    console.print("No number of micro-batches and no remat policy makes it fit: use more chips.")
+    return None
+
+
+def search(plan: RunPlan, console: Console) -> list[dict[str, Any]]:
+    """Estimates the settings around the config's own and shows them, the fastest first."""
+    config, estimate = plan.config, plan.estimate
+    candidates = all_settings(config, estimate.num_chips, plan.model_config.max_positions)
+    tried = list(try_settings(candidates, setting_estimator(plan, console)))
+
+    def tokens_per_s(found: StepEstimate | str) -> float:
+        return found.tokens_per_s if isinstance(found, StepEstimate) else 0.0
+
+    ranked = sorted(tried, key=lambda each: -tokens_per_s(each[1]))
+    show_search(console, ranked, setting_of(config))
+    results = []
+    for setting, found in ranked:
+        result: dict[str, Any] = setting._asdict() | {"fits": False}
+        if isinstance(found, StepEstimate):
+            result |= {"fits": found.fits, "tokens_per_s": found.tokens_per_s}
+            result["hbm_gib_per_chip"] = found.hbm_total_gib
+        results.append(result)
+    return results
+
+
+def setting_estimator(plan: RunPlan, console: Console) -> Callable[[Setting], StepEstimate]:
+    """Setting -> the estimate of the plan's config under it."""
+
+    def estimate(setting: Setting) -> StepEstimate:
+        config, topology = setting.applied_to(plan.config), plan.estimate.topology
+        found, was_kept = estimate_config(config, plan.model_config, topology, plan.steps, console)
+        if not was_kept:
+            console.print(
+                f"{describe_setting(setting)}: {found.misfit or f'{found.seconds:.3f} s'}"
+            )
+        return found
+
+    return estimate
+
+
+def plan_local(config: TrainConfig, options: PlanOptions, console: Console) -> int:
+    """The hash of the program that train would run on the devices of this machine."""
+    check_devices(config, jax.device_count())
+    model_config, source = architecture(config.model.path)
+    steps = num_plan_steps(config, read_workloads(config, options))
+    devices = jax.devices()
+    arguments = abstract_setup(config, model_config, devices, steps or config.warmup_steps + 1)
+    found = program_hash(lower_step(arguments), COMPILER_OPTIONS)
+    console.print(f"{config.name}: {model_config.name} ({source}) on {len(devices)} local devices")
+    console.print(f"train step: program {found}")
+    if options.json:
+        values = {"topology": LOCAL, "num_chips": len(devices), "steps": steps}
+        write_json(Path(options.json), values | {"program_hash": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

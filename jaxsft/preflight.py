@@ -1,0 +1,168 @@
+"""Before a run: does its step compute the right thing on this machine, how fast, in what memory?
+
+The steps are the run's own compiled program on its own rows, on a copy of adapter and moments that
+is thrown away: with and without them a run is the same bit for bit.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxsft.agreement import Difference, compare_ways
+from jaxsft.build import Setup
+from jaxsft.config import TrainConfig
+from jaxsft.step import put_batch, train_step
+
+NUM_TIMED_STEPS = 20
+
+# What plan calls the chips that JAX names so.
+_CHIP_NAMES = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}
+
+
+class Memory(NamedTuple):
+    """Bytes of the device that has used most so far."""
+
+    peak: int
+    limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What was found. `seconds` are those of the timed steps.
+
+    None: `memory` where the device does not count it, `planned_seconds` (per step) where no plan of
+    this program is kept on this machine, `difference` where there is only one way to compute the
+    step; `not_compared` says why.
+    """
+
+    program_hash: str
+    seconds: list[float]
+    tokens_per_s: float
+    num_steps_left: int
+    budget_hours: float | None
+    memory: Memory | None
+    planned_seconds: float | None
+    difference: Difference | None
+    not_compared: str
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median of the timed steps."""
+        return statistics.median(self.seconds)
+
+    @property
+    def hours(self) -> float:
+        """Of the steps that are left; measurements and checkpoints are not in it."""
+        return self.num_steps_left * self.seconds_per_step / 3600
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the run must not start."""
+        found, apart = [], self.difference
+        if apart is not None and not apart.is_small:
+            found.append(
+                f"{apart.ways} disagree on this machine: loss by {apart.loss:.1e} (at most "
+                f"{apart.loss_bound:.0e}), gradient of {apart.where} by {apart.gradient:.1e} (at "
+                f"most {apart.gradient_bound:.0e}); use the versions of JAX and its libraries that "
+                "the tests pass with"
+            )
+        if self.budget_hours is not None and self.hours > self.budget_hours:
+            found.append(
+                f"{self.num_steps_left:,} steps at {self.seconds_per_step:.3g} s take "
+                f"{self.hours:.3g} hours, budget_hours is {self.budget_hours:g}; take fewer steps "
+                "or more devices, or raise it"
+            )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it for a program to read, units in the names."""
+        apart, memory = self.difference, self.memory
+        return {
+            "problems": self.problems,
+            "program_hash": self.program_hash,
+            "difference": None if apart is None else apart._asdict(),
+            "not_compared": self.not_compared,
+            "seconds_per_step": self.seconds_per_step,
+            "timed_seconds": self.seconds,
+            "planned_seconds_per_step": self.planned_seconds,
+            "tokens_per_s": self.tokens_per_s,
+            "num_steps_left": self.num_steps_left,
+            "hours": self.hours,
+            "budget_hours": self.budget_hours,
+            "peak_memory_bytes": None if memory is None else memory.peak,
+            "memory_limit_bytes": None if memory is None else memory.limit,
+        }
+
+
+def run_preflight(
+    config: TrainConfig, setup: Setup, plan_dir: Path, interrupted: Callable[[], bool]
+) -> tuple[Setup, Preflight | None]:
+    """(`setup` as it must be used from now on, what was found; None when a signal came).
+
+    The frozen weights of the given `setup` are donated to the steps. `plan_dir` is where `plan`
+    keeps its estimates.
+    """
+    spec, batches, first_step = setup.spec, setup.step_batches, int(setup.state.step)
+    state, frozen = jax.tree.map(jnp.copy, setup.state), setup.frozen
+    seconds, num_tokens = [], 0
+    for i in range(1 + NUM_TIMED_STEPS):  # the first one compiles
+        if interrupted():
+            return dataclasses.replace(setup, frozen=frozen), None
+        rows = batches[(first_step + i) % len(batches)]
+        started = time.perf_counter()
+        batch = put_batch(rows, spec.mesh)
+        state, frozen, scalars = train_step(state, frozen, batch, spec=spec)
+        jax.device_get(scalars)
+        if i > 0:
+            seconds.append(time.perf_counter() - started)
+            num_tokens += int(jnp.sum(batch.segment_ids_BT > 0))
+    memory = peak_memory(spec.mesh)
+    # The trained copy of the adapter: a fresh one's B is zero.
+    setup = dataclasses.replace(setup, frozen=frozen)
+    setup, difference, not_compared = compare_ways(config, setup, state.adapter, batch)
+    return setup, Preflight(
+        program_hash=setup.program_hash,
+        seconds=seconds,
+        tokens_per_s=num_tokens / sum(seconds),
+        num_steps_left=len(batches) - first_step,
+        budget_hours=config.budget_hours,
+        memory=memory,
+        planned_seconds=planned_seconds(plan_dir, setup.program_hash, spec.mesh),
+        difference=difference,
+        not_compared=not_compared,
+    )
+
+
+def peak_memory(mesh: Mesh) -> Memory | None:
+    """Over this process's devices; None where they don't count it, as CPUs."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    known = [
+        Memory(each["peak_bytes_in_use"], each["bytes_limit"])
+        for each in stats
+        if each and {"peak_bytes_in_use", "bytes_limit"} <= each.keys()
+    ]
+    return max(known, default=None)
+
+
+def planned_seconds(plan_dir: Path, program_hash: str, mesh: Mesh) -> float | None:
+    """Seconds per step of the newest plan of this program on as many chips of this kind."""
+    chip = _CHIP_NAMES.get(mesh.devices.flat[0].device_kind)
+    paths = plan_dir.glob(f"{program_hash}-*.json")
+    for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            is_same = (plan["topology"].split(":")[0], plan["num_chips"]) == (chip, mesh.size)
+            seconds = float(plan["seconds"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # damaged, or of another version
+        if is_same and seconds > 0:
+            return seconds
+    return None

@@ -1,0 +1,199 @@
+"""A run planned: its step's estimate, the steps that its data makes, hours, FLOPs and MFU."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxsft.config import TrainConfig
+from jaxsft.estimate import CALIBRATION, GIB, StepEstimate
+from jaxsft.lora import resolve_targets
+from jaxsft.packing import num_steps
+from jaxsft.presets import GemmaConfig
+from jaxsft.pricing import CHIPS
+from jaxsft.workload import Workload, count_work, fit_lengths
+
+PACKED, UNPACKED = "packed", "one sample a row"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs that the mathematics of one step needs, over all chips, every position bearing loss.
+
+    `base` is the convention of LoRA-MFU: forward and activation gradients of the frozen weights and
+    attention (4N + attention; 11.1 GFLOP a token for Gemma 2 2B at 2048). `total` has the adapters'
+    forward, activation and weight gradients as well.
+    """
+
+    base: float
+    total: float
+
+
+def model_flops(config: TrainConfig, model_config: GemmaConfig) -> ModelFlops:
+    """Those of a step of `config`, by GemmaConfig.lora_step_flops."""
+    num_tokens = config.global_batch_size * config.data.max_length
+    targets = resolve_targets(config.lora.target_modules)
+
+    def flops(lora_params: int) -> float:
+        return model_config.lora_step_flops(
+            num_tokens=num_tokens,
+            num_loss_tokens=num_tokens,
+            row_length=config.data.max_length,
+            lora_params=lora_params,
+        )
+
+    return ModelFlops(flops(0), flops(model_config.lora_params(config.lora.r, targets)))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """A config on a TPU slice. `steps` is None where only the data could tell.
+
+    `workloads` is by PACKED and UNPACKED, {} without data. `loss_share` of all row positions bears
+    loss. `source` says where the architecture was read.
+    """
+
+    config: TrainConfig
+    model_config: GemmaConfig
+    source: str
+    estimate: StepEstimate
+    steps: int | None
+    workloads: dict[str, Workload]
+
+    @property
+    def packing(self) -> str:
+        """Which of the workloads the config makes."""
+        return PACKED if self.config.data.packing else UNPACKED
+
+    @property
+    def loss_share(self) -> float:
+        """Of all row positions, 0 to 1; 1 without data."""
+        return self.workloads[self.packing].loss_share if self.workloads else 1.0
+
+    def seconds_at(self, loss_share: float) -> float:
+        """Seconds of a step in which this share of all positions bears loss.
+
+        The head works on chunks of loss positions, so its time is taken in proportion.
+        """
+        return self.estimate.seconds - self.estimate.parts["loss head"] * (1 - loss_share)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by part with the run's own share of loss positions."""
+        parts = self.estimate.parts
+        return parts and parts | {"loss head": parts["loss head"] * self.loss_share}
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The sum of `parts`."""
+        return self.seconds_at(self.loss_share)
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps; None where their number is not known or the step does not fit."""
+        if self.steps is None or not self.estimate.fits:
+            return None
+        return self.steps * self.seconds_per_step / 3600
+
+    @property
+    def is_over_budget(self) -> bool:
+        """Does the run surely take longer than the config's budget_hours?"""
+        hours, budget = self.hours, self.config.budget_hours
+        return hours is not None and budget is not None and hours > budget
+
+    @property
+    def flops(self) -> ModelFlops:
+        """Of one step."""
+        return model_flops(self.config, self.model_config)
+
+    @property
+    def compiled_ratio(self) -> float:
+        """FLOPs of the compiled matmuls over those that the mathematics needs."""
+        return self.estimate.matmul_flops / self.flops.total
+
+    @property
+    def lora_mfu(self) -> float:
+        """Model FLOPs (`base`) per second over the chips' bf16 peak; every position bears loss."""
+        peak = CHIPS[self.estimate.chip].peak_flops * self.estimate.num_chips
+        return self.flops.base / (self.estimate.seconds * peak)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it for a program to read, units in the names."""
+        estimate, flops = self.estimate, self.flops
+        names = "lora_mfu", "compiled_over_model_flops", "recomputed_matmul_share"
+        of_time: dict[str, float | None] = dict.fromkeys((*names, "loss_head_seconds"))
+        if estimate.fits:
+            of_time = {
+                "lora_mfu": self.lora_mfu,
+                "compiled_over_model_flops": self.compiled_ratio,
+                "recomputed_matmul_share": estimate.recomputed_flops / estimate.matmul_flops,
+                "loss_head_seconds": estimate.parts["loss head"],
+            }
+        return {
+            "is_estimate": True,
+            "calibration": CALIBRATION,
+            "topology": estimate.topology,
+            "num_chips": estimate.num_chips,
+            "fits": estimate.fits,
+            "estimated_seconds_per_step": self.seconds_per_step if estimate.fits else None,
+            "hours": self.hours,
+            "budget_hours": self.config.budget_hours,
+            "steps": self.steps,
+            "parts": self.parts,
+            "hbm_gib_per_chip": estimate.hbm_total_gib,
+            "hbm_gib_by_kind": {k: v / GIB for k, v in estimate.hbm_bytes.items()},
+            "hbm_gib_limit": estimate.hbm_limit_bytes / GIB,
+            "model_flops": flops.total,
+            "model_flops_without_adapters": flops.base,
+            "compiled_matmul_flops": estimate.matmul_flops,
+            **of_time,
+            "collectives": estimate.collectives,
+            "largest_ops": estimate.largest_ops,
+            "unpriced": estimate.unpriced,
+            "assumptions": estimate.assumptions,
+            "loss_share": self.loss_share,
+            "workloads": {name: work._asdict() for name, work in self.workloads.items()},
+            "program_hash": estimate.program_hash,
+            "compiler_options": estimate.compiler_options,
+            "compiler": estimate.compiler,
+            "compile_seconds": estimate.compile_seconds,
+        }
+
+
+def count_workloads(
+    config: TrainConfig, lengths: Sequence[int], num_loss_tokens: int | None = None
+) -> dict[str, Workload]:
+    """The run's workload and what packing, or not packing, would make of the same samples.
+
+    `max_steps` stands for as many epochs as it is without packing or with, as configured.
+    """
+    options, rows = config.data, config.global_batch_size
+    fitting = fit_lengths(lengths, options.max_length, options.overlong)
+
+    def count(packing: bool, epochs: float) -> Workload:
+        return count_work(
+            fitting,
+            row_length=options.max_length,
+            packing=packing,
+            global_batch_size=rows,
+            epochs=epochs,
+            num_loss_tokens=num_loss_tokens,
+        )
+
+    own = count(options.packing, config.num_train_epochs)
+    epochs = config.num_train_epochs
+    if config.max_steps:
+        epochs = config.max_steps * rows / own.num_rows
+        own = own._replace(num_steps=config.max_steps)
+    other = count(not options.packing, epochs)
+    names = (PACKED, UNPACKED) if options.packing else (UNPACKED, PACKED)
+    return dict(zip(names, (own, other), strict=True))
+
+
+def steps_without_data(config: TrainConfig) -> int | None:
+    """Steps as far as the config alone tells: its max_steps, or its range of rows, one a row."""
+    if config.max_steps:
+        return config.max_steps
+    if config.data.stop is None or config.data.packing:
+        return None
+    num_rows = config.data.stop - config.data.start
+    return num_steps(num_rows, config.num_train_epochs, config.global_batch_size)

@@ -1,0 +1,285 @@
+"""--preflight and multi-host start-up: what stops a run, what it says, and that it changes none."""
+
+import dataclasses
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+from jax.experimental import pallas as pl
+from twins import make_twin
+
+import jaxsft.agreement
+import jaxsft.train
+from jaxsft import flash_attention
+from jaxsft.agreement import Difference, compare_ways
+from jaxsft.build import build, check_early, load_data
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, parse_config
+from jaxsft.step import put_batch
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.train import EXIT_INTERRUPTED, main
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "restored_precision")
+
+# Completions of 40 to 180 tokens beside windows of 8: spelt in bytes, mostly.
+ROWS = [
+    {"prompt": f"What is {n}?", "response": f"<think>{'I count. ' * n}</think>\nIt is {n}."}
+    for n in range(1, 9)
+]
+
+
+@pytest.fixture
+def restored_precision() -> Iterator[None]:
+    """main sets an option of the whole process."""
+    before = jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Gemma 2 of a local and a global layer, soft caps and windows of 8 tokens."""
+    tokenizer = tiny_model_dir / "tokenizer.model"
+    directory = tmp_path_factory.mktemp("models") / "tiny-gemma2"
+    hf_model, _ = make_twin(
+        "gemma2",
+        vocab_size=Tokenizer.from_file(tokenizer).vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        max_position_embeddings=512,
+    )
+    hf_model.save_pretrained(directory)
+    shutil.copy(tokenizer, directory)
+    return directory
+
+
+@pytest.fixture
+def argv(model_dir: Path, tmp_path: Path) -> list[str]:
+    """The command's arguments for three steps of the model."""
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    config = {
+        "name": "run",
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"path": str(model_dir)},
+        "lora": {"r": 4, "alpha": 8},
+        "data": {
+            "train_files": [str(tmp_path / "rows.jsonl")],
+            "max_length": 256,
+            "system_prompt": None,
+        },
+        "global_batch_size": 2,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "loss_chunk_tokens": 128,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return ["--config", str(tmp_path / "config.yaml")]
+
+
+def found_by_preflight(tmp_path: Path, name: str = "run") -> dict[str, Any]:
+    return json.loads((tmp_path / "runs" / name / "preflight.json").read_text())
+
+
+def test_preflight_measures_and_stops(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*argv, "--preflight", "--budget_hours", "9"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    found = found_by_preflight(tmp_path)
+    assert found["problems"] == [] and found["not_compared"] == ""
+    assert found["difference"]["ways"] == "plain and fused step"
+    assert 0 < found["difference"]["gradient"] < 1e-4 and found["difference"]["loss"] < 1e-5
+    times = sorted(found["timed_seconds"])
+    assert len(times) == 20 and found["seconds_per_step"] == (times[9] + times[10]) / 2
+    assert found["hours"] == 3 * found["seconds_per_step"] / 3600
+    assert "plain and fused step agree" in out and "budget_hours 9" in out
+    assert f"train step: program {found['program_hash']}" in out
+    assert f"  program  {found['program_hash']}" in out
+    # Nothing was trained, and the run can still be made.
+    assert {path.name for path in (tmp_path / "runs" / "run").iterdir()} == {
+        "config.yaml",
+        "preflight.json",
+    }
+
+
+@pytest.mark.parametrize("step", ["plain", "fused"])
+def test_a_preflight_changes_no_bit_of_the_run(
+    argv: list[str], step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*argv, "--step", step, "--name", "without"]) == 0
+    assert not (tmp_path / "runs" / "without" / "preflight.json").exists()
+    monkeypatch.setattr(jaxsft.train, "is_on_tpu", lambda setup: True)  # there every run has one
+    assert main([*argv, "--step", step, "--name", "with"]) == 0
+    assert found_by_preflight(tmp_path, "with")["num_steps_left"] == 3
+    kept = []
+    for name in ("without", "with"):
+        run_dir = tmp_path / "runs" / name
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        losses = [(line["train/loss"], line["train/grad_norm"]) for line in lines]
+        kept.append((losses, (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()))
+    assert len(kept[0][0]) == 3
+    assert kept[0] == kept[1]
+
+
+def test_a_run_over_its_budget_stops(
+    argv: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jaxsft.train, "is_on_tpu", lambda setup: True)
+    # With dropout there is only one way to compute the step, and it is timed all the same.
+    options = ("--budget_hours", "1e-9", "--lora.dropout", "0.5")
+    assert main([*argv, *options]) == EXIT_FAILED == 1
+    out, err = capsys.readouterr()
+    assert "not compared: step fused does not go with lora.dropout 0.5" in out
+    assert err.startswith("error: 3 steps at ") and err.count("\n") == 1
+    assert "hours, budget_hours is 1e-09; take fewer steps" in err
+    assert len(found_by_preflight(tmp_path)["problems"]) == 1
+    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_signal_stops_the_preflight(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxsft.train, "catch_signals", lambda: nullcontext(lambda: True))
+    assert main([*argv, "--preflight"]) == EXIT_INTERRUPTED
+    assert capsys.readouterr().out.endswith("To go on, run the same command again.\n")
+
+
+def test_ways_that_disagree_stop_the_run(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse = jaxsft.agreement.fuse
+
+    def fuse_wrongly(frozen: Any, layout: Any) -> Any:
+        weights = fuse(frozen, layout)
+        return weights | {"final_norm": weights["final_norm"] * 1.001}
+
+    monkeypatch.setattr(jaxsft.agreement, "fuse", fuse_wrongly)
+    assert main([*argv, "--preflight"]) == EXIT_FAILED
+    out, err = capsys.readouterr()
+    assert "plain and fused step DISAGREE" in out
+    assert err.startswith("error: plain and fused step disagree on this machine: loss by ")
+    assert err.count("\n") == 1
+
+
+def test_kernels_are_compared_with_xla(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a TPU, but with the kernels interpreted; values 1% off are found."""
+    pallas_call = pl.pallas_call
+    monkeypatch.setattr(
+        pl, "pallas_call", lambda *args, **kw: pallas_call(*args, **kw | {"interpret": True})
+    )
+    config, _ = parse_config("jaxsft.train", "", [*argv, "--step", "fused"])
+    path = check_early(config)
+    data = load_data(config, path)
+    setup = build(config, data, path)
+    assert setup.spec.fused is not None
+    with_kernels = setup.spec.fused._replace(use_kernel=True)
+    setup = dataclasses.replace(setup, spec=dataclasses.replace(setup.spec, fused=with_kernels))
+    # A fresh B is zero, and with it the gradient of A, whatever the kernels do.
+    adapter = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), setup.state.adapter)
+    batch = put_batch(setup.step_batches[0], setup.spec.mesh)
+
+    def difference() -> Difference:
+        jax.clear_caches()
+        _, found, not_compared = compare_ways(config, setup, adapter, batch)
+        assert found is not None and not not_compared
+        assert found.ways == "Pallas kernels and XLA"
+        return found
+
+    right = difference()
+    assert right.is_small and right.gradient > 0
+
+    forward = flash_attention.forward
+
+    def forward_wrongly(*args: Any, **kw: Any) -> jax.Array:
+        return 1.01 * forward(*args, **kw)
+
+    monkeypatch.setattr(flash_attention, "forward", forward_wrongly)
+    assert not difference().is_small
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--preflight=yes"], "argument --preflight: ignored explicit argument 'yes'"),
+        (["--budget_hours", "0"], "budget_hours is 0.0, but must be above 0, or null"),
+        (["--budget_hours", "soon"], "budget_hours"),
+        (["--multihost", "maybe"], "multihost"),
+        (["--multihost", "true"], "multihost: no other processes to join"),
+    ],
+)
+def test_bad_options(
+    options: list[str],
+    complaint: str,
+    argv: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*argv, *options]) == EXIT_BAD_INPUT == 2
+    err = capsys.readouterr().err
+    assert complaint in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def run_two_processes(
+    argv: list[str], environment: dict[str, str], *options: str
+) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of both processes of a two-process run, started as Slurm does."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": port,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",  # a machine with the TPU library may have no TPU
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "jaxsft.train", *argv, "--multihost", "true", *options],
+            env=environment | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate() for process in processes]
+    return [
+        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
+    ]
+
+
+def test_training_in_several_processes_is_refused(
+    argv: list[str], command_environment: dict[str, str]
+) -> None:
+    for code, out, err in run_two_processes(argv, command_environment):
+        assert (code, out) == (EXIT_BAD_INPUT, ""), err
+        complaint = "checkpoints need all devices in one process, here are 2; only --preflight runs"
+        assert f"error: multihost: {complaint}" in err
+
+
+@pytest.mark.slow
+def test_preflight_in_two_processes(
+    argv: list[str], command_environment: dict[str, str], tmp_path: Path
+) -> None:
+    first, second = run_two_processes(argv, command_environment, "--preflight")
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "3 steps of 2 rows on 2 cpu devices" in first[1]
+    assert second[1] == ""  # one of them speaks
+    assert found_by_preflight(tmp_path)["difference"]["gradient"] < 1e-4
