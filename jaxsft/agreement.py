@@ -22,7 +22,7 @@ from jaxsft.program import make_fused_spec
 from jaxsft.sharding import named, partition_spec
 from jaxsft.step import StepSpec, init_state, train_step
 
-# Largest relative differences of (loss, gradient) by dtype, some twice of what rounding makes of the
+# Largest relative differences of (loss, gradient) by dtype, some twice what rounding makes of the
 # real Gemma 3 270M: in bfloat16 4e-4 and 5e-2 with the kernels, whose scores 5% off give 3e-3 and
 # 1.2e-1; between whole steps, 18 layers deep, 1e-3 and 1.2e-1.
 KERNEL_BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-3, 1e-1)}

@@ -132,9 +132,7 @@ def test_five_steps_equal_torch(name: str, overrides: dict[str, int]) -> None:
     cache_size = 0
     for step, samples in enumerate(STEPS):
         old_leaves = jax.tree.leaves(state)
-        state, frozen, metrics = train_step(
-            state, frozen, pack(samples, num_rows=3), spec=spec
-        )
+        state, frozen, metrics = train_step(state, frozen, pack(samples, num_rows=3), spec=spec)
         assert all(leaf.is_deleted() for leaf in old_leaves)  # donated
         if step == 0:
             cache_size = train_step._cache_size()
