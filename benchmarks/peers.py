@@ -3,7 +3,8 @@
 `python -m benchmarks.peers`: the same weights, adapter, rows and AdamW, in float32 on the same two
 cores, for jaxsft, transformers + PEFT (torch) and Tunix + qwix (JAX). Losses and adapter gradients
 are compared first; then the trainers take turns, so that a machine that slows down slows all of
-them down. The peers live in virtual environments that the first call makes (3.5 GB).
+them down. The peers live in virtual environments that the first call makes: 3.4 GB with the CPU
+build of torch, where pip is configured to find one.
 
 Exit codes: 0 measured; 1 a peer failed or computes something else; 2 bad input.
 """
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -40,11 +41,9 @@ GOAL_RATIO = 1.5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns its exit code."""
-    args = _parse(argv)
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     try:
-        if sys.platform != "linux":
-            raise ValueError(f"needs Linux with glibc, not {sys.platform}")
+        args = _parse(argv)
         row_sets = make_row_sets(args.data, Tokenizer.from_gguf(demo_model_path()))
         pythons = {OURS: Path(sys.executable)}
         for name, module in PEERS.items():
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lab = Lab(Path(directory), pythons, args.data, row_sets)
             console.print("Comparing losses and gradients …")
             report: dict[str, Any] = {"agreement": compare(lab)}
-            show_agreement(console, report["agreement"])
+            show_agreement(console, report["agreement"], row_sets)
             allocators = list(ALLOCATORS) if args.allocator == "both" else [args.allocator]
             for allocator in allocators:
                 console.print(f"Timing {args.rounds} rounds, allocator: {allocator} …")
@@ -75,8 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the options")
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    """The options; ValueError in one line."""
+    parser = _Parser(
         prog="python -m benchmarks.peers", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
@@ -85,20 +90,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=ROOT / "data" / "sample" / "train.jsonl",
         help="JSONL or Parquet rows, in any form that jaxsft.train reads",
     )
-    parser.add_argument("--rounds", type=_positive, default=5, help="timed steps of each trainer")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each trainer")
     parser.add_argument("--allocator", choices=[*ALLOCATORS, "both"], default="both")
     parser.add_argument(
         "--venvs", type=Path, default=peer_venvs.DEFAULT_DIR, help="where the environments live"
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: must be at least 1")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no such directory")
+    if sys.platform != "linux":
+        raise ValueError(f"this benchmark needs Linux with glibc, not {sys.platform}")
+    return args
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -213,11 +218,19 @@ def goal_reached(report: dict[str, Any]) -> bool:
     )
 
 
-def show_agreement(console: Console, agreement: dict[str, Any]) -> None:
-    """One line for each trainer and row set."""
+def show_agreement(
+    console: Console, agreement: dict[str, Any], row_sets: Mapping[str, Batch]
+) -> None:
+    """A line for each row set, and one for each trainer on it."""
     for rows, report in agreement.items():
+        batch = row_sets[rows]
+        num_tokens, num_loss_tokens = (batch.segment_ids_BT > 0).sum(), batch.loss_mask_BT.sum()
+        console.print(
+            f"{rows} rows: {' x '.join(map(str, batch.tokens_BT.shape))}, {num_tokens} tokens, "
+            f"{num_loss_tokens} with loss"
+        )
         for name, loss in report["loss"].items():
-            line = f"  {name}, {rows} rows: loss {loss:.6f}"
+            line = f"  {name}: loss {loss:.6f}"
             if name != OURS:
                 found = report[name]
                 line += (

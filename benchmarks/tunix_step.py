@@ -69,7 +69,7 @@ def _part(op: PricedOp) -> str:
 def _compiled(topology: str, remat: str, directory: Path) -> Path:
     """The directory that holds the compiled program; its name depends on all that went into it."""
     requirements = peer_venvs.REQUIREMENTS["tunix"]
-    identity = hashlib.sha256(repr(requirements).encode())
+    identity = hashlib.sha256(repr((requirements, Memory._fields)).encode())
     for source in _SOURCES:
         identity.update(source.read_bytes())
     name = f"tunix-{topology.replace(':', '-')}-{remat}-{identity.hexdigest()[:12]}"

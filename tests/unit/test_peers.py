@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import peer_venvs, peers
+from benchmarks import peer_venvs, peers, tunix_step
 from benchmarks.peer_lab import ROOT, make_row_sets, save_rows
 from benchmarks.peer_protocol import Worker, WorkerError
 from jaxsft.packing import Batch
@@ -146,9 +146,16 @@ def test_too_little_data(
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "Why?", "completion": "Because."}\n')
     assert peers.main(["--data", str(data), "--venvs", str(tmp_path)]) == 2
-    captured = capsys.readouterr()
-    assert "rows.jsonl: 1 samples" in captured.err and captured.err.count("\n") == 1
+    assert capsys.readouterr().err.startswith(f"error: {data}: 1 samples of up to 256 tokens")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "argv", [["--round", "x"], ["--rounds", "0"], ["--json", "no/where"], ["--a"]]
+)
+def test_bad_options_are_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_directory_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
@@ -156,3 +163,34 @@ def test_directory_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mine cannot be made.*--venvs"):
         peer_venvs.ensure("mine", (), tmp_path)
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+# One fusion of 3,000 cycles: 2 µs at 1.5 GHz.
+TUNIX_PROGRAM = """HloModule jit__train_step, is_scheduled=true, num_partitions=8
+
+%gate (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  ROOT %y = bf16[8,128]{1,0} negate(%x)
+}
+
+ENTRY %main (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %f = bf16[8,128]{1,0} fusion(%p), kind=kLoop, calls=%gate, METADATA
+}
+""".replace(
+    "METADATA",
+    'metadata={op_name="jit(_train_step)/jvp(feed_forward)/mul"}, '
+    'backend_config={"estimated_cycles":"3000"}',
+)
+
+
+def test_tunix_step_is_four_micro_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "program.hlo").write_text(TUNIX_PROGRAM)
+    (tmp_path / "memory.json").write_text('{"arguments": 1, "peak": 6, "code": 4}')
+    monkeypatch.setattr(tunix_step, "_compiled", lambda *args: tmp_path)
+    step = tunix_step.tunix_prices("v5e:2x4", remat=False)
+    assert step.priced.seconds == pytest.approx(4 * 2e-6)
+    assert step.priced.parts["mlp"] == step.priced.seconds
+    assert step.memory.total == 10
+    with pytest.raises(ValueError, match="8 chips"):
+        tunix_step.tunix_prices("v5e:4x4", remat=False)
