@@ -18,6 +18,8 @@ from jaxsft.program import (
     num_run_steps,
 )
 
+BOUND = 0.02 * 3**0.5
+
 
 def random_steps(config: TrainConfig) -> tuple[StepArguments, Iterator[None]]:
     """(the step's shapes, an iterator that compiles it and then runs and awaits one step a turn).
@@ -43,13 +45,14 @@ def _run(arguments: StepArguments, vocab_size: int) -> Iterator[None]:
 
 
 def _random(shapes: Any) -> Any:
-    """Normal floats of standard deviation 0.02, integer zeros, as the shapes are placed."""
+    """Uniform floats of standard deviation 0.02, integer zeros, as the shapes are placed."""
     leaves, tree = jax.tree.flatten(shapes)
 
     def make() -> list[jax.Array]:
-        keys = jax.random.split(jax.random.key(0), len(leaves))
+        # Normals by threefry take half a minute to compile for the tree of a model.
+        keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
         return [
-            0.02 * jax.random.normal(key, x.shape, x.dtype)
+            jax.random.uniform(key, x.shape, x.dtype, -BOUND, BOUND)
             if jnp.issubdtype(x.dtype, jnp.floating)
             else jnp.zeros(x.shape, x.dtype)
             for key, x in zip(keys, leaves, strict=True)

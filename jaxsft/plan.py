@@ -21,7 +21,7 @@ from rich.console import Console
 
 from jaxsft import lora
 from jaxsft.build import load_data, model_path
-from jaxsft.cli import EXIT_BAD_INPUT, fail, parse_config
+from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.estimate import StepEstimate, estimate_step, num_chips
 from jaxsft.json_file import write_json
@@ -139,12 +139,6 @@ def prepare_compiler() -> None:
     jax.config.update("jax_platforms", AOT_ENVIRONMENT["JAX_PLATFORMS"])
 
 
-def cache_dir() -> Path:
-    """Where estimates are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxsft" / "plan"
-
-
 def make_plan(config: TrainConfig, options: PlanOptions, console: Console) -> tuple[RunPlan, bool]:
     """(the plan, does it come from the cache)."""
     topology = options.topology
@@ -169,7 +163,9 @@ def estimate_config(
     console: Console,
 ) -> tuple[StepEstimate, bool]:
     """The step's estimate and whether it was kept. Any number of steps takes the same time."""
-    with console.status(f"Compiling for {topology}: {describe_setting(setting_of(config))} …"):
+    with console.status(
+        f"Compiling for {topology}: {describe_setting(setting_of(config), config)} …"
+    ):
         return estimate_step(
             config,
             model_config,
@@ -207,7 +203,7 @@ def show_nearest(plan: RunPlan, console: Console) -> dict[str, Any] | None:
     for setting, found in try_settings(candidates, setting_estimator(plan, console)):
         if isinstance(found, StepEstimate) and found.fits:
             console.print(
-                f"The nearest setting that fits: {describe_setting(setting)} "
+                f"The nearest setting that fits: {describe_setting(setting, plan.config)} "
                 f"({found.seconds:.3f} s a step, {found.hbm_total_gib:.2f} GiB a chip)."
             )
             return setting._asdict() | {"estimated_seconds_per_step": found.seconds}
@@ -243,9 +239,8 @@ def setting_estimator(plan: RunPlan, console: Console) -> Callable[[Setting], St
         config, topology = setting.applied_to(plan.config), plan.estimate.topology
         found, was_kept = estimate_config(config, plan.model_config, topology, plan.steps, console)
         if not was_kept:
-            console.print(
-                f"{describe_setting(setting)}: {found.misfit or f'{found.seconds:.3f} s'}"
-            )
+            result = found.misfit or f"{found.seconds:.3f} s"
+            console.print(f"{describe_setting(setting, plan.config)}: {result}")
         return found
 
     return estimate

@@ -6,6 +6,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
+from jaxsft.config import TrainConfig
 from jaxsft.estimate import CALIBRATION, GIB, StepEstimate
 from jaxsft.plan_search import Setting
 from jaxsft.pricing import CHIPS
@@ -173,9 +174,15 @@ def show_search(
     console.print(table)
 
 
-def describe_setting(setting: Setting) -> str:
-    """The options that give this setting."""
+def describe_setting(setting: Setting, config: TrainConfig) -> str:
+    """The options that give `config` this setting."""
+    changed = setting.applied_to(config)
+    options = (
+        f"--gradient_accumulation_steps {setting.accumulation_steps} --model.remat {setting.remat}"
+    )
+    if changed.data.max_length == config.data.max_length:
+        return options
     return (
-        f"--gradient_accumulation_steps {setting.accumulation_steps} "
-        f"--data.max_length {setting.row_length} --model.remat {setting.remat}"
+        f"{options} --data.max_length {setting.row_length} "
+        f"--global_batch_size {changed.global_batch_size}"
     )

@@ -15,10 +15,12 @@ import pytest
 import yaml
 
 import jaxsft.plan
+from benchmarks import profile_step, step_time
 from jaxsft.cli import EXIT_BAD_INPUT
 from jaxsft.estimate import GIB, StepEstimate
 from jaxsft.plan import EXIT_DOES_NOT_FIT, main
 from jaxsft.pricing import PARTS
+from jaxsft.run_plan import RunPlan
 
 # Gemma 2 in small: two layers, a local and a global one, with heads as wide as the real ones.
 MODEL = {
@@ -147,7 +149,7 @@ def test_what_does_not_fit_is_told_the_nearest_that_does(
     assert "DOES NOT FIT: it needs 20.00 of 15.75 GiB of HBM" in screen
     nearest = {"accumulation_steps": 2, "row_length": 256, "remat": "full"}
     assert values["nearest"] == nearest | {"estimated_seconds_per_step": 1.0}
-    assert "--gradient_accumulation_steps 2 --data.max_length 256 --model.remat full" in screen
+    assert "--gradient_accumulation_steps 2 --model.remat full (1.000 s" in screen
 
 
 def test_search_ranks_by_speed(plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +219,66 @@ def test_help_names_the_options_of_plan_and_train(capsys: pytest.CaptureFixture[
         assert option in text
 
 
+# --- the acceptance benchmark ---
+
+
+def test_acceptance_is_a_budget_of_seven_hours(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second a step, 0.8 s without adapters: 25,200 steps are 7 hours."""
+    monkeypatch.setattr(jaxsft.plan, "estimate_step", fake_estimate)
+
+    def frozen(plan: RunPlan, *_: Any) -> StepEstimate:
+        parts = plan.estimate.parts | {"mlp": 0.8}
+        return dataclasses.replace(plan.estimate, seconds=0.8, parts=parts)
+
+    monkeypatch.setattr(step_time, "estimate_frozen", frozen)
+    path = tmp_path / "step.json"
+    common = ["--config", str(config), "--model.remat", "full", "--json", str(path)]
+    assert step_time.main([*common, "--max_steps", "25200"]) == 0
+    values = json.loads(path.read_text())
+    assert (values["estimated_seconds_per_step"], values["hours"]) == (1.0, 7.0)
+    assert (values["fits"], values["hbm_gib_per_chip"]) == (True, 8.0)
+    assert values["parts"]["mlp"] == 1.0
+    assert values["lora_overhead"] == pytest.approx(0.25)
+    assert values["lora_overhead_parts"]["mlp"] == pytest.approx(0.2)
+    assert "LoRA overhead 25.0%" in capsys.readouterr().out
+    assert step_time.main([*common, "--max_steps", "25201"]) == 1
+    assert step_time.main([*common, "--max_steps", "25201", "--budget-hours", "8"]) == 0
+    assert step_time.main([*common, "--gradient_accumulation_steps", "1"]) == 1  # does not fit
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--measure"], "--measure needs an accelerator and JAX finds none"),
+        (["--peer", "llama"], "argument --peer: invalid choice: 'llama'"),
+        (["--measure", "--scaling"], "--measure, --scaling and --peer are runs of their own"),
+    ],
+)
+def test_benchmark_refuses_in_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
+) -> None:
+    assert step_time.main(["--config", str(config), *options]) == EXIT_BAD_INPUT
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {complaint}") and err.count("\n") == 1
+
+
+def test_profile_of_real_steps(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_compilation: None
+) -> None:
+    """On this machine's device, with random weights; the same steps are what --measure times."""
+    sizes = ["--data.max_length", "64", "--global_batch_size", "2", "--max_steps", "3"]
+    directory = tmp_path / "trace"
+    assert profile_step.main([str(directory), "--config", str(config), *sizes]) == 0
+    assert list(directory.rglob("*.xplane.pb"))
+    assert profile_step.main(["--config", str(config)]) == EXIT_BAD_INPUT
+    assert "name the directory" in capsys.readouterr().err
+
+
 # --- the program that is planned is the one that runs ---
 
 STEPS = ("plain", "fused")
@@ -253,7 +315,7 @@ def print_hashes(model: str, directory: Path) -> None:
     from jaxsft.build import build, load_data
     from jaxsft.cli import parse_config
 
-    hashes, data = {}, None
+    hashes, data, local = {}, None, ("--topology", "local", "--data")
     for step in STEPS:
         argv = [
             *("--config", "single_session_packed", "--model.path", model, "--step", step),
@@ -267,9 +329,9 @@ def print_hashes(model: str, directory: Path) -> None:
                 "float32",
                 "--data.packing=true",
             ),
-            *("--lora.r", "4", "--global_batch_size", "32", "--max_steps", "300"),
+            *("--lora.r", "4", "--global_batch_size", "32", "--warmup_steps", "0"),
         ]
-        assert main([*argv, "--topology", "local", "--json", str(directory / "plan.json")]) == 0
+        assert main([*argv, *local, "--json", str(directory / "plan.json")]) == 0
         planned = json.loads((directory / "plan.json").read_text())["program_hash"]
         config, _ = parse_config("jaxsft.train", "", argv)
         data = data or load_data(config, Path(model))

@@ -425,7 +425,8 @@ def test_packing_and_accumulation_change_no_loss(runs: Runs) -> None:
         assert ours["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
         assert ours["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-4)
     # Without held-out rows there is nothing to measure, and nothing is.
-    assert runs.result("packed") == {"before": {}, "after": {}}
+    result = runs.result("packed")
+    assert (result["before"], result["after"]) == ({}, {})
     assert "Measuring" not in out and "before" not in out
 
 
