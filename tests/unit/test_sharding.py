@@ -3,7 +3,7 @@
 import jax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxsft import lora, sharding
 from jaxsft.model import Gemma
@@ -95,22 +95,25 @@ def test_every_parameter_declares_an_axis_for_every_dimension() -> None:
 
 def test_state_shardings() -> None:
     state = tiny_state()
-    shardings = sharding.state_shardings(state, one_device_mesh())
+    mesh = AbstractMesh((1, 2), sharding.MESH_AXES)
+    shardings = sharding.state_shardings(state, mesh)  # type: ignore[arg-type]
     specs = {}
     for path, variable in nnx.to_flat_state(shardings):
         value = variable.get_raw_value()
         assert isinstance(value, NamedSharding)
         specs[".".join(map(str, path))] = value.spec
     assert len(specs) == len(jax.tree.leaves(state))
-    fsdp = ("fsdp",)
-    assert specs["embedding"] == PartitionSpec(None, fsdp)
-    assert specs["final_norm.scale"] == PartitionSpec(None)
+    assert specs["embedding"] == PartitionSpec(None, "fsdp")
+    assert specs["final_norm.scale"] == PartitionSpec()
     # Stacked under the scan, and unstacked in the tail.
     for place, stack in (("blocks.0", (None,)), ("tail.0", ())):
         for name in ("attn.q_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-            assert specs[f"{place}.{name}.kernel"] == PartitionSpec(*stack, fsdp, None)
+            assert specs[f"{place}.{name}.kernel"] == PartitionSpec(*stack, "fsdp")
         for name in ("attn.o_proj", "mlp.down_proj"):
-            assert specs[f"{place}.{name}.kernel"] == PartitionSpec(*stack, None, fsdp)
+            assert specs[f"{place}.{name}.kernel"] == PartitionSpec(*stack, None, "fsdp")
         for name in ("attn.q_proj.lora.a", "mlp.down_proj.lora.b"):
-            assert specs[f"{place}.{name}"] == PartitionSpec(*stack, None, None)
-        assert specs[f"{place}.attn.q_norm.scale"] == PartitionSpec(*stack, None)
+            assert specs[f"{place}.{name}"] == PartitionSpec()
+        assert specs[f"{place}.attn.q_norm.scale"] == PartitionSpec()
+    # A mesh axis of one device is none.
+    alone = sharding.state_shardings(state, one_device_mesh())
+    assert {v.get_raw_value().spec for _, v in nnx.to_flat_state(alone)} == {PartitionSpec()}
