@@ -30,14 +30,14 @@ from benchmarks.real_step import random_steps
 from benchmarks.step_tables import compare_with_tunix, show_scaling
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail, parse_config
 from jaxsft.config import TrainConfig
-from jaxsft.estimate import num_chips
 from jaxsft.json_file import write_json
 from jaxsft.plan import PlanOptions, make_plan, parse_options, prepare_compiler
-from jaxsft.plan_report import show_plan
-from jaxsft.pricing import CHIPS
+from jaxsft.planning.estimate import num_chips
+from jaxsft.planning.pricing import CHIPS
+from jaxsft.planning.report import show_plan
+from jaxsft.planning.run_plan import RunPlan, model_flops
+from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT
 from jaxsft.program import architecture
-from jaxsft.run_plan import RunPlan, model_flops
-from jaxsft.tpu_aot import AOT_ENVIRONMENT
 
 DESCRIPTION = (
     "Estimates, or with --measure times, the train step; --peer tunix and --scaling print tables. "

@@ -70,7 +70,8 @@ def loss_and_gradients(
                 layer, lora, of_kind = layers[0][p], layers[1][p], settings[kinds[p]]
                 saved_here = _reader(saved[p], index)
                 if spec.recompute_layers:
-                    again = layer_forward(saved_here("x").read(), layer, lora, of_kind)
+                    with jax.named_scope("rematted_computation"):  # as jax.checkpoint calls it
+                        again = layer_forward(saved_here("x").read(), layer, lora, of_kind)
                     saved_here = again[1].__getitem__
                 dx, of_layer = layer_backward(dx, layer, lora, saved_here, of_kind)
                 # In place and within the matmul that makes the gradient, not stack by stack after.

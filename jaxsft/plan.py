@@ -23,17 +23,20 @@ from jaxsft import lora
 from jaxsft.build import load_data, model_path
 from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
 from jaxsft.config import TrainConfig, check_devices
-from jaxsft.estimate import StepEstimate, estimate_step, num_chips
 from jaxsft.json_file import write_json
-from jaxsft.plan_plot import plot_plan
-from jaxsft.plan_report import describe_setting, show_plan, show_search
-from jaxsft.plan_search import (
+from jaxsft.planning.estimate import StepEstimate, estimate_step, num_chips
+from jaxsft.planning.plot import plot_plan
+from jaxsft.planning.report import describe_setting, show_plan, show_search
+from jaxsft.planning.run_plan import RunPlan, count_workloads, steps_without_data
+from jaxsft.planning.search import (
     Setting,
     all_settings,
     nearest_savings,
     setting_of,
     try_settings,
 )
+from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES
+from jaxsft.planning.workload import Workload, read_lengths
 from jaxsft.presets import GemmaConfig
 from jaxsft.program import (
     COMPILER_OPTIONS,
@@ -42,9 +45,6 @@ from jaxsft.program import (
     lower_step,
     program_hash,
 )
-from jaxsft.run_plan import RunPlan, count_workloads, steps_without_data
-from jaxsft.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES
-from jaxsft.workload import Workload, read_lengths
 
 EXIT_DOES_NOT_FIT = 1
 LOCAL = "local"

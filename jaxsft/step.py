@@ -209,6 +209,17 @@ def _fused_gradient_sum(
     return jax.tree.unflatten(tree, reduced), loss_sum, num_tokens, weights
 
 
+@jax.named_scope("optimizer")
+def _update(
+    state: TrainState, grads: nnx.State, learning_rate: Any, applied: jax.Array, spec: StepSpec
+) -> tuple[nnx.State, Any]:
+    """(adapter, moments) after the gradients, or as they were where not `applied`."""
+    updates, moments = spec.transform.update(grads, state.moments, state.adapter)
+    adapter = jax.tree.map(lambda p, u: p - learning_rate * u, state.adapter, updates)
+    kept = state.adapter, state.moments
+    return jax.tree.map(lambda new, old: jnp.where(applied, new, old), (adapter, moments), kept)
+
+
 @partial(jax.jit, static_argnames="spec", donate_argnames=("state", "frozen"))
 def train_step(
     state: TrainState, frozen: Any, batch: Batch, *, spec: StepSpec
@@ -240,13 +251,7 @@ def train_step(
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (num_tokens > 0)
 
     learning_rate = spec.schedule(state.num_updates)
-    updates, moments = spec.transform.update(grads, state.moments, state.adapter)
-    adapter = jax.tree.map(lambda p, u: p - learning_rate * u, state.adapter, updates)
-    adapter, moments = jax.tree.map(
-        lambda new, old: jnp.where(applied, new, old),
-        (adapter, moments),
-        (state.adapter, state.moments),
-    )
+    adapter, moments = _update(state, grads, learning_rate, applied, spec)
     new_state = TrainState(state.step + 1, state.num_updates + applied, adapter, moments)
     metrics = {
         "loss": loss,

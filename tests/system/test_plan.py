@@ -17,10 +17,10 @@ import yaml
 import jaxsft.plan
 from benchmarks import profile_step, step_time
 from jaxsft.cli import EXIT_BAD_INPUT
-from jaxsft.estimate import GIB, StepEstimate
 from jaxsft.plan import EXIT_DOES_NOT_FIT, main
-from jaxsft.pricing import PARTS
-from jaxsft.run_plan import RunPlan
+from jaxsft.planning.estimate import GIB, StepEstimate
+from jaxsft.planning.pricing import PARTS
+from jaxsft.planning.run_plan import RunPlan
 
 # Gemma 2 in small: two layers, a local and a global one, with heads as wide as the real ones.
 MODEL = {

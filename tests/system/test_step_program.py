@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jaxsft.tpu_aot import AOT_ENVIRONMENT
+from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT
 
 NUM_LAYERS = 2
 D, F, RANK = 2304, 9216, 64
@@ -64,12 +64,12 @@ def measure() -> dict[str, Any]:
     import jax
 
     from jaxsft.cli import parse_config
-    from jaxsft.hlo_price import COLLECTIVES
-    from jaxsft.hlo_text import parse_program
+    from jaxsft.planning.hlo_price import COLLECTIVES
+    from jaxsft.planning.hlo_text import parse_program
+    from jaxsft.planning.pricing import CHIPS, price_program
+    from jaxsft.planning.tpu_aot import Compiled, compile_for_tpu, topology_devices
     from jaxsft.presets import PRESETS
-    from jaxsft.pricing import CHIPS, price_program
     from jaxsft.program import COMPILER_OPTIONS, abstract_setup, lower_step
-    from jaxsft.tpu_aot import Compiled, compile_for_tpu, topology_devices
 
     # Rows of 1024: of 2048, the activations would have the shape of o_proj's weight.
     options = ["--config", "single_session", "--data.max_length", "1024"]

@@ -10,14 +10,11 @@ import pytest
 
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
-from jaxsft.estimate import GIB, StepEstimate, num_loss_chunks
-from jaxsft.hlo_memory import saved_activation_bytes
-from jaxsft.hlo_text import parse_program
-from jaxsft.plan_search import Setting, all_settings, nearest_savings, try_settings
-from jaxsft.presets import PRESETS
-from jaxsft.pricing import PARTS
-from jaxsft.program import architecture
-from jaxsft.run_plan import (
+from jaxsft.planning.estimate import GIB, StepEstimate, num_loss_chunks
+from jaxsft.planning.hlo_memory import saved_activation_bytes
+from jaxsft.planning.hlo_text import parse_program
+from jaxsft.planning.pricing import PARTS
+from jaxsft.planning.run_plan import (
     PACKED,
     UNPACKED,
     RunPlan,
@@ -25,7 +22,10 @@ from jaxsft.run_plan import (
     model_flops,
     steps_without_data,
 )
-from jaxsft.workload import fit_lengths, read_lengths
+from jaxsft.planning.search import Setting, all_settings, nearest_savings, try_settings
+from jaxsft.planning.workload import fit_lengths, read_lengths
+from jaxsft.presets import PRESETS
+from jaxsft.program import architecture
 
 
 def recipe(name: str = "single_session", *options: str) -> TrainConfig:
@@ -329,7 +329,7 @@ ENTRY %main (w: bf16[128,128], x: bf16[4,128]) -> bf16[4,128] {
   ROOT %loop.2 = READ while(%in.2), condition=%c, body=%body.2
 }
 """
-CARRY = "(s32[], bf16[4,128]{1,0}, f32[2,4,128]{2,1,0}, bf16[128,128]{1,0})"
+CARRY = "(s32[], bf16[4,128]{1,0:S(1)}, f32[2,4,128]{2,1,0}, bf16[128,128]{1,0})"
 READ = "(f32[2,4,128]{2,1,0}, bf16[128,128]{1,0}, bf16[4,128]{1,0:S(1)})"
 
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from jaxsft.agreement import Difference
-from jaxsft.estimate import StepEstimate
 from jaxsft.json_file import write_json
+from jaxsft.planning.estimate import StepEstimate
 from jaxsft.preflight import Memory, Preflight, peak_memory, planned_seconds
 from jaxsft.report import show_preflight
 

@@ -10,13 +10,13 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsft.hlo_cost import matmuls
-from jaxsft.hlo_price import collective_seconds
-from jaxsft.hlo_text import parse_program, parse_shape
-from jaxsft.kernel_price import find_kernels, price_kernels
-from jaxsft.llo_schedule import schedule
-from jaxsft.pricing import CHIPS, Priced, price_program
-from jaxsft.tpu_aot import (
+from jaxsft.planning.hlo_cost import matmuls
+from jaxsft.planning.hlo_price import collective_seconds
+from jaxsft.planning.hlo_text import parse_program, parse_shape
+from jaxsft.planning.kernel_price import find_kernels, price_kernels
+from jaxsft.planning.llo_schedule import schedule
+from jaxsft.planning.pricing import CHIPS, Priced, price_program
+from jaxsft.planning.tpu_aot import (
     AOT_ENVIRONMENT,
     Compiled,
     OutOfMemory,

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsft.config import TrainConfig
-from jaxsft.estimate import CALIBRATION, GIB, StepEstimate
-from jaxsft.plan_search import Setting
-from jaxsft.pricing import CHIPS
-from jaxsft.run_plan import RunPlan
+from jaxsft.planning.estimate import CALIBRATION, GIB, StepEstimate
+from jaxsft.planning.pricing import CHIPS
+from jaxsft.planning.run_plan import RunPlan
+from jaxsft.planning.search import Setting
 
 
 def show_plan(console: Console, plan: RunPlan, *, from_cache: bool) -> None:

@@ -20,13 +20,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.hlo_text import HBM, VMEM, Array, Computation, Instruction, Program, parse_program
-from jaxsft.hlo_values import Callers, constant_words
-from jaxsft.llo_schedule import schedule
-from jaxsft.pricing import Chip
+from jaxsft.planning.hlo_text import (
+    HBM,
+    VMEM,
+    Array,
+    Computation,
+    Instruction,
+    Program,
+    parse_program,
+)
+from jaxsft.planning.hlo_values import Callers, constant_words
+from jaxsft.planning.llo_schedule import schedule
+from jaxsft.planning.pricing import Chip
 
 _WORKER = (
-    "import pathlib, sys; from jaxsft.kernel_worker import compile_kernels; "
+    "import pathlib, sys; from jaxsft.planning.kernel_worker import compile_kernels; "
     "compile_kernels(*map(pathlib.Path, sys.argv[1:]))"
 )
 
@@ -194,7 +202,7 @@ def _compile(
                 "LIBTPU_INIT_ARGS": flags.strip(),
                 "JAX_ENABLE_COMPILATION_CACHE": "false",
             },
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
         )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.hlo_text import Computation, Instruction, Program
+from jaxsft.planning.hlo_text import Computation, Instruction, Program
 
 
 def matmuls(

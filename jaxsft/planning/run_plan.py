@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import TrainConfig
-from jaxsft.estimate import CALIBRATION, GIB, StepEstimate
 from jaxsft.lora import resolve_targets
 from jaxsft.packing import num_steps
+from jaxsft.planning.estimate import CALIBRATION, GIB, StepEstimate
+from jaxsft.planning.pricing import CHIPS
+from jaxsft.planning.workload import Workload, count_work, fit_lengths
 from jaxsft.presets import GemmaConfig
-from jaxsft.pricing import CHIPS
-from jaxsft.workload import Workload, count_work, fit_lengths
 
 PACKED, UNPACKED = "packed", "one sample a row"
 

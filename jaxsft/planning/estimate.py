@@ -17,12 +17,13 @@ from typing import Any
 import jax
 
 from jaxsft.config import TrainConfig
-from jaxsft.hlo_memory import saved_activation_bytes
-from jaxsft.hlo_text import parse_program
 from jaxsft.json_file import write_json
-from jaxsft.kernel_price import KernelPrice, price_kernels
+from jaxsft.planning.hlo_memory import saved_activation_bytes
+from jaxsft.planning.hlo_text import parse_program
+from jaxsft.planning.kernel_price import KernelPrice, price_kernels
+from jaxsft.planning.pricing import CHIPS, Chip, PricedOp, price_program
+from jaxsft.planning.tpu_aot import Compiled, OutOfMemory, compile_for_tpu, topology_devices
 from jaxsft.presets import GemmaConfig
-from jaxsft.pricing import CHIPS, Chip, PricedOp, price_program
 from jaxsft.program import (
     COMPILER_OPTIONS,
     abstract_setup,
@@ -30,7 +31,6 @@ from jaxsft.program import (
     num_bytes_per_device,
     program_hash,
 )
-from jaxsft.tpu_aot import Compiled, OutOfMemory, compile_for_tpu, topology_devices
 
 GIB = 2**30
 # What the TPU compiler lets a program have of 16 and 32 GiB.
@@ -45,7 +45,9 @@ CALIBRATION = (
 NUM_LARGEST_OPS = 40
 
 # The modules that decide what is made of a program.
-_PRICING = ("estimate", "hlo_*", "kernel_*", "llo_*", "pricing", "tpu_aot")
+_PRICING = tuple(
+    f"planning/{name}" for name in ("estimate", "hlo_*", "kernel_*", "llo_*", "pricing", "tpu_aot")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def estimate_step(
     """
     # By what the program is made from, which is quick to compare, and by the program itself.
     inputs = f"{dataclasses.asdict(config)} {model_config} {topology} {steps}"
-    by_inputs = cache_dir / f"{_cache_key(inputs, ('*',))}.json"
+    by_inputs = cache_dir / f"{_cache_key(inputs, ('*', 'planning/*'))}.json"
     if (cached := _load(by_inputs)) is not None:
         return cached, True
     arguments = abstract_setup(config, model_config, topology_devices(topology), steps)
@@ -257,7 +259,7 @@ def _cache_key(inputs: str, modules: Sequence[str]) -> str:
     names = ("jax", "jaxlib", "libtpu", "flax", "optax")
     digest.update(" ".join(version(name) for name in names).encode())
     for pattern in modules:
-        for path in sorted(Path(__file__).parent.glob(f"{pattern}.py")):
+        for path in sorted(Path(__file__).parents[1].glob(f"{pattern}.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from jaxsft.hlo_cost import matmuls
-from jaxsft.hlo_text import HBM, VMEM, Computation, Instruction, Program
+from jaxsft.planning.hlo_cost import matmuls
+from jaxsft.planning.hlo_text import HBM, VMEM, Computation, Instruction, Program
 
 
 class Chip(NamedTuple):

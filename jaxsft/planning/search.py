@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxsft.config import TrainConfig
-from jaxsft.estimate import StepEstimate
 from jaxsft.model import REMAT_POLICIES
+from jaxsft.planning.estimate import StepEstimate
 
 REMATS = tuple(REMAT_POLICIES)  # from the most memory to the least
 MIN_ROW_LENGTH = 256
