@@ -8,7 +8,7 @@ this runs that scalar code, skips all vector instructions, and counts.
 Bundles with a `vmatmul` wait for their matrix unit, which takes a row of its left-hand side a cycle
 (two on v6e): that is what makes up the chip's peak, and the scheduler packs them closer. Checked
 on v5e against XLA's own estimates of its matmuls: 1,070,965 cycles here and 1,083,068 there for
-4096 × 4096 × 4096, whose ideal is 1,048,576; for smaller ones 0.90 to 1.13 of its estimate. Not in
+4096 × 4096 × 4096, whose ideal is 1,048,576; for smaller ones 0.73 to 1.13 of its estimate. Not in
 it: waiting for DMAs, so the caller also compares bytes with bandwidth.
 
 What isn't known is assumed to happen: a branch around a region isn't taken, a DMA is issued; a loop
