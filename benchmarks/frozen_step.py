@@ -50,7 +50,7 @@ def estimate_frozen(plan: RunPlan, console: Console) -> StepEstimate:
             {"weights": num_bytes_per_device(weights)},
             config,
             topology,
-            cache_dir=cache_dir(),
+            cache_dir=cache_dir("plan"),
             environment=os.environ,
         )[0]
 

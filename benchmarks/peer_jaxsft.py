@@ -16,10 +16,11 @@ from flax import nnx
 
 from benchmarks.peer_lab import NUM_ROWS, ROW_LENGTH
 from benchmarks.peer_protocol import serve
-from jaxsft.build import build, load_data
+from jaxsft.build import build
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
 from jaxsft.packing import Batch
 from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config, save_adapter
+from jaxsft.prepare import load_data
 from jaxsft.step import init_state, put_batch, train_step
 from jaxsft.weights import demo_model_path
 

@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.peer_protocol import Worker
 from jaxsft import lora
-from jaxsft.config import SYSTEM_PROMPT
+from jaxsft.bins import one_per_row
+from jaxsft.config import DataOptions
 from jaxsft.data import load_samples
 from jaxsft.gguf_io import GGUFFile, hf_config
-from jaxsft.packing import Batch, PackedRows, Sample, one_per_row
+from jaxsft.packing import Batch, PackedRows, Sample
 from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig, save_adapter
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import demo_model_path, hf_tensors, load_model
@@ -47,7 +48,8 @@ def make_row_sets(data_file: Path, tokenizer: Tokenizer) -> dict[str, Batch]:
     A full row is one segment, cut from the samples joined end to end. Raises ValueError when the
     file is unreadable or holds too little.
     """
-    samples, _ = load_samples(data_file, tokenizer, ROW_LENGTH, "drop", SYSTEM_PROMPT)
+    options = DataOptions(max_length=ROW_LENGTH, overlong="drop", max_drop=1.0)
+    samples, _ = load_samples(data_file, tokenizer, options)
     joined = Sample(*(np.concatenate(arrays) for arrays in zip(*samples, strict=True)))
     if len(samples) < NUM_ROWS or len(joined.ids) < NUM_ROWS * ROW_LENGTH:
         raise ValueError(
@@ -62,7 +64,7 @@ def make_row_sets(data_file: Path, tokenizer: Tokenizer) -> dict[str, Batch]:
 
 def _batch(samples: Sequence[Sample]) -> Batch:
     bins = one_per_row([len(sample.ids) for sample in samples], ROW_LENGTH)
-    return PackedRows(samples, bins, ROW_LENGTH).batch(range(len(samples)))
+    return PackedRows.from_samples(samples, bins, ROW_LENGTH).batch(range(len(samples)))
 
 
 def save_rows(path: Path, batch: Batch) -> None:

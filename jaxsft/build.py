@@ -1,4 +1,4 @@
-"""A config made real: data read and packed, model loaded and split, step and state on the mesh."""
+"""A config made real: model loaded and split, adapter added, step and state on the mesh."""
 
 import dataclasses
 import os
@@ -10,17 +10,11 @@ from flax import nnx
 
 from jaxsft import lora
 from jaxsft.config import TrainConfig, check_devices
-from jaxsft.data import DataReport, load_samples
 from jaxsft.fused_weights import fuse, unfuse
 from jaxsft.model import Gemma
-from jaxsft.packing import (
-    PackedRows,
-    Sample,
-    StepBatches,
-    best_fit_decreasing,
-    one_per_row,
-)
+from jaxsft.packing import StepBatches
 from jaxsft.peft_io import AdapterConfig, load_adapter, read_adapter_config
+from jaxsft.prepare import Data, model_path
 from jaxsft.program import (
     COMPILER_OPTIONS,
     StepArguments,
@@ -35,26 +29,7 @@ from jaxsft.program import (
 )
 from jaxsft.sharding import named, state_shardings
 from jaxsft.step import StepSpec, TrainState, init_state
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import WeightsInfo, demo_model_path, load_model
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The rows that the samples of some files are packed into."""
-
-    packed: PackedRows
-    report: DataReport
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Everything on the data side. `heldout` is None, and its samples none, without such files."""
-
-    tokenizer: Tokenizer
-    train: Rows
-    heldout: Rows | None
-    heldout_samples: list[Sample]
+from jaxsft.weights import WeightsInfo, load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +52,6 @@ class Setup:
     fingerprint: dict[str, str | int | float]
 
 
-def model_path(config: TrainConfig) -> Path:
-    """Where the model's files are; ValueError where nothing is."""
-    if config.model.path == "demo":
-        return demo_model_path()
-    path = Path(config.model.path)
-    if not path.exists():
-        raise ValueError(
-            f"model.path {path} does not exist; give a Hugging Face model directory (hf download "
-            "NAME --local-dir DIR makes one) or a .gguf file"
-        )
-    return path
-
-
 def check_early(config: TrainConfig) -> Path:
     """The model's path; ValueError for mistakes that need neither data nor weights to be seen."""
     check_devices(config, jax.device_count())
@@ -104,35 +66,6 @@ def check_early(config: TrainConfig) -> Path:
     return path
 
 
-def load_data(config: TrainConfig, path: Path) -> Data:
-    """Reads, converts, tokenises and packs all rows; ValueError names the file and line."""
-    options = config.data
-    source = Path(config.model.tokenizer) if config.model.tokenizer else path
-    if source.suffix == ".gguf":
-        tokenizer = Tokenizer.from_gguf(source)
-    else:
-        tokenizer = Tokenizer.from_file(source / "tokenizer.model" if source.is_dir() else source)
-
-    def load(files: Any, **kwargs: Any) -> tuple[Rows, list[Sample]]:
-        samples, report = load_samples(
-            files, tokenizer, options.max_length, options.overlong, options.system_prompt, **kwargs
-        )
-        pack = best_fit_decreasing if options.packing else one_per_row
-        bins = pack([len(sample.ids) for sample in samples], options.max_length)
-        return Rows(PackedRows(samples, bins, options.max_length), report), samples
-
-    # The training samples themselves are dropped: their tokens are in the rows.
-    train, _ = load(
-        options.train_files,
-        loss_on_prompt=options.loss_on_prompt,
-        start=options.start,
-        stop=options.stop,
-    )
-    if not options.eval_files:
-        return Data(tokenizer, train, None, [])
-    return Data(tokenizer, train, *load(options.eval_files))
-
-
 def build(config: TrainConfig, data: Data, path: Path) -> Setup:
     """Loads the model at `path`, adds the adapter, and puts both on the mesh.
 
@@ -140,7 +73,7 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
     """
     mesh = mesh_of(config, jax.devices())
-    rows = data.train.packed
+    rows = data.train.rows
     steps = num_run_steps(config, len(rows))
     model, info = load_model(
         path,
@@ -286,7 +219,7 @@ def fingerprint(
         "model.dtype": config.model.dtype,
         "model.param_dtype": config.model.param_dtype,
         "tokenizer": data.tokenizer.digest,
-        "data": data.train.packed.digest(),
+        "data": data.train.rows.digest(),
         "num_steps": steps,
     }
     return {name: str(value) for name, value in (same | adapter | found).items()}

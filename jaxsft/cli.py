@@ -27,10 +27,10 @@ def fail(error: object, code: int) -> int:
     return code
 
 
-def cache_dir() -> Path:
-    """Where `plan` keeps its estimates."""
+def cache_dir(name: str) -> Path:
+    """Where what can be made again is kept: "plan" for estimates, "prepared" for rows."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxsft" / "plan"
+    return (Path(base) if base else Path.home() / ".cache") / "jaxsft" / name
 
 
 def recipe_names() -> list[str]:

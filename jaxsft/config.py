@@ -4,6 +4,7 @@ The docstring of each field is its `--help` text. Lengths are in tokens, duratio
 """
 
 import dataclasses
+from collections import Counter
 from typing import Any, Literal
 
 # The system text of the recipe, put in front of the user's turn in training and generation alike.
@@ -72,6 +73,21 @@ class DataOptions:
     """Put in front of the first user turn of rows that have no system turn; null for none."""
     loss_on_prompt: bool = False
     """Train on prompt tokens as well."""
+    weights: list[float] | None = None
+    """How often an epoch has the samples of each file: 2 is twice, 0.5 a fixed half; by default
+    once."""
+    min_completion_tokens: int = 8
+    """Samples whose last answer, tags included, has fewer tokens are left out."""
+    drop_degenerate: bool = True
+    """Leave out texts that end in a loop, and answers such as "I hope this helps!"."""
+    drop_duplicates: bool = True
+    """Leave out conversations that came before, text for text."""
+    drop_contaminated: bool = True
+    """Leave out training rows whose prompt is that of a held-out row, or half of it."""
+    max_drop: float = 0.25
+    """Stop when more than this share of the rows is left out for whatever reason."""
+    prepared_dir: str | None = None
+    """Directory of prepared rows (python -m jaxsft.prepare); by default in the user's cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +197,9 @@ def validate(config: TrainConfig) -> None:
         problems.append(f"data.stop {config.data.stop} is not above data.start {config.data.start}")
     if not config.data.train_files:
         problems.append("data.train_files is empty: name at least one JSONL or Parquet file")
+    if isinstance(config.data.train_files, list):
+        twice = [file for file, n in Counter(config.data.train_files).items() if n > 1]
+        problems += [f"data.train_files names {file} twice; give it a weight" for file in twice]
     if config.eval.temperature == 0 and (config.eval.top_k > 1 or config.eval.top_p < 1):
         problems.append(
             "eval.top_k and eval.top_p do nothing at eval.temperature 0, set it above 0"
@@ -259,6 +278,9 @@ _CHECKS = (
     ("lora.dropout", *_SHARE),
     ("data.max_length", lambda x: x >= 16, "at least 16"),
     ("data.start", *_NOT_NEGATIVE),
+    ("data.min_completion_tokens", *_NOT_NEGATIVE),
+    ("data.max_drop", lambda x: 0 <= x <= 1, "a share from 0 to 1"),
+    ("data.weights", lambda x: x is None or (min(x, default=0) > 0), "above 0 for each file"),
     ("eval.num_prompts", *_NOT_NEGATIVE),
     ("eval.batch_size", *_POSITIVE),
     ("eval.max_new_tokens", *_POSITIVE),

@@ -1,135 +1,67 @@
-"""Files -> samples, and packed rows -> batches served by Grain.
+"""Raw rows -> samples, each either kept or counted with its reason; batches served by Grain.
 
-Reading is strict and names file:line; every row that is not used is counted. Batches need no
-iterator state: step -> rows is arithmetic (`packing.StepBatches`), so a run resumes at any step.
+Rows stream through in chunks: while one is tokenised, which leaves Python's lock alone, the next is
+read and converted. Batches need no iterator state: step -> rows is arithmetic
+(`packing.StepBatches`), so a run resumes at any step.
 """
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from jaxsft.chat import encode_chats, shorten
+from jaxsft.config import DataOptions
+from jaxsft.filters import Filter, contaminated, degenerate, duplicates
 from jaxsft.packing import Batch, Sample, StepBatches
 from jaxsft.reasoning import Conversation, Rejected, Turn, convert_row
+from jaxsft.sources import read_rows
 from jaxsft.tokenizer import Tokenizer
 
-Overlong = Literal["shorten", "drop", "raise"]
-
 _CHUNK_ROWS = 1024  # conversations tokenised by one call
-_UTF8_BOM = b"\xef\xbb\xbf"
+_NUM_EXAMPLES = 2  # kept for each reason
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", row) from a JSONL file, ("file:row n", row) from a .parquet file.
+class SourceSample(NamedTuple):
+    """A sample, the file (an index) and the row that it comes from, counted over all files."""
 
-    JSONL is read line by line: UTF-8, with or without a byte order mark, LF or CRLF; blank lines
-    are passed over.
-
-    Raises:
-      ValueError: no such file, a directory, an empty file, a line that is not UTF-8 or not one
-        JSON object, a repeated key, NaN or Infinity, too deep nesting.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: is a directory; name a .jsonl or .parquet file in it")
-    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-    empty = True
-    try:
-        for row in rows:
-            empty = False
-            yield row
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"{path}: cannot be read ({why}); check the path") from None
-    if empty:
-        raise ValueError(f"{path}: is empty; it must hold one JSON object per line")
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(_UTF8_BOM)
-            if line.strip():
-                where = f"{path}:{number}"
-                try:
-                    yield where, _parse_line(line.rstrip(b"\r\n"))
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
-
-
-def _parse_line(line: bytes) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = line[error.start]
-        raise ValueError(
-            f"byte {error.start + 1} of the line (0x{bad:02x}) is not UTF-8; save the file as UTF-8"
-        ) from None
-    try:
-        row = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"broken or cut off at column {error.colno} ({error.msg}); "
-            "every line must be one complete JSON object"
-        ) from None
-    except RecursionError:
-        raise ValueError("nested too deeply; a row is a flat JSON object") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"is a JSON {type(row).__name__}; every line must be one JSON object")
-    return row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        name = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f'the key "{name}" is there more than once; keep one')
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON; write a number or null")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as arrow  # slow to import, and only Parquet needs it
-    import pyarrow.parquet as parquet
-
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for records in file.iter_batches(batch_size=_CHUNK_ROWS):
-                for row in records.to_pylist():
-                    number += 1
-                    yield f"{path}:row {number}", row
-    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: not a complete Parquet file after row {number} ({str(error).splitlines()[0]})"
-        ) from None
+    sample: Sample
+    source: int
+    row: int
 
 
 @dataclass
 class DataReport:
-    """What became of every row that was read: `rows_read = samples + rejected + dropped`."""
+    """What became of every row that was read: `rows_read = samples + rejected`."""
 
     rows_read: int = 0
     samples: int = 0
     shortened: int = 0
-    dropped: int = 0  # too long
     num_tokens: int = 0
     num_loss_tokens: int = 0
     num_tokens_cut: int = 0  # by shortening
-    rejected: Counter[str] = field(default_factory=Counter)
-    noted: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)  # reason -> first place and detail
+    rejected: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> places and details
+    by_source: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> rows_read, samples
+
+    def reject(self, where: str, rejected: Rejected) -> None:
+        """Counts a row that is left out."""
+        self.rejected[rejected.reason] = self.rejected.get(rejected.reason, 0) + 1
+        examples = self.examples.setdefault(rejected.reason, [])
+        if len(examples) < _NUM_EXAMPLES:
+            examples.append(f"{where} ({rejected.detail})")
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows that are left out."""
+        return sum(self.rejected.values())
 
     def lines(self) -> list[str]:
         """The report as text, one line a fact."""
@@ -138,124 +70,203 @@ class DataReport:
             f"{self.rows_read:,} rows read, {self.samples:,} kept ({share:.1f}%): "
             f"{self.num_tokens:,} tokens, {self.num_loss_tokens:,} of them with loss"
         ]
+        if len(self.by_source) > 1:
+            lines += [
+                f"{name}: {counts['rows_read']:,} rows read, {counts['samples']:,} kept"
+                for name, counts in self.by_source.items()
+            ]
         if self.shortened:
             lines.append(f"{self.shortened:,} shortened by {self.num_tokens_cut:,} tokens in all")
-        if self.dropped:
-            lines.append(f"{self.dropped:,} dropped: too long, first {self.examples['too_long']}")
-        for reason, count in self.rejected.most_common():
-            lines.append(f"{count:,} rejected: {reason}, first {self.examples[reason]}")
-        for note, count in self.noted.most_common():
+        for reason, count in Counter(self.rejected).most_common():
+            lines.append(f"{count:,} rejected: {reason}, as {'; '.join(self.examples[reason])}")
+        for note, count in Counter(self.noted).most_common():
             lines.append(f"{count:,} noted: {note}")
         return lines
 
 
-def load_samples(
-    paths: str | Path | Sequence[str | Path],
+class _Row(NamedTuple):
+    where: str
+    source: int
+    number: int
+    conversation: Conversation
+
+
+def as_list(files: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One file or several, as paths."""
+    return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+
+
+def read_samples(
+    files: Sequence[Path],
     tokenizer: Tokenizer,
-    max_length: int,
-    overlong: Overlong,
-    system_prompt: str | None,
-    loss_on_prompt: bool = False,
-    start: int = 0,
-    stop: int | None = None,
-) -> tuple[list[Sample], DataReport]:
-    """Reads, converts and tokenises rows `start` to `stop` of the files, taken one after the other.
+    options: DataOptions,
+    report: DataReport,
+    *,
+    heldout_files: Sequence[Path] = (),
+) -> Iterator[SourceSample]:
+    """Reads, converts, filters and tokenises rows of the files, taken one after the other.
 
     Args:
-      paths: JSONL or Parquet files.
+      files: what `sources.read_rows` reads.
       tokenizer: the model's.
-      max_length: most tokens in a sample.
-      overlong: what happens to a longer one: "shorten" its reasoning (dropped where that is not
-        enough), "drop" it, or "raise".
-      system_prompt: put in front of conversations that have no system turn; None for none.
-      loss_on_prompt: every token but BOS is a label, not the completion alone.
-      start: first row, counted from 0 over all files.
-      stop: the row after the last one; None for all.
+      options: which rows, filters and lengths; its files are not looked at.
+      report: counts what becomes of every row, as far as the iterator has come.
+      heldout_files: rows whose prompts are left out with `options.drop_contaminated`.
 
-    Returns:
-      The samples in the order of the files, and what became of every row.
+    Yields:
+      Samples of at most `options.max_length` tokens, in the order of the rows.
 
     Raises:
-      ValueError: a bad file or row (with file:line), no row in the range, no sample left, or a row
-        that is too long under "raise".
+      ValueError: a bad file or row (with file:line), fewer rows than asked for, or a row that is
+        too long where `options.overlong` is "raise".
     """
-    if overlong not in ("shorten", "drop", "raise"):
-        raise ValueError(f'overlong is "{overlong}"; use shorten, drop or raise')
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    report = DataReport()
-    samples: list[Sample] = []
-    rows = itertools.chain.from_iterable(read_rows(path) for path in paths)
-    conversations = _convert(itertools.islice(rows, start, stop), system_prompt, report)
-    while chunk := list(itertools.islice(conversations, _CHUNK_ROWS)):
-        encoded = encode_chats(tokenizer, [conversation.turns for _, conversation in chunk])
-        for sample in _fit(tokenizer, chunk, encoded, max_length, overlong, report):
-            if loss_on_prompt:
-                sample = sample._replace(loss_mask=np.arange(len(sample.ids)) > 0)
-            report.num_tokens += len(sample.ids)
-            report.num_loss_tokens += int(sample.loss_mask.sum())
-            samples.append(sample)
-    if stop is not None and report.rows_read < stop - start:
+    filters: list[Filter] = []
+    if options.drop_degenerate:
+        filters.append(degenerate)
+    if options.drop_contaminated and heldout_files:
+        heldout = DataOptions(system_prompt=None)
+        rows = _convert(_numbered_rows(heldout_files, heldout), heldout, [], DataReport())
+        filters.append(contaminated([row.conversation for row in rows]))
+    if options.drop_duplicates:
+        filters.append(duplicates())
+    names = [str(file) for file in files]
+    report.by_source = {name: {"rows_read": 0, "samples": 0} for name in names}
+    rows = _convert(_numbered_rows(files, options), options, filters, report)
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[list[_Row], Future[list[_Outcome]]] | None = None
+        while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+            ready, waiting = waiting, (chunk, pool.submit(_encode, tokenizer, chunk, options))
+            if ready is not None:
+                yield from _count(ready[0], ready[1].result(), names, report)
+        if waiting is not None:
+            yield from _count(waiting[0], waiting[1].result(), names, report)
+    if options.stop is not None and report.rows_read < options.stop - options.start:
         raise ValueError(
-            f"{', '.join(map(str, paths))}: rows {start} to {stop} are asked for, but only "
-            f"{report.rows_read:,} of these {stop - start:,} are there; lower data.stop"
+            f"{', '.join(names)}: rows {options.start} to {options.stop} are asked for, but only "
+            f"{report.rows_read:,} of these {options.stop - options.start:,} are there; lower "
+            "data.stop"
         )
-    report.samples = len(samples)
-    if not samples:
-        names = ", ".join(str(path) for path in paths) or "no files"
-        if not report.rows_read:
-            raise ValueError(f"{names}: no rows in the range {start}:{stop or ''}")
-        raise ValueError(f"{names}: no sample is left. {'; '.join(report.lines())}")
+
+
+def load_samples(
+    files: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    *,
+    heldout_files: Sequence[Path] = (),
+) -> tuple[list[Sample], DataReport]:
+    """`read_samples` all at once, in memory; ValueError also where none is left."""
+    files, report = as_list(files), DataReport()
+    found = read_samples(files, tokenizer, options, report, heldout_files=heldout_files)
+    samples = [each.sample for each in found]
+    check_any_left(files, options, report)
     return samples, report
 
 
+def check_any_left(files: Sequence[Path], options: DataOptions, report: DataReport) -> None:
+    """Raises ValueError where no sample, or too small a share of the rows, is left."""
+    names = ", ".join(map(str, files)) or "no files"
+    if not report.rows_read:
+        raise ValueError(f"{names}: no rows in the range {options.start}:{options.stop or ''}")
+    if not report.samples:
+        raise ValueError(f"{names}: no sample is left. {'; '.join(report.lines())}")
+    if report.num_rejected > options.max_drop * report.rows_read:
+        raise ValueError(
+            f"{names}: {report.num_rejected / report.rows_read:.1%} of the rows are left out, more "
+            f"than data.max_drop {options.max_drop:.1%}. {'; '.join(report.lines())}"
+        )
+
+
+def _numbered_rows(
+    files: Sequence[Path], options: DataOptions
+) -> Iterator[tuple[int, tuple[int, tuple[str, dict]]]]:
+    """(number over all files, (file's index, (where, row))) of the rows asked for."""
+    rows = ((source, row) for source, file in enumerate(files) for row in read_rows(file))
+    return itertools.islice(enumerate(rows), options.start, options.stop)
+
+
 def _convert(
-    rows: Iterator[tuple[str, dict[str, Any]]], system_prompt: str | None, report: DataReport
-) -> Iterator[tuple[str, Conversation]]:
-    """Converts rows, counts them in the report, and yields those that were not rejected."""
-    for where, row in rows:
+    rows: Iterator[tuple[int, tuple[int, tuple[str, dict]]]],
+    options: DataOptions,
+    filters: Sequence[Filter],
+    report: DataReport,
+) -> Iterator[_Row]:
+    """Converts and filters rows, counts them, and yields those that were not rejected."""
+    counts = list(report.by_source.values())
+    for number, (source, (where, row)) in rows:
         report.rows_read += 1
+        if counts:
+            counts[source]["rows_read"] += 1
         try:
             conversation = convert_row(row)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if isinstance(conversation, Rejected):
-            report.rejected[conversation.reason] += 1
-            report.examples.setdefault(conversation.reason, f"{where} ({conversation.detail})")
+            report.reject(where, conversation)
             continue
-        report.noted.update(conversation.notes)
-        if system_prompt and conversation.turns[0].role != "system":
-            system = Turn("system", system_prompt)
+        rejected = next(filter(None, (each(conversation) for each in filters)), None)
+        if rejected is not None:
+            report.reject(where, rejected)
+            continue
+        for note in conversation.notes:
+            report.noted[note] = report.noted.get(note, 0) + 1
+        if options.system_prompt and conversation.turns[0].role != "system":
+            system = Turn("system", options.system_prompt)
             conversation = conversation._replace(turns=(system, *conversation.turns))
-        yield where, conversation
+        yield _Row(where, source, number, conversation)
 
 
-def _fit(
-    tokenizer: Tokenizer,
-    chunk: Sequence[tuple[str, Conversation]],
-    encoded: Sequence[Sample],
-    max_length: int,
-    overlong: Overlong,
-    report: DataReport,
-) -> list[Sample]:
-    """The samples that fit, the shortened ones in their places; counts the others."""
-    fitted: list[Sample | None] = list(encoded)
-    too_long = [i for i, sample in enumerate(encoded) if len(sample.ids) > max_length]
-    chats = [(chunk[i][1], encoded[i]) for i in too_long] if overlong == "shorten" else []
-    shorter = shorten(tokenizer, chats, max_length) or [None] * len(too_long)
+class _Outcome(NamedTuple):
+    sample: Sample | Rejected
+    num_tokens_cut: int = 0
+
+
+def _encode(tokenizer: Tokenizer, chunk: Sequence[_Row], options: DataOptions) -> list[_Outcome]:
+    """Tokenises; what is too long is shortened, dropped or refused."""
+    encoded = encode_chats(tokenizer, [row.conversation.turns for row in chunk])
+    limit, outcomes = options.max_length, [_Outcome(sample) for sample in encoded]
+    too_long = [i for i, sample in enumerate(encoded) if len(sample.ids) > limit]
+    chats = [(chunk[i].conversation, encoded[i]) for i in too_long]
+    shorten_them = options.overlong == "shorten"
+    shorter = shorten(tokenizer, chats, limit) if shorten_them else [None] * len(too_long)
     for i, result in zip(too_long, shorter, strict=True):
         length = len(encoded[i].ids)
-        detail = f"{chunk[i][0]} ({length:,} tokens, limit {max_length:,})"
-        if overlong == "raise":
-            raise ValueError(f"{detail}: too long; raise max_length, or use shorten or drop")
+        detail = f"{length:,} tokens, limit {limit:,}"
+        if options.overlong == "raise":
+            raise ValueError(
+                f"{chunk[i].where} ({detail}): too long; raise max_length, or use shorten or drop"
+            )
         if result is None:
-            fitted[i] = None
-            report.dropped += 1
-            report.examples.setdefault("too_long", detail)
+            outcomes[i] = _Outcome(Rejected("too_long", detail))
         else:
-            fitted[i] = result[1]
-            report.shortened += 1
-            report.num_tokens_cut += length - len(result[1].ids)
-    return [sample for sample in fitted if sample is not None]
+            outcomes[i] = _Outcome(result[1], length - len(result[1].ids))
+    for i, (sample, _) in enumerate(outcomes):
+        if not isinstance(sample, Sample):
+            continue
+        num_last = len(sample.ids) - int(np.flatnonzero(~sample.loss_mask)[-1]) - 1
+        if num_last < options.min_completion_tokens:
+            detail = f"{num_last} tokens of completion, {options.min_completion_tokens} at least"
+            outcomes[i] = _Outcome(Rejected("too_short", detail))
+        elif options.loss_on_prompt:
+            mask = np.arange(len(sample.ids)) > 0
+            outcomes[i] = outcomes[i]._replace(sample=sample._replace(loss_mask=mask))
+    return outcomes
+
+
+def _count(
+    chunk: Sequence[_Row], outcomes: Sequence[_Outcome], names: Sequence[str], report: DataReport
+) -> Iterator[SourceSample]:
+    for row, (sample, num_tokens_cut) in zip(chunk, outcomes, strict=True):
+        if isinstance(sample, Rejected):
+            report.reject(row.where, sample)
+            continue
+        report.samples += 1
+        report.by_source[names[row.source]]["samples"] += 1
+        report.num_tokens += len(sample.ids)
+        report.num_loss_tokens += int(sample.loss_mask.sum())
+        report.shortened += num_tokens_cut > 0
+        report.num_tokens_cut += num_tokens_cut
+        yield SourceSample(sample, row.source, row.number)
 
 
 def batches(

@@ -1,4 +1,4 @@
-"""JSON files that are there whole or not at all."""
+"""JSON files that are written whole or not at all."""
 
 import json
 import math
@@ -18,3 +18,14 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(finite(values), ensure_ascii=False, indent=1, allow_nan=False)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; ValueError where it cannot be read or holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); make it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: is not a JSON object; make it again")
+    return values

@@ -17,7 +17,7 @@ from jaxsft.metrics import MetricsWriter
 def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
     """What a measurement before training depends on, by name."""
     same = {f"eval.{name}": str(value) for name, value in dataclasses.asdict(config.eval).items()}
-    heldout = "none" if data.heldout is None else data.heldout.packed.digest()
+    heldout = "none" if data.heldout is None else data.heldout.rows.digest()
     start = {name: str(setup.fingerprint[name]) for name in ("model", "model.dtype", "tokenizer")}
     return same | start | {"data.eval_files": heldout, "lora.init_from": str(config.lora.init_from)}
 
@@ -55,7 +55,7 @@ def eval_loss(config: TrainConfig, data: Data, setup: Setup) -> float:
     """Held-out loss in nats per completion token; NaN without held-out files."""
     if data.heldout is None:
         return math.nan
-    rows, adapter = data.heldout.packed, setup.state.adapter
+    rows, adapter = data.heldout.rows, setup.state.adapter
     return held_out_loss(
         adapter, setup.frozen, rows, spec=setup.spec, batch_size=config.eval.batch_size
     )

@@ -1,7 +1,7 @@
 """Samples -> fixed rows -> the `Batch` of each step, offline and in pure NumPy.
 
-Every sample is known before training starts, so rows are decided once, by best-fit decreasing, and
-stored for random access. Step -> rows is then arithmetic on (seed, step) alone: resuming needs no
+Every sample is known before training starts, so rows are decided once (bins.py) and stored for
+random access. Step -> rows is then arithmetic on (seed, step) alone: resuming needs no
 state but the step, and another number of processes or threads changes nothing.
 
 Samples are never split. Each is one segment of its row: attention stays inside a segment, positions
@@ -13,7 +13,7 @@ Axes: B batch (rows), T position in a row, N all tokens of all samples in storag
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,99 +44,56 @@ class Batch(NamedTuple):
     positions_BT: Int32Array
 
 
-def best_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Assigns samples, longest first, each to the fullest row that still has room for it.
-
-    Deterministic: equal lengths keep their order, and of equally full rows the latest is taken.
-    Rows with the same free space share one stack, and bit c of an integer says that the stack for
-    free space c is not empty, so the tightest row is the lowest set bit at or above the length:
-    n log n to sort plus row_length / 64 machine words per sample.
-
-    Args:
-      lengths: tokens of each sample.
-      row_length: tokens in a row.
-
-    Returns:
-      Sample indices of each row, in the order in which they stand in the row.
-
-    Raises:
-      ValueError: a sample is empty or longer than a row.
-    """
-    _check_lengths(lengths, row_length)
-    rows: list[list[int]] = []
-    rows_by_free: list[list[int]] = [[] for _ in range(row_length + 1)]
-    free_bits = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = int(lengths[index])
-        roomy = free_bits >> length
-        if roomy:
-            free = length + (roomy & -roomy).bit_length() - 1
-            row = rows_by_free[free].pop()
-            if not rows_by_free[free]:
-                free_bits &= ~(1 << free)
-            rows[row].append(index)
-        else:
-            free = row_length
-            row = len(rows)
-            rows.append([index])
-        left = free - length
-        if left:
-            rows_by_free[left].append(row)
-            free_bits |= 1 << left
-    return rows
-
-
-def one_per_row(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Unpacked mode: row i holds sample i alone. Same arguments and errors as the packer."""
-    _check_lengths(lengths, row_length)
-    return [[index] for index in range(len(lengths))]
-
-
-def _check_lengths(lengths: Sequence[int], row_length: int) -> None:
-    if row_length < 1:
-        raise ValueError(f"row length {row_length}: must be at least 1 token")
-    for index, length in enumerate(lengths):
-        if length < 1:
-            raise ValueError(f"sample {index} has no tokens: leave empty samples out")
-        if length > row_length:
-            raise ValueError(
-                f"sample {index} has {length} tokens, more than a row of {row_length}: "
-                "shorten or drop it, or use longer rows"
-            )
-
-
 class PackedRows:
     """All rows of a data set, for random access.
 
     Tokens and masks lie in one flat array each, and samples and rows are offsets into them: five
-    plain arrays that could as well be memory maps of files.
+    plain arrays, in memory or mapped from files (prepared.py). A sample may be in several rows.
 
     Attributes:
       row_length: T, tokens in a row.
       tokens_N: int32, the tokens of all samples, one after the other.
       loss_mask_N: bool, where that token is a label.
       sample_offsets: int64 [samples + 1]; sample i is `tokens_N[offsets[i]:offsets[i + 1]]`.
-      row_samples: int64 [samples], the sample indices of row 0, of row 1, and so on.
+      row_samples: int64 [uses], the sample indices of row 0, of row 1, and so on.
       row_offsets: int64 [rows + 1]; row r holds `row_samples[offsets[r]:offsets[r + 1]]`.
     """
 
-    def __init__(self, samples: Sequence[Sample], bins: Sequence[Sequence[int]], row_length: int):
-        if not samples:
-            raise ValueError("no samples to pack")
+    def __init__(
+        self,
+        row_length: int,
+        tokens_N: Int32Array,
+        loss_mask_N: BoolArray,
+        sample_offsets: npt.NDArray[np.int64],
+        row_samples: npt.NDArray[np.int64],
+        row_offsets: npt.NDArray[np.int64],
+    ):
         self.row_length = row_length
-        self.tokens_N = np.concatenate([sample.ids for sample in samples]).astype(np.int32)
-        self.loss_mask_N = np.concatenate([sample.loss_mask for sample in samples]).astype(bool)
-        lengths = np.array([len(sample.ids) for sample in samples], np.int64)
-        self.sample_offsets = _offsets(lengths)
-        self.row_samples = np.array([index for row in bins for index in row], np.int64)
-        self.row_offsets = _offsets(np.array([len(row) for row in bins], np.int64))
-
-        assert self.tokens_N.shape == self.loss_mask_N.shape
-        assert np.array_equal(np.sort(self.row_samples), np.arange(len(samples))), (
-            "every sample must be in exactly one row"
-        )
-        row_tokens = np.add.reduceat(lengths[self.row_samples], self.row_offsets[:-1])
+        self.tokens_N = tokens_N
+        self.loss_mask_N = loss_mask_N
+        self.sample_offsets = sample_offsets
+        self.row_samples = row_samples
+        self.row_offsets = row_offsets
+        assert tokens_N.shape == loss_mask_N.shape == (sample_offsets[-1],)
+        assert row_offsets[-1] == len(row_samples)
+        row_tokens = np.add.reduceat(np.diff(sample_offsets)[row_samples], row_offsets[:-1])
         assert row_tokens.max() <= row_length, "a row is too full"
+
+    @classmethod
+    def from_samples(
+        cls, samples: Sequence[Sample], bins: Sequence[Sequence[int]], row_length: int
+    ) -> "PackedRows":
+        """Rows in memory: row r holds the samples `bins[r]`."""
+        if not samples or not bins:
+            raise ValueError("no samples to pack")
+        return cls(
+            row_length,
+            np.concatenate([sample.ids for sample in samples]).astype(np.int32),
+            np.concatenate([sample.loss_mask for sample in samples]).astype(bool),
+            offsets([len(sample.ids) for sample in samples]),
+            np.array([index for row in bins for index in row], np.int64),
+            offsets([len(row) for row in bins]),
+        )
 
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
@@ -173,16 +130,27 @@ class PackedRows:
                 start = stop
         return Batch(tokens, targets, loss_mask, segments, positions)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all samples, padding not counted."""
-        return len(self.tokens_N)
+    def sample(self, index: int) -> Sample:
+        """Sample `index`, copied."""
+        low, high = self.sample_offsets[index], self.sample_offsets[index + 1]
+        return Sample(np.array(self.tokens_N[low:high]), np.array(self.loss_mask_N[low:high]))
 
     @property
+    def num_samples(self) -> int:
+        """Samples, each counted once."""
+        return len(self.sample_offsets) - 1
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, padding not counted."""
+        return int(np.diff(self.sample_offsets)[self.row_samples].sum())
+
+    @functools.cached_property
     def num_loss_tokens(self) -> int:
-        """Targets that carry loss: a sample's first token is nobody's target."""
-        first = self.loss_mask_N[self.sample_offsets[:-1]]
-        return int(self.loss_mask_N.sum() - first.sum())
+        """Targets of all rows that carry loss: a sample's first token is nobody's target."""
+        starts = self.sample_offsets[:-1]
+        of_sample = np.add.reduceat(self.loss_mask_N, starts, dtype=np.int64)
+        return int((of_sample - self.loss_mask_N[starts])[self.row_samples].sum())
 
     @property
     def fill(self) -> float:
@@ -190,16 +158,21 @@ class PackedRows:
         return self.num_tokens / (len(self) * self.row_length)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the rows' contents: equal if and only if every row is equal."""
-        sha = hashlib.sha256(np.int64(self.row_length).tobytes())
-        for array in (self.sample_offsets, self.row_offsets, self.row_samples, self.tokens_N):
-            sha.update(np.int64(array.size).tobytes())
-            sha.update(np.ascontiguousarray(array).data)
-        sha.update(np.ascontiguousarray(self.loss_mask_N).data)
-        return sha.hexdigest()
+        """`rows_digest` of the rows' contents."""
+        arrays: list[npt.NDArray[Any]] = [self.tokens_N, self.loss_mask_N, self.sample_offsets]
+        arrays += [self.row_samples, self.row_offsets]
+        parts = [hashlib.sha256(np.ascontiguousarray(x).data).digest() for x in arrays]
+        return rows_digest(self.row_length, parts)
 
 
-def _offsets(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def rows_digest(row_length: int, parts: Sequence[bytes]) -> str:
+    """SHA-256 (hex): equal if and only if every row is. `parts` are those of PackedRows' arrays,
+    in the order of its constructor."""
+    return hashlib.sha256(np.int64(row_length).tobytes() + b"".join(parts)).hexdigest()
+
+
+def offsets(sizes: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where each of several things of these sizes begins, laid end to end, and where all end."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from rich.console import Console
 
 from jaxsft import lora
-from jaxsft.build import load_data, model_path
 from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.json_file import write_json
@@ -37,6 +36,7 @@ from jaxsft.planning.search import (
 )
 from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES
 from jaxsft.planning.workload import Workload, read_lengths
+from jaxsft.prepare import load_data, model_path
 from jaxsft.presets import GemmaConfig
 from jaxsft.program import (
     COMPILER_OPTIONS,
@@ -171,7 +171,7 @@ def estimate_config(
             model_config,
             topology,
             steps or config.warmup_steps + 1,
-            cache_dir=cache_dir(),
+            cache_dir=cache_dir("plan"),
             environment=os.environ,
         )
 
@@ -181,8 +181,8 @@ def read_workloads(config: TrainConfig, options: PlanOptions) -> dict[str, Workl
     if options.lengths:
         return count_workloads(config, read_lengths(options.lengths))
     if options.data:
-        rows = load_data(config, model_path(config)).train.packed
-        lengths = np.diff(rows.sample_offsets).tolist()
+        rows = load_data(config, model_path(config)).train.rows
+        lengths = np.diff(rows.sample_offsets)[rows.row_samples].tolist()
         return count_workloads(config, lengths, rows.num_loss_tokens)
     return {}
 

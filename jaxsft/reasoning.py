@@ -8,6 +8,7 @@ Text only: no token, no file. The target form of an assistant turn is `completio
     {prompt, completion[, reasoning_content]}
     {instruction, response} Magpie
     {question, answer}      GSM8K: reasoning, then "#### number"; <<calculator>> notes are removed
+    {text, code, test_list} MBPP: the prompt is the text and the tests; CRLF in code becomes LF
 
 What becomes of an assistant text (all texts are trimmed; every outcome is counted by the caller):
 
@@ -38,33 +39,24 @@ from typing import Any, Literal, NamedTuple
 
 ACCEPTED_SCHEMAS = (
     "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, response}, "
-    "{prompt, completion[, reasoning_content]}, {instruction, response}, {question, answer}"
+    "{prompt, completion[, reasoning_content]}, {instruction, response}, {question, answer}, "
+    "{text, code, test_list}"
 )
 
 Role = Literal["system", "user", "assistant"]
 RejectReason = Literal[
-    "no_thought",
-    "unclosed_thought",
-    "reversed_thought",
-    "nested_thought",
-    "several_thoughts",
-    "text_before_thought",
-    "empty_thought",
-    "empty_answer",
-    "empty_prompt",
-    "literal_tags",
+    "no_thought", "unclosed_thought", "reversed_thought", "nested_thought", "several_thoughts",
+    "text_before_thought", "empty_thought", "empty_answer", "empty_prompt", "literal_tags",
     "no_final_answer",
-]
+    # Not from this module: filters.py and data.py.
+    "duplicate", "contaminated", "degenerate", "too_short", "too_long",
+]  # fmt: skip
 Note = Literal["implicit_open", "plain_completion", "control_look_alike"]
 
 _ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
+    "system": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+}  # fmt: skip
 _FORMAT_TAG = re.compile(r"</?(?:reasoning|answer)>")
 _COMPLETION = re.compile(r"<reasoning>(.+)</reasoning>\s*<answer>(.+)</answer>", re.DOTALL)
 _CONTROL = re.compile(
@@ -153,6 +145,9 @@ def convert_row(row: dict[str, Any]) -> Conversation | Rejected:
         prompt, reply = "instruction", _reply(_text(row, "response"), None)
     elif "question" in row and "answer" in row:
         prompt, reply = "question", _gsm8k_reply(_text(row, "answer"))
+    elif "text" in row and "code" in row and "test_list" in row:
+        reply = _reply(_text(row, "code").replace("\r\n", "\n"), None)
+        return _conversation([("user", _mbpp_prompt(row))], [reply])
     else:
         names = ", ".join(str(name) for name in list(row)[:8]) or "none"
         raise ValueError(f"no accepted set of fields (found: {names}); use {ACCEPTED_SCHEMAS}")
@@ -274,6 +269,15 @@ def _gsm8k_reply(text: str) -> _Reply | Rejected:
     return _formatted(_CALCULATOR.sub("", reasoning), answer)
 
 
+def _mbpp_prompt(row: dict[str, Any]) -> str:
+    """The task and its tests, in the words of MBPP's own prompt (Austin et al. 2021, section 3)."""
+    if not isinstance(tests := row["test_list"], list) or not tests:
+        raise ValueError(f'"test_list" must be a non-empty list; accepted rows: {ACCEPTED_SCHEMAS}')
+    named = {f"test_list[{index}]": test for index, test in enumerate(tests)}
+    lines = [_text(row, "text"), "Your code should pass these tests:", ""]
+    return "\n".join(lines + [_text(named, name) for name in named])
+
+
 def _text(row: dict[str, Any], field: str, where: str = "") -> str:
     """`row[field]` as text that can be encoded; ValueError says what it is instead."""
     name = f'{where} "{field}"'.strip()
@@ -286,9 +290,7 @@ def _text(row: dict[str, Any], field: str, where: str = "") -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            f"{name} holds a lone surrogate, half of a character: write the text as UTF-8"
-        ) from None
+        raise ValueError(f"{name} holds a lone surrogate: write the text as UTF-8") from None
     return value
 
 

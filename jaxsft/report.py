@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from jaxsft.build import Data, Rows, Setup, num_adapter_params
+from jaxsft.build import Setup, num_adapter_params
 from jaxsft.preflight import Preflight
 
 _TABLE_ROWS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
@@ -36,22 +36,6 @@ _TABLE_ROWS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
         lambda m: f"{m['distinct_answers']} of {m['num_answers']}",
     ),
 )
-
-
-def show_data(console: Console, data: Data) -> None:
-    """What became of every row."""
-
-    def show(label: str, rows: Rows) -> None:
-        for line in rows.report.lines():
-            console.print(f"{label}: {line}")
-        packed = rows.packed
-        console.print(
-            f"{label}: {len(packed):,} rows of {packed.row_length} tokens, {packed.fill:.1%} full"
-        )
-
-    show("train", data.train)
-    if data.heldout is not None:
-        show("held out", data.heldout)
 
 
 def show_setup(console: Console, setup: Setup) -> None:

@@ -25,7 +25,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from jaxsft.build import Data, Setup, build, check_early, load_data
+from jaxsft.build import Setup, build, check_early
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail, parse_config
 from jaxsft.config import TrainConfig
@@ -35,9 +35,10 @@ from jaxsft.measure import eval_loss, load_before, measure, measured_of, write_s
 from jaxsft.metrics import MetricsWriter, Throughput
 from jaxsft.peft_io import save_adapter
 from jaxsft.preflight import NUM_TIMED_STEPS, run_preflight
+from jaxsft.prepare import Data, load_data
+from jaxsft.prepare_report import show_data
 from jaxsft.report import (
     progress,
-    show_data,
     show_finished,
     show_preflight,
     show_result,
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = check_early(config)
         # float32 means float32 on accelerators too; their default is bfloat16 passes.
         jax.config.update("jax_default_matmul_precision", "highest")
-        data = load_data(config, path)
-        show_data(console, data)
+        data = load_data(config, path, console)
+        show_data(console, data.train, data.heldout)
         setup = build(config, data, path)
         show_setup(console, setup)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ def preflight(
 ) -> tuple[Setup, int]:
     """(`setup` as it must be used from now on, exit code: 0 when the run may start)."""
     console.print(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
-    setup, found = run_preflight(config, setup, cache_dir(), interrupted)
+    setup, found = run_preflight(config, setup, cache_dir("plan"), interrupted)
     if found is None:
         console.print("Interrupted, nothing is lost. To go on, run the same command again.")
         return setup, EXIT_INTERRUPTED

@@ -14,6 +14,14 @@ from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import load_model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prepared rows and plans of the tests are nobody else's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_gguf() -> Path:
     """Path of the pretrained Gemma 3 270M, joined from its PyPI packages into ~/.cache once."""

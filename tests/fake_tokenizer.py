@@ -15,6 +15,7 @@ class FakeTokenizer:
 
     pad_id, eos_id, bos_id, start_of_turn_id, end_of_turn_id = range(256, 261)
     stop_ids = (eos_id, end_of_turn_id)
+    digest = "fake"
 
     def __init__(self) -> None:
         self._words: list[str] = []

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.packing import best_fit_decreasing, num_steps, one_per_row
+from jaxsft.bins import one_per_row, pack
+from jaxsft.packing import num_steps
 
 MAX_SAMPLES = 100_000_000  # a histogram is expanded: 0.8 GB of lengths
 
@@ -104,8 +105,8 @@ def count_work(
 
     Without `num_loss_tokens` every token bears loss, padding none.
     """
-    pack = best_fit_decreasing if packing else one_per_row
-    num_rows, num_tokens = len(pack(lengths, row_length)), sum(lengths)
+    assign = pack if packing else one_per_row
+    num_rows, num_tokens = len(assign(lengths, row_length)), sum(lengths)
     num_positions = num_rows * row_length
     return Workload(
         num_samples=len(lengths),

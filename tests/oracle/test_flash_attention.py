@@ -17,7 +17,7 @@ ROW_LENGTH, BLOCK = 64, 16
 def packed_batch() -> Batch:
     """Two rows: three segments and padding; one segment as long as the row."""
     samples = [Sample(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in (20, 30, 7, ROW_LENGTH)]
-    return PackedRows(samples, [[0, 1, 2], [3]], ROW_LENGTH).batch([0, 1])
+    return PackedRows.from_samples(samples, [[0, 1, 2], [3]], ROW_LENGTH).batch([0, 1])
 
 
 def config(*, cap: float | None, window: int, qk_norm: bool, num_kv_heads: int) -> GemmaConfig:

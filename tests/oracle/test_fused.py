@@ -12,11 +12,12 @@ from flax import nnx
 from lora_twins import make_peft, random_samples, twin, with_adapter
 
 from jaxsft import lora
+from jaxsft.bins import best_fit_decreasing
 from jaxsft.fused import FusedSpec
 from jaxsft.fused_weights import FusedLayout, fuse, make_layout, unfuse
 from jaxsft.lora import TARGETS
 from jaxsft.model import Gemma
-from jaxsft.packing import Batch, PackedRows, best_fit_decreasing
+from jaxsft.packing import Batch, PackedRows
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec, eval_step, init_state, make_schedule, put_batch, train_step
 
@@ -29,7 +30,7 @@ CONSTANT = make_schedule("constant", peak=1e-3, end=0.0, warmup_steps=0, num_ste
 
 def batch_of(num_rows: int) -> Batch:
     samples = random_samples([40, 17, 22, 31, 12, 9, 25, 14], seed=3)
-    rows = PackedRows(
+    rows = PackedRows.from_samples(
         samples, best_fit_decreasing([len(s.ids) for s in samples], ROW_LENGTH), ROW_LENGTH
     )
     return put_batch(rows.batch([i % len(rows) for i in range(num_rows)]), MESH)

@@ -43,7 +43,7 @@ LOGIT_BOUND = 1e-4
 ROW_LENGTH = 40
 # Row 0: one sample without padding. Row 1: two samples packed. Rows 2 and 3: each of them alone.
 SAMPLES = random_samples([ROW_LENGTH, 17, 23], seed=0)
-ROWS = PackedRows([*SAMPLES, *SAMPLES[1:]], [[0], [1, 2], [3], [4]], ROW_LENGTH)
+ROWS = PackedRows.from_samples([*SAMPLES, *SAMPLES[1:]], [[0], [1, 2], [3], [4]], ROW_LENGTH)
 BATCH = ROWS.batch([0, 1, 2, 3])
 # (sample, row, where it begins)
 PLACES = [(0, 0, 0), (1, 1, 0), (2, 1, 17), (1, 2, 0), (2, 3, 0)]

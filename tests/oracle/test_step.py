@@ -26,8 +26,9 @@ from lora_twins import (
 from twins import WINDOW
 
 from jaxsft import lora
+from jaxsft.bins import best_fit_decreasing, one_per_row
 from jaxsft.model import Gemma
-from jaxsft.packing import Batch, PackedRows, Sample, best_fit_decreasing, one_per_row
+from jaxsft.packing import Batch, PackedRows, Sample
 from jaxsft.sharding import make_mesh, state_shardings
 from jaxsft.step import (
     StepSpec,
@@ -74,7 +75,7 @@ def prepare(model: Gemma, **settings: Any) -> tuple[TrainState, nnx.State, StepS
 def pack(samples: list[Sample], row_length: int = ROW_LENGTH, num_rows: int | None = None) -> Batch:
     """All samples in as few rows as they need, or in `num_rows`."""
     lengths = [len(sample.ids) for sample in samples]
-    rows = PackedRows(samples, best_fit_decreasing(lengths, row_length), row_length)
+    rows = PackedRows.from_samples(samples, best_fit_decreasing(lengths, row_length), row_length)
     indices = [*range(len(rows)), *[-1] * ((num_rows or 0) - len(rows))]
     return put_batch(rows.batch(indices), MESH)
 
@@ -175,7 +176,7 @@ def loss_and_gradients(how: str) -> tuple[float, AdapterTensors]:
         batch = pack(samples, row_length=64)
         assert batch.tokens_BT.shape[0] <= 4
     else:
-        rows = PackedRows(samples, one_per_row([len(s.ids) for s in samples], 32), 32)
+        rows = PackedRows.from_samples(samples, one_per_row([len(s.ids) for s in samples], 32), 32)
         batch = put_batch(rows.batch(range(8)), MESH)
     accumulation = 4 if how == "accumulated" else 1
     _, model = short_twin()

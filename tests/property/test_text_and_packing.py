@@ -7,15 +7,9 @@ from fake_tokenizer import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxsft.bins import best_fit_decreasing, one_per_row
 from jaxsft.chat import cut_text, encode_chat, encode_prompt, shorten
-from jaxsft.packing import (
-    PackedRows,
-    Sample,
-    StepBatches,
-    best_fit_decreasing,
-    num_steps,
-    one_per_row,
-)
+from jaxsft.packing import PackedRows, Sample, StepBatches, num_steps
 from jaxsft.reasoning import (
     Conversation,
     Rejected,
@@ -81,7 +75,7 @@ def packings(draw):
         prompt_length = draw(st.integers(0, len(part)))
         samples.append(Sample(part, np.arange(len(part)) >= prompt_length))
     pack = draw(st.sampled_from([best_fit_decreasing, one_per_row]))
-    return samples, PackedRows(samples, pack(lengths, row_length), row_length)
+    return samples, PackedRows.from_samples(samples, pack(lengths, row_length), row_length)
 
 
 @unhurried
@@ -140,7 +134,7 @@ def test_steps_cover_every_epoch_whatever_the_processes(
     num_rows, share, process_count, epochs, seed
 ):
     samples = [Sample(np.array([i + 1], np.int32), np.array([True])) for i in range(num_rows)]
-    rows = PackedRows(samples, one_per_row([1] * num_rows, 1), 1)
+    rows = PackedRows.from_samples(samples, one_per_row([1] * num_rows, 1), 1)
     size = share * process_count
     steps = num_steps(num_rows, epochs, size)
     sources = [

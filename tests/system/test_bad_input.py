@@ -117,7 +117,7 @@ def test_data_files(files: Path, refuse: Refuse) -> None:
     assert "missing.jsonl: cannot be read" in refuse(
         "--data.train_files", str(files / "missing.jsonl")
     )
-    assert "is a directory" in refuse("--data.train_files", str(files))
+    assert "is a directory without" in refuse("--data.train_files", str(files))
     assert "missing.jsonl: cannot be read" in refuse(
         "--data.eval_files", str(files / "missing.jsonl")
     )

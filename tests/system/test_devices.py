@@ -94,10 +94,11 @@ def measure() -> dict[str, Any]:
     from flax import nnx
 
     from jaxsft import lora, step
+    from jaxsft.bins import best_fit_decreasing
     from jaxsft.fused import FusedSpec
     from jaxsft.fused_weights import fuse, make_layout
     from jaxsft.model import Gemma
-    from jaxsft.packing import PackedRows, Sample, best_fit_decreasing
+    from jaxsft.packing import PackedRows, Sample
     from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
     from jaxsft.sharding import make_mesh, named, state_shardings
 
@@ -123,7 +124,9 @@ def measure() -> dict[str, Any]:
         # Some samples have a single label, some only labels.
         is_label = np.arange(length) >= rng.choice([1, length // 2, length - 1])
         samples.append(Sample(rng.integers(4, 96, length).astype(np.int32), is_label))
-    rows = PackedRows(samples, best_fit_decreasing([len(s.ids) for s in samples], 32), 32)
+    rows = PackedRows.from_samples(
+        samples, best_fit_decreasing([len(s.ids) for s in samples], 32), 32
+    )
     # The last batch ends in rows of padding: some devices have no loss token at all.
     batches = [rows.batch(range(16)), rows.batch(range(16, 32)), rows.batch([*range(9), *[-1] * 7])]
 

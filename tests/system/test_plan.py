@@ -313,8 +313,9 @@ def test_plan_is_of_the_program_that_train_runs(hashes: dict[str, Any], step: st
 
 def print_hashes(model: str, directory: Path) -> None:
     """The child's part."""
-    from jaxsft.build import build, load_data
+    from jaxsft.build import build
     from jaxsft.cli import parse_config
+    from jaxsft.prepare import load_data
 
     hashes, data, local = {}, None, ("--topology", "local", "--data")
     for step in STEPS:

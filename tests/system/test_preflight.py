@@ -22,8 +22,9 @@ import jaxsft.agreement
 import jaxsft.train
 from jaxsft import flash_attention
 from jaxsft.agreement import Difference, compare_ways
-from jaxsft.build import build, check_early, load_data
+from jaxsft.build import build, check_early
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, parse_config
+from jaxsft.prepare import load_data
 from jaxsft.step import put_batch
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.train import EXIT_INTERRUPTED, main

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import parse_config
-from jaxsft.config import SYSTEM_PROMPT
+from jaxsft.config import DataOptions
 from jaxsft.data import load_samples
 from jaxsft.packing import Sample
 from jaxsft.peft_io import load_adapter
@@ -295,7 +295,7 @@ def test_peft_loads_the_adapter(finished: tuple[Runs, str]) -> None:
         peft_model = peft.PeftModel.from_pretrained(hf_model, adapter).eval()
 
     samples, _ = load_samples(
-        runs.directory / "heldout.jsonl", tokenizer, 160, "raise", SYSTEM_PROMPT
+        runs.directory / "heldout.jsonl", tokenizer, DataOptions(max_length=160, overlong="raise")
     )
     graphdef, state = nnx.split(model)
     loss_sum, num_tokens = 0.0, 0

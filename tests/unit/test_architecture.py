@@ -30,11 +30,13 @@ ORDER = [
     "rows",
     "flash_attention",
     "fused_weights",
+    "bins",
     "packing",
     "gguf_io",
     "safetensors_io",
     "tokenizer",
     "reasoning",
+    "sources",
     "loss",
     "planning.hlo_text",
     "planning.llo_text",
@@ -44,6 +46,7 @@ ORDER = [
     "fused_layer",
     "fused",
     "chat",
+    "filters",
     "planning.workload",
     "planning.hlo_values",
     "planning.hlo_cost",
@@ -52,6 +55,8 @@ ORDER = [
     "planning.llo_schedule",
     # L3
     "data",
+    "prepared",
+    "hub",
     "tensor_names",
     "weights",
     "peft_io",
@@ -70,6 +75,8 @@ ORDER = [
     "planning.search",
     # L5
     "cli",
+    "prepare_report",
+    "prepare",
     "build",
     "agreement",
     "measure",
@@ -80,14 +87,18 @@ ORDER = [
     "planning.plot",
     "planning.kernel_worker",
     "plan",
+    "inspect_report",
+    "inspect",
     "export",
     "generate",
-    "inspect",
 ]
 L5 = frozenset(ORDER[ORDER.index("cli") :])
 
 # These two share `Batch` and nothing else. The data side has no JAX in it.
-DATA_SIDE = frozenset({"packing", "tokenizer", "reasoning", "chat", "data", "planning.workload"})
+DATA_SIDE = frozenset(
+    {"bins", "packing", "tokenizer", "reasoning", "sources", "chat", "filters", "data", "prepared"}
+    | {"planning.workload"}
+)
 MODEL_SIDE = frozenset(
     {"sharding", "layers", "attention", "rows", "flash_attention", "fused_weights", "fused_layer"}
     | {"fused", "loss", "lora", "model", "peft_io", "step"}

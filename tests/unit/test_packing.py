@@ -1,16 +1,9 @@
 import numpy as np
 import pytest
 
+from jaxsft.bins import one_per_row
 from jaxsft.data import batches
-from jaxsft.packing import (
-    PackedRows,
-    Sample,
-    StepBatches,
-    best_fit_decreasing,
-    epoch_order,
-    num_steps,
-    one_per_row,
-)
+from jaxsft.packing import PackedRows, Sample, StepBatches, epoch_order, num_steps
 
 
 def make_sample(ids: list[int], loss_mask: list[int]) -> Sample:
@@ -20,44 +13,7 @@ def make_sample(ids: list[int], loss_mask: list[int]) -> Sample:
 def numbered_rows(num_rows: int, row_length: int = 2) -> PackedRows:
     """Row i holds one sample, whose first token is i + 1."""
     samples = [make_sample([i + 1, 9], [0, 1]) for i in range(num_rows)]
-    return PackedRows(samples, one_per_row([2] * num_rows, row_length), row_length)
-
-
-def test_best_fit_decreasing_by_hand():
-    # Longest first: 6, 5 and 4 open rows; 3 fits the rest of 5 exactly, 2 the rest of 6.
-    assert best_fit_decreasing([5, 3, 4, 2, 6], 8) == [[4, 3], [0, 1], [2]]
-
-
-def test_best_fit_takes_the_fullest_row_that_has_room():
-    # The 1 goes to the row with 1 free, not to those with 2 or 3 free.
-    assert best_fit_decreasing([7, 8, 9, 1], 10) == [[2, 3], [1], [0]]
-
-
-def test_equal_lengths_keep_their_order():
-    assert best_fit_decreasing([2, 2, 2, 2, 2], 4) == [[0, 1], [2, 3], [4]]
-
-
-def test_full_rows_take_nothing_more():
-    assert best_fit_decreasing([4, 4], 4) == [[0], [1]]
-    assert best_fit_decreasing([], 4) == []
-
-
-def test_one_per_row():
-    assert one_per_row([3, 1, 2], 3) == [[0], [1], [2]]
-
-
-@pytest.mark.parametrize("pack", [best_fit_decreasing, one_per_row])
-@pytest.mark.parametrize(
-    ("lengths", "row_length", "message"),
-    [
-        ([3, 9], 8, "sample 1 has 9 tokens, more than a row of 8"),
-        ([3, 0], 8, "sample 1 has no tokens"),
-        ([1], 0, "row length 0"),
-    ],
-)
-def test_packers_refuse(pack, lengths, row_length, message):
-    with pytest.raises(ValueError, match=message):
-        pack(lengths, row_length)
+    return PackedRows.from_samples(samples, one_per_row([2] * num_rows, row_length), row_length)
 
 
 def test_batch_by_hand():
@@ -66,7 +22,7 @@ def test_batch_by_hand():
         make_sample([20, 21, 22, 23], [0, 0, 0, 1]),
         make_sample([30, 31], [1, 1]),  # a label in front has no position that predicts it
     ]
-    rows = PackedRows(samples, [[1, 0], [2]], row_length=8)
+    rows = PackedRows.from_samples(samples, [[1, 0], [2]], row_length=8)
     tokens, targets, loss_mask, segment_ids, positions = rows.batch([0, 1, -1])
     o = 0
     np.testing.assert_array_equal(
@@ -97,7 +53,9 @@ def test_batch_by_hand():
 
 
 def test_row_is_a_row_of_the_batch():
-    rows = PackedRows([make_sample([1, 2], [0, 1]), make_sample([3, 4], [0, 1])], [[1, 0]], 5)
+    rows = PackedRows.from_samples(
+        [make_sample([1, 2], [0, 1]), make_sample([3, 4], [0, 1])], [[1, 0]], 5
+    )
     for one, many in zip(rows.row(0), rows.batch([0, -1]), strict=True):
         assert one.shape == (5,)
         np.testing.assert_array_equal(one, many[0])
@@ -113,26 +71,25 @@ def test_rows_out_of_range():
 def test_packed_rows_refuse_bad_input():
     sample = make_sample([1, 2], [0, 1])
     with pytest.raises(ValueError, match="no samples"):
-        PackedRows([], [], 4)
-    for bins in ([[0]], [[0, 1, 1]], [[0, 1], [2]]):
-        with pytest.raises(AssertionError, match="exactly one row"):
-            PackedRows([sample, sample], bins, 8)
+        PackedRows.from_samples([], [], 4)
+    with pytest.raises(IndexError):
+        PackedRows.from_samples([sample, sample], [[0, 1], [2]], 8)
     with pytest.raises(AssertionError, match="too full"):
-        PackedRows([sample, sample], [[0, 1]], 3)
+        PackedRows.from_samples([sample, sample], [[0, 1]], 3)
 
 
 def test_digest_sees_every_change():
     a, b = make_sample([1, 2, 3], [0, 1, 1]), make_sample([4, 5], [0, 1])
     variants = [
-        PackedRows([a, b], [[0, 1]], 6),
-        PackedRows([a, b], [[1, 0]], 6),
-        PackedRows([a, b], [[0], [1]], 6),
-        PackedRows([a, b], [[0, 1]], 7),
-        PackedRows([a, b._replace(ids=np.array([4, 6], np.int32))], [[0, 1]], 6),
-        PackedRows([a, b._replace(loss_mask=np.array([1, 1], bool))], [[0, 1]], 6),
+        PackedRows.from_samples([a, b], [[0, 1]], 6),
+        PackedRows.from_samples([a, b], [[1, 0]], 6),
+        PackedRows.from_samples([a, b], [[0], [1]], 6),
+        PackedRows.from_samples([a, b], [[0, 1]], 7),
+        PackedRows.from_samples([a, b._replace(ids=np.array([4, 6], np.int32))], [[0, 1]], 6),
+        PackedRows.from_samples([a, b._replace(loss_mask=np.array([1, 1], bool))], [[0, 1]], 6),
     ]
     assert len({rows.digest() for rows in variants}) == len(variants)
-    assert PackedRows([a, b], [[0, 1]], 6).digest() == variants[0].digest()
+    assert PackedRows.from_samples([a, b], [[0, 1]], 6).digest() == variants[0].digest()
 
 
 def test_num_steps():
@@ -231,7 +188,7 @@ def make_steps(num_rows=7, batch_size=3, steps=9, **options) -> StepBatches:
     samples = [
         Sample(np.array([i + 1, i + 100, i + 200], np.int32), loss_mask) for i in range(num_rows)
     ]
-    rows = PackedRows(samples, one_per_row([3] * num_rows, 4), 4)
+    rows = PackedRows.from_samples(samples, one_per_row([3] * num_rows, 4), 4)
     return StepBatches(rows, batch_size, seed=7, num_steps=steps, **options)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxsft.config import SYSTEM_PROMPT
-from jaxsft.data import load_samples, read_rows
+from jaxsft.config import DataOptions
+from jaxsft.data import load_samples
 from jaxsft.reasoning import Conversation, convert_row
+from jaxsft.sources import read_rows
 from jaxsft.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
@@ -92,7 +93,7 @@ def test_no_template() -> None:
 def test_rows_are_short_and_the_card_has_their_number(
     path: Path, name: str, tokenizer: Tokenizer
 ) -> None:
-    samples, report = load_samples(path, tokenizer, 512, "raise", SYSTEM_PROMPT)
+    samples, report = load_samples(path, tokenizer, DataOptions(max_length=512, overlong="raise"))
     assert report.samples == report.rows_read == len(samples) and not report.noted
     lengths = [len(sample.ids) for sample in samples]
     card = (SAMPLE / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,98 @@
+"""Conversations that should not be trained on: duplicates, loops, empty answers, test questions.
+
+Text only. Each filter takes a conversation and returns why it is left out, or None:
+
+    duplicate     the same turns, text for text, came before
+    contaminated  the prompt is one of the held-out prompts, or half of such a prompt's runs of
+                  8 words are in it (as GPT-3, arXiv 2005.14165, app. C, looks for runs of words)
+    degenerate    the reasoning or the answer ends in a loop: its last 1,000 characters compress
+                  more than 6-fold (natural text about 2-fold); or the answer is nothing but a
+                  phrase such as "I hope this helps!"
+"""
+
+import hashlib
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from jaxsft.reasoning import Conversation, Rejected
+
+Filter = Callable[[Conversation], Rejected | None]
+
+_RUN_WORDS = 8
+_TAIL_CHARS = 1000
+_MIN_LOOP_CHARS = 200  # shorter text has no room for a loop that is worth the name
+_MAX_COMPRESSION = 6.0
+_FILLERS = frozenset(
+    {
+        *("i hope this helps", "hope this helps", "i hope that helps", "hope that helps"),
+        *("let me know if you have any questions", "let me know if you need anything else"),
+        *("feel free to ask", "is there anything else i can help you with"),
+        *("sure", "of course", "certainly", "done", "ok", "okay", "here you go", "thank you"),
+        *("i hope this helps let me know if you have any questions",),
+    }
+)
+_WORD = re.compile(r"\w+")
+
+
+def degenerate(conversation: Conversation) -> Rejected | None:
+    """Rejects loops and answers that say nothing."""
+    answer = conversation.answer or conversation.turns[-1].content
+    if " ".join(_words(answer)) in _FILLERS:
+        return Rejected("degenerate", f'the answer is only "{answer.strip()}"')
+    for name, text in (("reasoning", conversation.reasoning or ""), ("answer", answer)):
+        tail = text[-_TAIL_CHARS:].encode()
+        if len(tail) >= _MIN_LOOP_CHARS:
+            ratio = len(tail) / len(zlib.compress(tail))
+            if ratio > _MAX_COMPRESSION:
+                return Rejected("degenerate", f"the {name} ends in a loop, {ratio:.0f}-fold zlib")
+    return None
+
+
+def duplicates() -> Filter:
+    """A filter that rejects what it has seen before; 16 bytes of BLAKE2b a conversation."""
+    seen: set[bytes] = set()
+
+    def filter_(conversation: Conversation) -> Rejected | None:
+        digest = hashlib.blake2b(digest_size=16)
+        for turn in conversation.turns:
+            digest.update(f"{turn.role}\0{turn.content}\0".encode())
+        key = digest.digest()
+        if key in seen:
+            return Rejected("duplicate", "the same conversation came before")
+        seen.add(key)
+        return None
+
+    return filter_
+
+
+def contaminated(heldout: Iterable[Conversation]) -> Filter:
+    """A filter that rejects conversations whose prompts are those of held-out ones."""
+    runs_of: list[int] = []
+    prompts_with: dict[tuple[str, ...], list[int]] = {}
+    for conversation in heldout:
+        runs = _runs(conversation)
+        for run in runs:
+            prompts_with.setdefault(run, []).append(len(runs_of))
+        runs_of.append(len(runs))
+
+    def filter_(conversation: Conversation) -> Rejected | None:
+        shared = Counter(i for run in _runs(conversation) for i in prompts_with.get(run, ()))
+        for prompt, count in shared.items():
+            if 2 * count >= runs_of[prompt]:
+                return Rejected("contaminated", f"the prompt of held-out sample {prompt + 1}")
+        return None
+
+    return filter_
+
+
+def _runs(conversation: Conversation) -> set[tuple[str, ...]]:
+    """All runs of 8 words of the user's turns; of a shorter text the one that it is."""
+    words = _words(" ".join(turn.content for turn in conversation.turns if turn.role == "user"))
+    last = max(len(words) - _RUN_WORDS, 0)
+    return {tuple(words[i : i + _RUN_WORDS]) for i in range(last + 1)} if words else set()
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())

@@ -1,0 +1,127 @@
+"""Makes a run's rows, once: `python -m jaxsft.prepare [--config RECIPE] [--OPTION …]`.
+
+Reads, converts, filters, tokenises and packs what the config names and keeps the result, so that
+`train`, which does the same where it is missing, begins at once. The same command again with
+nothing changed only says what is there; any option that changes a row makes a set of its own.
+
+Exit codes: 0 done; 2 bad input (one line says where, what and how to fix it; nothing is left).
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
+from jaxsft.config import DataOptions, TrainConfig
+from jaxsft.data import as_list
+from jaxsft.packing import Sample
+from jaxsft.prepare_report import preparing, show_data
+from jaxsft.prepared import Prepared, prepare
+from jaxsft.sources import num_rows
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.weights import demo_model_path
+
+DESCRIPTION = (
+    "Reads, converts, filters, tokenises and packs the rows that a config names and keeps them for "
+    "jaxsft.train. Takes the options of jaxsft.train; those of data, and the model's tokenizer, "
+    "count."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Everything on the data side. `heldout` is None, and its samples none, without such files."""
+
+    tokenizer: Tokenizer
+    train: Prepared
+    heldout: Prepared | None
+    heldout_samples: list[Sample]
+
+
+def model_path(config: TrainConfig) -> Path:
+    """Where the model's files are; ValueError where nothing is."""
+    if config.model.path == "demo":
+        return demo_model_path()
+    path = Path(config.model.path)
+    if not path.exists():
+        raise ValueError(
+            f"model.path {path} does not exist; give a Hugging Face model directory (hf download "
+            "NAME --local-dir DIR makes one) or a .gguf file"
+        )
+    return path
+
+
+def load_tokenizer(config: TrainConfig, path: Path) -> Tokenizer:
+    """The tokenizer of the config, or of the model at `path`; ValueError where there is none."""
+    source = Path(config.model.tokenizer) if config.model.tokenizer else path
+    if source.suffix == ".gguf":
+        return Tokenizer.from_gguf(source)
+    return Tokenizer.from_file(source / "tokenizer.model" if source.is_dir() else source)
+
+
+def load_data(config: TrainConfig, path: Path, console: Console | None = None) -> Data:
+    """All rows of the config for the model at `path`, prepared unless they are; see `prepare`.
+
+    `console` shows how far it has come. ValueError names the file and line.
+    """
+    options, tokenizer = config.data, load_tokenizer(config, path)
+    root = Path(options.prepared_dir) if options.prepared_dir else cache_dir("prepared")
+    heldout_files = as_list(options.eval_files)
+    with preparing(console or Console(quiet=True), _num_rows(options)) as progress:
+        train = prepare(
+            options.train_files,
+            tokenizer,
+            options,
+            root,
+            heldout_files=heldout_files,
+            progress=progress,
+        )
+    if not heldout_files:
+        return Data(tokenizer, train, None, [])
+    # What it is measured on is what the files say.
+    as_it_is = dataclasses.replace(
+        options,
+        start=0,
+        stop=None,
+        weights=None,
+        loss_on_prompt=False,
+        min_completion_tokens=0,
+        drop_degenerate=False,
+        drop_duplicates=False,
+        max_drop=1.0,
+    )
+    heldout = prepare(heldout_files, tokenizer, as_it_is, root)
+    samples = [heldout.rows.sample(i) for i in range(heldout.rows.num_samples)]
+    return Data(tokenizer, train, heldout, samples)
+
+
+def _num_rows(options: DataOptions) -> int | None:
+    """Rows that will be read, where that is known beforehand."""
+    counts = [num_rows(file) for file in as_list(options.train_files)]
+    if None in counts:
+        return None if options.stop is None else options.stop - options.start
+    stop = sum(filter(None, counts)) if options.stop is None else options.stop
+    return max(stop - options.start, 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    # No markup: file names may hold brackets.
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        config, _ = parse_config("jaxsft.prepare", DESCRIPTION, arguments)
+        data = load_data(config, model_path(config), console)
+    except (ValueError, OSError) as error:
+        return fail(error, EXIT_BAD_INPUT)
+    show_data(console, data.train, data.heldout)
+    for prepared in filter(None, (data.train, data.heldout)):
+        console.print(f"in {prepared.directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Files -> raw rows, one at a time: JSONL, Parquet, and the directories that the download makes.
+
+Reading is strict and names file:line. Nothing is held but a chunk of rows.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxsft import reasoning
+from jaxsft.json_file import read_json
+
+MANIFEST = "manifest.json"
+ROWS_KIND = "jaxsft rows"  # in the manifest of a directory of rows
+
+_CHUNK_ROWS = 256  # of Parquet, made Python objects at once
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@functools.cache
+def converter_version() -> str:
+    """12 hex digits that change with the conversion of rows: of the SHA-256 of its source."""
+    return hashlib.sha256(inspect.getsource(reasoning).encode()).hexdigest()[:12]
+
+
+def row_files(path: str | Path) -> list[Path]:
+    """The files that `path` stands for: itself, or those that a directory's manifest lists.
+
+    Raises:
+      ValueError: a directory without a manifest of rows, or a file of it that is missing or has
+        another size than the manifest says.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    if not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"{path}: is a directory without {MANIFEST}; name a .jsonl or .parquet file in it, or "
+            "let data/download_sft_datasets.py finish it"
+        )
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("kind") != ROWS_KIND:
+        raise ValueError(f"{path / MANIFEST}: is not of downloaded rows; name a file of rows")
+    files = []
+    for entry in manifest["files"]:
+        file = path / Path(entry["name"]).name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{file}: missing or not as downloaded; delete {path}, download again")
+        files.append(file)
+    return files
+
+
+def num_rows(path: str | Path) -> int | None:
+    """Rows in a Parquet file or a directory of them; None for JSONL, which must be read for it."""
+    files = row_files(path)
+    if any(file.suffix != ".parquet" for file in files):
+        return None
+    import pyarrow.parquet as parquet
+
+    try:
+        return sum(parquet.read_metadata(file).num_rows for file in files)
+    except (OSError, ValueError):  # ArrowInvalid is one: reading will say what is wrong
+        return None
+
+
+def file_digest(file: Path, known: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a file, kept in `known`: for a path of the same size and time it isn't
+    computed again. ValueError where the file cannot be read."""
+    try:
+        status = file.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        key = str(file.absolute())
+        if known.get(key, [])[:2] != stamp:
+            with file.open("rb") as opened:
+                known[key] = [*stamp, hashlib.file_digest(opened, "sha256").hexdigest()]
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+    return str(known[key][2])
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file:line", row) from JSONL, ("file:row n", row) from .parquet, of all `row_files`.
+
+    JSONL is read line by line: UTF-8, with or without a byte order mark, LF or CRLF; blank lines
+    are passed over.
+
+    Raises:
+      ValueError: no such file, a directory that holds no rows, an empty file, a line that is not
+        UTF-8 or not one JSON object, a repeated key, NaN or Infinity, too deep nesting.
+    """
+    for file in row_files(path):
+        yield from _read_file(file)
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    empty = True
+    try:
+        for row in rows:
+            empty = False
+            yield row
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"{path}: cannot be read ({why}); check the path") from None
+    if empty:
+        raise ValueError(f"{path}: is empty; it must hold one JSON object per line")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(_UTF8_BOM)
+            if line.strip():
+                where = f"{path}:{number}"
+                try:
+                    yield where, _parse_line(line.rstrip(b"\r\n"))
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = line[error.start]
+        raise ValueError(
+            f"byte {error.start + 1} of the line (0x{bad:02x}) is not UTF-8; save the file as UTF-8"
+        ) from None
+    try:
+        row = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"broken or cut off at column {error.colno} ({error.msg}); "
+            "every line must be one complete JSON object"
+        ) from None
+    except RecursionError:
+        raise ValueError("nested too deeply; a row is a flat JSON object") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"is a JSON {type(row).__name__}; every line must be one JSON object")
+    return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        name = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f'the key "{name}" is there more than once; keep one')
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; write a number or null")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as arrow  # slow to import, and only Parquet needs it
+    import pyarrow.parquet as parquet
+
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            for records in file.iter_batches(batch_size=_CHUNK_ROWS):
+                for row in records.to_pylist():
+                    number += 1
+                    yield f"{path}:row {number}", row
+    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not a complete Parquet file after row {number} ({str(error).splitlines()[0]})"
+        ) from None

@@ -1,0 +1,163 @@
+"""Prepared rows on disk: what is in them, when they are made again, what damages them."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_tokenizer import FakeTokenizer
+
+from jaxsft.config import DataOptions
+from jaxsft.data import load_samples
+from jaxsft.packing import PackedRows
+from jaxsft.prepared import Prepared, open_prepared, prepare
+
+OPTIONS = DataOptions(max_length=256, packing=True, system_prompt=None)
+
+
+def write_rows(path: Path, num_rows: int, name: str = "p") -> Path:
+    rows = [
+        {"prompt": f"{name}{i}", "response": f"<think>{'So. ' * (1 + i % 7)}</think>{name}{i}"}
+        for i in range(num_rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", 50)
+
+
+def make(root: Path, *files: Path, **options) -> Prepared:
+    return prepare(files, FakeTokenizer(), dataclasses.replace(OPTIONS, **options), root)
+
+
+def test_rows_on_disk_are_those_in_memory(rows_file, tmp_path):
+    found = make(tmp_path / "sets", rows_file)
+    samples, report = load_samples(rows_file, FakeTokenizer(), OPTIONS)
+    assert isinstance(found.rows.tokens_N, np.memmap)
+    assert found.rows.num_samples == len(samples) == report.samples == 50
+    for i, sample in enumerate(samples):
+        for ours, theirs in zip(found.rows.sample(i), sample, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    # The same samples in the same rows, whoever laid them there.
+    starts = found.rows.row_offsets
+    bins = np.split(found.rows.row_samples, starts[1:-1])
+    again = PackedRows.from_samples(samples, [row.tolist() for row in bins], 256)
+    assert again.digest() == found.rows.digest() == found.manifest["digest"]
+    assert found.sample_rows.tolist() == list(range(50))
+    assert found.report == report
+    assert found.manifest["fill"] == found.rows.fill == report.num_tokens / (len(found.rows) * 256)
+    assert found.rows.num_loss_tokens == report.num_loss_tokens
+    assert found.manifest["fewest_rows"] <= len(found.rows)
+
+
+def test_sample_rows_count_over_all_files_and_rejects(tmp_path):
+    first = write_rows(tmp_path / "a.jsonl", 3)
+    first.write_text(first.read_text() + '{"prompt": "x", "response": "no thought"}\n')
+    found = make(tmp_path / "sets", first, write_rows(tmp_path / "b.jsonl", 2, "q"))
+    assert found.sample_rows.tolist() == [0, 1, 2, 4, 5]
+    counts = {Path(name).name: counts for name, counts in found.report.by_source.items()}
+    assert counts == {
+        "a.jsonl": {"rows_read": 4, "samples": 3},
+        "b.jsonl": {"rows_read": 2, "samples": 2},
+    }
+
+
+def test_weights_repeat_samples(tmp_path):
+    files = [write_rows(tmp_path / f"{name}.jsonl", 10, name) for name in "abc"]
+    found = make(tmp_path / "sets", *files, weights=[2.0, 1.0, 0.3])
+    uses = np.bincount(found.rows.row_samples, minlength=30)
+    assert uses[:10].tolist() == [2] * 10 and uses[10:20].tolist() == [1] * 10
+    assert uses[20:].sum() == 3 and uses[20:].max() == 1
+    again = make(tmp_path / "other", *files, weights=[2.0, 1.0, 0.3])
+    assert again.rows.digest() == found.rows.digest()
+    lengths = np.diff(found.rows.sample_offsets)
+    assert found.rows.num_tokens == (lengths * uses).sum() > found.report.num_tokens
+    masks = [found.rows.sample(i).loss_mask.sum() for i in range(30)]
+    assert found.rows.num_loss_tokens == (masks * uses).sum()
+    with pytest.raises(ValueError, match=r"data.weights has 2 numbers for 3 files: give one each"):
+        make(tmp_path / "sets", *files, weights=[1.0, 1.0])
+
+
+def test_nothing_changed_is_not_made_again(rows_file, tmp_path):
+    root = tmp_path / "sets"
+    first = make(root, rows_file)
+    before = {path: path.stat().st_mtime_ns for path in first.directory.iterdir()}
+    again = make(root, rows_file, max_drop=0.5, train_files=["anything"])
+    assert again.directory == first.directory
+    assert {path: path.stat().st_mtime_ns for path in first.directory.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"max_length": 128}, {"packing": False}, {"overlong": "drop"}, {"system_prompt": "S."}),
+        *({"loss_on_prompt": True}, {"min_completion_tokens": 30}, {"drop_duplicates": False}),
+        *({"drop_degenerate": False}, {"start": 1}, {"stop": 9}, {"weights": [2.0]}),
+    ],
+)
+def test_another_option_is_another_set(option, rows_file, tmp_path):
+    root = tmp_path / "sets"
+    assert make(root, rows_file, **option).directory != make(root, rows_file).directory
+
+
+def test_changed_data_tokenizer_or_heldout_rows_are_another_set(rows_file, tmp_path, monkeypatch):
+    root = tmp_path / "sets"
+    directories = [make(root, rows_file).directory]
+    heldout = write_rows(tmp_path / "heldout.jsonl", 1)
+    with_heldout = prepare(rows_file, FakeTokenizer(), OPTIONS, root, heldout_files=heldout)
+    assert with_heldout.report.rejected == {"contaminated": 1}
+    directories.append(with_heldout.directory)
+    write_rows(rows_file, 51)
+    directories.append(make(root, rows_file).directory)
+    monkeypatch.setattr(FakeTokenizer, "digest", "another")
+    directories.append(make(root, rows_file).directory)
+    monkeypatch.setattr("jaxsft.prepared.code_version", lambda: "newer")
+    directories.append(make(root, rows_file).directory)
+    assert len(set(directories)) == 5
+
+
+def test_a_copy_elsewhere_is_the_same_data(rows_file, tmp_path):
+    copy = Path(shutil.copy(rows_file, tmp_path / "copy.jsonl"))
+    assert make(tmp_path / "sets", rows_file).directory == make(tmp_path / "sets", copy).directory
+
+
+def test_failures_leave_nothing(rows_file, tmp_path):
+    root = tmp_path / "sets"
+    broken = rows_file.read_text() + '{"prompt": "cut'
+    rows_file.write_text(broken)
+    with pytest.raises(ValueError, match=r"rows.jsonl:51: broken or cut off"):
+        make(root, rows_file)
+    rows_file.write_text('{"prompt": "p", "response": "no thought"}\n')
+    with pytest.raises(ValueError, match="no sample is left"):
+        make(root, rows_file)
+    assert [path.name for path in root.iterdir()] == ["files.json"]
+
+
+def test_what_a_killed_process_left_is_removed(rows_file, tmp_path):
+    gone = tmp_path / "sets" / "0123456789abcdef.partial-999999999"
+    gone.mkdir(parents=True)
+    make(tmp_path / "sets", rows_file)
+    assert not gone.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens", "loss_mask", "sample_offsets", "row_samples", "row_offsets", "manifest"]
+)
+def test_damage_is_seen(name, rows_file, tmp_path):
+    directory = make(tmp_path / "sets", rows_file).directory
+    path = directory / ("manifest.json" if name == "manifest" else f"{name}.npy")
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-20] ^= 1
+    for damaged in (flipped if name != "manifest" else b"{}", whole[: len(whole) // 2], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged, or no prepared rows; delete it"):
+            open_prepared(directory)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"damaged, or no prepared rows; delete it"):
+        make(tmp_path / "sets", rows_file)

@@ -1,0 +1,151 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+from jaxsft.sources import file_digest, num_rows, read_rows
+
+GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"}
+MORE = {"prompt": "p", "response": "<think>r</think>a"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_lines(*rows, name="rows.jsonl") -> Path:
+        path = tmp_path / name
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return path
+
+    return write_lines
+
+
+def test_rows_carry_file_and_line(write):
+    path = write({"a": 1}, b"", b"  \r", {"a": 2})
+    assert list(read_rows(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'\xef\xbb\xbf{"a": "x"}\r\n{"a": "y"}\r\n', ["x", "y"]),  # BOM and CRLF
+        (b'{"a": "x"}\n{"a": "y"}', ["x", "y"]),  # no newline at the end
+        (b'{"a": "nul \\u0000 kept"}\n', ["nul \0 kept"]),
+        (
+            '{"a": "line\u2028separator, \U0001f469"}\n'.encode(),
+            ["line\u2028separator, \U0001f469"],
+        ),
+        (b'{"a": "2024-01-01T00:00:00"}\n', ["2024-01-01T00:00:00"]),
+        (b'{"a": "\\ud83d\\udc69"}\n', ["\U0001f469"]),  # a surrogate pair is one character
+    ],
+)
+def test_accepted_files(tmp_path, content, expected):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert [row["a"] for _, row in read_rows(path)] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": "x"', r"broken or cut off at column 10 \(Expecting ',' delimiter\)"),
+        (b'{"a": "x', "broken or cut off at column 7"),
+        (b"{'a': 1}", "every line must be one complete JSON object"),
+        (b'{"a": 1} {"b": 2}', "broken or cut off at column 10"),
+        (b'{"a": "tab\there"}', "broken or cut off"),
+        (b"[1, 2]", "is a JSON list"),
+        (b'"text"', "is a JSON str"),
+        (b"null", "is a JSON NoneType"),
+        (b'{"a": "\xff"}', r"byte 8 of the line \(0xff\) is not UTF-8; save the file as UTF-8"),
+        (b'{"a": "\xed\xa0\x80"}', "is not UTF-8"),  # a surrogate written as UTF-8
+        (b'{"a": 1, "b": 2, "a": 3}', 'the key "a" is there more than once'),
+        (b'{"a": {"b": 1, "b": 2}}', 'the key "b" is there more than once'),
+        (b'{"a": NaN}', "NaN is not JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not JSON"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"a": ' + b"9" * 5_000 + b"}", "4300 digits"),
+    ],
+)
+def test_bad_lines(write, line, message):
+    path = write({"a": 1}, line)
+    with pytest.raises(ValueError, match=message) as caught:
+        list(read_rows(path))
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path, write):
+    with pytest.raises(ValueError, match=r"absent.jsonl: cannot be read \(No such file"):
+        list(read_rows(tmp_path / "absent.jsonl"))
+    with pytest.raises(ValueError, match=r"absent.parquet: cannot be read"):
+        list(read_rows(tmp_path / "absent.parquet"))
+    with pytest.raises(ValueError, match="is a directory without manifest"):
+        list(read_rows(tmp_path))
+    for lines in ((), (b"", b" ")):
+        with pytest.raises(ValueError, match="is empty"):
+            list(read_rows(write(*lines)))
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: byte 1 of the line \(0xff\)"):
+        list(read_rows(write(json.dumps(GOOD).encode("utf-16"))))
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(arrow.Table.from_pylist([GOOD, MORE]), path)
+    assert list(read_rows(path)) == [(f"{path}:row 1", GOOD), (f"{path}:row 2", MORE)]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"rows.parquet: not a complete Parquet file after row 0"):
+        list(read_rows(path))
+
+
+@pytest.fixture
+def downloaded(tmp_path) -> Path:
+    """A directory of rows as the download leaves it: two shards and a manifest."""
+    directory = tmp_path / "train"
+    directory.mkdir()
+    names = ("part-00000.parquet", "part-00001.parquet")
+    for name, rows in zip(names, ([GOOD, MORE], [MORE]), strict=True):
+        parquet.write_table(arrow.Table.from_pylist(rows), directory / name)
+    files = [{"name": name, "bytes": (directory / name).stat().st_size} for name in names]
+    manifest = {"kind": "jaxsft rows", "files": files}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+def test_a_downloaded_directory(downloaded):
+    places = [where for where, _ in read_rows(downloaded)]
+    first, second = (downloaded / f"part-0000{i}.parquet" for i in range(2))
+    assert places == [f"{first}:row 1", f"{first}:row 2", f"{second}:row 1"]
+    assert num_rows(downloaded) == 3
+
+
+def test_directories_that_are_not_whole(downloaded):
+    shard = downloaded / "part-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"part-00001.parquet: missing or not as downloaded"):
+        list(read_rows(downloaded))
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"part-00001.parquet: missing"):
+        list(read_rows(downloaded))
+    (downloaded / "manifest.json").write_text('{"kind": "something else"}')
+    with pytest.raises(ValueError, match="is not of downloaded rows"):
+        list(read_rows(downloaded))
+    (downloaded / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json: cannot be read as JSON"):
+        list(read_rows(downloaded))
+
+
+def test_num_rows_of_lines_is_not_known(write):
+    assert num_rows(write(GOOD)) is None
+
+
+def test_digests_follow_the_file(write):
+    path, known = write(GOOD), {}
+    assert file_digest(path, known) == hashlib.sha256(path.read_bytes()).hexdigest()
+    (key,) = known
+    known[key][2] = "kept"  # same path, size and time: not read again
+    assert file_digest(path, known) == "kept"
+    write(GOOD, GOOD)
+    assert file_digest(path, known) == hashlib.sha256(path.read_bytes()).hexdigest()
