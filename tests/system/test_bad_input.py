@@ -12,7 +12,7 @@ import jax
 import pytest
 import yaml
 
-import jaxsft.build
+import jaxsft.prepare
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.train import EXIT_BAD_INPUT, main
 
@@ -28,7 +28,7 @@ def shared_tokenizers() -> Iterator[None]:
     precision = jax.config.jax_default_matmul_precision
     with pytest.MonkeyPatch.context() as patch:
         from_file = functools.cache(Tokenizer.from_file)
-        patch.setattr(jaxsft.build.Tokenizer, "from_file", from_file)
+        patch.setattr(jaxsft.prepare.Tokenizer, "from_file", from_file)
         yield
     jax.config.update("jax_default_matmul_precision", precision)
 
@@ -36,7 +36,8 @@ def shared_tokenizers() -> Iterator[None]:
 @pytest.fixture
 def files(tmp_path: Path, tiny_model_dir: Path) -> Path:
     """A directory with all that a run needs: config.yaml and rows.jsonl."""
-    write_rows(tmp_path, *[json.dumps(GOOD_ROW)] * 4)
+    rows = [GOOD_ROW | {"prompt": f"Why is it {number}?"} for number in range(4)]
+    write_rows(tmp_path, *map(json.dumps, rows))
     config = {
         "name": "run",
         "output_dir": str(tmp_path / "runs"),
