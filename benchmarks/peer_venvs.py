@@ -22,6 +22,14 @@ REQUIREMENTS = {
             *("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.42.1"),
         ),
     ),
+    # For its preparation of data, which input_pipeline.py times beside ours.
+    "trl": (
+        ("torch==2.13.0",),
+        (
+            *("trl==1.16.0", "transformers==5.23.0", "tokenizers==0.23.3", "datasets==5.2.0"),
+            *("sentencepiece==0.2.3", "protobuf==7.36.2", "jinja2"),  # read tokenizer.model
+        ),
+    ),
 }
 _STAMP = "jaxsft-peer.txt"
 

@@ -1,14 +1,12 @@
 """Raw rows -> samples, each either kept or counted with its reason; batches served by Grain.
 
-Rows stream through in chunks: while one is tokenised, which leaves Python's lock alone, the next is
-read and converted. Batches need no iterator state: step -> rows is arithmetic
-(`packing.StepBatches`), so a run resumes at any step.
+Rows stream through in chunks, so that memory does not grow with them. Batches need no iterator
+state: step -> rows is arithmetic (`packing.StepBatches`), so a run resumes at any step.
 """
 
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +22,7 @@ from jaxsft.reasoning import Conversation, Rejected, Turn, convert_row
 from jaxsft.sources import read_rows
 from jaxsft.tokenizer import Tokenizer
 
-_CHUNK_ROWS = 1024  # conversations tokenised by one call
+_CHUNK_ROWS = 512  # conversations tokenised by one call
 _NUM_EXAMPLES = 2  # kept for each reason
 
 
@@ -132,14 +130,8 @@ def read_samples(
     names = [str(file) for file in files]
     report.by_source = {name: {"rows_read": 0, "samples": 0} for name in names}
     rows = _convert(_numbered_rows(files, options), options, filters, report)
-    with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[list[_Row], Future[list[_Outcome]]] | None = None
-        while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
-            ready, waiting = waiting, (chunk, pool.submit(_encode, tokenizer, chunk, options))
-            if ready is not None:
-                yield from _count(ready[0], ready[1].result(), names, report)
-        if waiting is not None:
-            yield from _count(waiting[0], waiting[1].result(), names, report)
+    while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+        yield from _count(chunk, _encode(tokenizer, chunk, options), names, report)
     if options.stop is not None and report.rows_read < options.stop - options.start:
         raise ValueError(
             f"{', '.join(names)}: rows {options.start} to {options.stop} are asked for, but only "

@@ -74,6 +74,7 @@ def command_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return inherited | {
         "PYTHONPATH": os.pathsep.join(map(str, (blocked, Path(__file__).parents[1]))),
+        "JAX_PLATFORMS": "cpu",  # libtpu, installed for plans, complains where there is no TPU
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster

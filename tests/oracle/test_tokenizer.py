@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from jaxsft.gguf_io import GGUFFile
-from jaxsft.tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    USER_DEFINED,
-    Tokenizer,
-    Vocabulary,
-)
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.vocabulary import BYTE, CONTROL, NORMAL, USER_DEFINED, Vocabulary
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/tokenizer_gemma3.json").read_text())
 CASES = GOLDEN["cases"]
@@ -91,11 +85,38 @@ def test_golden_texts_round_trip_and_hold_no_control_id(tokenizer: Tokenizer) ->
         assert tokenizer.control_ids.isdisjoint(case["ids"])
 
 
+# All that decides where texts are cut: spaces of both spellings, newlines, `>` before a space.
+HARD_PARTS = st.sampled_from(
+    [
+        *" \u2581\n\t\r></-_.,a1\0\u00e9\u4f60\u00a0",
+        *("  ", "\n\n", "> </", ">\u2581</", "</b>", "<b>", "word", "ing"),
+        *("e\u0301", "\U0001f469\u200d", "<end_of_turn>", "<unused7>"),
+    ]
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(HARD_PARTS, max_size=40).map("".join) | st.text(max_size=60))
+def test_units_give_the_ids_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.encode_many([text]) == [tokenizer.encode(text)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab<>_n \u2581\n", max_size=30))
+def test_units_of_other_vocabularies(text: str) -> None:
+    """Pieces that reach over a space or a newline: `b\u2581a` and `n\\n`."""
+    small = small_vocabulary()
+    pieces = [*small.pieces, "b\u2581", "b\u2581a", "n\n", "n\na", "\na"]
+    scores = [*small.scores, *(-1.0 - i for i in range(5))]
+    other = Tokenizer(Vocabulary(pieces, scores, [*small.types, *[NORMAL] * 5]), "other")
+    assert other.encode_many([text]) == [other.encode(text)]
+
+
 def test_encode_many_equals_encode(tokenizer: Tokenizer) -> None:
     texts = [case["text"] for case in CASES]
     expected = [case["ids"] for case in CASES]
     assert tokenizer.encode_many(texts) == expected
-    assert tokenizer.encode_many(texts, num_threads=1) == expected
+    assert tokenizer.encode_many(texts) == expected  # from what is kept of the units now
     assert tokenizer.encode_many([]) == []
 
 

@@ -34,6 +34,7 @@ ORDER = [
     "packing",
     "gguf_io",
     "safetensors_io",
+    "vocabulary",
     "tokenizer",
     "reasoning",
     "sources",
@@ -56,6 +57,8 @@ ORDER = [
     # L3
     "data",
     "prepared",
+    "inspect_rows",
+    "inspect_tokens",
     "hub",
     "tensor_names",
     "weights",
@@ -70,6 +73,9 @@ ORDER = [
     "metrics",
     "evaluate",
     "program",
+    "inspect_charts",
+    "inspect_style",
+    "inspect_html",
     "planning.estimate",
     "planning.run_plan",
     "planning.search",
@@ -96,7 +102,7 @@ L5 = frozenset(ORDER[ORDER.index("cli") :])
 
 # These two share `Batch` and nothing else. The data side has no JAX in it.
 DATA_SIDE = frozenset(
-    {"bins", "packing", "tokenizer", "reasoning", "sources", "chat", "filters", "data", "prepared"}
+    {"bins", "packing", "vocabulary", "tokenizer", "reasoning", "sources", "chat", "filters", "data", "prepared"}
     | {"planning.workload"}
 )
 MODEL_SIDE = frozenset(

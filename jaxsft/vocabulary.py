@@ -1,0 +1,155 @@
+"""Gemma's SentencePiece vocabulary, from `tokenizer.model` or a GGUF, made one canonical model."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import (  # type: ignore[attr-defined]
+    ModelProto,
+    TrainerSpec,
+)
+
+from jaxsft.gguf_io import GGUFFile
+
+# SentencePiece's piece types; `tokenizer.ggml.token_type` uses the same numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+# Looked up by name: the ids differ between Gemma 1/2 and 3 (<start_of_turn> is 106 or 105).
+REQUIRED_PIECES = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+
+# Reserved in Gemma 1, 2 or 3. Sources disagree on their types: a tokenizer.model may have turn and
+# unused tokens as USER_DEFINED (matched in text!), a GGUF has <start_of_image> so.
+_RESERVED = re.compile(
+    r"<(pad|eos|bos|unk|mask|2mass|start_of_turn|end_of_turn|start_of_image|end_of_image"
+    r"|image_soft_token|unused\d+)>|\[multimodal\]|\[@BOS@\]"
+)
+_MAX_MODEL_BYTES = 1 << 28  # Gemma's tokenizer.model is 4 to 5 MB
+
+
+class Vocabulary(NamedTuple):
+    """Pieces by id, as the source has them."""
+
+    pieces: Sequence[str]
+    scores: Sequence[float]
+    types: Sequence[int]  # NORMAL ... BYTE
+
+
+def read_gguf(path: Path) -> Vocabulary:
+    """The vocabulary in a GGUF file; ValueError where it has none, or not Gemma's kind."""
+    metadata = GGUFFile(path).metadata
+
+    def contents(name: str, kind: str) -> Any:
+        value = metadata.get(f"tokenizer.ggml.{name}")
+        if value is None:
+            raise ValueError(
+                f"{path}: the file has no tokenizer.ggml.{name}; use a complete model file, or "
+                "give a tokenizer.model"
+            )
+        found = value.dtype.kind if isinstance(value, np.ndarray) else type(value).__name__
+        if found != kind or len(value) == 0:
+            raise ValueError(f"{path}: tokenizer.ggml.{name} is empty or of a wrong type")
+        return value
+
+    if (model := contents("model", "str")) != "llama":
+        raise ValueError(
+            f"{path}: tokenizer.ggml.model is {model!r}; Gemma 1, 2 and 3 have 'llama'"
+        )
+    scores, types = contents("scores", "f"), contents("token_type", "i")
+    return Vocabulary(contents("tokens", "list"), scores.tolist(), types.tolist())
+
+
+def read_model(path: Path) -> Vocabulary:
+    """The vocabulary in a `tokenizer.model`, after checking that it works as Gemma's does."""
+    if _read_head(path).startswith(b"GGUF"):
+        raise ValueError(f"{path}: a GGUF file, not a tokenizer.model; load it as GGUF")
+    if path.stat().st_size > _MAX_MODEL_BYTES:
+        raise ValueError(f"{path}: too large for a tokenizer.model; is it the model's weights?")
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError:
+        proto.Clear()
+    pieces = [piece.piece for piece in proto.pieces]
+    if not all(isinstance(piece, str) for piece in pieces):  # protobuf gives bytes then
+        raise ValueError(f"{path}: a piece is not UTF-8: damaged file; get it again")
+    # Pieces are stored before the two specs, so a file cut between records lacks one.
+    if not (pieces and proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):
+        raise ValueError(f"{path}: no SentencePiece model, or truncated; get tokenizer.model again")
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    expected = {
+        "model_type BPE": trainer.model_type == TrainerSpec.BPE,
+        "byte_fallback": trainer.byte_fallback,
+        "no treat_whitespace_as_suffix": not trainer.treat_whitespace_as_suffix,
+        "no precompiled_charsmap": not normalizer.precompiled_charsmap,
+        "no add_dummy_prefix": not normalizer.add_dummy_prefix,
+        "no remove_extra_whitespaces": not normalizer.remove_extra_whitespaces,
+        "escape_whitespaces": normalizer.escape_whitespaces,
+    }
+    if lacking := [name for name, holds in expected.items() if not holds]:
+        raise ValueError(f"{path}: not a Gemma tokenizer, which has {', '.join(lacking)}")
+    scores, types = ([getattr(piece, name) for piece in proto.pieces] for name in ("score", "type"))
+    return Vocabulary(pieces, scores, types)
+
+
+def canonical_types(vocabulary: Vocabulary, where: str) -> list[int]:
+    """Piece types [vocab_size] with reserved tokens CONTROL, whatever the source says.
+
+    Raises ValueError, which names `where`, for a vocabulary that is damaged or not a Gemma one.
+    """
+    pieces, scores, types = vocabulary
+    if not len(pieces) == len(scores) == len(types):
+        raise ValueError(
+            f"{where}: {len(pieces)} pieces, {len(scores)} scores, {len(types)} types: damaged file"
+        )
+    present = set(pieces)
+    if missing := [piece for piece in REQUIRED_PIECES if piece not in present]:
+        raise ValueError(f"{where}: the vocabulary lacks {', '.join(missing)}: not a Gemma one")
+    if not np.isfinite(np.asarray(scores, np.float64)).all():
+        raise ValueError(f"{where}: the vocabulary has a score that is not finite: damaged file")
+    if not all(pieces) or not set(types) <= set(range(NORMAL, BYTE + 1)):
+        raise ValueError(f"{where}: the vocabulary has an empty or untyped piece: damaged file")
+    canonical = [
+        CONTROL if _RESERVED.fullmatch(piece) else kind
+        for piece, kind in zip(pieces, types, strict=True)
+    ]
+    canonical[pieces.index("<unk>")] = UNKNOWN  # a GGUF types it CONTROL
+    return canonical
+
+
+def serialize(vocabulary: Vocabulary, types: Sequence[int]) -> bytes:
+    """The canonical ModelProto; equal vocabularies give equal bytes."""
+    proto = ModelProto()
+    for piece, score, kind in zip(vocabulary.pieces, vocabulary.scores, types, strict=True):
+        if kind == USER_DEFINED:  # llama.cpp's converter writes runs of `▁` as plain spaces
+            piece = piece.replace(" ", "\u2581")
+        # Only NORMAL scores count; the others are -1000 in a GGUF. The + 0.0 makes -0.0 be 0.0.
+        proto.pieces.add(piece=piece, score=score + 0.0 if kind == NORMAL else 0.0, type=kind)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type = TrainerSpec.BPE
+    trainer.vocab_size = len(proto.pieces)
+    trainer.byte_fallback = True
+    for name in ("pad", "eos", "bos", "unk"):
+        setattr(trainer, f"{name}_piece", f"<{name}>")
+        setattr(trainer, f"{name}_id", vocabulary.pieces.index(f"<{name}>"))
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _read_head(path: Path) -> bytes:
+    """The first bytes of a file that is readable, not empty and no Git LFS pointer."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if not head:
+        raise ValueError(f"{path}: the file is empty; get it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull'")
+    return head
