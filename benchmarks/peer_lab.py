@@ -48,7 +48,9 @@ def make_row_sets(data_file: Path, tokenizer: Tokenizer) -> dict[str, Batch]:
     A full row is one segment, cut from the samples joined end to end. Raises ValueError when the
     file is unreadable or holds too little.
     """
-    options = DataOptions(max_length=ROW_LENGTH, overlong="drop", max_drop=1.0)
+    options = DataOptions(
+        max_length=ROW_LENGTH, overlong="drop", min_completion_tokens=0, max_drop=1
+    )
     samples, _ = load_samples(data_file, tokenizer, options)
     joined = Sample(*(np.concatenate(arrays) for arrays in zip(*samples, strict=True)))
     if len(samples) < NUM_ROWS or len(joined.ids) < NUM_ROWS * ROW_LENGTH:

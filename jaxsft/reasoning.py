@@ -44,13 +44,12 @@ ACCEPTED_SCHEMAS = (
 )
 
 Role = Literal["system", "user", "assistant"]
-RejectReason = Literal[
+ConversionReason = Literal[
     "no_thought", "unclosed_thought", "reversed_thought", "nested_thought", "several_thoughts",
     "text_before_thought", "empty_thought", "empty_answer", "empty_prompt", "literal_tags",
     "no_final_answer",
-    # Not from this module: filters.py and data.py.
-    "duplicate", "contaminated", "degenerate", "too_short", "too_long",
 ]  # fmt: skip
+LaterReason = Literal["duplicate", "contaminated", "degenerate", "too_short", "too_long"]
 Note = Literal["implicit_open", "plain_completion", "control_look_alike"]
 
 _ROLES: dict[str, Role] = {
@@ -84,7 +83,7 @@ class Conversation(NamedTuple):
 class Rejected(NamedTuple):
     """A row that is not used: why, from the closed set, and what in it."""
 
-    reason: RejectReason
+    reason: ConversionReason | LaterReason  # the latter: filters.py, data.py
     detail: str
 
 

@@ -120,6 +120,11 @@ class Tokenizer:
             known.update(zip(new, self._processor.encode(new), strict=True))
         return list(itertools.chain.from_iterable(map(known.__getitem__, units)))
 
+    def piece(self, token: int) -> str:
+        """The vocabulary's own spelling of an id: `▁word`, `<0x0A>`, `<bos>`."""
+        spelling: str = self._processor.id_to_piece(token)
+        return spelling
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of `ids`. Bytes that are not valid UTF-8 (a cut character) become U+FFFD.
 

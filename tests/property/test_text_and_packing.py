@@ -13,7 +13,7 @@ from jaxsft.packing import PackedRows, Sample, StepBatches, num_steps
 from jaxsft.reasoning import (
     Conversation,
     Rejected,
-    RejectReason,
+    ConversionReason,
     Turn,
     check_roles,
     completion_text,
@@ -158,7 +158,7 @@ def test_convert_row_accepts_rejects_or_raises_value_error(row):
         assert "\n" not in str(error)
         return
     if isinstance(result, Rejected):
-        assert result.reason in get_args(RejectReason) and result.detail
+        assert result.reason in get_args(ConversionReason) and result.detail
         return
     check_roles(result.turns, last="assistant")
     assert all(turn.content and turn.content == turn.content.strip() for turn in result.turns)

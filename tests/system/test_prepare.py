@@ -1,13 +1,17 @@
 """`python -m jaxsft.prepare`, the real command in a process of its own."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 
+from jaxsft.prepare import main
 from jaxsft.prepared import open_prepared
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -70,3 +74,83 @@ def test_too_many_lost_rows_stop_it(run: Run, tmp_path: Path) -> None:
     assert "2 rejected: degenerate, as rows.jsonl:23" in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["files.json"]
+
+
+def row(**fields: object) -> bytes:
+    return json.dumps({"prompt": "Why?", "response": "<think>r</think>a"} | fields).encode()
+
+
+def parquet_bytes(tmp_path: Path) -> bytes:
+    parquet.write_table(arrow.Table.from_pylist(GOOD), tmp_path / "whole.parquet")
+    return (tmp_path / "whole.parquet").read_bytes()
+
+
+# (second line of the file, what the command says of it)
+BAD_LINES = [
+    (b'{"prompt": "Why?", "resp', "rows.jsonl:2: broken or cut off at column 20"),
+    (b'{"prompt": "Why?"}', r"rows.jsonl:2: no accepted set of fields \(found: prompt\)"),
+    (b"[1]", "rows.jsonl:2: is a JSON list"),
+    (row(prompt=None), 'rows.jsonl:2: "prompt" is null'),
+    (row(response=7), 'rows.jsonl:2: "response" is a int, not a string'),
+    (row(response="\ud83d"), 'rows.jsonl:2: "response" holds a lone surrogate'),
+    (row() + b"\xff", r"rows.jsonl:2: byte \d+ of the line \(0xff\) is not UTF-8"),
+    (b'{"prompt": ' + b"[" * 99_999 + b"]" * 99_999 + b"}", "rows.jsonl:2: nested too deeply"),
+    (b'{"prompt": "a", "prompt": "b"}', 'rows.jsonl:2: the key "prompt" is there more than once'),
+    (b'{"prompt": "a", "response": NaN}', "rows.jsonl:2: NaN is not JSON"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}]}', "rows.jsonl:2: the roles are"),
+    (b'{"messages": [{"role": "bot", "content": "a"}]}', 'rows.jsonl:2: .*the role "bot"'),
+    (
+        row(prompt="Why? " * 200),
+        r"rows.jsonl:2 \([\d,]+ tokens, limit 256\): too long; raise max_l",
+    ),
+    # Rows that are left out, here more than half of them.
+    (row(response=""), r"empty_answer, as .*rows.jsonl:2 \(the response is empty\)"),
+    (row(prompt=" "), r"empty_prompt, as .*rows.jsonl:2 \(a user turn has no text\)"),
+    (row(response="a"), r"no_thought, as .*rows.jsonl:2 \(no <think> and no </think>\)"),
+    (row(response="<think>a"), r"unclosed_thought, as .*rows.jsonl:2 \(1 <think> and 0"),
+    (row(response="r</think>a<think>"), "reversed_thought, as .*rows.jsonl:2"),
+    (row(response="<think>r</think>a<think>r</think>a"), "several_thoughts, as .*rows.jsonl:2"),
+    (row(response="<think>a<think>b</think>c</think>"), "nested_thought, as .*rows.jsonl:2"),
+    (row(response="<think> </think>a"), "empty_thought, as .*rows.jsonl:2"),
+    (row(response="<think>r</think><answer>a"), "literal_tags, as .*rows.jsonl:2"),
+]
+
+
+@pytest.fixture
+def refuse(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], str]:
+    def refuse_file(name: str) -> str:
+        """The one line with which the command refuses a file; nothing may be left of it."""
+        sets = tmp_path / "sets"
+        files = ("--data.train_files", str(tmp_path / name), "--data.eval_files", "[]")
+        fixed = ("--model.path", str(tiny_model_dir), "--data.prepared_dir", str(sets))
+        options = ("--data.max_length", "256", "--data.overlong", "raise", "--data.max_drop", "0.4")
+        code = main([*fixed, *files, *options])
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 1000
+        assert [path.name for path in sets.glob("*") if path.name != "files.json"] == []
+        return err
+
+    return refuse_file
+
+
+@pytest.mark.parametrize(("line", "complaint"), BAD_LINES, ids=[c[:30] for _, c in BAD_LINES])
+def test_bad_lines(
+    line: bytes, complaint: str, refuse: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(row(prompt="First.") + b"\n" + line + b"\n")
+    assert re.search(complaint, refuse("rows.jsonl"))
+
+
+def test_bad_files(refuse: Callable[[str], str], tmp_path: Path) -> None:
+    for content in (b"", b"\n \n"):
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        assert "rows.jsonl: is empty" in refuse("rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text(row().decode() + "\n", encoding="utf-16")
+    assert "rows.jsonl:1: byte 1 of the line (0xff) is not UTF-8" in refuse("rows.jsonl")
+    assert "absent.jsonl: cannot be read (No such file" in refuse("absent.jsonl")
+    (tmp_path / "rows.parquet").write_bytes(parquet_bytes(tmp_path)[:-9])
+    assert "rows.parquet: not a complete Parquet file" in refuse("rows.parquet")
+    assert "is a directory without manifest.json" in refuse(".")

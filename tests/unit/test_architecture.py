@@ -59,7 +59,11 @@ ORDER = [
     "prepared",
     "inspect_rows",
     "inspect_tokens",
+    "row_writer",
+    "hub_retry",
     "hub",
+    "splits",
+    "download",
     "tensor_names",
     "weights",
     "peft_io",
@@ -102,7 +106,20 @@ L5 = frozenset(ORDER[ORDER.index("cli") :])
 
 # These two share `Batch` and nothing else. The data side has no JAX in it.
 DATA_SIDE = frozenset(
-    {"bins", "packing", "vocabulary", "tokenizer", "reasoning", "sources", "chat", "filters", "data", "prepared"}
+    {
+        "bins",
+        "packing",
+        "vocabulary",
+        "tokenizer",
+        "reasoning",
+        "sources",
+        "chat",
+        "filters",
+        "data",
+        "prepared",
+        "inspect_rows",
+        "inspect_tokens",
+    }
     | {"planning.workload"}
 )
 MODEL_SIDE = frozenset(

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from jaxsft import config as config_module
-from jaxsft.cli import parse_config, recipe_names
+from jaxsft.cli import check_output, parse_config, recipe_names
 from jaxsft.config import DataOptions, EvalOptions, TrainConfig, check_devices, validate
+from jaxsft.json_file import read_json, write_json
 from jaxsft.step import make_schedule
 
 
@@ -81,7 +83,7 @@ def test_no_config_means_the_demo() -> None:
 
 def test_single_session_is_the_run_it_reimplements() -> None:
     config = parse("--config", "single_session")
-    assert config.data.start == 0 and config.data.stop == 180_000
+    assert config.data.train_files == ["data/glaive/train-0-180000"]
     assert config.max_steps == 180_000 * 4 / 32 == 22_500
     assert config.global_batch_size == 32 and config.data.max_length == 2048
     assert not config.data.packing
@@ -100,10 +102,10 @@ def test_single_session_is_the_run_it_reimplements() -> None:
 
 def test_unrestricted_continues_it() -> None:
     config, first = parse("--config", "unrestricted"), parse("--config", "single_session")
-    assert (config.data.start, config.data.stop) == (first.data.stop, 280_000)
+    assert config.data.train_files == ["data/glaive/train-180000-280000"]
     assert config.max_steps == 100_000 * 2 / 32 == 6_250
     assert config.lora.init_from == f"{first.output_dir}/{first.name}/adapter"
-    assert config.data.train_files == first.data.train_files and config.model == first.model
+    assert config.model == first.model
     rate = schedule(config, 6_250)
     assert rate(100) == pytest.approx(5e-6) and rate(6_250) == pytest.approx(1e-7)
 
@@ -119,14 +121,14 @@ def test_packed_recipe_has_the_same_samples_and_tokens_a_step() -> None:
 
 
 def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path: Path) -> None:
-    argv = ["--config", "single_session", "--lora.r", "8", "--data.stop=null", "--max_steps=500"]
+    argv = ["--config", "single_session", "--lora.r", "8", "--data.stop=9", "--max_steps=null"]
     config, first = parse(*argv, "--learning_rate", "1e-3"), parse("--config", "single_session")
-    assert (config.lora.r, config.data.stop, config.max_steps) == (8, None, 500)
+    assert (config.lora.r, config.data.stop, config.max_steps) == (8, 9, None)
     assert config.learning_rate == 1e-3
     changed = {
         "lora": dataclasses.replace(first.lora, r=8),
-        "data": dataclasses.replace(first.data, stop=None),
-        "max_steps": 500,
+        "data": dataclasses.replace(first.data, stop=9),
+        "max_steps": None,
         "learning_rate": 1e-3,
     }
     assert config == dataclasses.replace(first, **changed)
@@ -236,6 +238,8 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
         (["--learning_rate", "-1e-3"], "learning_rate is -0.001, but must be above 0"),
         (["--learning_rate", "fast"], "learning_rate.*fast"),
         (["--learning_rate", "nan"], "learning_rate.*nan"),
+        (["--budget_hours", "soon"], "budget_hours.*: expected a number or null, got 'soon'$"),
+        (["--max_steps", "1.5"], "max_steps.*: expected a whole number or null, got '1.5'$"),
         (["--learning_rate"], "learning_rate: expected one argument"),
         (["--min_learning_rate", "1"], "min_learning_rate 1.0 is above learning_rate 0.0003"),
         (["--lora.r", "4.5"], "lora.r.*4.5"),
@@ -248,6 +252,9 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
         (["--model.dtype", "float16"], "model.dtype.*'float32', 'bfloat16'.*float16"),
         (["--data.train_files", "[]"], "data.train_files is empty"),
         (["--data.start", "9", "--data.stop", "9"], "data.stop 9 is not above data.start 9"),
+        (["--data.train_files", "[a, b, a]"], "data.train_files names a twice; give it a weight"),
+        (["--data.weights", "[1, 0]"], "data.weights is .*, but must be above 0 for each file"),
+        (["--data.max_drop", "1.1"], "data.max_drop is 1.1, but must be a share from 0 to 1"),
         (["--eval.top_p", "0"], "eval.top_p is 0.0"),
         (["--eval.top_p", "0.9"], "do nothing at eval.temperature 0"),
         (["--eval.top_k", "1", "--eval.temperature", "1"], "eval.top_k 1 makes .* useless"),
@@ -272,6 +279,21 @@ def test_every_bad_value_is_named_at_once() -> None:
         parse("--learning_rate", "-1", "--lora.r", "0", "--eval.batch_size", "0")
     for name in ("learning_rate", "lora.r", "eval.batch_size"):
         assert name in str(error.value)
+
+
+def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
+    check_output("--json", str(tmp_path / "new.json"))
+    for path, complaint in (
+        (tmp_path, "--json .*: is a directory; name a file in it"),
+        (tmp_path / "none" / "x.json", "--json .*: there is no such directory"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            check_output("--json", str(path))
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": math.nan, "b": [1.0, {"c": (math.inf,)}]})
+    assert read_json(tmp_path / "x.json") == {"a": None, "b": [1.0, {"c": [None]}]}
 
 
 @pytest.mark.parametrize(

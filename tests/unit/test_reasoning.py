@@ -8,7 +8,7 @@ from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.reasoning import (
     Conversation,
     Rejected,
-    RejectReason,
+    ConversionReason,
     Turn,
     check_roles,
     completion_text,
@@ -225,6 +225,29 @@ def test_several_turns():
     assert result.reason == "empty_prompt"
 
 
+def test_mbpp_row():
+    row = {
+        "task_id": 2,
+        "text": " Return 1.",
+        "code": "def f():\r\n  return 1",
+        "test_list": ["t1"],
+    }
+    assert accepted(row | {"test_list": ["assert f() == 1", "assert f()"]}) == Conversation(
+        (
+            Turn(
+                "user",
+                "Return 1.\nYour code should pass these tests:\n\nassert f() == 1\nassert f()",
+            ),
+            Turn("assistant", "def f():\n  return 1"),
+        ),
+        None,
+        None,
+        ("plain_completion",),
+    )
+    assert accepted(row | {"code": "<think>r</think>a"}).turns[-1].content == FORMATTED
+    assert convert_row(row | {"code": "\r\n"}) == Rejected("empty_answer", "the response is empty")
+
+
 USER, ASSISTANT = {"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}
 
 
@@ -243,6 +266,9 @@ USER, ASSISTANT = {"role": "user", "content": "p"}, {"role": "assistant", "conte
             '"reasoning_content" is a int',
         ),
         ({"prompt": "a \ud800", "completion": "c"}, "lone surrogate"),
+        ({"text": "t", "code": "c"}, r"found: text, code\); use .*text, code, test_list"),
+        ({"text": "t", "code": "c", "test_list": []}, '"test_list" must be a non-empty list'),
+        ({"text": "t", "code": "c", "test_list": [1]}, r'"test_list\[0\]" is a int'),
         ({"messages": None}, '"messages" must be a non-empty list'),
         ({"messages": []}, '"messages" must be a non-empty list'),
         ({"conversations": "x"}, '"conversations" must be a non-empty list'),
@@ -288,5 +314,5 @@ def test_with_reasoning():
 
 
 def test_every_reason_is_documented():
-    for reason in get_args(RejectReason) + get_args(reasoning.Note):
+    for reason in get_args(ConversionReason) + get_args(reasoning.Note):
         assert f'"{reason}"' in (reasoning.__doc__ or "")

@@ -1,0 +1,116 @@
+"""An inspection as a terminal shows it: rows token by token, then the counts, then the checks.
+
+What must be seen without colours as well: text that is trained on stands between ⟦ and ⟧, and
+control tokens between ⟨ and ⟩, so that a literal "<end_of_turn>" in a text is not taken for one.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jaxsft.inspect_rows import Check, Survey, facts, fates, plural, visible
+from jaxsft.inspect_tokens import RowView, Segment, Token
+from jaxsft.prepared import Prepared
+
+# Two shades of each, in turn, show where one token ends and the next begins.
+_STYLES = {
+    "prompt": ("black on grey74", "black on grey82"),
+    "loss": ("black on dark_sea_green2", "black on pale_green1"),
+    "control": ("bold black on plum2", "bold black on plum2"),
+}
+_RULE_WIDTH = 88
+_MARKS = str.maketrans({mark: f"\\u{{{ord(mark):x}}}" for mark in "⟦⟧⟨⟩"})  # in text of the data
+
+
+def legend() -> Text:
+    """What the colours and marks mean."""
+    text = Text("Legend: ")
+    for name, what in (("prompt", "prompt"), ("control", "⟨control token⟩")):
+        text.append(f" {what} ", _STYLES[name][0]).append(" ")
+    text.append("⟦").append(" trained on ", _STYLES["loss"][0]).append("⟧")
+    return text.append("  ↵ line end  ⇥ tab  ⁽id⁾ with --ids", "dim")
+
+
+def show_row(row: RowView, row_length: int, show_ids: bool) -> Iterator[RenderableType]:
+    """A row: a line on each segment and its tokens, then the padding."""
+    used = row_length - row.num_padding
+    title = f"━━ row {row.number}: {used:,} of {row_length:,} tokens "
+    yield Text(title.ljust(_RULE_WIDTH, "━"), "bold")
+    for number, segment in enumerate(row.segments, 1):
+        yield Text(
+            f"── segment {number}: sample {segment.sample}, {segment.source}; "
+            f"{segment.num_tokens:,} tokens, {segment.num_labels:,} with loss ──",
+            "cyan",
+        )
+        yield _segment_text(segment, show_ids)
+    if row.num_padding:
+        yield Text(f"── padding: {row.num_padding:,} tokens, never seen and never trained on ──")
+    yield Text()
+
+
+def _segment_text(segment: Segment, show_ids: bool) -> Text:
+    text, in_loss = Text(), False
+    for number, token in enumerate(segment.tokens):
+        if token.is_label != in_loss:
+            text.append("⟦" if token.is_label else "⟧", "bold")
+            in_loss = token.is_label
+        _append_token(text, token, number % 2, show_ids)
+    return text.append("⟧" if in_loss else "", "bold")
+
+
+def _append_token(text: Text, token: Token, shade: int, show_ids: bool) -> None:
+    kind = "loss" if token.is_label else "prompt"
+    style = _STYLES["control" if token.is_control else kind][shade]
+    # A line's end is written behind the id, and never coloured to the terminal's edge.
+    shown = visible(token.text).translate(_MARKS)
+    if token.is_control:
+        shown = f"⟨{shown.strip('<>')}⟩"
+    body = shown.rstrip("\n")
+    for line_number, line in enumerate(body.split("\n")):
+        text.append("\n" if line_number else "").append(line, style)
+    if show_ids:
+        text.append(f"⁽{' '.join(map(str, token.ids))}⁾", "dim")
+    text.append("\n" * (len(shown) - len(body)))
+
+
+def show_counts(prepared: Prepared, survey: Survey) -> Iterator[RenderableType]:
+    """The counts of the set, then what became of the rows that were read."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts(prepared, survey).items():
+        table.add_row(Text(name, "bold"), Text(value))
+    yield table
+    yield Text()
+    yield Text(f"{prepared.report.rows_read:,} rows were read:", "bold")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right")
+    for fate in fates(prepared):
+        count = "–" if fate.num is None else f"{fate.num:,}"
+        lines = fate.examples or (["not looked for"] if fate.num is None else [""])
+        table.add_row(Text(count), Text(fate.name), Text(lines[0]))
+        for line in lines[1:]:
+            table.add_row("", "", Text(line))
+    for note, noted in sorted(prepared.report.noted.items(), key=lambda item: -item[1]):
+        table.add_row(Text(f"{noted:,}"), Text(f"noted: {note}"), "")
+    if len(prepared.report.by_source) > 1:
+        for name, counts in prepared.report.by_source.items():
+            table.add_row(Text(f"{counts['samples']:,}"), Text("kept of this file"), Text(name))
+    yield table
+    yield Text()
+
+
+def show_checks(checks: Sequence[Check], num_samples: int) -> Iterator[RenderableType]:
+    """Each check with the samples where it does not hold."""
+    yield Text(f"Checked in all {num_samples:,} samples:", "bold")
+    for check in checks:
+        if not check.num_failed:
+            yield Text.assemble(("  ok      ", "green"), check.name)
+            continue
+        yield Text.assemble(
+            ("  FAILED  ", "bold red"), f"{check.name}: not in {plural(check.num_failed, 'sample')}"
+        )
+        for example in check.examples:
+            yield Text(f"            {example}")
+        if check.num_failed > len(check.examples):
+            yield Text("            …")

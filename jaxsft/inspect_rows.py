@@ -1,0 +1,267 @@
+"""What is known about all samples of a prepared set: lengths, labels, and checks of each of them.
+
+Pure NumPy over slices of the mapped arrays: hundreds of millions of tokens take seconds, and the
+memory of one slice. In text, the template of a sample is (chat.py)
+
+    <bos> (<start_of_turn> … <end_of_turn>  of the user, then the same of the model) one or more
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxsft.packing import BoolArray, Int32Array
+from jaxsft.prepared import Prepared
+from jaxsft.tokenizer import Tokenizer
+
+PERCENTILES = (1, 5, 10, 50, 90, 95, 99)
+
+_SLICE_TOKENS = 1 << 22  # 21 MB of tokens and mask, and three times that while they are looked at
+_NUM_EXAMPLES = 5  # kept of each check
+_CONTROLS_PER_EXCHANGE = 4  # a user turn and a model turn, each with its begin and its end
+_FILTERS = {"duplicate": "drop_duplicates", "contaminated": "drop_contaminated"}
+_INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode categories
+
+IndexArray = npt.NDArray[np.int64]
+
+
+class Check(NamedTuple):
+    """Something that must hold for each sample, and where it does not: the first few samples."""
+
+    name: str
+    num_failed: int
+    examples: list[str]
+
+
+class Survey(NamedTuple):
+    """A prepared set in numbers.
+
+    Attributes:
+      lengths_S: int64 [samples], tokens of each sample.
+      num_labels_S: int64 [samples], targets of it that carry loss.
+      row_tokens_R: int64 [rows], tokens of each row that are not padding.
+      checks: all that were made.
+    """
+
+    lengths_S: IndexArray
+    num_labels_S: IndexArray
+    row_tokens_R: IndexArray
+    checks: list[Check]
+
+    @property
+    def num_failed(self) -> int:
+        """Checks that do not hold."""
+        return sum(check.num_failed > 0 for check in self.checks)
+
+    def quantiles(self) -> dict[str, int]:
+        """Lengths that p% of the samples do not exceed, and the longest, by name."""
+        found = np.percentile(self.lengths_S, PERCENTILES, method="inverted_cdf")
+        names = [f"p{percent}" for percent in PERCENTILES]
+        return dict(zip(names, map(int, found), strict=True)) | {"max": int(self.lengths_S.max())}
+
+
+class Fate(NamedTuple):
+    """What became of some of the rows that were read; `num` is None where nobody looked."""
+
+    name: str
+    num: int | None
+    examples: list[str]
+
+
+def survey(prepared: Prepared, tokenizer: Tokenizer) -> Survey:
+    """Counts and checks every sample.
+
+    Args:
+      prepared: the set.
+      tokenizer: the one that it was made with.
+    """
+    rows = prepared.rows
+    lengths = np.diff(rows.sample_offsets)
+    num_labels = np.zeros(rows.num_samples, np.int64)
+    num_failed: dict[str, int] = {}
+    examples: dict[str, list[str]] = {}
+    is_control = np.zeros(tokenizer.vocab_size, bool)
+    is_control[sorted(tokenizer.control_ids)] = True
+    for first, last in _slices(rows.sample_offsets):
+        low, high = rows.sample_offsets[first], rows.sample_offsets[last]
+        starts = rows.sample_offsets[first:last] - low
+        part = _Part(tokenizer, rows.tokens_N[low:high], rows.loss_mask_N[low:high], starts)
+        num_labels[first:last] = np.add.reduceat(part.mask, starts, dtype=np.int64)
+        num_labels[first:last] -= part.mask[starts]  # a first token is nobody's target
+        for name, failed, describe in part.checks(is_control):
+            indices = np.flatnonzero(failed)
+            num_failed[name] = num_failed.get(name, 0) + len(indices)
+            kept = examples.setdefault(name, [])
+            for i in indices[: _NUM_EXAMPLES - len(kept)].tolist():
+                sample = int(first) + i
+                kept.append(f"sample {sample} ({source_of(prepared, sample)}): {describe(i)}")
+    row_tokens = np.add.reduceat(lengths[rows.row_samples], rows.row_offsets[:-1])
+    checks = [Check(name, count, examples[name]) for name, count in num_failed.items()]
+    return Survey(lengths, num_labels, row_tokens, checks)
+
+
+def _slices(sample_offsets: IndexArray) -> Iterator[tuple[int, int]]:
+    """Ranges of samples, of `_SLICE_TOKENS` tokens at most or of a single sample."""
+    first, num_samples = 0, len(sample_offsets) - 1
+    while first < num_samples:
+        end = sample_offsets[first] + _SLICE_TOKENS
+        last = int(np.searchsorted(sample_offsets, end, "right")) - 1
+        last = min(max(last, first + 1), num_samples)
+        yield first, last
+        first = last
+
+
+class _Part:
+    """Some samples one after the other: `starts` int64 [n], in `tokens` and `mask` [N]."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: Int32Array, mask: BoolArray, starts: IndexArray
+    ):
+        self.tokenizer, self.starts = tokenizer, starts
+        self.tokens, self.mask = np.asarray(tokens), np.asarray(mask)
+        self.last = np.append(starts[1:], len(tokens)) - 1
+
+    def checks(self, is_control: BoolArray) -> Iterator[tuple[str, BoolArray, Callable]]:
+        """(what must hold, [n] where it does not, index -> what is there instead)."""
+        bos, begin = self.tokenizer.bos_id, self.tokenizer.start_of_turn_id
+        end, num = self.tokenizer.end_of_turn_id, len(self.starts)
+        size = self.tokenizer.vocab_size
+        found = is_control.take(self.tokens, mode="clip")
+        outside = np.zeros(num, bool)
+        if self.tokens.view(np.uint32).max() >= size:  # so that a negative id is a large one
+            is_outside = (self.tokens < 0) | (self.tokens >= size)
+            outside[self._owners(np.flatnonzero(is_outside))] = True
+            found &= ~is_outside
+        yield (
+            "every id is in the vocabulary",
+            outside,
+            lambda i: f"an id outside 0 to {size - 1:,}",
+        )
+
+        places = np.flatnonzero(found)
+        ids, owners = self.tokens[places], self._owners(places)
+        is_bos = ids == bos
+        num_bos = np.bincount(owners[is_bos], minlength=num)
+        yield (
+            "exactly one <bos>, at its start",
+            (num_bos != 1) | (self.tokens[self.starts] != bos),
+            lambda i: self._describe_bos(places[is_bos & (owners == i)] - self.starts[i]),
+        )
+
+        # The others must be a begin and an end in turn: told from their number within the sample.
+        turns, ids, whose = places[~is_bos], ids[~is_bos], owners[~is_bos]
+        counts = np.bincount(whose, minlength=num)
+        number = np.arange(len(ids)) - (np.cumsum(counts) - counts)[whose]
+        is_stray = ids != np.where(number % 2 == 0, begin, end)
+        out_of_order = np.bincount(whose[is_stray], minlength=num) > 0
+        incomplete = (counts == 0) | (counts % _CONTROLS_PER_EXCHANGE != 0)
+
+        is_model_end = number % _CONTROLS_PER_EXCHANGE == _CONTROLS_PER_EXCHANGE - 1
+        untrained = is_model_end & ~self.mask[turns] & ~(out_of_order | incomplete)[whose]
+        has_untrained = np.bincount(whose[untrained], minlength=num) > 0
+        yield (
+            "ends in a trained <end_of_turn>, as every model turn does",
+            (self.tokens[self.last] != end) | ~self.mask[self.last] | has_untrained,
+            self._describe_end,
+        )
+        yield (
+            "no control id beyond the template's",
+            out_of_order | incomplete,
+            lambda i: self._describe_stray(i, turns[is_stray & (whose == i)], int(counts[i])),
+        )
+
+    def _owners(self, places: IndexArray) -> IndexArray:
+        """Which sample each place is in."""
+        return np.searchsorted(self.starts, places, "right") - 1
+
+    def _describe_bos(self, places: IndexArray) -> str:
+        if len(places) == 0:
+            return "no <bos>"
+        where = f"token{'s' if len(places) > 1 else ''} {', '.join(map(str, places[:4].tolist()))}"
+        return f"{len(places)} <bos>, at {where}{', …' if len(places) > 4 else ''}"
+
+    def _describe_end(self, i: int) -> str:
+        place = self.last[i]
+        token = int(self.tokens[place])
+        if token != self.tokenizer.end_of_turn_id:
+            inside = 0 <= token < self.tokenizer.vocab_size
+            text = f" {self.tokenizer.decode([token])!r}" if inside else ""
+            return f"ends in token {token}{text}"
+        which = "its last" if not self.mask[place] else "an earlier"
+        return f"{which} <end_of_turn> carries no loss"
+
+    def _describe_stray(self, i: int, places: IndexArray, count: int) -> str:
+        if len(places) == 0:
+            not_closed = " and one that is not closed" if count % 2 else ""
+            return f"{plural(count // 2, 'whole turn')}{not_closed}"
+        token = self.tokenizer.decode([int(self.tokens[places[0]])])
+        return f"{token} at token {places[0] - self.starts[i]}"
+
+
+def source_of(prepared: Prepared, sample: int) -> str:
+    """The raw row that a sample comes from, as "file:row 17" counted from 1."""
+    number = int(prepared.sample_rows[sample])
+    start = int(prepared.manifest["made_from"]["options"]["start"])
+    end = start
+    for file, counts in prepared.report.by_source.items():
+        begin, end = end, end + counts["rows_read"]
+        if number < end:
+            # Files before it that were skipped as a whole hide where it begins.
+            first = next(iter(prepared.report.by_source))
+            if begin == start and start > 0 and file != first:
+                break
+            return f"{file}:row {number + 1 - (0 if file == first else begin)}"
+    return f"row {number + 1:,} over all files"
+
+
+def fates(prepared: Prepared) -> list[Fate]:
+    """What became of the rows that were read: kept, shortened, then rejects, most first."""
+    report, made_from = prepared.report, prepared.manifest["made_from"]
+    found = [Fate("kept", report.samples, [])]
+    cut = [f"by {report.num_tokens_cut:,} tokens of reasoning in all"] if report.shortened else []
+    found.append(Fate("of these shortened", report.shortened, cut))
+    rejected = dict.fromkeys(_FILTERS, 0) | report.rejected
+    for reason, count in sorted(rejected.items(), key=lambda item: -item[1]):
+        looked = made_from["options"].get(_FILTERS.get(reason, ""), True)
+        if reason == "contaminated":
+            looked = looked and bool(made_from["heldout_files"])
+        shown = count if looked or count else None
+        examples = [visible(each.replace("\n", " ")) for each in report.examples.get(reason, [])]
+        found.append(Fate(f"rejected: {reason}", shown, examples))
+    return found
+
+
+def visible(text: str) -> str:
+    """The text with nothing in it that hides or rearranges: ↵ at a line's end, ⇥ at a tab, other
+    characters without a shape as \\u{code}."""
+    marks = {"\n": "↵\n", "\t": "⇥\t"}
+    return "".join(
+        marks.get(c) or (f"\\u{{{ord(c):x}}}" if unicodedata.category(c) in _INVISIBLE else c)
+        for c in text
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """1 sample, 2 samples."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def facts(prepared: Prepared, found: Survey) -> dict[str, str]:
+    """The counts of a set, by name, as text."""
+    rows, quantiles = prepared.rows, found.quantiles()
+    num_labels = int(found.num_labels_S[rows.row_samples].sum())
+    uses = len(rows.row_samples)
+    samples = f"{rows.num_samples:,}"
+    if uses != rows.num_samples:
+        samples += f", used {uses:,} times by weight"
+    return {
+        "rows": f"{len(rows):,} of {rows.row_length:,} tokens",
+        "samples": f"{samples}; {uses / len(rows):.1f} a row",
+        "tokens": f"{rows.num_tokens:,}; {rows.num_tokens / uses:,.0f} a sample",
+        "loss tokens": f"{num_labels:,} ({num_labels / rows.num_tokens:.1%} of the tokens)",
+        "padding": f"{1 - rows.fill:.1%} of all positions",
+        "sample length": ", ".join(f"{name} {length:,}" for name, length in quantiles.items()),
+    }

@@ -1,0 +1,219 @@
+"""Rows that the converter accepts -> Parquet parts of a directory of rows, and its manifest.
+
+A part is made from a fixed range of source rows, so that the same source gives the same bytes in
+one go or in several. It holds the columns that `reasoning.convert_row` reads, unchanged.
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+
+from jaxsft.reasoning import ACCEPTED_SCHEMAS, Rejected, convert_row
+
+# Of a row that `convert_row` refuses with an error, such as a null; the user cannot mend a hub's.
+INVALID_ROW = "invalid_row"
+
+_CHUNK_ROWS = 1000  # in memory at once, and a row group of the parts
+_REASONING = "reasoning_content"
+# What marks each schema of reasoning.py, in its order: the first whose fields are there counts.
+_SCHEMAS = (
+    *(("messages",), ("conversations",), ("prompt", "response"), ("prompt", "completion")),
+    *(("instruction", "response"), ("question", "answer"), ("text", "code", "test_list")),
+)
+_NESTED = frozenset({"messages", "conversations", "test_list"})
+
+
+class Counts(NamedTuple):
+    """Rows read, rows kept, and the others by reason."""
+
+    rows_read: int
+    rows: int
+    rejected: dict[str, int]
+
+
+class Part(NamedTuple):
+    """One file of the directory, and the counts of the source rows that it was made from."""
+
+    counts: Counts
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+def columns_read(names: Sequence[str], where: str) -> list[str]:
+    """The columns of `names` that the converter reads; ValueError where it accepts none."""
+    for fields in _SCHEMAS:
+        if set(fields) <= set(names):
+            optional = [_REASONING] if "completion" in fields and _REASONING in names else []
+            return [*fields, *optional]
+    found = (", ".join(names[:8]) or "none") + (", …" if len(names) > 8 else "")
+    raise ValueError(f"{where}: has the columns {found}; accepted are {ACCEPTED_SCHEMAS}")
+
+
+def check_columns(schema: arrow.Schema, where: str) -> list[str]:
+    """As `columns_read`, and ValueError for a column whose values are no text (or no list)."""
+    columns = columns_read(schema.names, where)
+    for name in columns:
+        kind = schema.field(name).type
+        value = kind.value_type if arrow.types.is_dictionary(kind) else kind
+        is_list = arrow.types.is_list(kind) or arrow.types.is_large_list(kind)
+        is_text = arrow.types.is_string(value) or arrow.types.is_large_string(value)
+        if not (is_list if name in _NESTED else is_text or arrow.types.is_null(value)):
+            wanted = "a list" if name in _NESTED else "text"
+            raise ValueError(f'{where}: the column "{name}" is {kind}, not {wanted}')
+    return columns
+
+
+def parquet_batches(
+    file: Path, columns: list[str], start: int, stop: int
+) -> Iterator[arrow.RecordBatch]:
+    """Rows [start, stop) of a Parquet file in chunks; row groups without any are not read.
+
+    Raises:
+      ValueError: it is no complete Parquet file.
+    """
+    try:
+        yield from _parquet_batches(file, columns, start, stop)
+    except arrow.ArrowException as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{file}: not a complete Parquet file ({why})") from None
+
+
+def _parquet_batches(
+    file: Path, columns: list[str], start: int, stop: int
+) -> Iterator[arrow.RecordBatch]:
+    with parquet.ParquetFile(file) as source:
+        groups: list[int] = []
+        first = offset = 0
+        for index in range(source.num_row_groups):
+            num_rows = source.metadata.row_group(index).num_rows
+            if first < stop and first + num_rows > start:
+                offset = offset if groups else first
+                groups.append(index)
+            first += num_rows
+        if not groups:
+            return
+        for batch in source.iter_batches(_CHUNK_ROWS, row_groups=groups, columns=columns):
+            end = offset + batch.num_rows
+            if end > start and offset < stop:
+                begin = max(start - offset, 0)
+                yield batch.slice(begin, min(end, stop) - offset - begin).select(columns)
+            offset = end
+
+
+def jsonl_batches(
+    rows: Iterator[tuple[str, dict[str, Any]]], schema: arrow.Schema
+) -> Iterator[arrow.RecordBatch]:
+    """Rows of `read_rows` in chunks, each with the columns of `schema` (see `schema_of_row`).
+
+    Raises:
+      ValueError: with file:line, where the converter refuses a row with an error, or where a row
+        would convert to something else with these columns.
+    """
+    while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+        wanted = [_converted(where, row) for where, row in chunk]
+        kept = [{name: row.get(name) for name in schema.names} for _, row in chunk]
+        for number, (where, _) in enumerate(chunk):
+            try:
+                batch = arrow.RecordBatch.from_pylist(kept[number : number + 1], schema=schema)
+                same = convert_row(batch.to_pylist()[0]) == wanted[number]
+            except (arrow.ArrowException, ValueError):
+                same = False
+            if not same:
+                raise ValueError(
+                    f"{where}: has other fields than the first row ({', '.join(schema.names)}); "
+                    "write each kind of row to a file of its own"
+                )
+        yield arrow.RecordBatch.from_pylist(kept, schema=schema)
+
+
+def _converted(where: str, row: dict[str, Any]) -> object:
+    try:
+        return convert_row(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def schema_of_row(where: str, row: dict[str, Any]) -> arrow.Schema:
+    """The columns for rows like this one; ValueError where the converter accepts none."""
+    columns = columns_read(list(row), where)
+    if columns == ["prompt", "completion"]:
+        columns.append(_REASONING)  # may come with a later row
+    text = arrow.string()
+    kinds = {name: text for name in columns}
+    for name in {"messages", "conversations"} & set(columns):
+        first = row[name][0] if isinstance(row[name], list) and row[name] else None
+        named = isinstance(first, dict) and "from" in first
+        keys = ["from", "value"] if named else ["role", "content"]
+        kinds[name] = arrow.list_(arrow.struct([(key, text) for key in [*keys, _REASONING]]))
+    if "test_list" in columns:
+        kinds["test_list"] = arrow.list_(text)
+    return arrow.schema(list(kinds.items()))
+
+
+def write_part(
+    path: Path,
+    batches: Iterator[arrow.RecordBatch],
+    where: str | None = None,
+    num_before: int = 0,
+) -> Part:
+    """Writes the accepted rows to `path`, which is there whole or not at all.
+
+    There must be a batch. Where no row is accepted there is no file, and no name. A row that the
+    converter refuses with an error raises it, for its owner to mend, in front of it `where` and
+    its number, `num_before` rows being before the part. Without `where` it is counted as
+    "invalid_row".
+    """
+    first = next(batches)
+    partial = path.with_name(path.name + ".partial")
+    rejected: Counter[str] = Counter()
+    num_read = num_kept = 0
+    schema = first.schema.remove_metadata()
+    with parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for batch in itertools.chain([first], batches):
+            keep = []
+            for row in _rows(batch):
+                num_read += 1
+                reason = _reject_reason(row, where and f"{where}{num_before + num_read}")
+                keep.append(reason is None)
+                rejected.update([reason] if reason else [])
+            num_kept += sum(keep)
+            if any(keep):
+                writer.write_batch(batch.filter(arrow.array(keep)).replace_schema_metadata(None))
+    counts = Counts(num_read, num_kept, dict(sorted(rejected.items())))
+    if not num_kept:  # a reader takes a file without rows for a mistake
+        partial.unlink()
+        return Part(counts, "", 0, "")
+    with partial.open("rb") as data:
+        sha256 = hashlib.file_digest(data, "sha256").hexdigest()
+    num_bytes = partial.stat().st_size
+    partial.replace(path)
+    return Part(counts, path.name, num_bytes, sha256)
+
+
+def _rows(batch: arrow.RecordBatch) -> list[dict[str, Any] | None]:
+    """The rows; None for one whose text is no UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [_rows(batch.slice(index, 1))[0] for index in range(batch.num_rows)]
+
+
+def _reject_reason(row: dict[str, Any] | None, where: str | None) -> str | None:
+    try:
+        if row is None:
+            raise ValueError("holds text that is not UTF-8")
+        result = convert_row(row)
+    except ValueError as error:
+        if where is None:
+            return INVALID_ROW
+        raise ValueError(f"{where}: {error}") from None
+    return result.reason if isinstance(result, Rejected) else None

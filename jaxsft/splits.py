@@ -1,0 +1,193 @@
+"""Splits of data sets as they are written, `train[180000:280000]`, and the hub's files of them."""
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fsspec.utils import glob_translate
+
+from jaxsft.hub import HubFile, Snapshot
+from jaxsft.row_writer import check_columns
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import FileMetaData
+
+_SPLIT = re.compile(r"(\w+(?:[.-]\w+)*)(?:\[(\d*):(\d*)\])?")
+# The names that splits have by convention, for repositories whose card lists none.
+_USUAL = re.compile(r"(?:^|[/._-])(train|test|validation|valid|val|dev|eval|prompt)(?=[/._-])")
+
+
+class Slice(NamedTuple):
+    """Rows [start, stop) of a shard: what one part is made from."""
+
+    shard: HubFile
+    start: int
+    stop: int
+
+
+class Plan(NamedTuple):
+    """What a split is made from: the columns that the converter reads, a slice for each part."""
+
+    columns: list[str]
+    slices: list[Slice]
+
+
+class Split(NamedTuple):
+    """Rows [start, stop) of a split; stop is None for its end."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def text(self) -> str:
+        """As `parse_split` reads it."""
+        if not self.start and self.stop is None:
+            return self.name
+        return f"{self.name}[{self.start or ''}:{'' if self.stop is None else self.stop}]"
+
+    @property
+    def directory_name(self) -> str:
+        """train, train-0-180000, train-180000-end."""
+        if not self.start and self.stop is None:
+            return self.name
+        return f"{self.name}-{self.start}-{'end' if self.stop is None else self.stop}"
+
+
+def parse_split(text: str) -> Split:
+    """`train`, `train[:180000]`, `train[180000:280000]`; ValueError for anything else."""
+    match = _SPLIT.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"split {text!r}: write it as train or train[180000:280000]")
+    start, stop = int(match[2] or 0), int(match[3]) if match[3] else None
+    if stop is not None and stop <= start:
+        raise ValueError(f"split {text!r}: holds no rows; its end must lie behind its start")
+    return Split(match[1], start, stop)
+
+
+def check_end(where: str, split: Split, num_rows: int) -> int:
+    """The number of the row behind the last; ValueError where the data ends before the split."""
+    if split.start < num_rows and (split.stop or 0) <= num_rows:
+        return num_rows if split.stop is None else split.stop
+    raise ValueError(
+        f"{where}: {split.text} goes beyond its {num_rows:,} rows; ask for {split.name}"
+        + (f" or {split.name}[:{num_rows}]" if num_rows else "")
+    )
+
+
+def plan_split(
+    snapshot: Snapshot,
+    footer_of: Callable[[HubFile], "FileMetaData"],
+    subset: str | None,
+    split: Split,
+    rows_per_part: int,
+) -> Plan:
+    """Plans from the footers of the split's shards, up to the last that holds rows asked for.
+
+    Raises:
+      ValueError: no such subset, split or rows, or columns that the converter does not accept.
+    """
+    columns: list[str] = []
+    slices: list[Slice] = []
+    first = 0
+    for shard in split_files(snapshot, subset, split.name):
+        if split.stop is not None and first >= split.stop:
+            break
+        where = f"{snapshot.repo}: {shard.path}"
+        footer = footer_of(shard)
+        found = check_columns(footer.schema.to_arrow_schema(), where)
+        if columns and found != columns:
+            raise ValueError(f"{where}: has the columns {found}, the shards before it {columns}")
+        columns, num_rows = found, footer.num_rows
+        end = num_rows if split.stop is None else min(split.stop - first, num_rows)
+        for start in range(max(split.start - first, 0), end, rows_per_part):
+            slices.append(Slice(shard, start, min(start + rows_per_part, end)))
+        first += num_rows
+    check_end(snapshot.repo, split, first)
+    return Plan(columns, slices)
+
+
+def split_files(snapshot: Snapshot, subset: str | None, split: str) -> list[HubFile]:
+    """The Parquet files of one split in the order of its rows.
+
+    The data set's card says which (`configs`); without it they are those whose name or folder
+    begins with the split's name, all files being of the split train where no name says anything.
+
+    Raises:
+      ValueError: there is no such subset or split, or it is not stored as Parquet.
+    """
+    if snapshot.configs:
+        files = _listed_on_card(snapshot, subset, split)
+    else:
+        files = _named_after(snapshot, subset, split)
+    others = [file.path for file in files if not file.path.endswith(".parquet")]
+    if others:
+        raise ValueError(
+            f"{snapshot.repo}: {others[0]} is not Parquet; most data sets have a Parquet copy "
+            "at --revision refs/convert/parquet"
+        )
+    return files
+
+
+def _listed_on_card(snapshot: Snapshot, subset: str | None, split: str) -> list[HubFile]:
+    configs = {str(config.get("config_name")): config for config in snapshot.configs}
+    usual = [name for name, config in configs.items() if config.get("default")]
+    usual += [name for name in configs if name == "default" or len(configs) == 1]
+    name = subset or (usual[0] if usual else None)
+    if name not in configs:
+        raise ValueError(_no_such(snapshot, "subset", subset, list(configs), "--subset"))
+    patterns = _patterns(configs[name].get("data_files"))
+    if split not in patterns:
+        raise ValueError(_no_such(snapshot, "split", split, list(patterns), "--split"))
+    files = []
+    for pattern in patterns[split]:
+        matches = re.compile(glob_translate(pattern)).fullmatch
+        files += [file for file in snapshot.files if matches(file.path) and file not in files]
+    if not files:
+        raise ValueError(f"{snapshot.repo}: has no file {' or '.join(patterns[split])}")
+    return files
+
+
+def _patterns(data_files: Any) -> dict[str, list[str]]:
+    """Path patterns by split; `data_files` on a card is a path, paths, or {split, path}s."""
+    entries = data_files if isinstance(data_files, list) else [data_files or []]
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        split, paths = "train", entry
+        if isinstance(entry, dict):
+            split, paths = str(entry.get("split")), entry.get("path")
+        paths = paths if isinstance(paths, list) else [paths]
+        found.setdefault(split, []).extend(path for path in paths if isinstance(path, str))
+    return found
+
+
+def _named_after(snapshot: Snapshot, subset: str | None, split: str) -> list[HubFile]:
+    files = [file for file in snapshot.files if file.path.endswith(".parquet")]
+    if not files:
+        raise ValueError(
+            f"{snapshot.repo}: holds no Parquet files; most data sets have a Parquet copy at "
+            "--revision refs/convert/parquet"
+        )
+    if subset is not None:
+        folders = sorted({folder for f in files for folder in PurePosixPath(f.path).parts[:-1]})
+        files = [f for f in files if subset in PurePosixPath(f.path).parts[:-1]]
+        if not files:
+            raise ValueError(_no_such(snapshot, "subset", subset, folders, "--subset"))
+    by_split: dict[str, list[HubFile]] = {}
+    for file in files:
+        names = _USUAL.findall(file.path)
+        by_split.setdefault(names[-1] if names else "train", []).append(file)
+    if split not in by_split:
+        raise ValueError(_no_such(snapshot, "split", split, list(by_split), "--split"))
+    return by_split[split]
+
+
+def _no_such(snapshot: Snapshot, kind: str, name: str | None, names: list[str], option: str) -> str:
+    listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    if name is None:
+        return f"{snapshot.repo}: has several {kind}s ({listed}); choose one with {option}"
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{snapshot.repo}: has no {kind} {name!r} (it has {listed or 'none'}){hint}"

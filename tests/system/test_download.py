@@ -1,0 +1,568 @@
+"""The download command against a local hub, through the hub's own client, with its faults."""
+
+import importlib.util
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+from fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
+
+from jaxsft import hub as hub_module
+from jaxsft.hub_retry import Hub
+from jaxsft.reasoning import ACCEPTED_SCHEMAS, Conversation, convert_row
+from jaxsft.row_writer import columns_read
+from jaxsft.sources import read_rows
+from jaxsft.splits import parse_split
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ROOT / "data" / "download_sft_datasets.py"
+GLAIVE = "glaiveai/reasoning-v1-20m"
+SHARD_ROWS = 100
+TOKEN = "hf_CANARYcanaryCANARY"
+# Rows 150 to 330 begin and end in the middle of shards 1 and 3; of ten rows four are defective.
+MIDDLE = ("--dataset", "glaive", "--split", "train[150:330]", "--rows_per_file", "40")
+MIDDLE_NAME = "train-150-330"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Download:
+    """The command in a process of its own, with an output directory that its runs share."""
+
+    def __init__(self, hub: FakeHub, environment: dict[str, str], directory: Path):
+        self.hub = hub
+        self.directory = directory
+        self.home = directory / "glaive"
+        self.environment = environment | {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(directory.parent / "hf_home"),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DOWNLOAD_TIMEOUT": "600",  # no test depends on how fast the machine is
+        }
+
+    def arguments(self, *options: str) -> list[str]:
+        where = ["--output_dir", str(self.directory), "--retry_wait", "0.01", *options]
+        return [sys.executable, str(COMMAND), *where]
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(self.arguments(*options), env=self.environment, **pipes)
+
+    def __call__(self, *options: str) -> Outcome:
+        with self.start(*options) as process:
+            out, err = process.communicate()
+        assert TOKEN not in out + err
+        return Outcome(process.returncode, out, err)
+
+    def refused(self, *options: str, code: int = 2) -> str:
+        """The one line with which the command ends."""
+        outcome = self(*options)
+        assert outcome.code == code, outcome
+        assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+        assert "Traceback" not in outcome.out
+        return outcome.err
+
+
+class InProcess:
+    """The command's `main`, for what needs no hub; returns what it prints."""
+
+    def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]):
+        self.directory = directory
+        self.capsys = capsys
+        specification = importlib.util.spec_from_file_location("download_command", COMMAND)
+        assert specification is not None and specification.loader is not None
+        self.module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(self.module)
+
+    def __call__(self, *options: str, code: int = 2) -> str:
+        assert self.module.main(["--output_dir", str(self.directory), *options]) == code
+        out, err = self.capsys.readouterr()
+        assert err.startswith("error: ") if code else not err
+        assert err.count("\n") == bool(code)
+        return err or out
+
+
+@pytest.fixture
+def in_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> InProcess:
+    return InProcess(tmp_path / "data", capsys)
+
+
+def shard_name(number: int, num_shards: int = 5) -> str:
+    return f"train-{number:05d}-of-{num_shards:05d}.parquet"
+
+
+def glaive_shards(first_row: int = 0) -> dict[str, bytes]:
+    firsts = [first_row + number * SHARD_ROWS for number in range(5)]
+    return {
+        f"data/{shard_name(i)}": parquet_bytes(glaive_rows(range(first, first + SHARD_ROWS)))
+        for i, first in enumerate(firsts)
+    }
+
+
+def usable(numbers: range) -> list[dict[str, Any]]:
+    return [
+        row
+        for n, row in zip(numbers, glaive_rows(numbers), strict=True)
+        if n % 10 not in (3, 5, 7, 8)
+    ]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with running_hub() as hub:
+        hub.add(GLAIVE, glaive_shards())
+        yield hub
+
+
+@pytest.fixture
+def download(hub: FakeHub, command_environment: dict[str, str], tmp_path: Path) -> Download:
+    return Download(hub, command_environment, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    command_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """What the MIDDLE download makes of a hub without faults."""
+    with running_hub() as hub:
+        hub.add(GLAIVE, glaive_shards())
+        download = Download(hub, command_environment, tmp_path_factory.mktemp("plain") / "data")
+        assert download(*MIDDLE).code == 0
+    return contents(download.home)
+
+
+def test_rows_shards_and_manifest(download: Download, hub: FakeHub) -> None:
+    later = ("--split", "train[330:420]")
+    outcome = download(*MIDDLE, *later)
+    assert outcome.code == 0 and outcome.err == "", outcome
+
+    directory = download.home / MIDDLE_NAME
+    assert [row for _, row in read_rows(directory)] == usable(range(150, 330))
+    assert [row for _, row in read_rows(download.home / "train-330-420")] == usable(range(330, 420))
+    # Shards 0 and 5 were not asked for; shard 3, which both need, once.
+    assert [name for name, _ in hub.downloads()] == [shard_name(n) for n in (1, 2, 3, 4)]
+    assert not (download.home / ".source").exists()
+
+    manifest = json.loads((directory / "manifest.json").read_text())
+    rejected = {reason: 18 for reason in ("empty_thought", "no_thought", "unclosed_thought")}
+    assert manifest["rejected"] == rejected | {"invalid_row": 18}
+    assert (manifest["rows_read"], manifest["rows"]) == (180, 108)
+    assert manifest["revision"] == hub.main[GLAIVE]
+    assert manifest["split"] == "train[150:330]"
+    # 50, 100 and 30 rows of three shards, at most 40 to a file.
+    assert [file["rows"] for file in manifest["files"]] == [24, 6, 24, 24, 12, 18]
+    assert "no_thought 18" in outcome.out
+
+    # The token went to the hub alone, and nowhere into what was written.
+    assert {r.authorization for r in hub.log if r.server == "hub" and GLAIVE in r.path} == {
+        f"Bearer {TOKEN}"
+    }
+    assert {r.authorization for r in hub.log if r.server == "cdn"} == {None}
+    assert not any(TOKEN.encode() in data for data in contents(download.directory.parent).values())
+
+
+def test_a_complete_directory_is_left_alone(
+    download: Download, hub: FakeHub, in_process: InProcess
+) -> None:
+    assert download(*MIDDLE).code == 0
+    before = contents(download.home)
+    hub.log.clear()
+    outcome = download(*MIDDLE)
+    assert outcome.code == 0 and "complete, nothing to do" in outcome.out
+    assert not [request for request in hub.log if GLAIVE in request.path]
+    assert contents(download.home) == before
+    # Another revision, and a file that is not as it was, are not taken for it.
+    assert "was made with source" in in_process(*MIDDLE, "--revision", "other")
+    (download.home / MIDDLE_NAME / "part-00001.parquet").write_bytes(b"PAR1")
+    assert "part-00001.parquet: missing or not as downloaded" in in_process(*MIDDLE)
+
+
+def shard(number: int, kind: str = "file") -> str:
+    """Matches requests for one shard on the CDN."""
+    return f"cdn .*{shard_name(number)} {kind}"
+
+
+def test_faults_in_answers(download: Download, hub: FakeHub, undisturbed: dict[str, bytes]) -> None:
+    hub.faults += [
+        ("hub /api/datasets", "500"),
+        ("hub .*/resolve/.* footer", "503"),
+        (shard(1, "footer"), "corrupt"),
+        (shard(1), "429 1"),
+        (shard(2), "wrong length"),
+        (shard(3), "corrupt"),
+    ]
+    outcome = download(*MIDDLE)
+    assert outcome.code == 0 and outcome.err == "" and not hub.faults, outcome
+    assert contents(download.home) == undisturbed
+    assert [line for line in outcome.out.splitlines() if "retry" in line] == [
+        f"{GLAIVE}: the hub answered HTTP 500; retry 1 of 6 in 0.01 s",
+        f"data/{shard_name(0)} (footer): the hub answered HTTP 503; retry 1 of 6 in 0.01 s",
+        f"data/{shard_name(1)} (footer): no Parquet footer; retry 1 of 6 in 0.01 s",
+        f"data/{shard_name(1)}: the hub answered HTTP 429; retry 1 of 6 in 1 s",  # as it asks
+        f"data/{shard_name(2)}: another part or length than asked for; retry 1 of 6 in 0.01 s",
+        f"data/{shard_name(3)}: not the bytes that the hub lists; retry 1 of 6 in 0.01 s",
+    ]
+
+
+def test_bodies_that_end_early_go_on_there(
+    download: Download, hub: FakeHub, undisturbed: dict[str, bytes]
+) -> None:
+    hub.faults += [(shard(1), "cut"), (shard(2), "short"), (shard(3), "stall")]
+    download.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"
+    outcome = download(*MIDDLE)
+    assert outcome.code == 0 and outcome.err == "" and not hub.faults, outcome
+    assert contents(download.home) == undisturbed
+    retries = [line for line in outcome.out.splitlines() if "retry" in line]
+    causes = ("the connection was cut off", "bytes too few", "nothing came for 1 s")
+    for number, line, cause in zip((1, 2, 3), retries, causes, strict=True):
+        assert f"{shard_name(number)}: " in line and f"{cause}; retry 1 of 6" in line
+        size = len(hub.repos[GLAIVE][hub.main[GLAIVE]][f"data/{shard_name(number)}"])
+        asked = [part for name, part in hub.downloads() if name == shard_name(number)]
+        assert asked == [f"bytes=0-{size - 1}", f"bytes={size // 2}-{size - 1}"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "num_tries", "line"),
+    [
+        ("503", 4, "the hub answered HTTP 503; gave up after 3 retries"),
+        ("corrupt", 2, "the bytes are not those listed, 2 times"),
+        ("429 3600", 1, "HTTP 429; the hub asks to wait 3600 s"),
+    ],
+)
+def test_faults_that_stay(
+    fault: str, num_tries: int, line: str, download: Download, hub: FakeHub
+) -> None:
+    hub.faults += [(shard(2), fault)] * num_tries
+    err = download.refused(*MIDDLE, "--retries", "3", code=1)
+    assert f"data/{shard_name(2)}: " in err and line in err and not hub.faults
+    assert err.endswith("the same command goes on where it stopped\n")
+    assert not (download.home / MIDDLE_NAME / "manifest.json").exists()
+
+
+def test_after_a_failure_the_rest_is_downloaded(
+    download: Download, hub: FakeHub, undisturbed: dict[str, bytes]
+) -> None:
+    hub.faults += [(shard(2), "403")]
+    err = download.refused(*MIDDLE)
+    assert "the hub refuses access (HTTP 403); check HF_TOKEN" in err
+    err = download.refused(*MIDDLE[:-1], "50")
+    assert "was made with rows_per_file 40, not 50; delete it" in err
+    hub.log.clear()
+    assert download(*MIDDLE).code == 0
+    assert [name for name, _ in hub.downloads()] == [shard_name(2), shard_name(3)]
+    assert contents(download.home) == undisturbed
+
+
+def test_kill_and_resume(download: Download, hub: FakeHub, undisturbed: dict[str, bytes]) -> None:
+    old = hub.main[GLAIVE]
+    hub.faults += [(shard(2), "hold")]
+    with download.start(*MIDDLE) as process:
+        assert hub.holding.wait(60)
+        assert "another download is writing to it" in download.refused(*MIDDLE)
+        process.kill()
+    hub.release.set()
+    message = f"{MIDDLE_NAME}: is a directory without manifest.json"
+    with pytest.raises(ValueError, match=message):
+        next(read_rows(download.home / MIDDLE_NAME))
+
+    # Meanwhile "main" gets other rows: the download stays with those that it began with.
+    hub.add(GLAIVE, glaive_shards(first_row=7))
+    hub.log.clear()
+    assert download(*MIDDLE).code == 0
+    assert {name for name, _ in hub.downloads()} == {shard_name(2), shard_name(3)}
+    assert all(old in request.path for request in hub.log if GLAIVE in request.path)
+    assert contents(download.home) == undisturbed
+
+    # So do other splits of it, which could else hold the same rows; a revision is taken by name.
+    assert download("--dataset", "glaive", "--split", "train[:20]").code == 0
+    assert [row for _, row in read_rows(download.home / "train-0-20")] == usable(range(20))
+    new = ("--dataset", "glaive", "--split", "train[20:40]", "--revision", hub.main[GLAIVE])
+    assert download(*new).code == 0
+    assert [row for _, row in read_rows(download.home / "train-20-40")] == usable(range(27, 47))
+
+
+def test_unusable_data_is_refused_before_it_is_downloaded(download: Download, hub: FakeHub) -> None:
+    names = {"question": "q", "solution": "s"}
+    hub.add("some/other", {"train-0.parquet": parquet_bytes([names | {"id": i} for i in range(9)])})
+    err = download.refused("--dataset", "some/other")
+    assert err == (
+        "error: some/other: train-0.parquet: has the columns question, solution, id; accepted are "
+        f"{ACCEPTED_SCHEMAS}\n"
+    )
+    numbers = [{"prompt": i, "response": "r"} for i in range(9)]
+    hub.add("some/numbers", {"train-0.parquet": parquet_bytes(numbers)})
+    err = download.refused("--dataset", "some/numbers")
+    assert 'the column "prompt" is int64, not text' in err
+    # These two are smaller than what is asked for to get a footer; a large one shows the rest.
+    filler = [{"text": "x", "digits": row["prompt"]} for row in glaive_rows(range(150))]
+    hub.add("some/large", {"train-0.parquet": parquet_bytes(filler)})
+    download.refused("--dataset", "some/large")
+    assert [r.range for r in hub.log if r.server == "cdn"][2:] and not [
+        name for name, _ in hub.downloads()[2:]
+    ]
+    rejected = [{"prompt": "p", "response": "no thought"}] * 1500
+    hub.add("some/unthinking", {"train-0.parquet": parquet_bytes(rejected)})
+    err = download.refused("--dataset", "some/unthinking", "--rows_per_file", "1000")
+    assert "none of the first 1,500 rows can be used (no_thought 1,500)" in err
+    assert not list(download.directory.glob("*/*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    "name", ["../up.parquet", "/root.parquet", "a/../b.parquet", "a\\b", "c:d"]
+)
+def test_names_that_leave_the_directory(name: str, download: Download, hub: FakeHub) -> None:
+    hub.add(GLAIVE, glaive_shards() | {name: b"x"})
+    err = download.refused(*MIDDLE)
+    assert f"lists a file named {name!r}, which is no path inside of it; nothing is taken" in err
+    assert not hub.downloads()
+
+
+def test_no_network(download: Download, hub: FakeHub) -> None:
+    with running_hub() as stopped:
+        download.environment["HF_ENDPOINT"] = stopped.endpoint
+    line = (
+        "error: cannot reach 127.0.0.1 ({}): without a network name a file that you have, "
+        "--dataset FILE.jsonl or FILE.parquet, or train on data/sample/train.jsonl\n"
+    )
+    assert download.refused() == line.format("no connection")
+    download.environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "1"}
+    assert download.refused() == line.format("HF_HUB_OFFLINE is set")
+    assert not hub.log
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--dataset", "glaive", "--split", "train[:501]"], "goes beyond its 500 rows"),
+        (["--dataset", "glaive", "--split", "test"], "has no split 'test' (it has train)"),
+        (["--dataset", "glaive", "--subset", "no"], "has no subset 'no' (it has data)"),
+        (["--dataset", "glaive", "--revision", "v2"], "has no revision 'v2'"),
+        (["--dataset", "some/where"], "some/where: is not on the hub, or is private"),
+    ],
+)
+def test_what_the_hub_lacks(options: list[str], line: str, download: Download) -> None:
+    assert line in download.refused(*options)
+    assert not list(download.directory.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--dataset", "glaiv"], "--dataset glaiv: no such file; use glaive, gsm8k, mbpp, owner/"),
+        (["--dataset", "../glaive"], "no such file"),
+        (["--dataset", "rows.jsonl"], "rows.jsonl: no such file"),
+        (["--datset", "glaive"], "unknown option '--datset'; did you mean --dataset?"),
+        (["--dataset", "glaive", "--split", "train[:10%]"], "write it as train or train[180000:2"),
+        (["--dataset", "glaive", "--split", "train[9:9]"], "holds no rows"),
+        (["--split", "train"], "--split, --subset and --revision need --dataset"),
+        (["--retries", "-1"], "not negative"),
+        (["--rows_per_file", "many"], "invalid int value"),
+    ],
+)
+def test_wrong_options(options: list[str], line: str, in_process: InProcess) -> None:
+    assert line in in_process(*options)
+    assert not in_process.directory.exists()
+
+
+def test_without_options_it_is_the_data_of_the_recipe(download: Download, hub: FakeHub) -> None:
+    def files(folder: str, texts: dict[str, list[dict[str, Any]]]) -> dict[str, bytes]:
+        return {
+            f"{folder}/{split}-00000-of-00001.parquet": parquet_bytes(rows)
+            for split, rows in texts.items()
+        }
+
+    def config(name: str) -> dict[str, Any]:
+        listed = [{"split": s, "path": f"{name}/{s}-*"} for s in ("train", "test")]
+        return {"config_name": name, "data_files": listed}
+
+    def large_shard(first: int, num_rows: int = 100_000) -> bytes:
+        prompts = [str(n) for n in range(first, first + num_rows)]
+        out = BytesIO()
+        table = arrow.table({"prompt": prompts, "response": ["<think>r</think>a"] * num_rows})
+        parquet.write_table(table, out, row_group_size=10_000)
+        return out.getvalue()
+
+    def problem(n: int) -> dict[str, Any]:
+        return {"question": f"{n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>\n#### {n + 1}"}
+
+    def task(n: int) -> dict[str, Any]:
+        code = f"def f():\r\n  return {n}"
+        row = {"task_id": n, "text": f"Return {n}.", "code": code, "test_list": [f"f() == {n}"]}
+        return row | {"test_setup_code": "", "challenge_test_list": []}
+
+    gsm8k = {"train": [problem(n) for n in range(6)], "test": [problem(6)]}
+    hub.add("openai/gsm8k", files("socratic", gsm8k) | files("main", gsm8k))
+    hub.configs["openai/gsm8k"] = [config("socratic"), config("main")]
+    mbpp = {"train": [task(n) for n in range(5)], "test": [task(9)]}
+    hub.add("google-research-datasets/mbpp", files("full", mbpp) | files("sanitized", mbpp))
+
+    names = [shard_name(n, 218) for n in range(5)]
+    hub.add(GLAIVE, {f"data/{name}": large_shard(n * 100_000) for n, name in enumerate(names)})
+    hub.configs[GLAIVE] = [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}
+    ]
+
+    assert download().code == 0
+    for first, last in ((0, 180_000), (180_000, 280_000)):
+        directory = download.home / f"train-{first}-{last}"
+        manifest = json.loads((directory / "manifest.json").read_text())
+        assert manifest["rows"] == last - first
+        prompts = parquet.read_table(directory / "part-00000.parquet")["prompt"]
+        assert prompts[0].as_py() == str(first)
+    assert [name for name, _ in hub.downloads()][:3] == names[:3]
+    assert not {name for name, _ in hub.downloads()} & set(names[3:])
+
+    rows = [row for _, row in read_rows(download.directory / "gsm8k" / "train")]
+    assert rows == gsm8k["train"]
+    assert not [path for path in hub.log if "socratic" in path.path]
+    (row,) = [row for _, row in read_rows(download.directory / "mbpp" / "test")]
+    assert row == {name: task(9)[name] for name in ("text", "code", "test_list")}
+
+    err = download.refused("--dataset", "openai/gsm8k")
+    assert "has several subsets (socratic, main); choose one with --subset" in err
+    assert download("--dataset", "openai/gsm8k", "--subset", "socratic").code == 0
+    assert (download.directory / "openai--gsm8k" / "socratic-train" / "manifest.json").is_file()
+
+
+def test_local_files(in_process: InProcess, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}", "id": n} for n in range(5)]
+    rows[3]["reasoning_content"] = "r"
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    in_process("--dataset", str(file), "--rows_per_file", "2", code=0)
+    made = [row for _, row in read_rows(in_process.directory / "mine" / "train")]
+    assert [convert_row(row) for row in made] == [convert_row(row) for row in rows]
+    assert "complete, nothing to do" in in_process("--dataset", str(file), code=0)
+
+    table = tmp_path / "table.parquet"
+    parquet.write_table(arrow.Table.from_pylist(glaive_rows(range(4, 7))), table)
+    options = ("--dataset", str(table), "--rows_per_file", "2")
+    in_process(*options, code=0)
+    made = [row for _, row in read_rows(in_process.directory / "table" / "train")]
+    assert made == usable(range(4, 7))
+
+
+def test_rows_of_a_local_file_are_not_left_out_in_silence(
+    in_process: InProcess, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.parquet"
+    parquet.write_table(arrow.Table.from_pylist(glaive_rows(range(4, 9))), table)
+    line = in_process("--dataset", str(table), "--rows_per_file", "2")
+    assert f'{table}:row 4: "response" is null, not a string' in line
+    file = tmp_path / "mine.jsonl"
+    for text, expected in (
+        ("", f"{file}: is empty"),
+        ("{}\n", f"{file}:1: has the columns none; accepted are"),
+        ('{"prompt": "p", "completion": 3}\n', f'{file}:1: "completion" is a int'),
+        (
+            '{"prompt": "p", "completion": "c"}\n{"question": "q", "answer": "#### 1"}\n',
+            f"{file}:2: has other fields than the first row (prompt, completion",
+        ),
+        ('{"question": "q", "answer": "a"}\n', "none of the first 1 rows can be used (no_final_"),
+    ):
+        file.write_text(text)
+        assert expected in in_process("--dataset", str(file))
+    file.write_bytes(table.read_bytes()[:-9])
+    assert f"{file.rename(table)}: cannot be read as Parquet" in in_process("--dataset", str(table))
+    assert not list(in_process.directory.glob("*/*/manifest.json"))
+
+
+def test_terminal_shows_the_time_left(download: Download, hub: FakeHub) -> None:
+    hub.faults += [(shard(2), "stall")]
+    terminal, other_end = pty.openpty()
+    environment = download.environment | {"TERM": "xterm", "COLUMNS": "140"}
+    environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"
+    with subprocess.Popen(
+        download.arguments(*MIDDLE), env=environment, stdout=other_end, stderr=other_end
+    ) as process:
+        os.close(other_end)
+        shown = b""
+        try:
+            while chunk := os.read(terminal, 4096):
+                shown += chunk
+        except OSError:  # the other end is closed
+            pass
+    os.close(terminal)
+    assert process.returncode == 0, shown
+    assert re.search(rb"download .*0\.\d of 0\.\d MB.*ETA 0:00:0\d", shown), shown
+    assert re.search(rb"convert .*\d+ of 180 rows", shown)
+
+
+def test_model_files_by_pattern(download: Download, hub: FakeHub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model-1.safetensors": b"\0" * 999, "README.md": b"#"}
+    hub.add("google/gemma", files | {"sub/model-2.safetensors": b"\1" * 99})
+    program = (
+        "import sys; from pathlib import Path; from jaxsft.hub import fetch_files, look_up\n"
+        "from jaxsft.hub_retry import Hub\n"
+        "hub = Hub(retry_wait_s=0.01)\n"
+        "snapshot = look_up(hub, 'model', 'google/gemma', 'main')\n"
+        "for path in fetch_files(hub, snapshot, ['*.json', '*.safetensors'], Path(sys.argv[1])):\n"
+        "    print(path)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "model")]
+    wanted = ["config.json", "model-1.safetensors", "sub/model-2.safetensors"]
+    for num_requests in (3, 0):
+        hub.log.clear()
+        result = subprocess.run(
+            command, env=download.environment, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.split() == [str(tmp_path / "model" / name) for name in wanted]
+        assert len([r for r in hub.log if r.server == "cdn"]) == num_requests
+    assert contents(tmp_path / "model").keys() == set(wanted)
+
+
+def test_a_full_disk_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**8))
+    file = hub_module.HubFile("big.parquet", 10**9, "0" * 40, None)
+    snapshot = hub_module.Snapshot("dataset", "a/b", "0" * 40, (file,), [])
+    with pytest.raises(ValueError, match=r"0\.10 GB free, big\.parquet needs 1\.07 GB"):
+        hub_module.fetch(Hub(), snapshot, file, tmp_path / "big.parquet")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "p", "response": "<think>r</think>a"},
+        {"prompt": "p", "completion": "c", "reasoning_content": "r"},
+        {"instruction": "i", "response": "r"},
+        {"question": "q", "answer": "r #### 1"},
+        {"text": "t", "code": "c", "test_list": ["assert f()"]},
+    ],
+    ids=lambda row: "-".join(row),
+)
+def test_columns_are_those_that_the_converter_reads(row: dict[str, Any]) -> None:
+    assert columns_read([*reversed(row), "id"], "here") == list(row)
+    assert isinstance(convert_row(row), Conversation)
+    for name in set(row) - {"reasoning_content"}:
+        rest = {key: value for key, value in row.items() if key != name}
+        with pytest.raises(ValueError, match="no accepted set of fields"):
+            convert_row(rest)
+        with pytest.raises(ValueError, match="accepted are"):
+            columns_read(list(rest), "here")
+
+
+@pytest.mark.parametrize("text", ["train", "train[:5]", "train[3:]", "train[3:5]", "a-b.c"])
+def test_splits_read_back(text: str) -> None:
+    assert parse_split(text).text == text
