@@ -30,7 +30,8 @@ class ModelOptions:
     param_dtype: Dtype = "float32"
     """How frozen weights are kept in memory."""
     remat: Literal["none", "projections", "full"] = "none"
-    """What the backward pass computes again: nothing, all but the projections, whole layers."""
+    """What the backward pass computes again: nothing, all but the projections, whole layers. The
+    fused step always keeps the projections: "none" and "projections" are the same to it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (run_dir / "config.yaml").write_text(yaml, encoding="utf-8")
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
+    except jax.errors.JaxRuntimeError as error:
+        return fail_for_memory(error)
     try:
         with catch_signals() as interrupted:
             if preflight_only or is_on_tpu(setup):
@@ -97,10 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, OSError) as error:
         return fail(error, EXIT_FAILED)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        advice = "raise gradient_accumulation_steps, or lower data.max_length or eval.batch_size"
-        return fail(f"out of memory, {advice}: {str(error).splitlines()[0]}", EXIT_FAILED)
+        return fail_for_memory(error)
+
+
+def fail_for_memory(error: jax.errors.JaxRuntimeError) -> int:
+    """The exit code for a device that is out of memory, said in a line; raises other errors."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    advice = (
+        "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length or "
+        "eval.batch_size (jaxsft.plan --search finds what fits)"
+    )
+    return fail(f"out of memory, {advice}: {str(error).splitlines()[0]}", EXIT_FAILED)
 
 
 def parse_preflight(argv: Sequence[str]) -> tuple[bool, list[str]]:
