@@ -1,0 +1,55 @@
+"""The whole path of the data on real rows: GSM8K's training split, where it is at hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxsft.inspect
+import jaxsft.prepare
+from jaxsft.prepared import open_prepared
+from jaxsft.reasoning import split_completion
+from jaxsft.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+PLACES = (ROOT / "data" / "gsm8k" / "train", ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl")
+NUM_ROWS = 7473
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rows() -> Path:
+    for place in PLACES:
+        if place.exists():
+            return place
+    pytest.skip("no GSM8K: python data/download_sft_datasets.py --dataset gsm8k")
+
+
+def test_gsm8k_is_prepared_whole(
+    rows: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ("--data.train_files", str(rows), "--data.eval_files", "data/sample/heldout.jsonl")
+    options = ("--data.max_length", "1024", "--data.prepared_dir", str(tmp_path))
+    assert jaxsft.prepare.main([*files, *options]) == 0
+    print(printed := capsys.readouterr().out)
+    assert f"train: {NUM_ROWS:,} rows read" in printed
+    (found,) = (
+        prepared
+        for prepared in map(open_prepared, (p for p in tmp_path.iterdir() if p.is_dir()))
+        if prepared.report.rows_read == NUM_ROWS
+    )
+    report = found.report
+    assert report.samples + report.num_rejected == NUM_ROWS and report.samples > 7400
+    assert found.rows.fill > 0.98 and len(found.rows) <= 1.01 * found.manifest["fewest_rows"]
+    ids = np.array(found.rows.tokens_N)
+    template = [tokenizer.bos_id, tokenizer.start_of_turn_id, tokenizer.end_of_turn_id]
+    counts = [(ids == token).sum() for token in template]
+    assert counts == [report.samples, 2 * report.samples, 2 * report.samples]
+    assert not np.isin(ids, list(tokenizer.control_ids - set(template))).any()
+    for sample in map(found.rows.sample, range(0, report.samples, 10)):
+        completion = tokenizer.decode(sample.ids[sample.loss_mask][:-1])
+        parts = split_completion(completion)
+        assert parts is not None and "<<" not in parts[0] and "####" not in parts[0]
+    assert jaxsft.inspect.main([*files, *options, "--rows", "2"]) == 0
+    assert "FAILED" not in capsys.readouterr().out
