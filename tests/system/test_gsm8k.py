@@ -32,7 +32,7 @@ def test_gsm8k_is_prepared_whole(
     files = ("--data.train_files", str(rows), "--data.eval_files", "data/sample/heldout.jsonl")
     options = ("--data.max_length", "1024", "--data.prepared_dir", str(tmp_path))
     assert jaxsft.prepare.main([*files, *options]) == 0
-    print(printed := capsys.readouterr().out)
+    printed = capsys.readouterr().out
     assert f"train: {NUM_ROWS:,} rows read" in printed
     (found,) = (
         prepared
