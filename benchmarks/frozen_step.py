@@ -26,11 +26,10 @@ from jaxsft.sharding import partition_spec
 
 
 def estimate_frozen(plan: RunPlan, console: Console) -> StepEstimate:
-    """The estimate of the plan's step without adapters; ValueError unless the step is fused."""
+    """The estimate of the plan's step, a fused one, without adapters."""
     config, topology = plan.config, plan.estimate.topology
     arguments = abstract_setup(config, plan.model_config, topology_devices(topology), 1)
-    if arguments.spec.fused is None:
-        raise ValueError("the LoRA overhead is that of the fused step: set step to auto or fused")
+    assert arguments.spec.fused is not None
     layout = dataclasses.replace(arguments.spec.fused.layout, targets=())
     fused = arguments.spec.fused._replace(layout=layout)
     spec = dataclasses.replace(arguments.spec, fused=fused)

@@ -83,7 +83,7 @@ def main(topology: str, remat: bool, out_dir: Path) -> None:
     gemma.shard = constrain
     with mesh:
         lowered = train_step.func.lower(*train_step.args, batch)
-    compiled = compile_for_tpu(lowered.lowered, {})
+    compiled = compile_for_tpu(lowered.lowered)
     if not isinstance(compiled, Compiled):
         sys.exit(f"the step does not fit: {compiled}")
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-DEFAULT_DIR = Path.home() / ".cache" / "jaxsft" / "peers"
+from jaxsft.cli import cache_dir
+
+DEFAULT_DIR = cache_dir("peers")
 
 # Installed one list after the other. torch is exact and first, so that a CPU build, where pip is
 # configured to find one, is what transformers and peft then meet.

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from benchmarks import peer_venvs
 from benchmarks.peer_lab import ALLOCATORS, OURS, PEERS, ROOT, Lab, make_row_sets
 from benchmarks.peer_protocol import WorkerError
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
 from jaxsft.packing import Batch
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import demo_model_path
@@ -60,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report[allocator] = measure(lab, allocator, args.rounds)
                 show_figures(console, report[allocator])
     except WorkerError as error:
-        return _fail(error, 1)
+        return fail(error, EXIT_FAILED)
     except (ValueError, OSError) as error:
-        return _fail(error, 2)
+        return fail(error, EXIT_BAD_INPUT)
     reached = all(goal_reached(report[allocator]) for allocator in allocators)
     console.print(
         f"Goal, {GOAL_RATIO} x both with less memory than both: "
@@ -104,11 +105,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if sys.platform != "linux":
         raise ValueError(f"this benchmark needs Linux with glibc, not {sys.platform}")
     return args
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 def compare(lab: Lab) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import numpy as np
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.packing import Batch
 from jaxsft.program import (
-    COMPILER_OPTIONS,
     StepArguments,
     abstract_setup,
     architecture,
@@ -35,7 +34,7 @@ def random_steps(config: TrainConfig) -> tuple[StepArguments, Iterator[None]]:
 
 
 def _run(arguments: StepArguments, vocab_size: int) -> Iterator[None]:
-    compiled: Callable[..., Any] = lower_step(arguments).compile(compiler_options=COMPILER_OPTIONS)
+    compiled: Callable[..., Any] = lower_step(arguments).compile()
     state, frozen = _random((arguments.state, arguments.frozen))
     batch = _batch(arguments.batch, vocab_size)
     while True:

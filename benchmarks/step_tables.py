@@ -22,7 +22,7 @@ def compare_with_tunix(plan: RunPlan, console: Console) -> dict[str, Any]:
     console.print("|---|---|---|---|")
     ours = f"{estimate.seconds:.3f} | {estimate.hbm_total_gib:.1f}" if estimate.fits else "– | –"
     console.print(f"| jaxsft, {plan.config.name} | {ours} | |")
-    values = {}
+    values: dict[str, dict[str, Any]] = {}
     for name, remat in (("without remat", False), ("with its remat", True)):
         step = tunix_prices(estimate.topology, remat)
         seconds, gib = step.priced.seconds, step.memory.total / GIB
@@ -34,8 +34,12 @@ def compare_with_tunix(plan: RunPlan, console: Console) -> dict[str, Any]:
             "hbm_gib_per_chip": gib,
             "over_ours": ratio,
             "parts": step.priced.parts,
+            "assumptions": [f"one iteration of {loop}" for loop in step.priced.unknown_loops],
             "unpriced": [f"{op.opcode} {op.name}" for op in step.priced.unpriced],
         }
+    for name, of_tunix in values.items():
+        if of_tunix["assumptions"]:
+            console.print(f"Assumed of Tunix's step {name}: {'; '.join(of_tunix['assumptions'])}.")
     return values
 
 

@@ -7,7 +7,11 @@ the step with XLA's TPU compiler and prices it: an estimate, no TPU needed. Furt
 --scaling      a Markdown table over larger slices (the batch grows with them) and other models
 --measure      on a machine with an accelerator: the same step with random weights, timed
 
-Exit codes: 0 within the budget; 1 over it, or the step does not fit; 2 bad input.
+On the recipe's own work and slice the bounds of `acceptance` are checked as well, and those that do
+not hold are named.
+
+Exit codes: 0 within the budget and the bounds; 1 beyond one, the step does not fit, or the compiler
+failed; 2 bad input.
 """
 
 import argparse
@@ -25,18 +29,20 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from benchmarks.acceptance import BOUNDS, TOPOLOGY, violations, work_differences
 from benchmarks.frozen_step import estimate_frozen
 from benchmarks.real_step import random_steps
 from benchmarks.step_tables import compare_with_tunix, show_scaling
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail, parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.json_file import write_json
-from jaxsft.plan import PlanOptions, make_plan, parse_options, prepare_compiler
+from jaxsft.plan import LOCAL, PlanOptions, make_plan, parse_options, prepare_compiler
 from jaxsft.planning.estimate import num_chips
 from jaxsft.planning.pricing import CHIPS
 from jaxsft.planning.report import show_plan
 from jaxsft.planning.run_plan import RunPlan, model_flops
-from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT
+from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, CompilerError
+from jaxsft.preflight import CHIP_NAMES
 from jaxsft.program import architecture
 
 DESCRIPTION = (
@@ -46,8 +52,6 @@ DESCRIPTION = (
 RECIPE = "single_session"
 BUDGET_HOURS = 7.0
 NUM_WARMUP_STEPS, NUM_TIMED_STEPS = 3, 20
-# JAX's device_kind -> the chip.
-TPU_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         mode, rest = parse_mode(arguments)
         options, rest = parse_options(rest)
+        check_options(mode, options, rest)
         if not any(each.startswith("--budget_hours") for each in rest):
             rest = [*rest, "--budget_hours", str(BUDGET_HOURS)]
         config, _ = parse_config("benchmarks.step_time", DESCRIPTION, rest, RECIPE)
@@ -74,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_json(Path(options.json), values)
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
+    except CompilerError as error:
+        return fail(error, EXIT_FAILED)
     return code
 
 
@@ -94,24 +101,72 @@ def parse_mode(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return modes[0] if modes else "estimate", rest
 
 
+def check_options(mode: str, options: PlanOptions, rest: Sequence[str]) -> None:
+    """ValueError for options of jaxsft.plan that the benchmark, or this mode, would ignore."""
+    given = {
+        "--search": options.search,
+        "--plot": options.plot is not None,
+        f"--topology {LOCAL}": options.topology == LOCAL,
+    }
+    if mode == "scaling":
+        given |= {
+            "--topology": options.topology != PlanOptions().topology,
+            "--lengths": options.lengths is not None,
+            "--data": options.data,
+            "--budget-hours": any(each.startswith("--budget_hours") for each in rest),
+        }
+    if ignored := [name for name, is_given in given.items() if is_given]:
+        which = "--scaling, which has slices of its own," if mode == "scaling" else "this benchmark"
+        raise ValueError(f"{which} does nothing with {' and '.join(ignored)}: leave it out")
+
+
 def accept(
     config: TrainConfig, options: PlanOptions, console: Console, *, is_peer: bool
 ) -> tuple[dict[str, Any], int]:
     """(the plan as data, exit code), beside Tunix's step where `is_peer`."""
+    others = work_differences(config, parse_config("benchmarks.step_time", "", [], RECIPE)[0])
+    if is_peer:
+        check_peer(others, options.topology)
     plan, from_cache = make_plan(config, options, console)
-    values = plan.as_dict()
+    values: dict[str, Any] = plan.as_dict()
     if is_peer:
         values["tunix"] = compare_with_tunix(plan, console)
-    else:
-        show_plan(console, plan, from_cache=from_cache)
-        if plan.estimate.fits:
-            values |= show_overhead(plan, console)
-    return values, EXIT_FAILED if plan.is_over_budget or not plan.estimate.fits else 0
+        return values, EXIT_FAILED if violations(plan, None, is_recipe=False) else 0
+    show_plan(console, plan, from_cache=from_cache)
+    values |= show_overhead(plan, console)
+    is_recipe = not others and options.topology == TOPOLOGY
+    values["violated"] = violations(plan, values["lora_overhead"], is_recipe=is_recipe)
+    if values["violated"]:
+        console.print(f"NOT ACCEPTED: {'; '.join(values['violated'])}.")
+    elif is_recipe:
+        console.print(f"Accepted: at most {', '.join(text.format(b) for b, text in BOUNDS)}.")
+    return values, EXIT_FAILED if values["violated"] else 0
+
+
+def check_peer(others: Sequence[str], topology: str) -> None:
+    """ValueError where Tunix's step, which is the recipe's on 8 chips, would be other work."""
+    if others:
+        raise ValueError(
+            f"--peer tunix compares the work of {RECIPE} alone: leave out {', '.join(others)}"
+        )
+    if not topology.endswith(":2x4"):
+        valid = ", ".join(each for each in TOPOLOGIES if each.endswith(":2x4"))
+        raise ValueError(f"--peer tunix is for 8 chips: --topology {topology} is not {valid}")
 
 
 def show_overhead(plan: RunPlan, console: Console) -> dict[str, Any]:
-    """What the adapters cost: the step beside the same without them, by part."""
+    """What the adapters cost: the step beside the same without them, by part; None where there is
+    no such step, or one of them does not fit."""
+    unknown = {"lora_overhead": None, "frozen_seconds_per_step": None, "lora_overhead_parts": None}
+    if not plan.estimate.fits:
+        return unknown
+    if plan.formulation != "fused":
+        console.print("LoRA overhead: that of the fused step alone is estimated.")
+        return unknown
     ours, frozen = plan.estimate, estimate_frozen(plan, console)
+    if not frozen.fits:
+        console.print(f"LoRA overhead: the step without adapters does not fit, {frozen.misfit}.")
+        return unknown
     more = {part: seconds - frozen.parts[part] for part, seconds in ours.parts.items()}
     largest = sorted(more.items(), key=lambda item: -abs(item[1]))[:4]
     overhead = ours.seconds / frozen.seconds - 1
@@ -146,7 +201,7 @@ def measure(
         "measured_seconds_per_step": median,
         "seconds": seconds,
     }
-    chip = TPU_KINDS.get(kind)
+    chip = CHIP_NAMES.get(kind)
     if chip is None:
         console.print("MFU and estimate are for TPU v5e and v6e.")
         return values
@@ -188,7 +243,7 @@ def estimate_apart(arguments: list[str]) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.step_time", *arguments, "--json", str(path)]
         environment = {**os.environ, **AOT_ENVIRONMENT}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if result.returncode not in (0, EXIT_FAILED):
+        if result.returncode not in (0, EXIT_FAILED) or not path.exists():
             raise ValueError(f"no estimate: {result.stderr.strip()[-300:]}")
         estimate: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return estimate

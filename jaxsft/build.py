@@ -16,7 +16,6 @@ from jaxsft.packing import StepBatches
 from jaxsft.peft_io import AdapterConfig, load_adapter, read_adapter_config
 from jaxsft.prepare import Data, model_path
 from jaxsft.program import (
-    COMPILER_OPTIONS,
     StepArguments,
     abstract_batch,
     check_positions,
@@ -118,7 +117,7 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
             epochs=None if config.max_steps else config.num_train_epochs,
         ),
         flops_per_token=flops / rows.num_tokens,
-        program_hash=program_hash(lower_step(arguments), COMPILER_OPTIONS),
+        program_hash=program_hash(lower_step(arguments)),
         fingerprint=fingerprint(config, data, info.digest, steps),
     )
 

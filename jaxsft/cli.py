@@ -33,6 +33,17 @@ def cache_dir(name: str) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "jaxsft" / name
 
 
+def check_output(option: str, path: str) -> None:
+    """ValueError, naming the option, for a file that could not be written after hours of work."""
+    directory = Path(path).absolute().parent
+    if not directory.is_dir():
+        raise ValueError(f"{option} {path}: there is no such directory to write it to")
+    if Path(path).is_dir():
+        raise ValueError(f"{option} {path}: is a directory; name a file in it")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path}: {directory} is not writable")
+
+
 def recipe_names() -> list[str]:
     """Names that `--config` accepts besides files."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -100,10 +111,18 @@ def _with_recipe_paths(argv: Sequence[str], default_recipe: str) -> list[str]:
     return args
 
 
+# Python's types as a person calls them.
+_KINDS = {"float": "a number", "int": "a whole number", "str": "a text", "NoneType": "null"}
+
+
 def _explain(message: str, parser: ArgumentParser) -> str:
     """The parser's complaint in one line, with the nearest name for an unknown option."""
     line = " ".join(message.split()).replace("typing.Literal", "one of ")
     line = re.sub(r"<class '(\w+)'>", r"\1", line)
+    union = re.search(r"Does not validate against .*Subtypes: \[(.*?)\] .*value: (.*)", line)
+    if union:
+        kinds = " or ".join(_KINDS.get(kind, kind) for kind in union[1].split(", "))
+        line = f"{line[: union.start()]}expected {kinds}, got {union[2]!r}"
     argument = re.search(r"unrecognized arguments: (\S+)", line)
     key = re.search(
         r"Group '(\S+)' does not accept option '(\S+)'|Option '(\S+)' is not accepted", line

@@ -12,6 +12,8 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     partial = path.with_name(path.name + ".tmp")

@@ -78,6 +78,7 @@ class LoRA(nnx.Module):
         self.scale = scale
         self.dropout = dropout
 
+    @jax.named_scope("lora")
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """x [..., in] -> [..., out]; inverted dropout on x when a key is given, as in PEFT."""
         if dropout_key is not None and self.dropout > 0:
@@ -119,6 +120,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.zeros((*stack, dim), dtype), axes=axes)
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., dim] -> same shape and dtype."""
         return rms_norm(x, self.scale[...], self.eps)

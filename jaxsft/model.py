@@ -118,10 +118,13 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """x [B, T, D] -> ([B, T, D], cache)."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
-        y, cache = self.attn(self.pre_attn_norm(x_BTD), rotary, attend_fn, keys[:4])
-        x_BTD = x_BTD + (y if self.post_attn_norm is None else self.post_attn_norm(y))
-        y = self.mlp(self.pre_mlp_norm(x_BTD), keys[4:])
-        return x_BTD + (y if self.post_mlp_norm is None else self.post_mlp_norm(y)), cache
+        with jax.named_scope("attention"):  # the scopes by which a plan tells where time goes
+            y, cache = self.attn(self.pre_attn_norm(x_BTD), rotary, attend_fn, keys[:4])
+            x_BTD = x_BTD + (y if self.post_attn_norm is None else self.post_attn_norm(y))
+        with jax.named_scope("mlp"):
+            y = self.mlp(self.pre_mlp_norm(x_BTD), keys[4:])
+            x_BTD = x_BTD + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
+        return x_BTD, cache
 
 
 class Gemma(nnx.Module):
@@ -234,7 +237,8 @@ class Gemma(nnx.Module):
         config, pattern = self.config, self.config.layer_pattern
         # The factor is rounded to the activation dtype as in the reference: bfloat16 48 for 2304.
         factor = jnp.asarray(math.sqrt(config.d_model), self.dtype)
-        x = self.embedding[...][tokens_BT].astype(self.dtype) * factor
+        with jax.named_scope("embedding"):
+            x = self.embedding[...][tokens_BT].astype(self.dtype) * factor
         theta = {LOCAL: config.rope_theta_local, GLOBAL: config.rope_theta_global}
         rotary = {kind: rotary_table(positions_BT, config.head_dim, theta[kind]) for kind in theta}
 

@@ -3,7 +3,8 @@
 Compiles the very train step that `train` would run with XLA's TPU compiler, on this machine, and
 says whether it fits, how long it takes and why. All numbers are estimates.
 
-Exit codes: 0 the run fits; 1 it does not fit the chips' memory or --budget-hours; 2 bad input.
+Exit codes: 0 the run fits; 1 it does not fit the chips' memory or --budget-hours, or the compiler
+failed; 2 bad input.
 """
 
 import argparse
@@ -20,12 +21,17 @@ import numpy as np
 from rich.console import Console
 
 from jaxsft import lora
-from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, check_output, fail, parse_config
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.json_file import write_json
 from jaxsft.planning.estimate import StepEstimate, estimate_step, num_chips
-from jaxsft.planning.plot import plot_plan
-from jaxsft.planning.report import describe_setting, show_plan, show_search
+from jaxsft.planning.plot import check_format, plot_plan
+from jaxsft.planning.report import (
+    HASH_OF_GUESSED_STEPS,
+    describe_setting,
+    show_plan,
+    show_search,
+)
 from jaxsft.planning.run_plan import RunPlan, count_workloads, steps_without_data
 from jaxsft.planning.search import (
     Setting,
@@ -34,17 +40,11 @@ from jaxsft.planning.search import (
     setting_of,
     try_settings,
 )
-from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES
+from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, CompilerError
 from jaxsft.planning.workload import Workload, read_lengths
 from jaxsft.prepare import load_data, model_path
 from jaxsft.presets import GemmaConfig
-from jaxsft.program import (
-    COMPILER_OPTIONS,
-    abstract_setup,
-    architecture,
-    lower_step,
-    program_hash,
-)
+from jaxsft.program import abstract_setup, architecture, lower_step, program_hash
 
 EXIT_DOES_NOT_FIT = 1
 LOCAL = "local"
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_plan(console, plan, from_cache=from_cache)
         values = plan.as_dict()
         if not plan.estimate.fits:
-            values["nearest"] = show_nearest(plan, console)
+            values["nearest"] = show_way_out(plan, console)
         if options.search:
             values["search"] = search(plan, console)
         if options.plot:
@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_json(Path(options.json), values)
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
+    except CompilerError as error:
+        return fail(error, EXIT_FAILED)
     return EXIT_DOES_NOT_FIT if plan.is_over_budget or not plan.estimate.fits else 0
 
 
@@ -116,13 +118,23 @@ def parse_options(argv: Sequence[str]) -> tuple[PlanOptions, list[str]]:
     if options.topology != LOCAL and options.topology not in TOPOLOGIES:
         valid = ", ".join((*TOPOLOGIES, LOCAL))
         raise ValueError(f"--topology {options.topology} is not known; valid: {valid}")
-    if options.lengths and options.data:
+    if options.lengths is not None and options.data:
         raise ValueError("--lengths and --data both give the data's lengths; choose one")
-    for path in filter(None, (options.plot, options.json)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no such directory to write it to")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'jaxsft[plan]'")
+    if options.topology == LOCAL:
+        given = {"--search": options.search, "--plot": options.plot is not None}
+        given["--budget-hours"] = any(arg.startswith("--budget_hours") for arg in rest)
+        if ignored := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(
+                f"--topology {LOCAL} tells the program's hash, neither time nor memory: leave out "
+                f"{' and '.join(ignored)}"
+            )
+    for name, path in (("--plot", options.plot), ("--json", options.json)):
+        if path is not None:
+            check_output(name, path)
+    if options.plot is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'jaxsft[plan]'")
+        check_format(Path(options.plot))
     return options, rest
 
 
@@ -151,7 +163,8 @@ def make_plan(config: TrainConfig, options: PlanOptions, console: Console) -> tu
             "budget_hours needs the number of steps: give --lengths, --data or --max_steps"
         )
     estimate, from_cache = estimate_config(config, model_config, topology, steps, console)
-    plan = RunPlan(config, model_config, source, estimate, steps, workloads)
+    is_exact = config.max_steps is not None or options.data
+    plan = RunPlan(config, model_config, source, estimate, steps, workloads, is_exact)
     return plan, from_cache
 
 
@@ -178,11 +191,11 @@ def estimate_config(
 
 def read_workloads(config: TrainConfig, options: PlanOptions) -> dict[str, Workload]:
     """Packed and unpacked, from --lengths or --data; {} without either."""
-    if options.lengths:
+    if options.lengths is not None:
         return count_workloads(config, read_lengths(options.lengths))
     if options.data:
         rows = load_data(config, model_path(config)).train.rows
-        lengths = np.diff(rows.sample_offsets)[rows.row_samples].tolist()
+        lengths = np.diff(rows.sample_offsets)[np.sort(rows.row_samples)].tolist()
         return count_workloads(config, lengths, rows.num_loss_tokens)
     return {}
 
@@ -197,8 +210,18 @@ def num_plan_steps(config: TrainConfig, workloads: dict[str, Workload]) -> int |
     return steps
 
 
-def show_nearest(plan: RunPlan, console: Console) -> dict[str, Any] | None:
-    """Compiles settings that take less memory, the nearest first, until one fits; shows it."""
+def show_way_out(plan: RunPlan, console: Console) -> dict[str, Any] | None:
+    """Compiles settings that take less HBM, the nearest first, until one fits; shows it.
+
+    Where on-chip memory is too small none of them helps; what does is shown.
+    """
+    if not plan.estimate.hbm_bytes:
+        console.print(
+            "That is the chip's on-chip memory, which holds the blocks that a kernel works on: use "
+            "a lower data.max_length, or --step plain, which has no such kernels. Neither more "
+            "chips nor more micro-batches help."
+        )
+        return None
     candidates = nearest_savings(plan.config, plan.estimate.num_chips)
     for setting, found in try_settings(candidates, setting_estimator(plan, console)):
         if isinstance(found, StepEstimate) and found.fits:
@@ -253,11 +276,16 @@ def plan_local(config: TrainConfig, options: PlanOptions, console: Console) -> i
     steps = num_plan_steps(config, read_workloads(config, options))
     devices = jax.devices()
     arguments = abstract_setup(config, model_config, devices, steps or config.warmup_steps + 1)
-    found = program_hash(lower_step(arguments), COMPILER_OPTIONS)
+    found = program_hash(lower_step(arguments))
+    formulation = "plain" if arguments.spec.fused is None else "fused"
     console.print(f"{config.name}: {model_config.name} ({source}) on {len(devices)} local devices")
-    console.print(f"train step: program {found}")
+    console.print(f"train step: {formulation}, program {found}")
+    is_exact = config.max_steps is not None or options.data
+    if not is_exact:
+        console.print(HASH_OF_GUESSED_STEPS)
     if options.json:
         values = {"topology": LOCAL, "num_chips": len(devices), "steps": steps}
+        values |= {"formulation": formulation, "steps_are_exact": is_exact}
         write_json(Path(options.json), values | {"program_hash": found})
     return 0
 

@@ -23,23 +23,30 @@ from jaxsft.step import put_batch, train_step
 
 NUM_TIMED_STEPS = 20
 
-# What plan calls the chips that JAX names so.
-_CHIP_NAMES = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}
+# What plan calls the chips, by JAX's device_kind.
+CHIP_NAMES = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 
 
 class Memory(NamedTuple):
-    """Bytes of the device that has used most so far."""
+    """Bytes of the device that used most since the process began, loading of the model included."""
 
     peak: int
     limit: int
+
+
+class Planned(NamedTuple):
+    """What `plan` estimated of a step: seconds, and bytes of HBM on each chip."""
+
+    seconds: float
+    hbm_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
     """What was found. `seconds` are those of the timed steps.
 
-    None: `memory` where the device does not count it, `planned_seconds` (per step) where no plan of
-    this program is kept on this machine, `difference` where there is only one way to compute the
+    None: `memory` where the device does not count it, `planned` where no plan of this program was
+    made on this machine, `difference` where there is only one way to compute the
     step; `not_compared` says why.
     """
 
@@ -49,7 +56,7 @@ class Preflight:
     num_steps_left: int
     budget_hours: float | None
     memory: Memory | None
-    planned_seconds: float | None
+    planned: Planned | None
     difference: Difference | None
     not_compared: str
 
@@ -84,7 +91,7 @@ class Preflight:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for a program to read, units in the names."""
-        apart, memory = self.difference, self.memory
+        apart, memory, planned = self.difference, self.memory, self.planned
         return {
             "problems": self.problems,
             "program_hash": self.program_hash,
@@ -92,12 +99,13 @@ class Preflight:
             "not_compared": self.not_compared,
             "seconds_per_step": self.seconds_per_step,
             "timed_seconds": self.seconds,
-            "planned_seconds_per_step": self.planned_seconds,
+            "planned_seconds_per_step": None if planned is None else planned.seconds,
+            "planned_hbm_bytes": None if planned is None else planned.hbm_bytes,
             "tokens_per_s": self.tokens_per_s,
             "num_steps_left": self.num_steps_left,
             "hours": self.hours,
             "budget_hours": self.budget_hours,
-            "peak_memory_bytes": None if memory is None else memory.peak,
+            "peak_memory_bytes_since_start": None if memory is None else memory.peak,
             "memory_limit_bytes": None if memory is None else memory.limit,
         }
 
@@ -135,7 +143,7 @@ def run_preflight(
         num_steps_left=len(batches) - first_step,
         budget_hours=config.budget_hours,
         memory=memory,
-        planned_seconds=planned_seconds(plan_dir, setup.program_hash, spec.mesh),
+        planned=find_plan(plan_dir, setup.program_hash, spec.mesh),
         difference=difference,
         not_compared=not_compared,
     )
@@ -152,17 +160,17 @@ def peak_memory(mesh: Mesh) -> Memory | None:
     return max(known, default=None)
 
 
-def planned_seconds(plan_dir: Path, program_hash: str, mesh: Mesh) -> float | None:
-    """Seconds per step of the newest plan of this program on as many chips of this kind."""
-    chip = _CHIP_NAMES.get(mesh.devices.flat[0].device_kind)
+def find_plan(plan_dir: Path, program_hash: str, mesh: Mesh) -> Planned | None:
+    """The newest plan in `plan_dir` of this program on as many chips of this kind."""
+    chip = CHIP_NAMES.get(mesh.devices.flat[0].device_kind)
     paths = plan_dir.glob(f"{program_hash}-*.json")
     for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
             is_same = (plan["topology"].split(":")[0], plan["num_chips"]) == (chip, mesh.size)
-            seconds = float(plan["seconds"])
+            planned = Planned(float(plan["seconds"]), int(sum(plan["hbm_bytes"].values())))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # damaged, or of another version
-        if is_same and seconds > 0:
-            return seconds
+        if is_same and planned.seconds > 0:
+            return planned
     return None

@@ -263,7 +263,7 @@ def _uses(
         order = packing.epoch_order(0, source, len(samples))
         some = np.sort(samples[order[: round(weight % 1 * len(samples))]])
         parts += [*[samples] * int(weight), some]
-    return np.concatenate(parts).astype(np.int64)
+    return np.sort(np.concatenate(parts)).astype(np.int64)
 
 
 def _remove_leftovers(root: Path) -> None:

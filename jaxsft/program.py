@@ -6,10 +6,9 @@ will run: equal hashes say so. Nothing here holds weights or takes memory on a d
 
 import base64
 import hashlib
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,10 +38,6 @@ from jaxsft.step import (
     train_state_shardings,
     train_step,
 )
-
-# XLA's options that the train step is compiled with: none but its defaults. The kernels carry their
-# own limits.
-COMPILER_OPTIONS: dict[str, Any] = {}
 
 
 class StepArguments(NamedTuple):
@@ -116,35 +111,43 @@ def inject_adapter(config: TrainConfig, model: Gemma) -> None:
     )
 
 
+def fused_obstacles(config: TrainConfig, model_config: GemmaConfig, platform: str) -> list[str]:
+    """What of the config and the model the fused step cannot do on a platform ("tpu", "cpu", …)."""
+    options, length, on_tpu = config.model, config.data.max_length, platform == "tpu"
+    obstacles = (
+        (config.lora.dropout > 0, f"lora.dropout {config.lora.dropout}"),
+        (config.fsdp > 1, f"fsdp {config.fsdp}"),
+        (
+            options.dtype != options.param_dtype,
+            f"model.param_dtype {options.param_dtype} with dtype {options.dtype}",
+        ),
+        (
+            on_tpu and model_config.head_dim % flash_attention.HEAD_DIM > 0,
+            f"the model's heads of {model_config.head_dim} (its kernels cut heads by "
+            f"{flash_attention.HEAD_DIM})",
+        ),
+        (
+            on_tpu and not flash_attention.supports_row_length(length),
+            f"data.max_length {length} (its kernels take 128, 256, 384 and multiples of "
+            f"{flash_attention.BLOCK_Q} up to {flash_attention.MAX_ROW_LENGTH})",
+        ),
+    )
+    return [text for holds, text in obstacles if holds]
+
+
 def make_fused_spec(config: TrainConfig, model_config: GemmaConfig, mesh: Mesh) -> FusedSpec | None:
     """The fused step's settings, None for the plain one; ValueError where `step` cannot be had."""
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    obstacles = [
-        text
-        for holds, text in (
-            (config.lora.dropout > 0, f"lora.dropout {config.lora.dropout}"),
-            (config.fsdp > 1, f"fsdp {config.fsdp}"),
-            (
-                config.model.dtype != config.model.param_dtype,
-                f"model.param_dtype {config.model.param_dtype} with dtype {config.model.dtype}",
-            ),
-        )
-        if holds
-    ]
+    platform = mesh.devices.flat[0].platform
+    on_tpu = platform == "tpu"
+    obstacles = fused_obstacles(config, model_config, platform)
     if config.step == "fused" and obstacles:
         raise ValueError(f"step fused does not go with {' and '.join(obstacles)}; use step plain")
     if config.step == "plain" or obstacles or (config.step == "auto" and not on_tpu):
         return None
-    length, head_dim = config.data.max_length, model_config.head_dim
-    if on_tpu and not flash_attention.supports(length, head_dim):
-        raise ValueError(
-            f"data.max_length {length} does not suit the TPU's attention kernels: use a multiple "
-            f"of {flash_attention.BLOCK_Q} up to {flash_attention.MAX_ROW_LENGTH}, or step plain"
-        )
     options = config.lora
     layout = make_layout(
         model_config,
-        row_length=length,
+        row_length=config.data.max_length,
         rank=options.r,
         scale=lora.lora_scale(options.r, options.alpha, options.use_rslora),
         targets=lora.resolve_targets(options.target_modules),
@@ -257,15 +260,15 @@ def lower_step(arguments: StepArguments) -> jax.stages.Lowered:
     return train_step.lower(*arrays, spec=spec)
 
 
-def program_hash(lowered: jax.stages.Lowered, compiler_options: Mapping[str, Any]) -> str:
-    """16 hex digits that tell apart any two programs, or ways to compile them.
+def program_hash(lowered: jax.stages.Lowered) -> str:
+    """16 hex digits that tell apart any two programs.
 
-    The SHA-256 of the StableHLO, which holds shapes, shardings, constants and Pallas kernels but
-    neither source locations nor the kind of device, and of the compiler's options.
+    The SHA-256 of the StableHLO, which holds shapes, shardings, constants and Pallas kernels, with
+    their limits, but neither source locations nor the kind of device. The step is compiled with
+    XLA's defaults: it has no compiler options of its own.
     """
     text = _KERNEL_BODY.sub(_kernel_without_locations, lowered.as_text())
-    options = json.dumps(dict(compiler_options), sort_keys=True)
-    return hashlib.sha256(f"{text}\n{options}".encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # A Pallas kernel in a custom call: MLIR bytecode, with the paths and lines of its source in it.

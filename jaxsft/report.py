@@ -48,7 +48,8 @@ def show_setup(console: Console, setup: Setup) -> None:
         f"{batches.global_batch_size} rows on {mesh.size} {mesh.devices.flat[0].device_kind} "
         f"device{'s' if mesh.size > 1 else ''}"
     )
-    console.print(f"train step: program {setup.program_hash}")
+    formulation = "plain" if setup.spec.fused is None else "fused"
+    console.print(f"train step: {formulation}, program {setup.program_hash}")
 
 
 def show_preflight(console: Console, found: Preflight) -> None:
@@ -62,10 +63,11 @@ def show_preflight(console: Console, found: Preflight) -> None:
             f"{apart.loss:.1e} apart (at most {apart.loss_bound:.0e}), gradients "
             f"{apart.gradient:.1e} ({apart.where}; at most {apart.gradient_bound:.0e})"
         )
-    plan = "no plan of this program on this machine"
-    if found.planned_seconds is not None:
-        ratio = found.seconds_per_step / found.planned_seconds
-        plan = f"{ratio:.2f} × the planned {found.planned_seconds:.3f} s"
+    planned = found.planned
+    plan = "no plan of it was made on this machine: python -m jaxsft.plan with these options"
+    if planned is not None:
+        ratio = found.seconds_per_step / planned.seconds
+        plan = f"{ratio:.2f} × the planned {planned.seconds:.3f} s"
     console.print(
         f"  speed    {found.seconds_per_step:.3f} s a step (median of {len(found.seconds)}, "
         f"{min(found.seconds):.3f} to {max(found.seconds):.3f}), {found.tokens_per_s:,.0f} "
@@ -78,9 +80,10 @@ def show_preflight(console: Console, found: Preflight) -> None:
     )
     if memory is not None:
         gib = 2**30
+        of_step = f"; the step alone is planned at {planned.hbm_bytes / gib:.2f}" if planned else ""
         console.print(
             f"  memory   {memory.peak / gib:.2f} of {memory.limit / gib:.2f} GiB on the fullest "
-            "device"
+            f"device since the start, loading included{of_step}"
         )
     console.print(f"  program  {found.program_hash}")
 

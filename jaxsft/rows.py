@@ -7,6 +7,7 @@ once, straight from the stack that a scan saved it in.
 Axes: N rows (tokens), D columns, L layers of a stack.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# 256 x 2304 float32 is 2.3 MiB: a dozen intermediates fit on the chip.
+# 256 x 2304 float32 is 2.3 MiB: a dozen intermediates fit on the chip. Of rows that 256 does not
+# divide a block is their greatest common divisor: 128 for one of 384 tokens; Mosaic wants 16s.
 BLOCK_ROWS = 256
 VMEM_LIMIT_BYTES = 100 * 2**20  # of 128 MiB on TPU v5e and v6e
 
@@ -58,8 +60,8 @@ def rowwise(
     stacks = [x for x in rows if isinstance(x, Stacked)]
     shapes = [(x.stack if isinstance(x, Stacked) else x).shape[-2:] for x in rows]
     (num_rows, num_columns), dtype = shapes[0], _dtype(rows[0])
-    block = min(BLOCK_ROWS, num_rows)
-    assert num_rows % block == 0 and all(shape == shapes[0] for shape in shapes)
+    block = math.gcd(BLOCK_ROWS, num_rows)
+    assert all(shape == shapes[0] for shape in shapes)
 
     # The layer numbers are known before the kernel starts: a block's address depends on them.
     prefetched = jnp.stack([x.layer for x in stacks]) if stacks else jnp.zeros(1, jnp.int32)

@@ -22,15 +22,15 @@ from jaxsft.planning.hlo_memory import saved_activation_bytes
 from jaxsft.planning.hlo_text import parse_program
 from jaxsft.planning.kernel_price import KernelPrice, price_kernels
 from jaxsft.planning.pricing import CHIPS, Chip, PricedOp, price_program
-from jaxsft.planning.tpu_aot import Compiled, OutOfMemory, compile_for_tpu, topology_devices
-from jaxsft.presets import GemmaConfig
-from jaxsft.program import (
-    COMPILER_OPTIONS,
-    abstract_setup,
-    lower_step,
-    num_bytes_per_device,
-    program_hash,
+from jaxsft.planning.tpu_aot import (
+    Compiled,
+    OutOfMemory,
+    compile_for_tpu,
+    compiler_flags,
+    topology_devices,
 )
+from jaxsft.presets import GemmaConfig
+from jaxsft.program import abstract_setup, lower_step, num_bytes_per_device, program_hash
 
 GIB = 2**30
 # What the TPU compiler lets a program have of 16 and 32 GiB.
@@ -55,16 +55,17 @@ class StepEstimate:
     """One optimizer step on a TPU slice. Bytes are those of one chip, FLOPs those of all chips.
 
     `hbm_bytes` is by kind. A step that does not fit has no seconds, `misfit` says why not, and
-    `hbm_bytes` is what the compiler names, as "needed". `parts` are seconds by pricing.PARTS and
-    add up to `seconds`. `matmul_flops` are those of all matmuls, Pallas kernels' too, and
-    `recomputed_flops` those that rematerialisation repeats. `num_positions`: rows × row length.
-    `largest_ops` are the ops that take the longest, over all their runs.
+    `hbm_bytes` is what the compiler names, as "needed", or {} where on-chip memory is too small.
+    `compiler_options` are the environment's, the step has none of its own. `parts` are seconds by
+    pricing.PARTS and add up to `seconds`. `matmul_flops` are those of all matmuls, Pallas kernels'
+    too, and `recomputed_flops` those that rematerialisation repeats. `num_positions`: rows × row
+    length. `largest_ops` are the ops that take the longest, over all their runs.
     """
 
     topology: str
     num_chips: int
     program_hash: str
-    compiler_options: dict[str, Any]
+    compiler_options: dict[str, str]
     compiler: str
     compile_seconds: float
     num_positions: int
@@ -113,11 +114,12 @@ def estimate_step(
     """(the estimate of the step of a run of so many steps, was it on disk), in minutes if not.
 
     `environment` is that of the process, for the subprocess that compiles kernels. Raises
-    ValueError for a config that the model or the topology cannot run.
+    ValueError for a config that the model or the topology cannot run, CompilerError where the
+    compiler fails.
     """
     # By what the program is made from, which is quick to compare, and by the program itself.
     inputs = f"{dataclasses.asdict(config)} {model_config} {topology} {steps}"
-    by_inputs = cache_dir / f"{_cache_key(inputs, ('*', 'planning/*'))}.json"
+    by_inputs = cache_dir / f"{_cache_key(inputs, environment, ('*', 'planning/*'))}.json"
     if (cached := _load(by_inputs)) is not None:
         return cached, True
     arguments = abstract_setup(config, model_config, topology_devices(topology), steps)
@@ -148,18 +150,18 @@ def estimate_lowered(
     environment: Mapping[str, str],
 ) -> tuple[StepEstimate, bool]:
     """As estimate_step, of a lowered step of `config`; a chip's bytes of its arguments by kind."""
-    found_hash = program_hash(lowered, COMPILER_OPTIONS)
-    path = cache_dir / f"{found_hash}-{_cache_key(topology, _PRICING)}.json"
+    found_hash = program_hash(lowered)
+    path = cache_dir / f"{found_hash}-{_cache_key(topology, environment, _PRICING)}.json"
     if (cached := _load(path)) is not None:
         return cached, True
     chip = CHIPS[topology.split(":")[0]]
     started = time.monotonic()
-    compiled = compile_for_tpu(lowered, COMPILER_OPTIONS)
+    compiled = compile_for_tpu(lowered)
     known: dict[str, Any] = {
         "topology": topology,
         "num_chips": num_chips(topology),
         "program_hash": found_hash,
-        "compiler_options": COMPILER_OPTIONS,
+        "compiler_options": compiler_flags(environment),
         "compiler": f"libtpu {version('libtpu')}",
         "compile_seconds": time.monotonic() - started,
         "num_positions": config.global_batch_size * config.data.max_length,
@@ -169,8 +171,9 @@ def estimate_lowered(
     if isinstance(compiled, OutOfMemory):
         estimate = _too_large(compiled, known)
     else:
-        text, kernel_dir = compiled.hlo_text, cache_dir / "kernels"
-        kernels = price_kernels(text, chip, topology, COMPILER_OPTIONS, kernel_dir, environment)
+        kernels = price_kernels(
+            compiled.hlo_text, chip, topology, cache_dir / "kernels", environment
+        )
         estimate = _price(compiled, chip, kernels, argument_bytes, config, known)
     write_json(path, dataclasses.asdict(estimate))
     return estimate, False
@@ -199,9 +202,7 @@ def _price(
         {name: kernel.seconds for name, kernel in kernels.items()},
         {"loss_head": num_loss_chunks(config, known["num_chips"])},
     )
-    in_kernels = sum(
-        kernels[op.name].matmul_flops * op.trips for op in priced.ops if op.name in kernels
-    )
+    in_kernels, recomputed_in_kernels = kernel_flops(priced.ops, kernels)
     assumed = {each for kernel in kernels.values() for each in kernel.assumptions}
     assumed |= {f"one iteration of {loop}" for loop in priced.unknown_loops}
     largest = sorted(priced.ops, key=lambda op: -op.exposed_s)[:NUM_LARGEST_OPS]
@@ -215,9 +216,19 @@ def _price(
         unpriced=[f"{op.opcode} {op.name} ({op.op_name})" for op in priced.unpriced],
         assumptions=sorted(assumed),
         matmul_flops=(priced.matmul_flops + in_kernels) * known["num_chips"],
-        recomputed_flops=priced.recomputed_matmul_flops * known["num_chips"],
+        recomputed_flops=(priced.recomputed_matmul_flops + recomputed_in_kernels)
+        * known["num_chips"],
         largest_ops=[_op_as_dict(op) for op in largest],
     )
+
+
+def kernel_flops(ops: Sequence[PricedOp], kernels: Mapping[str, KernelPrice]) -> tuple[int, int]:
+    """(matmul FLOPs of the Pallas calls among the ops, those of them that rematerialisation
+    repeats), on one chip."""
+    calls = [op for op in ops if op.name in kernels]
+    flops = [kernels[op.name].matmul_flops * op.trips for op in calls]
+    again = [n for op, n in zip(calls, flops, strict=True) if op.part == "recomputation"]
+    return sum(flops), sum(again)
 
 
 def _op_as_dict(op: PricedOp) -> dict[str, Any]:
@@ -233,11 +244,14 @@ def _op_as_dict(op: PricedOp) -> dict[str, Any]:
     }
 
 
-def num_loss_chunks(config: TrainConfig, num_chips: int) -> int:
-    """Chunks of a chip's micro-batch in the loss head when every position bears loss."""
+def num_loss_chunks(config: TrainConfig, num_chips: int, loss_share: float = 1.0) -> int:
+    """Chunks of a chip's micro-batch in the loss head when this share of its positions bears loss,
+    0 to 1."""
     positions = config.global_batch_size * config.data.max_length
     positions //= config.gradient_accumulation_steps * num_chips
-    return -(-positions // min(config.loss_chunk_tokens, positions))
+    # Shares come from counts: half of 4096 positions must not become 2049.
+    num_loss = math.ceil(loss_share * positions - 1e-6)
+    return -(-num_loss // min(config.loss_chunk_tokens, positions))
 
 
 def num_chips(topology: str) -> int:
@@ -253,9 +267,10 @@ def _memory_by_kind(compiled: Compiled, argument_bytes: Mapping[str, int]) -> di
     return known | {"program, batch": memory.total - sum(known.values())}
 
 
-def _cache_key(inputs: str, modules: Sequence[str]) -> str:
-    """16 hex digits of the inputs, the compilers' versions and some of this package's modules."""
-    digest = hashlib.sha256(inputs.encode())
+def _cache_key(inputs: str, environment: Mapping[str, str], modules: Sequence[str]) -> str:
+    """16 hex digits of the inputs, the compilers' versions and flags, and some of this package's
+    modules."""
+    digest = hashlib.sha256(f"{inputs} {compiler_flags(environment)}".encode())
     names = ("jax", "jaxlib", "libtpu", "flax", "optax")
     digest.update(" ".join(version(name) for name in names).encode())
     for pattern in modules:

@@ -32,6 +32,7 @@ from jaxsft.planning.hlo_text import (
 from jaxsft.planning.hlo_values import Callers, constant_words
 from jaxsft.planning.llo_schedule import schedule
 from jaxsft.planning.pricing import Chip
+from jaxsft.planning.tpu_aot import CompilerError, compiler_flags, one_line
 
 _WORKER = (
     "import pathlib, sys; from jaxsft.planning.kernel_worker import compile_kernels; "
@@ -116,7 +117,6 @@ def price_kernels(
     hlo_text: str,
     chip: Chip,
     topology: str,
-    compiler_options: Mapping[str, str | bool],
     cache_dir: Path,
     environment: Mapping[str, str],
 ) -> dict[str, KernelPrice]:
@@ -126,10 +126,11 @@ def price_kernels(
         hlo_text: `tpu_aot.Compiled.hlo_text`: with the constants that `as_text()` leaves out.
         chip: what the program was compiled for.
         topology: its name, as for `tpu_aot.topology_devices`.
-        compiler_options: what the program was compiled with.
         cache_dir: where the schedules of kernels are kept, compressed, some 100 KB each.
         environment: environment variables of the subprocess, with those of
             `tpu_aot.AOT_ENVIRONMENT`.
+
+    Raises CompilerError for a kernel that does not compile alone.
     """
     kernels = find_kernels(parse_program(hlo_text))
     paths = {}
@@ -140,16 +141,13 @@ def price_kernels(
             "operands": [(array.dtype, array.dims) for array in kernel.operands],
             "results": [(array.dtype, array.dims) for array in kernel.results],
         }
-        identity = [
-            *(described, topology, dict(compiler_options)),
-            *(version("libtpu"), environment.get("LIBTPU_INIT_ARGS")),
-        ]
+        identity = [described, topology, version("libtpu"), compiler_flags(environment)]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
         paths[kernel.name] = cache_dir / f"{key}.bundles.gz"
         if not paths[kernel.name].exists():
             missing[key] = described
     if missing:
-        _compile(missing, topology, compiler_options, cache_dir, environment)
+        _compile(missing, topology, cache_dir, environment)
     return {
         kernel.name: _price(gzip.decompress(paths[kernel.name].read_bytes()).decode(), kernel, chip)
         for kernel in kernels
@@ -170,26 +168,17 @@ def _price(bundles: str, kernel: KernelCall, chip: Chip) -> KernelPrice:
 def _compile(
     kernels: dict[str, Any],
     topology: str,
-    compiler_options: Mapping[str, str | bool],
     cache_dir: Path,
     environment: Mapping[str, str],
 ) -> None:
     """Compile kernels in a subprocess and keep their bundles in `cache_dir`.
 
-    Raises RuntimeError with the end of the subprocess's messages when it fails.
+    Raises CompilerError with the end of the subprocess's messages when it fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         dump = Path(temporary)
         specification = dump / "kernels.json"
-        specification.write_text(
-            json.dumps(
-                {
-                    "topology": topology,
-                    "compiler_options": dict(compiler_options),
-                    "kernels": kernels,
-                }
-            )
-        )
+        specification.write_text(json.dumps({"topology": topology, "kernels": kernels}))
         flags = (
             f"{environment.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump}"
             " --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
@@ -207,7 +196,9 @@ def _compile(
             text=True,
         )
         if finished.returncode != 0:
-            raise RuntimeError(f"a Pallas kernel did not compile alone: {finished.stderr[-2000:]}")
+            lines = [line for line in finished.stderr.splitlines() if line.strip()]
+            message = one_line(lines[-1]) if lines else "no message"
+            raise CompilerError(f"a Pallas kernel does not compile alone: {message}")
         cache_dir.mkdir(parents=True, exist_ok=True)
         for key in kernels:
             compressed = gzip.compress((dump / f"{key}.bundles").read_bytes(), mtime=0)

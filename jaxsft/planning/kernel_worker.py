@@ -28,7 +28,7 @@ def _array(described: tuple[str, list[int]], sharding: NamedSharding) -> jax.Sha
 def compile_kernels(specification: Path, dump: Path) -> None:
     """Compile each kernel of a JSON file and leave its bundles in `dump`/<key>.bundles.
 
-    The file: {"topology", "compiler_options", "kernels": {key: {"config", "operands", "results"}}},
+    The file: {"topology", "kernels": {key: {"config", "operands", "results"}}},
     operands and results as [element type, dims].
     """
     wanted = json.loads(specification.read_text())
@@ -44,7 +44,7 @@ def compile_kernels(specification: Path, dump: Path) -> None:
             custom_call_api_version=1,
             legacy_backend_config=kernel["config"],
         )
-        jax.jit(call).lower(*operands).compile(compiler_options=wanted["compiler_options"])
+        jax.jit(call).lower(*operands).compile()
         bundles = set(dump.glob("*-ffi_call*final_bundles.txt")) - seen
         seen |= bundles
         (path,) = (path for path in bundles if "schedule-analysis" not in path.name)

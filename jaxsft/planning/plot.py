@@ -18,11 +18,17 @@ _COLOURS = {
 _MIN_SHARE = 0.015  # what is less has no room for a label
 
 
-def plot_plan(plan: RunPlan, path: Path) -> None:
-    """Writes a picture of two stacked bars: seconds of a step by part, GiB of a chip by kind.
+def check_format(path: Path) -> None:
+    """ValueError for a name that does not end as one of matplotlib's picture formats."""
+    from matplotlib.backend_bases import FigureCanvasBase
 
-    Raises ValueError for a name without a known picture format.
-    """
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(f"--plot {path}: its name must end in one of .{', .'.join(formats)}")
+
+
+def plot_plan(plan: RunPlan, path: Path) -> None:
+    """Writes a picture of two stacked bars: seconds of a step by part, GiB of a chip by kind."""
     from matplotlib.figure import Figure
 
     estimate = plan.estimate
@@ -40,6 +46,8 @@ def plot_plan(plan: RunPlan, path: Path) -> None:
     right.set_ylabel("GiB")
     right.set_ylim(0, max(limit, sum(kinds.values())) * 1.04)
     title = f"{estimate.hbm_total_gib:.1f} GiB of HBM a chip"
+    if not estimate.hbm_bytes:
+        title = "it does not fit the chip's on-chip memory"
     right.set_title(title, loc="left", fontweight="bold")
     config = plan.config
     figure.suptitle(
@@ -48,10 +56,7 @@ def plot_plan(plan: RunPlan, path: Path) -> None:
         f"{estimate.compiler})",
         fontsize=10,
     )
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise ValueError(f"--plot {path}: {error}") from error
+    figure.savefig(path)
 
 
 def _stack(axes: Any, values: dict[str, float], number: str) -> None:

@@ -12,6 +12,11 @@ from jaxsft.planning.pricing import CHIPS
 from jaxsft.planning.run_plan import RunPlan
 from jaxsft.planning.search import Setting
 
+HASH_OF_GUESSED_STEPS = (
+    "The number of steps is not known but by --max_steps or --data: train logs another hash if its "
+    "schedule has other steps."
+)
+
 
 def show_plan(console: Console, plan: RunPlan, *, from_cache: bool) -> None:
     """Fit, time, FLOPs, collectives, data, and what the numbers rest on."""
@@ -22,10 +27,12 @@ def show_plan(console: Console, plan: RunPlan, *, from_cache: bool) -> None:
         f"{options.target_modules}; a step is {config.global_batch_size} rows × "
         f"{config.data.max_length:,} tokens in {config.gradient_accumulation_steps} "
         f"micro-batch{'es' if config.gradient_accumulation_steps > 1 else ''}, "
-        f"remat {config.model.remat}"
+        f"remat {config.model.remat}, {plan.formulation} step"
     )
+    if config.step == "auto" and plan.fused_obstacles:
+        console.print(f"The fused step is not for {'; '.join(plan.fused_obstacles)}.")
     console.print(f"{estimate.num_chips} chips, {estimate.topology}. {_verdict(plan)}")
-    tables = [_memory_table(estimate)]
+    tables = [_memory_table(estimate)] if estimate.hbm_bytes else []
     if estimate.fits:
         tables.append(_time_table(plan))
     console.print(Columns(tables, padding=(0, 4)))
@@ -34,6 +41,8 @@ def show_plan(console: Console, plan: RunPlan, *, from_cache: bool) -> None:
         _show_collectives(console, estimate)
     _show_data(console, plan)
     _show_basis(console, estimate, from_cache)
+    if not plan.steps_are_exact:
+        console.print(HASH_OF_GUESSED_STEPS)
 
 
 def _verdict(plan: RunPlan) -> str:
@@ -146,8 +155,8 @@ def _show_basis(console: Console, estimate: StepEstimate, from_cache: bool) -> N
         f"This is an estimate by {estimate.compiler}, nothing was run. {CALIBRATION} Compiling, "
         "evaluation and checkpoints are not in it."
     )
-    options = estimate.compiler_options or "none"
-    made = "from cache" if from_cache else f"compiled in {estimate.compile_seconds:.0f} s"
+    options = estimate.compiler_options or "XLA's defaults"
+    made = f"{'from cache, ' * from_cache}compiled in {estimate.compile_seconds:.0f} s"
     console.print(f"Program {estimate.program_hash}, compiler options: {options}; {made}.")
 
 

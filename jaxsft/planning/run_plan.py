@@ -7,10 +7,11 @@ from typing import Any
 from jaxsft.config import TrainConfig
 from jaxsft.lora import resolve_targets
 from jaxsft.packing import num_steps
-from jaxsft.planning.estimate import CALIBRATION, GIB, StepEstimate
+from jaxsft.planning.estimate import CALIBRATION, GIB, StepEstimate, num_loss_chunks
 from jaxsft.planning.pricing import CHIPS
 from jaxsft.planning.workload import Workload, count_work, fit_lengths
 from jaxsft.presets import GemmaConfig
+from jaxsft.program import fused_obstacles
 
 PACKED, UNPACKED = "packed", "one sample a row"
 
@@ -46,7 +47,9 @@ def model_flops(config: TrainConfig, model_config: GemmaConfig) -> ModelFlops:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """A config on a TPU slice. `steps` is None where only the data could tell.
+    """A config on a TPU slice. `steps` is None where only the data could tell; `steps_are_exact`
+    unless they are guessed from lengths or a range of rows, which decides the schedule and with it
+    the program's hash.
 
     `workloads` is by PACKED and UNPACKED, {} without data. `loss_share` of all row positions bears
     loss. `source` says where the architecture was read.
@@ -58,6 +61,7 @@ class RunPlan:
     estimate: StepEstimate
     steps: int | None
     workloads: dict[str, Workload]
+    steps_are_exact: bool = True
 
     @property
     def packing(self) -> str:
@@ -70,22 +74,38 @@ class RunPlan:
         return self.workloads[self.packing].loss_share if self.workloads else 1.0
 
     def seconds_at(self, loss_share: float) -> float:
-        """Seconds of a step in which this share of all positions bears loss.
+        """Seconds of a step in which this share of every micro-batch's positions bears loss."""
+        saved = 1 - self.chunk_share(loss_share)
+        return self.estimate.seconds - self.estimate.parts["loss head"] * saved
 
-        The head works on chunks of loss positions, so its time is taken in proportion.
-        """
-        return self.estimate.seconds - self.estimate.parts["loss head"] * (1 - loss_share)
+    def chunk_share(self, loss_share: float) -> float:
+        """Share of the loss head's chunks that run, 0 to 1: it works on whole ones, so where one
+        holds a micro-batch any loss at all costs its full time."""
+        num_chips = self.estimate.num_chips
+        num_run = num_loss_chunks(self.config, num_chips, loss_share)
+        return num_run / num_loss_chunks(self.config, num_chips)
 
     @property
     def parts(self) -> dict[str, float]:
         """Seconds by part with the run's own share of loss positions."""
-        parts = self.estimate.parts
-        return parts and parts | {"loss head": parts["loss head"] * self.loss_share}
+        parts, share = self.estimate.parts, self.chunk_share(self.loss_share)
+        return parts and parts | {"loss head": parts["loss head"] * share}
 
     @property
     def seconds_per_step(self) -> float:
         """The sum of `parts`."""
         return self.seconds_at(self.loss_share)
+
+    @property
+    def formulation(self) -> str:
+        """Of the step: fused or plain."""
+        is_plain = self.config.step == "plain" or self.fused_obstacles
+        return "plain" if is_plain else "fused"
+
+    @property
+    def fused_obstacles(self) -> list[str]:
+        """What of the config and the model the fused step cannot do."""
+        return fused_obstacles(self.config, self.model_config, "tpu")
 
     @property
     def hours(self) -> float | None:
@@ -133,13 +153,14 @@ class RunPlan:
             "calibration": CALIBRATION,
             "topology": estimate.topology,
             "num_chips": estimate.num_chips,
+            "formulation": self.formulation,
             "fits": estimate.fits,
             "estimated_seconds_per_step": self.seconds_per_step if estimate.fits else None,
             "hours": self.hours,
             "budget_hours": self.config.budget_hours,
             "steps": self.steps,
             "parts": self.parts,
-            "hbm_gib_per_chip": estimate.hbm_total_gib,
+            "hbm_gib_per_chip": estimate.hbm_total_gib if estimate.hbm_bytes else None,
             "hbm_gib_by_kind": {k: v / GIB for k, v in estimate.hbm_bytes.items()},
             "hbm_gib_limit": estimate.hbm_limit_bytes / GIB,
             "model_flops": flops.total,
@@ -153,6 +174,7 @@ class RunPlan:
             "loss_share": self.loss_share,
             "workloads": {name: work._asdict() for name, work in self.workloads.items()},
             "program_hash": estimate.program_hash,
+            "steps_are_exact": self.steps_are_exact,
             "compiler_options": estimate.compiler_options,
             "compiler": estimate.compiler,
             "compile_seconds": estimate.compile_seconds,

@@ -1,7 +1,8 @@
 """Compiling for TPUs that this machine doesn't have, with XLA's own TPU compiler from libtpu.
 
-libtpu reads its environment when it is loaded: a command applies AOT_ENVIRONMENT before it imports
-jax. Nothing here runs on a device.
+libtpu reads its environment when it is loaded, at the first topology: a command applies
+AOT_ENVIRONMENT before that. JAX_PLATFORMS, which JAX reads when it is imported, is `jax_platforms`
+afterwards. Nothing here runs on a device.
 """
 
 import re
@@ -38,6 +39,10 @@ TOPOLOGIES = {
 }
 
 
+class CompilerError(Exception):
+    """The compiler failed otherwise than for want of memory; one line says how."""
+
+
 class Memory(NamedTuple):
     """Bytes of HBM on each chip. `peak` is what is alive at the fullest moment, arguments and all;
     it is also what the compiler holds against the chip's memory."""
@@ -67,6 +72,12 @@ class OutOfMemory(NamedTuple):
     available_bytes: int
 
 
+def compiler_flags(environment: Mapping[str, str]) -> dict[str, str]:
+    """The flags that XLA reads from an environment: what it makes of a program depends on them."""
+    names = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+    return {name: environment[name] for name in names if environment.get(name)}
+
+
 def topology_devices(topology: str) -> list[Any]:
     """Devices of a topology such as "v5e:2x4", for a Mesh: 8 handles, to compile for only.
 
@@ -84,15 +95,16 @@ def topology_devices(topology: str) -> list[Any]:
     return list(description.devices)
 
 
-def compile_for_tpu(
-    lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | bool]
-) -> Compiled | OutOfMemory:
-    """Compile what was lowered on a mesh of `topology_devices`; takes minutes for a large model."""
+def compile_for_tpu(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:
+    """Compile what was lowered on a mesh of `topology_devices`; takes minutes for a large model.
+
+    Raises CompilerError where the compiler fails.
+    """
     try:
-        compiled = lowered.compile(compiler_options=dict(compiler_options))
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if (too_large := parse_out_of_memory(str(error))) is None:
-            raise
+            raise CompilerError(f"the TPU compiler failed: {one_line(str(error))}") from error
         return too_large
     analysis = compiled.memory_analysis()
     assert analysis is not None
@@ -105,6 +117,12 @@ def compile_for_tpu(
             code=analysis.generated_code_size_in_bytes,
         ),
     )
+
+
+def one_line(message: str) -> str:
+    """A compiler's message, which may show whole programs, cut to what a person reads."""
+    line = " ".join(message.split())
+    return line if len(line) <= 300 else f"{line[:300]} …"
 
 
 def parse_out_of_memory(message: str) -> OutOfMemory | None:

@@ -52,7 +52,7 @@ def _expand(path: Path, text: str) -> list[int]:
     """The lengths, ascending, that a JSON histogram counts."""
     try:
         pairs = json.loads(text, object_pairs_hook=list)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON histogram {{length: count}}: {error}") from error
     counts: dict[int, int] = {}
     for key, value in pairs:

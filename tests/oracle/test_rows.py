@@ -21,26 +21,31 @@ def arrays(count: int, *shape: int) -> list[jax.Array]:
     return [jax.random.normal(key, shape) for key in keys]
 
 
-@pytest.mark.parametrize("has_post", [False, True])
-@pytest.mark.parametrize(
-    ("function", "num_rows", "num_outputs"),
-    [
-        (rows.leave, 2, 1),
-        (rows.leave_and_enter, 2, 2),
-        (rows.leave_backward, 2, 1),
-        (rows.leave_and_enter_backward, 4, 3),
-    ],
-)
+# (function, its rows, outputs and scales): with and without a norm on the sublayer's output.
+FUNCTIONS = [
+    (rows.enter, 1, 1, 1),
+    (rows.enter_backward, 3, 2, 1),
+    (rows.leave, 2, 1, 0),
+    (rows.leave, 2, 1, 1),
+    (rows.leave_and_enter, 2, 2, 1),
+    (rows.leave_and_enter, 2, 2, 2),
+    (rows.leave_backward, 2, 1, 0),
+    (rows.leave_backward, 2, 1, 1),
+    (rows.leave_and_enter_backward, 4, 3, 1),
+    (rows.leave_and_enter_backward, 4, 3, 2),
+]
+
+
+@pytest.mark.parametrize(("function", "num_rows", "num_outputs", "num_scales"), FUNCTIONS)
 def test_kernel_equals_the_function(
     monkeypatch: pytest.MonkeyPatch,
     function: Callable[..., tuple[jax.Array, ...]],
     num_rows: int,
     num_outputs: int,
-    has_post: bool,
+    num_scales: int,
 ) -> None:
     monkeypatch.setattr(rows, "BLOCK_ROWS", 8)  # four blocks
     inputs = arrays(num_rows, N, D)
-    num_scales = has_post + ("enter" in function.__name__)
     scales = arrays(num_scales, D) if num_scales else []
     bound = partial(function, eps=EPS)
     expected = bound(*inputs, *scales)
@@ -61,6 +66,40 @@ def test_kernel_equals_the_function(
         )
         for ours, theirs in zip(outputs, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("function", "num_rows", "num_outputs", "num_scales"), FUNCTIONS)
+def test_bfloat16_kernel_is_float32_rounded(
+    function: Callable[..., tuple[jax.Array, ...]],
+    num_rows: int,
+    num_outputs: int,
+    num_scales: int,
+) -> None:
+    """Within 0.5%: 2^-9 of the results' rounding and as much of what is rounded on the way."""
+    inputs = [x.astype(jnp.bfloat16) for x in arrays(num_rows, N, D)]
+    scales = [x.astype(jnp.bfloat16) for x in arrays(num_scales, D)] if num_scales else []
+    bound = partial(function, eps=EPS)
+    options = {"name": "rows", "num_outputs": num_outputs, "use_kernel": True, "interpret": True}
+    outputs = rowwise(bound, inputs, scales, **options)
+    exact = bound(*(x.astype(jnp.float32) for x in (*inputs, *scales)))
+    for ours, theirs in zip(outputs, exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        difference = jnp.linalg.norm(ours.astype(jnp.float32) - theirs)
+        assert float(difference) <= 0.005 * float(jnp.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize(("num_rows", "num_blocks"), [(128, 1), (384, 3), (768, 3), (2048, 8)])
+def test_blocks_divide_any_rows(num_rows: int, num_blocks: int) -> None:
+    """128 at least, for whatever number of rows the attention kernels take."""
+    (x,), (scale,) = arrays(1, num_rows, 8), arrays(1, 8)
+
+    def run(x: jax.Array) -> tuple[jax.Array, ...]:
+        options = {"name": "rows", "num_outputs": 1, "use_kernel": True, "interpret": True}
+        return rowwise(partial(rows.enter, eps=EPS), [x], [scale], **options)
+
+    (call,) = (e for e in jax.make_jaxpr(run)(x).eqns if e.primitive.name == "pallas_call")
+    assert call.params["grid_mapping"].grid == (num_blocks,)
+    np.testing.assert_allclose(run(x)[0], rms_norm(x, scale, EPS), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("has_post", [False, True])

@@ -44,8 +44,9 @@ def test_eight_devices_equal_one(report: dict[str, Any], case: str) -> None:
     assert eight["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
     assert len(eight["gradient_differences"]) == NUM_STEPS
     # Summed in another order: 1.02e-4 was seen, of the smallest gradient of the fused step.
-    assert max(eight["gradient_differences"]) <= 2e-4
-    assert max(eight["change_differences"]) <= 2e-4
+    bound = 2e-4 if "fused" in case else 1e-4
+    assert max(eight["gradient_differences"]) <= bound
+    assert max(eight["change_differences"]) <= bound
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,10 +10,11 @@ import pytest
 
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
-from jaxsft.planning.estimate import GIB, StepEstimate, num_loss_chunks
+from jaxsft.planning.estimate import GIB, StepEstimate, kernel_flops, num_loss_chunks
 from jaxsft.planning.hlo_memory import saved_activation_bytes
 from jaxsft.planning.hlo_text import parse_program
-from jaxsft.planning.pricing import PARTS
+from jaxsft.planning.kernel_price import KernelPrice
+from jaxsft.planning.pricing import CHIPS, PARTS, price_program
 from jaxsft.planning.run_plan import (
     PACKED,
     UNPACKED,
@@ -92,6 +93,7 @@ def test_histogram_and_list_are_the_same_lengths(tmp_path: Path) -> None:
         ('{"100": 1.5}', "length 100: count is '1.5'"),
         ('{"100": true}', "length 100: count is 'True'"),
         ('{"long": 1}', "a length is 'long'"),
+        ('{"100": ' + "[" * 200_000, "not a JSON histogram"),
         ('{"100": 1000000000}', "more than 100,000,000 samples"),
         ("\x00\xff", "lengths:1: .*"),
     ],
@@ -145,7 +147,8 @@ def test_max_steps_stand_for_as_many_epochs_when_packed() -> None:
 
 def test_steps_come_from_the_config_where_it_tells() -> None:
     assert steps_without_data(recipe()) == 22_500
-    assert steps_without_data(recipe("single_session", "--max_steps", "null")) == 5625
+    rows = ("--data.start", "0", "--data.stop", "180000", "--num_train_epochs", "1")
+    assert steps_without_data(recipe("single_session", "--max_steps", "null", *rows)) == 5625
     assert steps_without_data(recipe("single_session_packed")) is None
 
 
@@ -157,9 +160,17 @@ def test_hours_and_the_share_of_loss_positions() -> None:
     work = count_workloads(recipe(), [1024] * 10)  # half of each row is padding
     half = plan(workloads=work)
     assert half.loss_share == 0.5
-    assert half.seconds_per_step == pytest.approx(0.9)  # 0.2 s of loss head halved
+    # 0.2 s of loss head halved: a chip's micro-batch is 4096 positions, two chunks of 2048.
+    assert half.seconds_per_step == pytest.approx(0.9)
     assert sum(half.parts.values()) == pytest.approx(0.9)
     assert half.hours == pytest.approx(5.625)
+    # Chunks are whole: a quarter of the positions takes one, and so does all that is above a half.
+    assert half.seconds_at(0.25) == pytest.approx(0.9)
+    assert half.seconds_at(0.51) == pytest.approx(1.0)
+    assert half.seconds_at(0.0) == pytest.approx(0.8)
+    # In four micro-batches, as the recipe has it, one chunk holds a micro-batch: nothing is saved.
+    own = plan(recipe("single_session", "--gradient_accumulation_steps", "4"), workloads=work)
+    assert own.seconds_per_step == pytest.approx(1.0)
     assert plan(steps=None).hours is None
     assert plan(estimate=estimate(misfit="too large", seconds=0.0, parts={})).hours is None
 
@@ -194,11 +205,34 @@ def test_plan_as_data_has_the_units_in_its_names() -> None:
     assert values["hours"] is values["estimated_seconds_per_step"] is values["lora_mfu"] is None
 
 
+def test_too_little_on_chip_memory_is_no_figure_of_hbm() -> None:
+    misfit = estimate(misfit="130 of 128 MiB of VMEM", seconds=0.0, parts={}, hbm_bytes={})
+    assert plan(estimate=misfit).as_dict()["hbm_gib_per_chip"] is None
+
+
+def test_formulation() -> None:
+    small_heads = dataclasses.replace(PRESETS["gemma-2-2b"], head_dim=128)
+    assert plan().formulation == "fused" and plan().fused_obstacles == []
+    assert plan(recipe("single_session", "--step", "plain")).formulation == "plain"
+    for config, model_config, obstacle in (
+        (recipe("single_session", "--lora.dropout", "0.1"), PRESETS["gemma-2-2b"], "lora.dropout"),
+        (recipe("single_session", "--data.max_length", "640"), PRESETS["gemma-2-2b"], "640 .* 384"),
+        (recipe("single_session", "--data.max_length", "512"), small_heads, "heads of 128"),
+    ):
+        found = plan(config, model_config=model_config)
+        assert found.formulation == "plain"
+        (text,) = found.fused_obstacles
+        assert re.search(obstacle, text)
+
+
 def test_loss_chunks_of_a_micro_batch() -> None:
     """32 × 2048 positions on 8 chips, in 2 micro-batches: 4096 each, 8 chunks of 512."""
     assert num_loss_chunks(recipe("single_session", "--loss_chunk_tokens", "512"), 8) == 8
     assert num_loss_chunks(recipe("single_session", "--loss_chunk_tokens", "1000"), 8) == 5
     assert num_loss_chunks(recipe("single_session", "--loss_chunk_tokens", "9999"), 8) == 1
+    # A third of the positions, 1365.3: three chunks of 512.
+    small = recipe("single_session", "--loss_chunk_tokens", "512")
+    assert [num_loss_chunks(small, 8, share) for share in (0, 1e-4, 1 / 3, 0.5)] == [0, 1, 3, 4]
 
 
 # --- the architecture without weights ---
@@ -337,6 +371,17 @@ def test_activations_are_what_one_loop_makes_and_another_reads() -> None:
     """The stack, 2 × 4 × 128 float32. Not: weights, which the loop passes on, and x, in VMEM."""
     program = parse_program(LOOPS.replace("CARRY", CARRY).replace("READ", READ))
     assert saved_activation_bytes(program) == 2 * 4 * 128 * 4
+
+
+def test_recomputed_flops_are_also_those_of_kernels() -> None:
+    """The kernel of the hand-counted program runs 15 times, at 1000 FLOPs each."""
+    text = (Path(__file__).parents[1] / "golden" / "hand_counted.hlo").read_text()
+    kernels = {"kernel": KernelPrice(1e-6, 1500, 0, 1000, ())}
+    again = text.replace("jvp(attention)/pallas_call", "rematted_computation/pallas_call")
+    assert again != text
+    for program, recomputed in ((text, 0), (again, 15_000)):
+        ops = price_program(program, CHIPS["v5e"], {"kernel": 1e-6}, {}).ops
+        assert kernel_flops(ops, kernels) == (15_000, recomputed)
 
 
 def test_estimate_survives_json() -> None:

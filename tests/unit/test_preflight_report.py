@@ -14,7 +14,7 @@ from rich.console import Console
 from jaxsft.agreement import Difference
 from jaxsft.json_file import write_json
 from jaxsft.planning.estimate import StepEstimate
-from jaxsft.preflight import Memory, Preflight, peak_memory, planned_seconds
+from jaxsft.preflight import Memory, Planned, Preflight, find_plan, peak_memory
 from jaxsft.report import show_preflight
 
 GIB = 2**30
@@ -26,7 +26,7 @@ GOOD = Preflight(
     num_steps_left=1800,
     budget_hours=1.0,
     memory=Memory(3 * GIB, 4 * GIB),
-    planned_seconds=1.6,
+    planned=Planned(1.6, GIB // 2),
     difference=Difference("Pallas kernels and XLA", 1e-3, 0.05, "global qkv_b", 1e-3, 0.1),
     not_compared="",
 )
@@ -66,9 +66,17 @@ def test_report_in_one_block() -> None:
         "  speed    2.000 s a step (median of 3, 1.000 to 90.000), 1,234 tokens/s; 1.25 × the "
         "planned 1.600 s",
         "  time     1,800 steps take 1 hours; budget_hours 1",
-        "  memory   3.00 of 4.00 GiB on the fullest device",
+        "  memory   3.00 of 4.00 GiB on the fullest device since the start, loading included; the "
+        "step alone is planned at 0.50",
         "  program  0123456789abcdef",
     ]
+
+
+def test_report_without_a_plan_says_how_to_make_one() -> None:
+    out = io.StringIO()
+    show_preflight(Console(file=out, width=200), dataclasses.replace(GOOD, planned=None))
+    assert "no plan of it was made on this machine: python -m jaxsft.plan" in out.getvalue()
+    assert out.getvalue().splitlines()[3].endswith("loading included")
 
 
 def kept_estimate(**changes: Any) -> dict[str, Any]:
@@ -82,7 +90,7 @@ def kept_estimate(**changes: Any) -> dict[str, Any]:
         compile_seconds=60.0,
         num_positions=65536,
         misfit="",
-        hbm_bytes={},
+        hbm_bytes={"weights": 5 * GIB, "temporaries": GIB},
         hbm_limit_bytes=16 * GIB,
         seconds=0.7,
     )
@@ -111,15 +119,15 @@ def test_the_newest_plan_of_the_same_program_and_machine(tmp_path: Path) -> None
         os.utime(path, (age, age))
     (tmp_path / f"{GOOD.program_hash}-damaged.json").write_text("{")
 
-    def find(program: str, device_kind: str, num_devices: int) -> float | None:
-        return planned_seconds(tmp_path, program, mesh(device_kind, num_devices))
+    def find(program: str, device_kind: str, num_devices: int) -> Planned | None:
+        return find_plan(tmp_path, program, mesh(device_kind, num_devices))
 
-    assert find(GOOD.program_hash, "TPU v5 lite", 8) == 0.7
-    assert find(GOOD.program_hash, "TPU v6 lite", 8) == 0.3
+    assert find(GOOD.program_hash, "TPU v5 lite", 8) == Planned(0.7, 6 * GIB)
+    assert find(GOOD.program_hash, "TPU v6 lite", 8) == Planned(0.3, 6 * GIB)
     assert find(GOOD.program_hash, "TPU v5 lite", 4) is None
     assert find(GOOD.program_hash, "cpu", 8) is None
     assert find("another", "TPU v5 lite", 8) is None
-    assert planned_seconds(tmp_path / "none", GOOD.program_hash, mesh("TPU v5 lite", 8)) is None
+    assert find_plan(tmp_path / "none", GOOD.program_hash, mesh("TPU v5 lite", 8)) is None
 
 
 def test_memory_where_the_device_counts_it() -> None:

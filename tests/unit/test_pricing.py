@@ -235,7 +235,7 @@ def test_scan_of_matmuls_compiled_for_a_tpu(topology: str):
             return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_LDD)[0]
 
     shapes = (1024, 2048), (7, 2048, 2048)
-    compiled = compile_for_tpu(lower(layers, topology_devices(topology), *shapes), {})
+    compiled = compile_for_tpu(lower(layers, topology_devices(topology), *shapes))
     assert isinstance(compiled, Compiled)
     assert compiled.memory.arguments == 2 * (1024 * 2048 + 7 * 2048 * 2048)
     chip = CHIPS[topology.split(":")[0]]
@@ -267,9 +267,9 @@ def test_kernel_schedule_of_a_pallas_matmul(tmp_path: Path):
         )(x_MK, w_KN)
 
     device = topology_devices("v5e:2x4")[0]
-    compiled = compile_for_tpu(lower(matmul, [device], (1024, 1024), (1024, 1024)), {})
+    compiled = compile_for_tpu(lower(matmul, [device], (1024, 1024), (1024, 1024)))
     assert isinstance(compiled, Compiled)
-    arguments = compiled.hlo_text, V5E, "v5e:2x4", {}, tmp_path
+    arguments = compiled.hlo_text, V5E, "v5e:2x4", tmp_path
     ((name, price),) = price_kernels(*arguments, dict(os.environ)).items()
     # Four 128 × 128 matrix units take 1024³ multiplications in 16,384 cycles; a block of x is
     # fetched once for its two blocks of y, one of w for each: (2 + 2 × 2 + 2) MiB.
@@ -284,6 +284,6 @@ def test_kernel_schedule_of_a_pallas_matmul(tmp_path: Path):
 @pytest.mark.usefixtures("tpu_compiler")
 def test_too_large_a_program_says_how_much_it_needs():
     devices = topology_devices("v5e:2x4")
-    too_large = compile_for_tpu(lower(lambda x: x + 1, devices, (65536, 65536)), {})
+    too_large = compile_for_tpu(lower(lambda x: x + 1, devices, (65536, 65536)))
     # 8 GiB in and 8 GiB out, on a chip that leaves 15.75 to programs.
     assert too_large == OutOfMemory("hbm", 16 * 2**30, int(15.75 * 2**30))
