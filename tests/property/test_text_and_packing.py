@@ -12,8 +12,8 @@ from jaxsft.chat import cut_text, encode_chat, encode_prompt, shorten
 from jaxsft.packing import PackedRows, Sample, StepBatches, num_steps
 from jaxsft.reasoning import (
     Conversation,
-    Rejected,
     ConversionReason,
+    Rejected,
     Turn,
     check_roles,
     completion_text,

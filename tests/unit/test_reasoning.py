@@ -7,8 +7,8 @@ from jaxsft import reasoning
 from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.reasoning import (
     Conversation,
-    Rejected,
     ConversionReason,
+    Rejected,
     Turn,
     check_roles,
     completion_text,
