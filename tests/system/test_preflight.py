@@ -105,7 +105,7 @@ def test_preflight_measures_and_stops(
     assert len(times) == 20 and found["seconds_per_step"] == (times[9] + times[10]) / 2
     assert found["hours"] == 3 * found["seconds_per_step"] / 3600
     assert "plain and fused step agree" in out and "budget_hours 9" in out
-    assert f"train step: program {found['program_hash']}" in out
+    assert f"train step: plain, program {found['program_hash']}" in out
     assert f"  program  {found['program_hash']}" in out
     # Nothing was trained, and the run can still be made.
     assert {path.name for path in (tmp_path / "runs" / "run").iterdir()} == {
