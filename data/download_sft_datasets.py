@@ -11,12 +11,16 @@ it stopped when the same command is given again; a complete one is left as it is
 to the hub if it is set, HF_ENDPOINT names another hub, HF_HUB_DOWNLOAD_TIMEOUT is the number of
 seconds without a byte after which a request is tried again (10).
 
-Exit codes: 0 all is there, 1 the hub did not deliver in spite of the retries, 2 wrong input or no
-network.
+--revision COMMIT gives the same rows on every machine. Without it each output directory keeps to
+the commit that "main" meant there at first; the commit is printed, and kept in manifest.json.
+
+Exit codes: 0 all is there, 1 the hub did not deliver in spite of the retries or the disk is full,
+2 wrong input or no network.
 """
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
@@ -24,7 +28,7 @@ import time
 from collections.abc import Sequence
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -33,29 +37,14 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
-from jaxsft.download import Progress, Request, convert_file, download_splits, finished
+from jaxsft.download import Progress, Request, convert_file, download_splits, finished, tidy_up
 from jaxsft.hub_retry import Hub, HubError, NoNetworkError
-from jaxsft.splits import parse_split
+from jaxsft.sources import converter_version
+from jaxsft.splits import KNOWN, Known, parse_split
 
 EXIT_INTERRUPTED = 130
 PLAIN_LINE_EVERY_S = 15.0
 NAME = re.compile(r"\w[\w.-]*")  # of an owner, a data set or a subset; safe as a folder's name
-
-
-class Known(NamedTuple):
-    """A data set with a short name: where it is, and the splits that are taken by default."""
-
-    repo: str
-    subset: str | None
-    splits: tuple[str, ...]
-
-
-# The test splits are there so that training rows can be compared with them.
-KNOWN = {
-    "glaive": Known("glaiveai/reasoning-v1-20m", None, ("train[:180000]", "train[180000:280000]")),
-    "gsm8k": Known("openai/gsm8k", "main", ("train", "test")),
-    "mbpp": Known("google-research-datasets/mbpp", "full", ("train", "test")),
-}
 
 
 class Reporter(Progress):
@@ -163,8 +152,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--revision",
         default="main",
-        help="branch, tag or commit of the hub data set (default: main); what it means is looked "
-        "up once and kept in revision.json",
+        help="branch, tag or commit of the hub data set (default: main); a commit gives the same "
+        "rows on every machine, the others are looked up once and kept in revision.json; the "
+        "commit used is printed and kept in manifest.json",
     )
     add("--output_dir", type=Path, default=Path("data"), help="default: data")
     add("--rows_per_file", type=int, default=20_000, help="source rows per file (default: 20000)")
@@ -217,6 +207,8 @@ def file_requests(file: Path, options: argparse.Namespace) -> list[Request]:
         raise ValueError(f"{file}: is a file; --subset and --revision are for the hub's data sets")
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
+    if not NAME.fullmatch(file.stem):
+        raise ValueError(f"{file}: {file.stem!r} names the output; use letters, digits, _ . and -")
     with file.open("rb") as data:
         source = {"file": file.name, "sha256": file_digest(data, "sha256").hexdigest()}
     return _requests(options, file.stem, source, ("train",))
@@ -241,7 +233,7 @@ def report_finished(reporter: Reporter, directory: Path, manifest: dict[str, Any
     reporter.line(
         f"{directory}: {manifest['rows']:,} of {manifest['rows_read']:,} rows, "
         f"{len(manifest['files'])} files, {size:,.1f} MB"
-        + (f", revision {manifest['revision'][:8]}" if manifest["revision"] else "")
+        + (f", revision {manifest['revision']}" if manifest["revision"] else "")
         + (f"; left out: {rejected}" if rejected else "")
     )
 
@@ -251,15 +243,23 @@ def obtain(name: str, options: argparse.Namespace, hub: Hub, reporter: Reporter)
     file = Path(name)
     is_file = file.suffix in (".jsonl", ".parquet")
     requests = file_requests(file, options) if is_file else hub_requests(name, options)
-    missing = [request for request in requests if finished(request) is None]
+    missing = []
     for request in requests:
-        if request not in missing:
+        manifest = finished(request)
+        if manifest is None:
+            missing.append(request)
+        elif manifest.get("converter") == converter_version():
             reporter.line(f"{request.directory}: complete, nothing to do")
-    if is_file:
+        else:
+            other = "made by another version of the converter: prepare checks every row again"
+            reporter.line(f"{request.directory}: complete, nothing to do; {other}")
+    if not missing:
+        tidy_up(requests)
+    elif is_file:
         for request in missing:
             manifest = convert_file(file, request, reporter)
             report_finished(reporter, request.directory, manifest)
-    elif missing:
+    else:
         for directory, manifest in download_splits(hub, missing, reporter):
             report_finished(reporter, directory, manifest)
 
@@ -289,7 +289,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, EXIT_BAD_INPUT)
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}", EXIT_BAD_INPUT)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = "no space left: make room or name another --output_dir"
+            return fail(f"{error.filename or options.output_dir}: {full}", EXIT_FAILED)
+        why = str(error.strerror or error)
+        return fail(f"{error.filename}: {why}" if error.filename else why, EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         return fail("interrupted; the same command goes on where it stopped", EXIT_INTERRUPTED)
     return 0

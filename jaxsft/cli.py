@@ -14,6 +14,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from jaxsft.config import TrainConfig, validate
+from jaxsft.text import visible_line
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo"
@@ -23,7 +24,7 @@ EXIT_BAD_INPUT = 2
 
 def fail(error: object, code: int) -> int:
     """Prints the error as one line; returns the exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {visible_line(str(error))}", file=sys.stderr)
     return code
 
 

@@ -4,6 +4,8 @@ The docstring of each field is its `--help` text. Lengths are in tokens, duratio
 """
 
 import dataclasses
+import math
+import os.path
 from collections import Counter
 from typing import Any, Literal
 
@@ -198,9 +200,11 @@ def validate(config: TrainConfig) -> None:
         problems.append(f"data.stop {config.data.stop} is not above data.start {config.data.start}")
     if not config.data.train_files:
         problems.append("data.train_files is empty: name at least one JSONL or Parquet file")
-    if isinstance(config.data.train_files, list):
-        twice = [file for file, n in Counter(config.data.train_files).items() if n > 1]
-        problems += [f"data.train_files names {file} twice; give it a weight" for file in twice]
+    for name, advice in (("train_files", "give it a weight"), ("eval_files", "name it once")):
+        files = getattr(config.data, name)
+        counts = Counter(map(os.path.abspath, [] if isinstance(files, str) else files))
+        twice = [file for file, count in counts.items() if count > 1]
+        problems += [f"data.{name} names {file} twice; {advice}" for file in twice]
     if config.eval.temperature == 0 and (config.eval.top_k > 1 or config.eval.top_p < 1):
         problems.append(
             "eval.top_k and eval.top_p do nothing at eval.temperature 0, set it above 0"
@@ -281,7 +285,7 @@ _CHECKS = (
     ("data.start", *_NOT_NEGATIVE),
     ("data.min_completion_tokens", *_NOT_NEGATIVE),
     ("data.max_drop", lambda x: 0 <= x <= 1, "a share from 0 to 1"),
-    ("data.weights", lambda x: x is None or (min(x, default=0) > 0), "above 0 for each file"),
+    ("data.weights", lambda x: x is None or all(0 < w < math.inf for w in x), "above 0 for each"),
     ("eval.num_prompts", *_NOT_NEGATIVE),
     ("eval.batch_size", *_POSITIVE),
     ("eval.max_new_tokens", *_POSITIVE),

@@ -20,6 +20,7 @@ from jaxsft.filters import Filter, contaminated, degenerate, duplicates
 from jaxsft.packing import Batch, Sample, StepBatches
 from jaxsft.reasoning import Conversation, Rejected, Turn, convert_row
 from jaxsft.sources import read_rows
+from jaxsft.text import visible_line
 from jaxsft.tokenizer import Tokenizer
 
 _CHUNK_ROWS = 512  # conversations tokenised by one call
@@ -54,7 +55,7 @@ class DataReport:
         self.rejected[rejected.reason] = self.rejected.get(rejected.reason, 0) + 1
         examples = self.examples.setdefault(rejected.reason, [])
         if len(examples) < _NUM_EXAMPLES:
-            examples.append(f"{where} ({rejected.detail})")
+            examples.append(f"{where} ({visible_line(rejected.detail)[:160]})")
 
     @property
     def num_rejected(self) -> int:

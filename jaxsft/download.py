@@ -13,15 +13,11 @@ the plan alone; an interrupted download goes on with the next one.
 import fcntl
 import itertools
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pyarrow as arrow
-import pyarrow.parquet as parquet
 
 from jaxsft.hub import Snapshot, fetch, look_up, parquet_footer
 from jaxsft.hub_retry import Hub
@@ -29,21 +25,20 @@ from jaxsft.json_file import read_json, write_json
 from jaxsft.row_writer import (
     Counts,
     Part,
-    check_columns,
-    jsonl_batches,
+    check_some_accepted,
     parquet_batches,
-    schema_of_row,
+    remove_parts,
+    write_manifest,
     write_part,
 )
-from jaxsft.sources import MANIFEST, ROWS_KIND, converter_version, read_rows, row_files
-from jaxsft.splits import Plan, Split, check_end, plan_split
+from jaxsft.sources import MANIFEST, ROWS_KIND, converter_version, row_files
+from jaxsft.splits import Plan, Split, check_end, file_pieces, plan_split
 
 UNFINISHED = "unfinished.json"
 PIN = "revision.json"
 
 _SOURCE = ".source"
 _UNFINISHED_KIND = "jaxsft unfinished rows"
-_ENOUGH_REJECTED = 1000  # rows without one accepted: the rest will not be better
 
 
 class Request(NamedTuple):
@@ -53,6 +48,10 @@ class Request(NamedTuple):
     source: dict[str, Any]
     split: Split
     rows_per_file: int
+
+
+class LockedError(ValueError):
+    """Another download is writing to the directory."""
 
 
 class Progress:
@@ -71,17 +70,34 @@ class Progress:
 def finished(request: Request) -> dict[str, Any] | None:
     """The manifest of a complete directory, found without reading a row; None if incomplete.
 
+    Another version of the converter may have made it: the parts hold rows as they came, which are
+    converted, and so checked, when they are used.
+
     Raises:
-      ValueError: it is complete, but of another source or made by another converter, or damaged.
+      ValueError: it is complete, but of another source, or damaged.
     """
     directory = request.directory
     if not (directory / MANIFEST).is_file():
         return None
     manifest = read_json(directory / MANIFEST)
     wanted = _head(request, manifest.get("revision"))
-    _check_same(directory, manifest, wanted)
+    _check_same(directory, manifest, wanted | {"converter": manifest.get("converter")})
     row_files(directory)
     return manifest
+
+
+def tidy_up(requests: Sequence[Request]) -> None:
+    """Removes what a download that was killed at its very end left beside complete directories."""
+    home = requests[0].directory.parent
+    left_over = [request.directory / UNFINISHED for request in requests]
+    if not (home / _SOURCE).is_dir() and not any(file.is_file() for file in left_over):
+        return
+    with suppress(OSError, LockedError), _locked(home):
+        for file in left_over:
+            file.unlink(missing_ok=True)
+        if not any(home.glob(f"*/{UNFINISHED}")):  # it would need the shards
+            _keep_only(home / _SOURCE, set())
+            (home / _SOURCE).rmdir()
 
 
 def download_splits(
@@ -113,7 +129,8 @@ def download_splits(
             later = {piece.shard.git_oid for other in plans[number + 1 :] for piece in other.slices}
             manifest = _carry_out(hub, snapshot, request, plan, shards, later, progress)
             yield request.directory, manifest
-        shards.rmdir()
+        if shards.is_dir():
+            shards.rmdir()
 
 
 def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, Any]:
@@ -122,11 +139,22 @@ def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, 
     Raises:
       ValueError: with file:line or file:row, where the file or a row of it is wrong.
     """
+    with _locked(request.directory.parent):
+        progress.plan(str(request.directory), 0, 0)
+        try:
+            return _convert_file(file, request, progress)
+        except BaseException:
+            if not (request.directory / MANIFEST).is_file():
+                remove_parts(request.directory)
+                with suppress(OSError):  # it was not made, or holds something else
+                    request.directory.rmdir()
+            raise
+
+
+def _convert_file(file: Path, request: Request, progress: Progress) -> dict[str, Any]:
     split, size = request.split, request.rows_per_file
-    pieces = _parquet_pieces if file.suffix == ".parquet" else _jsonl_pieces
-    progress.plan(str(request.directory), 0, 0)
     parts: list[Part] = []
-    for batches in pieces(file, split, size):
+    for batches in file_pieces(file, split, size):
         start = split.start + len(parts) * size
         request.directory.mkdir(parents=True, exist_ok=True)
         path = request.directory / f"part-{len(parts):05d}.parquet"
@@ -135,27 +163,7 @@ def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, 
         progress.converted(part.counts.rows_read)
     num_rows = split.start + sum(part.counts.rows_read for part in parts)
     check_end(str(file), split, num_rows)
-    return _finish(request, _head(request, None), parts)
-
-
-def _parquet_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
-    try:
-        footer = parquet.read_metadata(file)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{file}: cannot be read as Parquet ({why})") from None
-    columns = check_columns(footer.schema.to_arrow_schema(), str(file))
-    end = check_end(str(file), split, footer.num_rows)
-    for start in range(split.start, end, size):
-        yield parquet_batches(file, columns, start, min(start + size, end))
-
-
-def _jsonl_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
-    rows = itertools.islice(read_rows(file), split.start, split.stop)
-    schema = None
-    while first := next(rows, None):
-        schema = schema or schema_of_row(*first)
-        yield jsonl_batches(itertools.chain([first], itertools.islice(rows, size - 1)), schema)
+    return write_manifest(request.directory, _head(request, None), parts)
 
 
 def _pins(home: Path, repo: str) -> dict[str, Any]:
@@ -164,6 +172,9 @@ def _pins(home: Path, repo: str) -> dict[str, Any]:
     if (home / PIN).is_file():
         pins = read_json(home / PIN)
     _check_same(home / PIN, pins, {"repo": repo})
+    commits = pins.get("commits")
+    if not isinstance(commits, dict) or not all(isinstance(each, str) for each in commits.values()):
+        raise ValueError(f"{home / PIN}: names no commits; delete it, or name another --output_dir")
     return pins
 
 
@@ -182,13 +193,13 @@ def _carry_out(
     shards.mkdir(exist_ok=True)
     head = _head(request, snapshot.revision)
     state = head | {"kind": _UNFINISHED_KIND, "rows_per_file": request.rows_per_file}
-    parts = _parts_so_far(request.directory, state)
+    parts = _parts_so_far(request.directory, state, hub.note)
     todo = list(enumerate(slices))[len(parts) :]
     num_bytes = sum({piece.shard.path: piece.shard.size for _, piece in todo}.values())
     num_rows = sum(piece.stop - piece.start for _, piece in todo)
     progress.plan(str(request.directory), num_bytes, num_rows)
     for shard, pieces in itertools.groupby(todo, key=lambda item: item[1].shard):
-        _check_some_accepted(request, parts)
+        check_some_accepted(request.directory, parts)
         needed = needed_later | {piece.shard.git_oid for piece in slices[len(parts) :]}
         _keep_only(shards, needed)
         source = shards / f"{shard.git_oid}.parquet"
@@ -201,7 +212,8 @@ def _carry_out(
             written = [[list(counts), *rest] for counts, *rest in parts]
             write_json(request.directory / UNFINISHED, state | {"parts": written})
             progress.converted(stop - start)
-    manifest = _finish(request, head, parts)
+    manifest = write_manifest(request.directory, head, parts)
+    (request.directory / UNFINISHED).unlink(missing_ok=True)
     _keep_only(shards, needed_later)
     return manifest
 
@@ -216,56 +228,33 @@ def _head(request: Request, revision: str | None) -> dict[str, Any]:
     }
 
 
-def _parts_so_far(directory: Path, state: dict[str, Any]) -> list[Part]:
-    """The parts that an interrupted download has written, as far as they are there."""
+def _parts_so_far(
+    directory: Path, state: dict[str, Any], note: Callable[[str], None]
+) -> list[Part]:
+    """The parts that an interrupted download has written, as far as they are there and usable."""
     path = directory / UNFINISHED
-    if not path.is_file():
-        write_json(path, state | {"parts": []})
-        return []
-    before = read_json(path)
-    _check_same(directory, before, state)
-    parts = [Part(Counts(*counts), *rest) for counts, *rest in before["parts"]]
-
-    def is_there(part: Part) -> bool:
-        file = directory / Path(part.name).name
-        return not part.name or (file.is_file() and file.stat().st_size == part.num_bytes)
-
-    return list(itertools.takewhile(is_there, parts))
-
-
-def _finish(request: Request, head: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
-    """Writes the manifest; ValueError where no row was accepted."""
-    _check_some_accepted(request, parts, enough=1)
-    rejected = sum((Counter(part.counts.rejected) for part in parts), Counter())
-    manifest = head | {
-        "rows_read": sum(part.counts.rows_read for part in parts),
-        "rows": sum(part.counts.rows for part in parts),
-        "rejected": dict(sorted(rejected.items())),
-        "files": [
-            {"name": p.name, "rows": p.counts.rows, "bytes": p.num_bytes, "sha256": p.sha256}
-            for p in parts
-            if p.name
-        ],
-    }
-    names = {part.name for part in parts}
-    for left_over in request.directory.glob("part-*"):
-        if left_over.name not in names:
-            left_over.unlink()
-    write_json(request.directory / MANIFEST, manifest)
-    (request.directory / UNFINISHED).unlink(missing_ok=True)
-    return manifest
+    parts: list[Part] = []
+    if path.is_file():
+        before = read_json(path)
+        _check_same(directory, before, state | {"converter": before.get("converter")})
+        if before.get("converter") != state["converter"]:
+            note(f"{directory}: begun by another version of the converter; starts over")
+        else:
+            try:
+                parts = [Part(Counts(*counts), *rest) for counts, *rest in before["parts"]]
+                return list(itertools.takewhile(partial(_is_there, directory), parts))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                note(f"{path}: lists no parts; starts over")
+    write_json(path, state | {"parts": []})
+    return []
 
 
-def _check_some_accepted(
-    request: Request, parts: list[Part], enough: int = _ENOUGH_REJECTED
-) -> None:
-    rejected = sum((Counter(part.counts.rejected) for part in parts), Counter())
-    if rejected.total() >= enough and not any(part.counts.rows for part in parts):
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejected.most_common())
-        raise ValueError(
-            f"{request.directory}: none of the first {rejected.total():,} rows can be used "
-            f"({reasons}); is this the data set that you mean?"
-        )
+def _is_there(directory: Path, part: Part) -> bool:
+    file = directory / Path(part.name).name
+    sums = part.counts.rows + sum(part.counts.rejected.values())
+    if not isinstance(part.sha256, str) or sums != part.counts.rows_read:
+        raise TypeError("is no part")
+    return not part.name or (file.is_file() and file.stat().st_size == part.num_bytes)
 
 
 def _check_same(where: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -289,11 +278,16 @@ def _locked(home: Path) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
     handle = os.open(home, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"{home}: another download is writing to it") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(f"{home}: another download is writing to it") from None
+        if not home.is_dir() or not os.path.samestat(os.fstat(handle), home.stat()):
+            raise LockedError(f"{home}: another download has just removed it; try again")
+        try:
+            yield
+        finally:
+            if not any(home.iterdir()):
+                home.rmdir()
     finally:
         os.close(handle)
-        if not any(home.iterdir()):
-            home.rmdir()

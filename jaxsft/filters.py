@@ -3,8 +3,9 @@
 Text only. Each filter takes a conversation and returns why it is left out, or None:
 
     duplicate     the same turns, text for text, came before
-    contaminated  the prompt is one of the held-out prompts, or half of such a prompt's runs of
-                  8 words are in it (as GPT-3, arXiv 2005.14165, app. C, looks for runs of words)
+    contaminated  the prompt is one of the held-out prompts, or has half of the runs of 8 words or
+                  marks that only this held-out prompt has (as GPT-3, arXiv 2005.14165, app. C,
+                  looks for runs of words)
     degenerate    the reasoning or the answer ends in a loop: its last 1,000 characters compress
                   more than 6-fold (natural text about 2-fold); or the answer is nothing but a
                   phrase such as "I hope this helps!"
@@ -34,6 +35,7 @@ _FILLERS = frozenset(
     }
 )
 _WORD = re.compile(r"\w+")
+_WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 
 
 def degenerate(conversation: Conversation) -> Rejected | None:
@@ -69,29 +71,35 @@ def duplicates() -> Filter:
 
 def contaminated(heldout: Iterable[Conversation]) -> Filter:
     """A filter that rejects conversations whose prompts are those of held-out ones."""
-    runs_of: list[int] = []
-    prompts_with: dict[tuple[str, ...], list[int]] = {}
-    for conversation in heldout:
-        runs = _runs(conversation)
-        for run in runs:
-            prompts_with.setdefault(run, []).append(len(runs_of))
-        runs_of.append(len(runs))
+    prompts = [_prompt(conversation) for conversation in heldout]
+    whole = {" ".join(prompt.split()): i for i, prompt in enumerate(prompts)}
+    runs = [_runs(prompt) for prompt in prompts]
+    shared = Counter(run for of_prompt in runs for run in of_prompt)
+    # Words that several prompts have, such as instructions, tell nothing.
+    own = [{run for run in of_prompt if shared[run] == 1} for of_prompt in runs]
+    prompt_with = {run: i for i, of_prompt in enumerate(own) for run in of_prompt}
 
     def filter_(conversation: Conversation) -> Rejected | None:
-        shared = Counter(i for run in _runs(conversation) for i in prompts_with.get(run, ()))
-        for prompt, count in shared.items():
-            if 2 * count >= runs_of[prompt]:
-                return Rejected("contaminated", f"the prompt of held-out sample {prompt + 1}")
-        return None
+        prompt = _prompt(conversation)
+        found = whole.get(" ".join(prompt.split()))
+        if found is None:
+            counts = Counter(prompt_with[run] for run in _runs(prompt) if run in prompt_with)
+            found = next((i for i, count in counts.items() if 2 * count >= len(own[i])), None)
+        if found is None:
+            return None
+        return Rejected("contaminated", f"the prompt of held-out sample {found + 1}")
 
     return filter_
 
 
-def _runs(conversation: Conversation) -> set[tuple[str, ...]]:
-    """All runs of 8 words of the user's turns; of a shorter text the one that it is."""
-    words = _words(" ".join(turn.content for turn in conversation.turns if turn.role == "user"))
-    last = max(len(words) - _RUN_WORDS, 0)
-    return {tuple(words[i : i + _RUN_WORDS]) for i in range(last + 1)} if words else set()
+def _prompt(conversation: Conversation) -> str:
+    return " ".join(turn.content for turn in conversation.turns if turn.role == "user").lower()
+
+
+def _runs(prompt: str) -> set[tuple[str, ...]]:
+    """All runs of 8 words or marks; none of a text with fewer."""
+    words = _WORD_OR_MARK.findall(prompt)
+    return {tuple(words[i : i + _RUN_WORDS]) for i in range(len(words) - _RUN_WORDS + 1)}
 
 
 def _words(text: str) -> list[str]:

@@ -5,6 +5,7 @@ No message holds what a server answered, nor an address: both could carry a toke
 
 import email.utils
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class Hub:
     retry_wait_s: float = 1.0
     note: Callable[[str], None] = lambda line: None
     answered: bool = False  # whether the hub ever was reached
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not re.fullmatch("[!-~]+", self.token):
+            raise ValueError("HF_TOKEN holds characters that no token has; set it again, or unset")
 
 
 class Tries:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail, parse_config
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, check_output, fail, parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.inspect_html import page
 from jaxsft.inspect_report import legend, show_checks, show_counts, show_row
@@ -96,10 +96,8 @@ def parse_options(argv: Sequence[str]) -> tuple[InspectOptions, list[str]]:
     options = InspectOptions(**vars(found))
     if options.rows < 0:
         raise ValueError(f"--rows {options.rows}: must not be negative")
-    if options.html is not None and options.html.is_dir():
-        raise ValueError(f"--html {options.html}: is a directory; name a file")
-    if options.html is not None and not options.html.absolute().parent.is_dir():
-        raise ValueError(f"--html {options.html}: there is no such directory to write it to")
+    if options.html is not None:
+        check_output("--html", str(options.html))
     return options, rest
 
 

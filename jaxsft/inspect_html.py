@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from html import escape
 
 from jaxsft.inspect_charts import histogram
-from jaxsft.inspect_rows import Check, Fate, Survey, facts, fates, plural, visible
+from jaxsft.inspect_rows import Check, Fate, Survey, facts, fates, plural
 from jaxsft.inspect_style import STYLE
 from jaxsft.inspect_tokens import RowView, Segment, Token
 from jaxsft.prepared import Prepared
+from jaxsft.text import visible
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 

@@ -10,9 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxsft.inspect_rows import Check, Survey, facts, fates, plural, visible
+from jaxsft.inspect_rows import Check, Survey, facts, fates, plural
 from jaxsft.inspect_tokens import RowView, Segment, Token
 from jaxsft.prepared import Prepared
+from jaxsft.text import visible
 
 # Two shades of each, in turn, show where one token ends and the next begins.
 _STYLES = {

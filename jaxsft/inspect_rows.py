@@ -6,7 +6,6 @@ memory of one slice. In text, the template of a sample is (chat.py)
     <bos> (<start_of_turn> … <end_of_turn>  of the user, then the same of the model) one or more
 """
 
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from jaxsft.packing import BoolArray, Int32Array
 from jaxsft.prepared import Prepared
+from jaxsft.text import visible_line
 from jaxsft.tokenizer import Tokenizer
 
 PERCENTILES = (1, 5, 10, 50, 90, 95, 99)
@@ -23,7 +23,6 @@ _SLICE_TOKENS = 1 << 22  # 21 MB of tokens and mask, and three times that while 
 _NUM_EXAMPLES = 5  # kept of each check
 _CONTROLS_PER_EXCHANGE = 4  # a user turn and a model turn, each with its begin and its end
 _FILTERS = {"duplicate": "drop_duplicates", "contaminated": "drop_contaminated"}
-_INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode categories
 
 IndexArray = npt.NDArray[np.int64]
 
@@ -83,12 +82,14 @@ def survey(prepared: Prepared, tokenizer: Tokenizer) -> Survey:
     num_labels = np.zeros(rows.num_samples, np.int64)
     num_failed: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
+    loss_on_prompt = bool(prepared.manifest["made_from"]["options"]["loss_on_prompt"])
     is_control = np.zeros(tokenizer.vocab_size, bool)
     is_control[sorted(tokenizer.control_ids)] = True
     for first, last in _slices(rows.sample_offsets):
         low, high = rows.sample_offsets[first], rows.sample_offsets[last]
         starts = rows.sample_offsets[first:last] - low
-        part = _Part(tokenizer, rows.tokens_N[low:high], rows.loss_mask_N[low:high], starts)
+        arrays = rows.tokens_N[low:high], rows.loss_mask_N[low:high]
+        part = _Part(tokenizer, *arrays, starts, loss_on_prompt)
         num_labels[first:last] = np.add.reduceat(part.mask, starts, dtype=np.int64)
         num_labels[first:last] -= part.mask[starts]  # a first token is nobody's target
         for name, failed, describe in part.checks(is_control):
@@ -118,9 +119,14 @@ class _Part:
     """Some samples one after the other: `starts` int64 [n], in `tokens` and `mask` [N]."""
 
     def __init__(
-        self, tokenizer: Tokenizer, tokens: Int32Array, mask: BoolArray, starts: IndexArray
+        self,
+        tokenizer: Tokenizer,
+        tokens: Int32Array,
+        mask: BoolArray,
+        starts: IndexArray,
+        loss_on_prompt: bool,
     ):
-        self.tokenizer, self.starts = tokenizer, starts
+        self.tokenizer, self.starts, self.loss_on_prompt = tokenizer, starts, loss_on_prompt
         self.tokens, self.mask = np.asarray(tokens), np.asarray(mask)
         self.last = np.append(starts[1:], len(tokens)) - 1
 
@@ -167,6 +173,19 @@ class _Part:
             (self.tokens[self.last] != end) | ~self.mask[self.last] | has_untrained,
             self._describe_end,
         )
+        total = np.add.reduceat(self.mask, self.starts, dtype=np.int64)
+        before = np.append(0, np.cumsum(self.mask))  # labels in front of a place
+        is_model_begin = number % _CONTROLS_PER_EXCHANGE == _CONTROLS_PER_EXCHANGE - 2
+        labels = np.where(is_model_end, before[turns + 1], 0)
+        labels -= np.where(is_model_begin, before[turns], 0)
+        inside = np.bincount(whose, weights=labels, minlength=num)
+        elsewhere = (total != inside) & ~(out_of_order | incomplete)
+        if not self.loss_on_prompt:
+            yield (
+                "no loss outside of the model's turns",
+                elsewhere,
+                lambda i: f"{total[i] - int(inside[i])} labels elsewhere",
+            )
         yield (
             "no control id beyond the template's",
             out_of_order | incomplete,
@@ -229,19 +248,9 @@ def fates(prepared: Prepared) -> list[Fate]:
         if reason == "contaminated":
             looked = looked and bool(made_from["heldout_files"])
         shown = count if looked or count else None
-        examples = [visible(each.replace("\n", " ")) for each in report.examples.get(reason, [])]
+        examples = [visible_line(each) for each in report.examples.get(reason, [])]
         found.append(Fate(f"rejected: {reason}", shown, examples))
     return found
-
-
-def visible(text: str) -> str:
-    """The text with nothing in it that hides or rearranges: ↵ at a line's end, ⇥ at a tab, other
-    characters without a shape as \\u{code}."""
-    marks = {"\n": "↵\n", "\t": "⇥\t"}
-    return "".join(
-        marks.get(c) or (f"\\u{{{ord(c):x}}}" if unicodedata.category(c) in _INVISIBLE else c)
-        for c in text
-    )
 
 
 def plural(count: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
             return [finite(each) for each in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    partial = path.with_name(path.name + ".tmp")
+    # A name of its own: another process may be writing the same file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     text = json.dumps(finite(values), ensure_ascii=False, indent=1, allow_nan=False)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

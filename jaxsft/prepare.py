@@ -4,7 +4,8 @@ Reads, converts, filters, tokenises and packs what the config names and keeps th
 `train`, which does the same where it is missing, begins at once. The same command again with
 nothing changed only says what is there; any option that changes a row makes a set of its own.
 
-Exit codes: 0 done; 2 bad input (one line says where, what and how to fix it; nothing is left).
+Exit codes: 0 done; 2 bad input (one line says where, what and how to fix it; nothing is left); 130
+interrupted.
 """
 
 import dataclasses
@@ -18,12 +19,14 @@ from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
 from jaxsft.config import DataOptions, TrainConfig
 from jaxsft.data import as_list
 from jaxsft.packing import Sample
+from jaxsft.preparation import prepare
 from jaxsft.prepare_report import preparing, show_data
-from jaxsft.prepared import Prepared, prepare
+from jaxsft.prepared import Prepared
 from jaxsft.sources import num_rows
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import demo_model_path
 
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DESCRIPTION = (
     "Reads, converts, filters, tokenises and packs the rows that a config names and keeps them for "
     "jaxsft.train. Takes the options of jaxsft.train; those of data, and the model's tokenizer, "
@@ -117,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = load_data(config, model_path(config), console)
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing is left, the same command begins anew", EXIT_INTERRUPTED)
     show_data(console, data.train, data.heldout)
     for prepared in filter(None, (data.train, data.heldout)):
         console.print(f"in {prepared.directory}")

@@ -1,7 +1,6 @@
 """Prepared rows: samples packed into fixed rows, once, as plain arrays on disk.
 
-A directory named by a fingerprint of everything that decides its contents (files, tokenizer,
-template, options, this code), so that nothing stale is ever found under a name:
+A directory, named and made by preparation.py:
 
     manifest.json        what it was made from, and what became of every row
     tokens.npy           int32 [N], the tokens of all samples, one after the other
@@ -10,42 +9,31 @@ template, options, this code), so that nothing stale is ever found under a name:
     sample_rows.npy      int64 [samples], the row that a sample comes from, over all files
     row_samples.npy, row_offsets.npy   int64, which samples stand in which row: packing.PackedRows
 
-It is written beside its place and renamed: under its name it is complete. Opening it maps the
-arrays and compares their digest.
+Opening it maps the arrays and compares their digests.
 """
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import inspect
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxsft import bins, chat, data, filters, packing, reasoning, sources
+from jaxsft import bins, packing
 from jaxsft.config import DataOptions
-from jaxsft.data import DataReport, SourceSample, as_list, check_any_left, read_samples
-from jaxsft.json_file import read_json, write_json
+from jaxsft.data import DataReport, SourceSample, check_any_left
+from jaxsft.json_file import read_json
 from jaxsft.packing import PackedRows, offsets, rows_digest
-from jaxsft.sources import MANIFEST, file_digest, row_files
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.sources import MANIFEST
 
 KIND = "jaxsft prepared rows"
-
 _ARRAYS = ("tokens", "loss_mask", "sample_offsets", "row_samples", "row_offsets")
-_FILE_DIGESTS = "files.json"
 _WRITE_SAMPLES = 512  # collected before they are written
-# Options that decide where rows are found or how many may be lost, not what they are.
-_NOT_IN_FINGERPRINT = ("train_files", "eval_files", "max_drop", "prepared_dir")
 
 
 class Prepared(NamedTuple):
@@ -58,66 +46,16 @@ class Prepared(NamedTuple):
     sample_rows: npt.NDArray[np.int64]
 
 
-def prepare(
-    files: str | Path | Sequence[str | Path],
-    tokenizer: Tokenizer,
-    options: DataOptions,
-    root: Path,
-    *,
-    heldout_files: str | Path | Sequence[str | Path] = (),
-    progress: Callable[[DataReport], None] = lambda report: None,
-) -> Prepared:
-    """The prepared set of these files and options, made under `root` unless it is there.
-
-    Args:
-      files: what `sources.read_rows` reads, one source each.
-      tokenizer: the model's.
-      options: how; `train_files` and `eval_files` are not looked at.
-      root: directory of prepared sets.
-      heldout_files: left out of the rows with `options.drop_contaminated`.
-      progress: called now and then with the counts so far.
-
-    Raises:
-      ValueError: as data.read_samples, no sample left or more than `options.max_drop` lost, or a
-        weight for each file is not given. OSError: `root` cannot be written.
-    """
-    files = as_list(files)
-    heldout = as_list(heldout_files) if options.drop_contaminated else []
-    if options.weights is not None and len(options.weights) != len(files):
-        raise ValueError(
-            f"data.weights has {len(options.weights)} numbers for {len(files)} files: give one each"
-        )
-    made_from = _made_from(files, heldout, tokenizer, options, root)
-    fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    directory = root / fingerprint[:16]
-    if directory.is_dir():
-        prepared = open_prepared(directory)
-        check_any_left(files, options, prepared.report)
-        return prepared
-    _remove_leftovers(root)
-    partial = root / f"{directory.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
-    try:
-        report = DataReport()
-        found = read_samples(files, tokenizer, options, report, heldout_files=heldout)
-        about = _write(found, files, options, report, partial, progress)
-        start = {"kind": KIND, "fingerprint": fingerprint, "made_from": made_from}
-        write_json(partial / MANIFEST, start | about)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.is_dir():  # else another process was faster, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return _map(directory)
-
-
 def open_prepared(directory: Path) -> Prepared:
     """Maps a prepared set; ValueError where it is none, or not as it was written."""
     try:
-        prepared = _map(directory)
-        intact = prepared.rows.digest() == prepared.manifest["digest"]
+        prepared = map_prepared(directory)
+        manifest = prepared.manifest
+        intact = (
+            sealed(manifest) == manifest
+            and _array_digest(prepared.sample_rows).hex() == manifest["sample_rows"]
+            and prepared.rows.digest() == manifest["digest"]
+        )
     except (OSError, EOFError, ValueError, TypeError, LookupError, AssertionError):
         intact = False
     if not intact:
@@ -125,7 +63,8 @@ def open_prepared(directory: Path) -> Prepared:
     return prepared
 
 
-def _map(directory: Path) -> Prepared:
+def map_prepared(directory: Path) -> Prepared:
+    """As open_prepared, of a set that was just written: its digests aren't compared."""
     manifest = read_json(directory / MANIFEST)
     if manifest["kind"] != KIND:
         raise ValueError(f"{directory / MANIFEST}: is not of prepared rows")
@@ -137,47 +76,15 @@ def _map(directory: Path) -> Prepared:
     return Prepared(directory, rows, DataReport(**manifest["report"]), manifest, sample_rows)
 
 
-@functools.cache
-def code_version() -> str:
-    """12 hex digits that change with the code that turns rows into packed samples."""
-    modules: tuple[ModuleType, ...] = (sources, reasoning, filters, chat, data, bins, packing)
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for module in modules:
-        digest.update(inspect.getsource(module).encode())
-    return digest.hexdigest()[:12]
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the digest of all else that is in it."""
+    rest = {name: value for name, value in manifest.items() if name != "seal"}
+    text = json.dumps(rest, sort_keys=True)
+    return rest | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _made_from(
-    files: Sequence[Path],
-    heldout_files: Sequence[Path],
-    tokenizer: Tokenizer,
-    options: DataOptions,
-    root: Path,
-) -> dict[str, Any]:
-    """Everything that decides the rows, JSON-able."""
-    kept = dataclasses.asdict(options)
-    for name in _NOT_IN_FINGERPRINT:
-        del kept[name]
-    known = root / _FILE_DIGESTS
-    digests: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):  # none yet, or a damaged one: only a cache
-        digests = read_json(known)
-    before = dict(digests)
-
-    def digest_all(sets: Sequence[Path]) -> list[list[str]]:
-        return [[file_digest(file, digests) for file in row_files(path)] for path in sets]
-
-    made_from = {
-        "files": digest_all(files),
-        "heldout_files": digest_all(heldout_files),
-        "tokenizer": tokenizer.digest,
-        "options": kept,
-        "code": code_version(),
-    }
-    if digests != before:
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(known, digests)
-    return made_from
+def _array_digest(array: npt.NDArray[Any]) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array).data).digest()
 
 
 class _ArrayFile:
@@ -205,7 +112,7 @@ class _ArrayFile:
         self._file.close()
 
 
-def _write(
+def write_rows(
     found: Iterator[SourceSample],
     files: Sequence[Path],
     options: DataOptions,
@@ -213,7 +120,11 @@ def _write(
     directory: Path,
     progress: Callable[[DataReport], None],
 ) -> dict[str, Any]:
-    """Writes all arrays, in memory that grows by some bytes a sample only; what the rows are."""
+    """Writes all arrays, in memory that grows by some hundred bytes a sample; what the rows are.
+
+    Returns the manifest's part on them. Raises ValueError as data.read_samples, and where too few
+    samples are left.
+    """
     places: list[tuple[int, int, int]] = []  # of each sample: length, source, row
     with (
         contextlib.closing(_ArrayFile(directory / "tokens.npy", np.int32)) as tokens,
@@ -228,6 +139,12 @@ def _write(
 
     lengths, sample_sources, sample_rows = np.array(places, np.int64).T
     uses = _uses(sample_sources, options.weights)
+    for source, file in enumerate(files):
+        if not (sample_sources[uses] == source).any():
+            raise ValueError(
+                f"{file}: an epoch has none of its {(sample_sources == source).sum()} samples; "
+                "raise its number in data.weights, or leave the file out"
+            )
     used = lengths[uses].tolist()
     assigned = (bins.pack if options.packing else bins.one_per_row)(used, options.max_length)
     fewest = bins.min_rows(used, options.max_length) if options.packing else len(assigned)
@@ -239,9 +156,10 @@ def _write(
     for name, array in {**small, "sample_rows": sample_rows}.items():
         np.save(directory / f"{name}.npy", np.ascontiguousarray(array))
     parts = [file.sha.digest() for file in (tokens, loss_mask)]
-    parts += [hashlib.sha256(array.data).digest() for array in small.values()]
+    parts += [_array_digest(array) for array in small.values()]
     return {
         "digest": rows_digest(options.max_length, parts),
+        "sample_rows": _array_digest(sample_rows).hex(),
         "row_length": options.max_length,
         "rows": len(assigned),
         "fewest_rows": fewest,  # that any packing needs
@@ -264,11 +182,3 @@ def _uses(
         some = np.sort(samples[order[: round(weight % 1 * len(samples))]])
         parts += [*[samples] * int(weight), some]
     return np.sort(np.concatenate(parts)).astype(np.int64)
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Removes what processes that are gone left half-written."""
-    for partial in root.glob("*.partial-*"):
-        pid = partial.name.rpartition("-")[2]
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(partial, ignore_errors=True)

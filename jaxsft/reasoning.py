@@ -148,7 +148,7 @@ def convert_row(row: dict[str, Any]) -> Conversation | Rejected:
         reply = _reply(_text(row, "code").replace("\r\n", "\n"), None)
         return _conversation([("user", _mbpp_prompt(row))], [reply])
     else:
-        names = ", ".join(str(name) for name in list(row)[:8]) or "none"
+        names = ", ".join(str(name)[:40] for name in list(row)[:8]) or "none"
         raise ValueError(f"no accepted set of fields (found: {names}); use {ACCEPTED_SCHEMAS}")
     return _conversation([("user", _text(row, prompt))], [reply])
 
@@ -166,7 +166,7 @@ def _convert_messages(row: dict[str, Any], field: str) -> Conversation | Rejecte
         role_key, text_key = ("from", "value") if "from" in message else ("role", "content")
         name = _text(message, role_key, where)
         if name not in _ROLES:
-            raise ValueError(f'{where} has the role "{name}"; use system, user or assistant')
+            raise ValueError(f'{where} has the role "{name[:40]}"; use system, user or assistant')
         role = _ROLES[name]
         content = _text(message, text_key, where)
         if role == "assistant":

@@ -7,18 +7,21 @@ one go or in several. It holds the columns that `reasoning.convert_row` reads, u
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 
+from jaxsft.json_file import write_json
 from jaxsft.reasoning import ACCEPTED_SCHEMAS, Rejected, convert_row
+from jaxsft.sources import MANIFEST
 
 # Of a row that `convert_row` refuses with an error, such as a null; the user cannot mend a hub's.
 INVALID_ROW = "invalid_row"
 
+_ENOUGH_REJECTED = 1000  # rows without one accepted: the rest will not be better
 _CHUNK_ROWS = 1000  # in memory at once, and a row group of the parts
 _REASONING = "reasoning_content"
 # What marks each schema of reasoning.py, in its order: the first whose fields are there counts.
@@ -170,12 +173,28 @@ def write_part(
     its number, `num_before` rows being before the part. Without `where` it is counted as
     "invalid_row".
     """
-    first = next(batches)
     partial = path.with_name(path.name + ".partial")
+    try:
+        counts = _write_accepted(partial, batches, where, num_before)
+        if not counts.rows:  # a reader takes a file without rows for a mistake
+            return Part(counts, "", 0, "")
+        with partial.open("rb") as data:
+            sha256 = hashlib.file_digest(data, "sha256").hexdigest()
+        num_bytes = partial.stat().st_size
+        partial.replace(path)
+        return Part(counts, path.name, num_bytes, sha256)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_accepted(
+    file: Path, batches: Iterator[arrow.RecordBatch], where: str | None, num_before: int
+) -> Counts:
+    first = next(batches)
     rejected: Counter[str] = Counter()
     num_read = num_kept = 0
     schema = first.schema.remove_metadata()
-    with parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in itertools.chain([first], batches):
             keep = []
             for row in _rows(batch):
@@ -186,15 +205,7 @@ def write_part(
             num_kept += sum(keep)
             if any(keep):
                 writer.write_batch(batch.filter(arrow.array(keep)).replace_schema_metadata(None))
-    counts = Counts(num_read, num_kept, dict(sorted(rejected.items())))
-    if not num_kept:  # a reader takes a file without rows for a mistake
-        partial.unlink()
-        return Part(counts, "", 0, "")
-    with partial.open("rb") as data:
-        sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-    num_bytes = partial.stat().st_size
-    partial.replace(path)
-    return Part(counts, path.name, num_bytes, sha256)
+    return Counts(num_read, num_kept, dict(sorted(rejected.items())))
 
 
 def _rows(batch: arrow.RecordBatch) -> list[dict[str, Any] | None]:
@@ -217,3 +228,40 @@ def _reject_reason(row: dict[str, Any] | None, where: str | None) -> str | None:
             return INVALID_ROW
         raise ValueError(f"{where}: {error}") from None
     return result.reason if isinstance(result, Rejected) else None
+
+
+def write_manifest(directory: Path, head: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
+    """Makes the directory complete: `head`, the counts and the files; ValueError without a row."""
+    check_some_accepted(directory, parts, enough=1)
+    rejected = sum((Counter(part.counts.rejected) for part in parts), Counter())
+    manifest = head | {
+        "rows_read": sum(part.counts.rows_read for part in parts),
+        "rows": sum(part.counts.rows for part in parts),
+        "rejected": dict(sorted(rejected.items())),
+        "files": [
+            {"name": p.name, "rows": p.counts.rows, "bytes": p.num_bytes, "sha256": p.sha256}
+            for p in parts
+            if p.name
+        ],
+    }
+    remove_parts(directory, {part.name for part in parts})
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def remove_parts(directory: Path, kept: Collection[str] = ()) -> None:
+    """Removes the parts in the directory, whole and begun, that are not named in `kept`."""
+    for file in directory.glob("part-*"):
+        if file.name not in kept:
+            file.unlink()
+
+
+def check_some_accepted(directory: Path, parts: list[Part], enough: int = _ENOUGH_REJECTED) -> None:
+    """ValueError where of that many rows none was accepted."""
+    rejected = sum((Counter(part.counts.rejected) for part in parts), Counter())
+    if rejected.total() >= enough and not any(part.counts.rows for part in parts):
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejected.most_common())
+        raise ValueError(
+            f"{directory}: none of the first {rejected.total():,} rows can be used "
+            f"({reasons}); is this the data set that you mean?"
+        )

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxsft import reasoning
 from jaxsft.json_file import read_json
@@ -28,7 +28,14 @@ def converter_version() -> str:
     return hashlib.sha256(inspect.getsource(reasoning).encode()).hexdigest()[:12]
 
 
-def row_files(path: str | Path) -> list[Path]:
+class RowFile(NamedTuple):
+    """A file of rows, and the SHA-256 (hex) that it was downloaded with, if it was."""
+
+    path: Path
+    sha256: str | None = None
+
+
+def row_files(path: str | Path) -> list[RowFile]:
     """The files that `path` stands for: itself, or those that a directory's manifest lists.
 
     Raises:
@@ -37,7 +44,7 @@ def row_files(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if not path.is_dir():
-        return [path]
+        return [RowFile(path)]
     if not (path / MANIFEST).is_file():
         raise ValueError(
             f"{path}: is a directory without {MANIFEST}; name a .jsonl or .parquet file in it, or "
@@ -47,17 +54,24 @@ def row_files(path: str | Path) -> list[Path]:
     if manifest.get("kind") != ROWS_KIND:
         raise ValueError(f"{path / MANIFEST}: is not of downloaded rows; name a file of rows")
     files = []
-    for entry in manifest["files"]:
-        file = path / Path(entry["name"]).name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{file}: missing or not as downloaded; delete {path}, download again")
-        files.append(file)
+    try:
+        for entry in manifest["files"]:
+            file = path / Path(entry["name"]).name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise _not_as_downloaded(file)
+            files.append(RowFile(file, entry["sha256"]))
+    except (LookupError, TypeError):
+        raise ValueError(f"{path / MANIFEST}: damaged; delete {path}, download again") from None
     return files
+
+
+def _not_as_downloaded(file: Path) -> ValueError:
+    return ValueError(f"{file}: missing or not as downloaded; delete {file.parent}, download again")
 
 
 def num_rows(path: str | Path) -> int | None:
     """Rows in a Parquet file or a directory of them; None for JSONL, which must be read for it."""
-    files = row_files(path)
+    files = [file for file, _ in row_files(path)]
     if any(file.suffix != ".parquet" for file in files):
         return None
     import pyarrow.parquet as parquet
@@ -68,19 +82,26 @@ def num_rows(path: str | Path) -> int | None:
         return None
 
 
-def file_digest(file: Path, known: dict[str, Any]) -> str:
-    """SHA-256 (hex) of a file, kept in `known`: for a path of the same size and time it isn't
-    computed again. ValueError where the file cannot be read."""
+def file_digest(file: RowFile, known: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a file, kept in `known`: while its `stamp` is the same it isn't computed
+    again. ValueError where the file cannot be read, or is not as it was downloaded."""
+    key, now = str(file.path.absolute()), stamp(file.path)
+    if known.get(key, [])[:-1] != now:
+        with file.path.open("rb") as opened:
+            known[key] = [*now, hashlib.file_digest(opened, "sha256").hexdigest()]
+    digest = str(known[key][-1])
+    if file.sha256 not in (None, digest):
+        raise _not_as_downloaded(file.path)
+    return digest
+
+
+def stamp(file: Path) -> list[int]:
+    """What changes when a file does: size, times of contents and of anything, and its inode."""
     try:
         status = file.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        key = str(file.absolute())
-        if known.get(key, [])[:2] != stamp:
-            with file.open("rb") as opened:
-                known[key] = [*stamp, hashlib.file_digest(opened, "sha256").hexdigest()]
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); check the path") from None
-    return str(known[key][2])
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -93,7 +114,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
       ValueError: no such file, a directory that holds no rows, an empty file, a line that is not
         UTF-8 or not one JSON object, a repeated key, NaN or Infinity, too deep nesting.
     """
-    for file in row_files(path):
+    for file, _ in row_files(path):
         yield from _read_file(file)
 
 

@@ -1,22 +1,39 @@
-"""Splits of data sets as they are written, `train[180000:280000]`, and the hub's files of them."""
+"""Splits of data sets as they are written, `train[180000:280000]`, and where their rows are."""
 
 import difflib
+import itertools
 import re
-from collections.abc import Callable
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 from fsspec.utils import glob_translate
 
 from jaxsft.hub import HubFile, Snapshot
-from jaxsft.row_writer import check_columns
-
-if TYPE_CHECKING:
-    from pyarrow.parquet import FileMetaData
+from jaxsft.row_writer import check_columns, jsonl_batches, parquet_batches, schema_of_row
+from jaxsft.sources import read_rows
 
 _SPLIT = re.compile(r"(\w+(?:[.-]\w+)*)(?:\[(\d*):(\d*)\])?")
 # The names that splits have by convention, for repositories whose card lists none.
 _USUAL = re.compile(r"(?:^|[/._-])(train|test|validation|valid|val|dev|eval|prompt)(?=[/._-])")
+
+
+class Known(NamedTuple):
+    """A data set with a short name: where it is, and the splits that are taken by default."""
+
+    repo: str
+    subset: str | None
+    splits: tuple[str, ...]
+
+
+# The test splits are there so that training rows can be compared with them.
+KNOWN = {
+    "glaive": Known("glaiveai/reasoning-v1-20m", None, ("train[:180000]", "train[180000:280000]")),
+    "gsm8k": Known("openai/gsm8k", "main", ("train", "test")),
+    "mbpp": Known("google-research-datasets/mbpp", "full", ("train", "test")),
+}
 
 
 class Slice(NamedTuple):
@@ -79,7 +96,7 @@ def check_end(where: str, split: Split, num_rows: int) -> int:
 
 def plan_split(
     snapshot: Snapshot,
-    footer_of: Callable[[HubFile], "FileMetaData"],
+    footer_of: Callable[[HubFile], parquet.FileMetaData],
     subset: str | None,
     split: Split,
     rows_per_part: int,
@@ -107,6 +124,34 @@ def plan_split(
         first += num_rows
     check_end(snapshot.repo, split, first)
     return Plan(columns, slices)
+
+
+def file_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
+    """The split's rows of a local Parquet or JSONL file, `size` to a piece; a piece has a row.
+
+    A JSONL file that ends before the split does not raise; see `check_end`.
+    """
+    return (_parquet_pieces if file.suffix == ".parquet" else _jsonl_pieces)(file, split, size)
+
+
+def _parquet_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
+    try:
+        footer = parquet.read_metadata(file)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{file}: cannot be read as Parquet ({why})") from None
+    columns = check_columns(footer.schema.to_arrow_schema(), str(file))
+    end = check_end(str(file), split, footer.num_rows)
+    for start in range(split.start, end, size):
+        yield parquet_batches(file, columns, start, min(start + size, end))
+
+
+def _jsonl_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
+    rows = itertools.islice(read_rows(file), split.start, split.stop)
+    schema = None
+    while first := next(rows, None):
+        schema = schema or schema_of_row(*first)
+        yield jsonl_batches(itertools.chain([first], itertools.islice(rows, size - 1)), schema)
 
 
 def split_files(snapshot: Snapshot, subset: str | None, split: str) -> list[HubFile]:

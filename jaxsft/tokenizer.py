@@ -31,7 +31,7 @@ from jaxsft.vocabulary import (
     serialize,
 )
 
-_MAX_UNITS = 1 << 19  # about 100 MB
+_MAX_UNITS, _MAX_UNIT_CHARS = 1 << 19, 24  # kept: some 100 MB of words, at most 400 MB
 
 
 class Tokenizer:
@@ -113,12 +113,16 @@ class Tokenizer:
     def _encode_by_units(self, text: str, index: int) -> list[int]:
         _utf8(text, f"text {index}: ")  # a unit would be refused without the text's index
         known, units = self._unit_ids, self._find_units(text)
-        if new := list(set(units).difference(known)):
-            if len(known) > _MAX_UNITS:
-                known.clear()
-                new = list(set(units))
-            known.update(zip(new, self._processor.encode(new), strict=True))
-        return list(itertools.chain.from_iterable(map(known.__getitem__, units)))
+        new = list(set(units).difference(known))
+        if not new:
+            return list(itertools.chain.from_iterable(map(known.__getitem__, units)))
+        found = dict(zip(new, self._processor.encode(new), strict=True))
+        ids = [found[unit] if unit in found else known[unit] for unit in units]
+        if len(known) > _MAX_UNITS:
+            known.clear()
+        # A line without spaces is one unit, which will not recur.
+        known.update((unit, found[unit]) for unit in new if len(unit) <= _MAX_UNIT_CHARS)
+        return list(itertools.chain.from_iterable(ids))
 
     def piece(self, token: int) -> str:
         """The vocabulary's own spelling of an id: `▁word`, `<0x0A>`, `<bos>`."""

@@ -101,6 +101,14 @@ def test_units_give_the_ids_of_the_text(tokenizer: Tokenizer, text: str) -> None
     assert tokenizer.encode_many([text]) == [tokenizer.encode(text)]
 
 
+def test_what_is_kept_of_units_is_bounded(tokenizer: Tokenizer) -> None:
+    """Lines without spaces are units of their own, which do not recur: they aren't kept."""
+    lines = [f"{i}\u4f60\u597d" * 40 for i in range(200)]
+    other = Tokenizer(small_vocabulary(), "small")
+    assert other.encode_many(lines) == [other.encode(line) for line in lines]
+    assert not other._unit_ids
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab<>_n \u2581\n", max_size=30))
 def test_units_of_other_vocabularies(text: str) -> None:

@@ -23,6 +23,7 @@ ORDER = [
     "config",
     "presets",
     "json_file",
+    "text",
     # L1
     "sharding",
     "layers",
@@ -57,6 +58,7 @@ ORDER = [
     # L3
     "data",
     "prepared",
+    "preparation",
     "inspect_rows",
     "inspect_tokens",
     "row_writer",
@@ -117,6 +119,7 @@ DATA_SIDE = frozenset(
         "filters",
         "data",
         "prepared",
+        "preparation",
         "inspect_rows",
         "inspect_tokens",
     }

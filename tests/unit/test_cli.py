@@ -252,8 +252,11 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
         (["--model.dtype", "float16"], "model.dtype.*'float32', 'bfloat16'.*float16"),
         (["--data.train_files", "[]"], "data.train_files is empty"),
         (["--data.start", "9", "--data.stop", "9"], "data.stop 9 is not above data.start 9"),
-        (["--data.train_files", "[a, b, a]"], "data.train_files names a twice; give it a weight"),
-        (["--data.weights", "[1, 0]"], "data.weights is .*, but must be above 0 for each file"),
+        (
+            ["--data.train_files", "[a, b, a]"],
+            "data.train_files names .*/a twice; give it a weight",
+        ),
+        (["--data.weights", "[1, 0]"], "data.weights is .*, but must be above 0 for each"),
         (["--data.max_drop", "1.1"], "data.max_drop is 1.1, but must be a share from 0 to 1"),
         (["--eval.top_p", "0"], "eval.top_p is 0.0"),
         (["--eval.top_p", "0.9"], "do nothing at eval.temperature 0"),

@@ -224,3 +224,10 @@ def test_too_short_and_too_many_lost(write, fake):
     with pytest.raises(ValueError, match=r"50.0% of the rows are left out, more than data.max_"):
         load(path, fake, 500, "raise", None, min_completion_tokens=5, max_drop=0.49)
     load(path, fake, 500, "raise", None, min_completion_tokens=5, max_drop=0.5)
+
+
+def test_what_rows_say_cannot_reach_the_terminal_raw(write, fake):
+    escape = {"prompt": "p", "response": "<think>Hm.</think>Sure \n\n\x1b[!"}
+    _, report = load(write(GOOD, escape), fake, 500, "raise", None, drop_degenerate=True)
+    text = "\n".join(report.lines())
+    assert "\x1b" not in text and "\\u{1b}" in text and len(text.splitlines()) == 2

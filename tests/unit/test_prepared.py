@@ -1,7 +1,10 @@
 """Prepared rows on disk: what is in them, when they are made again, what damages them."""
 
 import dataclasses
+import fcntl
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +12,12 @@ import numpy as np
 import pytest
 from fake_tokenizer import FakeTokenizer
 
+import jaxsft
 from jaxsft.config import DataOptions
-from jaxsft.data import load_samples
+from jaxsft.data import DataReport, load_samples
 from jaxsft.packing import PackedRows
-from jaxsft.prepared import Prepared, open_prepared, prepare
+from jaxsft.preparation import CODE, prepare
+from jaxsft.prepared import Prepared, open_prepared
 
 OPTIONS = DataOptions(max_length=256, packing=True, system_prompt=None)
 
@@ -79,6 +84,8 @@ def test_weights_repeat_samples(tmp_path):
     assert found.rows.num_tokens == (lengths * uses).sum() > found.report.num_tokens
     masks = [found.rows.sample(i).loss_mask.sum() for i in range(30)]
     assert found.rows.num_loss_tokens == (masks * uses).sum()
+    with pytest.raises(ValueError, match=r"a.jsonl: an epoch has none of its 10 samples; raise"):
+        make(tmp_path / "sets", *files, weights=[0.01, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"data.weights has 2 numbers for 3 files: give one each"):
         make(tmp_path / "sets", *files, weights=[1.0, 1.0])
 
@@ -116,14 +123,27 @@ def test_changed_data_tokenizer_or_heldout_rows_are_another_set(rows_file, tmp_p
     directories.append(make(root, rows_file).directory)
     monkeypatch.setattr(FakeTokenizer, "digest", "another")
     directories.append(make(root, rows_file).directory)
-    monkeypatch.setattr("jaxsft.prepared.code_version", lambda: "newer")
+    monkeypatch.setattr("jaxsft.preparation.code_version", lambda: "newer")
     directories.append(make(root, rows_file).directory)
     assert len(set(directories)) == 5
 
 
-def test_a_copy_elsewhere_is_the_same_data(rows_file, tmp_path):
+def test_the_report_names_the_files_that_were_read(rows_file, tmp_path):
+    make(tmp_path / "sets", rows_file)
     copy = Path(shutil.copy(rows_file, tmp_path / "copy.jsonl"))
-    assert make(tmp_path / "sets", rows_file).directory == make(tmp_path / "sets", copy).directory
+    assert list(make(tmp_path / "sets", copy).report.by_source) == [str(copy)]
+
+
+def test_every_module_that_decides_rows_is_in_the_fingerprint():
+    needed, found = {"preparation"}, set()
+    while needed:
+        found.add(name := needed.pop())
+        source = (Path(jaxsft.__file__).parent / f"{name}.py").read_text()
+        needed |= set(re.findall(r"from jaxsft\.(\w+) import", source)) - found
+        for names in re.findall(r"from jaxsft import ([\w, ]+)", source):
+            needed |= set(names.split(", ")) - found
+    # These hold options that are compared by value, formats of files, and words for a terminal.
+    assert found - set(CODE) == {"config", "json_file", "gguf_io", "text"}
 
 
 def test_failures_leave_nothing(rows_file, tmp_path):
@@ -138,15 +158,52 @@ def test_failures_leave_nothing(rows_file, tmp_path):
     assert [path.name for path in root.iterdir()] == ["files.json"]
 
 
-def test_what_a_killed_process_left_is_removed(rows_file, tmp_path):
-    gone = tmp_path / "sets" / "0123456789abcdef.partial-999999999"
-    gone.mkdir(parents=True)
-    make(tmp_path / "sets", rows_file)
-    assert not gone.exists()
+def test_what_a_killed_process_left_is_removed_and_work_of_others_is_not(rows_file, tmp_path):
+    left = [tmp_path / "sets" / f"0123456789abcdef.partial-{name}" for name in ("dead", "alive")]
+    for directory in left:
+        directory.mkdir(parents=True)
+        (directory / "lock").touch()
+    with (left[1] / "lock").open() as lock:  # held as by another process
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make(tmp_path / "sets", rows_file)
+    assert [directory.exists() for directory in left] == [False, True]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(rows_file, tmp_path):
+    def append(report: DataReport) -> None:
+        rows_file.write_text(rows_file.read_text() + "\n")
+
+    with pytest.raises(ValueError, match=r"rows.jsonl: was changed while it was read; run it ag"):
+        prepare(rows_file, FakeTokenizer(), OPTIONS, tmp_path / "sets", progress=append)
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["files.json"]
+
+
+def test_another_file_of_the_same_size_and_time_is_seen(rows_file, tmp_path):
+    first = make(tmp_path / "sets", rows_file)
+    before = rows_file.stat()
+    rows_file.write_text(rows_file.read_text().replace("So.", "Or."))
+    os.utime(rows_file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert make(tmp_path / "sets", rows_file).directory != first.directory
+
+
+def test_a_set_where_nothing_can_be_written(rows_file, tmp_path, monkeypatch):
+    first = make(tmp_path / "sets", rows_file)
+    copy = Path(shutil.copy(rows_file, tmp_path / "again.jsonl"))
+    copy.replace(rows_file)  # the same bytes: another inode and time
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("jaxsft.preparation.write_json", refuse)
+    assert make(tmp_path / "sets", rows_file).directory == first.directory
 
 
 @pytest.mark.parametrize(
-    "name", ["tokens", "loss_mask", "sample_offsets", "row_samples", "row_offsets", "manifest"]
+    "name",
+    [
+        *("tokens", "loss_mask", "sample_offsets", "row_samples", "row_offsets", "sample_rows"),
+        "manifest",
+    ],
 )
 def test_damage_is_seen(name, rows_file, tmp_path):
     directory = make(tmp_path / "sets", rows_file).directory
@@ -154,7 +211,7 @@ def test_damage_is_seen(name, rows_file, tmp_path):
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-20] ^= 1
-    for damaged in (flipped if name != "manifest" else b"{}", whole[: len(whole) // 2], b""):
+    for damaged in (flipped, whole[: len(whole) // 2], b"{}", b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"damaged, or no prepared rows; delete it"):
             open_prepared(directory)

@@ -6,7 +6,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
-from jaxsft.sources import file_digest, num_rows, read_rows
+from jaxsft.sources import RowFile, file_digest, num_rows, read_rows, row_files
 
 GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"}
 MORE = {"prompt": "p", "response": "<think>r</think>a"}
@@ -108,7 +108,14 @@ def downloaded(tmp_path) -> Path:
     names = ("part-00000.parquet", "part-00001.parquet")
     for name, rows in zip(names, ([GOOD, MORE], [MORE]), strict=True):
         parquet.write_table(arrow.Table.from_pylist(rows), directory / name)
-    files = [{"name": name, "bytes": (directory / name).stat().st_size} for name in names]
+    files = [
+        {
+            "name": name,
+            "bytes": (directory / name).stat().st_size,
+            "sha256": hashlib.sha256((directory / name).read_bytes()).hexdigest(),
+        }
+        for name in names
+    ]
     manifest = {"kind": "jaxsft rows", "files": files}
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
@@ -129,6 +136,10 @@ def test_directories_that_are_not_whole(downloaded):
     shard.unlink()
     with pytest.raises(ValueError, match=r"part-00001.parquet: missing"):
         list(read_rows(downloaded))
+    for files in ("7", "[7]", "[{}]"):
+        (downloaded / "manifest.json").write_text(f'{{"kind": "jaxsft rows", "files": {files}}}')
+        with pytest.raises(ValueError, match=r"manifest.json: damaged; delete"):
+            list(read_rows(downloaded))
     (downloaded / "manifest.json").write_text('{"kind": "something else"}')
     with pytest.raises(ValueError, match="is not of downloaded rows"):
         list(read_rows(downloaded))
@@ -142,10 +153,20 @@ def test_num_rows_of_lines_is_not_known(write):
 
 
 def test_digests_follow_the_file(write):
-    path, known = write(GOOD), {}
-    assert file_digest(path, known) == hashlib.sha256(path.read_bytes()).hexdigest()
+    file, known = RowFile(path := write(GOOD)), {}
+    assert file_digest(file, known) == hashlib.sha256(path.read_bytes()).hexdigest()
     (key,) = known
-    known[key][2] = "kept"  # same path, size and time: not read again
-    assert file_digest(path, known) == "kept"
+    known[key][-1] = "kept"  # nothing about it has changed: not read again
+    assert file_digest(file, known) == "kept"
     write(GOOD, GOOD)
-    assert file_digest(path, known) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert file_digest(file, known) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_changed_shard_is_not_as_downloaded(downloaded):
+    file = row_files(downloaded)[1]
+    assert file_digest(file, {}) == file.sha256
+    data = bytearray(file.path.read_bytes())
+    data[40] ^= 1
+    file.path.write_bytes(data)  # of the same size
+    with pytest.raises(ValueError, match=r"part-00001.parquet: missing or not as downloaded"):
+        file_digest(file, {})
