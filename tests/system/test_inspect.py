@@ -17,7 +17,7 @@ from jaxsft.inspect import main
 from jaxsft.inspect_rows import Check, source_of, survey
 from jaxsft.inspect_tokens import RowReader
 from jaxsft.packing import PackedRows, Sample
-from jaxsft.prepared import Prepared, open_prepared
+from jaxsft.prepared import Prepared, open_prepared, sealed
 from jaxsft.tokenizer import Tokenizer
 
 T = 64
@@ -114,7 +114,7 @@ def test_counts_by_hand(inspect: Inspect, files: Path, tiny_tokenizer: Tokenizer
         f"1 rejected: no_thought {files}/rows.jsonl:2 (no <think> and no </think>)",
         "– rejected: contaminated not looked for",
     ]
-    assert out.count("  ok      ") == 4 and "FAILED" not in out
+    assert out.count("  ok      ") == 5 and "FAILED" not in out
     assert f"padding: {T - lengths[0]} tokens" in out
     assert out.count("━━ row") == 1
 
@@ -193,7 +193,7 @@ def spoil(files: Path, tokenizer: Tokenizer) -> Path:
     np.save(directory / "sample_offsets.npy", rows.sample_offsets)
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["digest"] = rows.digest()
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "manifest.json").write_text(json.dumps(sealed(manifest)))
     return directory
 
 
@@ -208,9 +208,9 @@ def test_a_doubled_bos_fails_and_is_named(
     assert "  FAILED  exactly one <bos>, at its start: not in 1 sample\n" in out
     failure = f"sample 1 ({files}/rows.jsonl:row 3): 2 <bos>, at tokens 0, 1"
     assert f"            {failure}\n" in out
-    assert out.count("FAILED") == 1 and out.count("  ok      ") == 3
+    assert out.count("FAILED") == 1 and out.count("  ok      ") == 4
     text = page.read_text("utf-8")
-    assert "1 of 4 checks failed" in text and html.escape(failure) in text
+    assert "1 of 5 checks failed" in text and html.escape(failure) in text
 
 
 BOS, BEGIN, END, PAD = "<bos>", "<start_of_turn>", "<end_of_turn>", "<pad>"
@@ -284,10 +284,12 @@ def test_checks_bite(
     assert found.num_labels_S.tolist() == [8, len(tokens) - 1 - len(untrained), 8]
 
 
-def by_hand(samples: list[Sample], start: int = 0, **rows_read: int) -> Prepared:
+def by_hand(
+    samples: list[Sample], start: int = 0, loss_on_prompt: bool = True, **rows_read: int
+) -> Prepared:
     """A set of these samples, one a row, from rows that were all kept."""
     rows_read = rows_read or {"a": len(samples)}
-    made_from = {"options": {"start": start}}
+    made_from = {"options": {"start": start, "loss_on_prompt": loss_on_prompt}}
     by_source = {f"{name}.jsonl": {"rows_read": n, "samples": n} for name, n in rows_read.items()}
     rows = PackedRows.from_samples(samples, [[i] for i in range(len(samples))], 32)
     numbers = start + np.arange(len(samples))
@@ -308,6 +310,22 @@ def test_slices_change_nothing(tiny_tokenizer: Tokenizer, monkeypatch: pytest.Mo
     assert sliced.quantiles() == {
         **{"p1": 1, "p5": 1, "p10": 1, "p50": 2, "p90": 20, "p95": 20, "p99": 20, "max": 20}
     }
+
+
+def test_loss_outside_of_the_models_turns(tiny_tokenizer: Tokenizer) -> None:
+    begin, end = tiny_tokenizer.start_of_turn_id, tiny_tokenizer.end_of_turn_id
+    exchange = [begin, 300, end, begin, 301, 302, end]
+    ids = np.array([tiny_tokenizer.bos_id, *exchange, *exchange], np.int32)
+    mask = np.zeros(15, bool)
+    mask[[6, 7, 13, 14]] = True  # the replies and their ends
+    spoilt = mask.copy()
+    spoilt[[2, 9]] = True  # both questions
+    samples = [Sample(ids, mask), Sample(ids, spoilt)]
+    name = "no loss outside of the model's turns"
+    found = survey(by_hand(samples, loss_on_prompt=False), tiny_tokenizer)
+    failed = [check for check in found.checks if check.num_failed]
+    assert failed == [Check(name, 1, ["sample 1 (a.jsonl:row 2): 2 labels elsewhere"])]
+    assert survey(by_hand(samples), tiny_tokenizer).num_failed == 0
 
 
 @pytest.mark.parametrize(
