@@ -64,8 +64,8 @@ class Reporter(Progress):
         self.what, self.total, self.done = what, [num_bytes, num_rows], [0, 0]
         self.last_event_s = self.last_line_s = time.monotonic()
         if num_rows:
-            size = f"{num_bytes / 1e6:,.1f} MB"
-            self.line(f"{what}: {size} to download, {num_rows:,} rows to convert")
+            download = f"{num_bytes / 1e6:,.1f} MB to download"
+            self.line(f"{what}: {download}, {num_rows:,} rows to convert")
         if self.console.is_terminal:
             fields = (TextColumn("{task.fields[amount]}"), TextColumn("{task.fields[left]}"))
             self.bars = Bars(
@@ -172,9 +172,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(others[0].split("=")[0], names, 1, 0.0)[0]
         raise ValueError(f"unknown option {others[0]!r}; did you mean {near}? --help lists all")
     if options.rows_per_file < 1 or options.retries < 0 or not 0 <= options.retry_wait < 1e6:
-        raise ValueError(
-            "--rows_per_file must be positive, --retries and --retry_wait not negative"
-        )
+        raise ValueError("--rows_per_file must be positive, --retries, --retry_wait not negative")
     if options.dataset is None and (options.split or options.subset or options.revision != "main"):
         raise ValueError("--split, --subset and --revision need --dataset; which one do you mean?")
     return options
@@ -208,7 +206,7 @@ def file_requests(file: Path, options: argparse.Namespace) -> list[Request]:
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     if not NAME.fullmatch(file.stem):
-        raise ValueError(f"{file}: {file.stem!r} names the output; use letters, digits, _ . and -")
+        raise ValueError(f"{file}: names the output; rename it, with letters, digits, _ . and -")
     with file.open("rb") as data:
         source = {"file": file.name, "sha256": file_digest(data, "sha256").hexdigest()}
     return _requests(options, file.stem, source, ("train",))
@@ -257,8 +255,7 @@ def obtain(name: str, options: argparse.Namespace, hub: Hub, reporter: Reporter)
         tidy_up(requests)
     elif is_file:
         for request in missing:
-            manifest = convert_file(file, request, reporter)
-            report_finished(reporter, request.directory, manifest)
+            report_finished(reporter, request.directory, convert_file(file, request, reporter))
     else:
         for directory, manifest in download_splits(hub, missing, reporter):
             report_finished(reporter, directory, manifest)
@@ -292,8 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = "no space left: make room or name another --output_dir"
             return fail(f"{error.filename or options.output_dir}: {full}", EXIT_FAILED)
-        why = str(error.strerror or error)
-        return fail(f"{error.filename}: {why}" if error.filename else why, EXIT_BAD_INPUT)
+        return fail(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         return fail("interrupted; the same command goes on where it stopped", EXIT_INTERRUPTED)
     return 0

@@ -129,8 +129,7 @@ def download_splits(
             later = {piece.shard.git_oid for other in plans[number + 1 :] for piece in other.slices}
             manifest = _carry_out(hub, snapshot, request, plan, shards, later, progress)
             yield request.directory, manifest
-        if shards.is_dir():
-            shards.rmdir()
+        shards.rmdir()
 
 
 def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, Any]:

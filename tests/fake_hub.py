@@ -69,7 +69,8 @@ class FakeHub:
     main: dict[str, str] = field(default_factory=dict)
     faults: list[tuple[str, str]] = field(default_factory=list)
     log: list[Request] = field(default_factory=list)
-    # The fault "hold" sends half of what is asked for, sets `holding` and waits for `release`.
+    # The fault "hold" sends half of what is asked for (the API: nothing), sets `holding` and waits
+    # for `release`.
     holding: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
     endpoint: str = ""
@@ -159,6 +160,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(429, self._echo(), {"Retry-After": fault.removeprefix("429 ")})
         if self.server_name == "cdn":
             return self._blob(path, fault)
+        if fault == "hold":
+            self.hub.holding.set()
+            self.hub.release.wait()
         parts = path.split("?")[0].strip("/").split("/")
         if len(parts) < 4:
             return self._send(404, b"")  # the client asks for more than data

@@ -1,5 +1,6 @@
 """The download command against a local hub, through the hub's own client, with its faults."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -18,10 +19,11 @@ import pyarrow.parquet as parquet
 import pytest
 from fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
 
+from jaxsft import download as download_module
 from jaxsft import hub as hub_module
 from jaxsft.hub_retry import Hub
 from jaxsft.reasoning import ACCEPTED_SCHEMAS, Conversation, convert_row
-from jaxsft.row_writer import columns_read
+from jaxsft.row_writer import columns_read, write_part
 from jaxsft.sources import read_rows
 from jaxsft.splits import parse_split
 
@@ -301,6 +303,92 @@ def test_kill_and_resume(download: Download, hub: FakeHub, undisturbed: dict[str
     assert [row for _, row in read_rows(download.home / "train-20-40")] == usable(range(27, 47))
 
 
+def test_a_second_download_takes_nothing_from_the_first(
+    download: Download, hub: FakeHub, undisturbed: dict[str, bytes]
+) -> None:
+    hub.faults += [("hub /api/datasets", "hold")]
+    with download.start(*MIDDLE) as process:
+        assert hub.holding.wait(60)
+        assert not contents(download.home)  # there is nothing in it but the lock
+        assert "another download is writing to it" in download.refused(*MIDDLE)
+        hub.release.set()
+        assert process.wait() == 0
+    assert contents(download.home) == undisturbed
+
+
+def test_a_second_conversion_is_refused(in_process: InProcess, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "p", "completion": "c"}\n')
+    with download_module._locked(in_process.directory / "mine"):
+        assert "another download is writing to it" in in_process("--dataset", str(file))
+    in_process("--dataset", str(file), code=0)
+
+
+def test_another_version_of_the_converter(
+    download: Download, hub: FakeHub, in_process: InProcess, undisturbed: dict[str, bytes]
+) -> None:
+    def make_old(file: str) -> dict[str, Any]:
+        path = download.home / MIDDLE_NAME / file
+        values = json.loads(path.read_text()) | {"converter": "0" * 12}
+        path.write_text(json.dumps(values))
+        return values
+
+    hub.faults += [(shard(2), "403")] * 2
+    download.refused(*MIDDLE)
+    assert make_old("unfinished.json")["parts"]
+    download.refused(*MIDDLE)
+    unfinished = download.home / MIDDLE_NAME / "unfinished.json"
+    for parts in ([[3]], [[[1, 1, []], 3, 4, 5]], None):
+        values = json.loads(unfinished.read_text()) | {"parts": parts}
+        unfinished.write_text(json.dumps(values))
+        hub.faults += [(shard(2), "403")]
+        outcome = download(*MIDDLE)
+        assert outcome.code == 2 and "unfinished.json: lists no parts; starts over" in outcome.out
+    make_old("unfinished.json")
+    outcome = download(*MIDDLE)
+    assert outcome.code == 0 and "another version of the converter; starts over" in outcome.out
+    assert contents(download.home) == undisturbed
+
+    make_old("manifest.json")
+    line = "made by another version of the converter: prepare checks every row again"
+    assert line in in_process(*MIDDLE, code=0)
+
+
+def test_what_was_left_over_at_the_very_end(
+    download: Download, in_process: InProcess, undisturbed: dict[str, bytes]
+) -> None:
+    assert download(*MIDDLE).code == 0
+    left_over = download.home / ".source" / f"{'0' * 40}.parquet"
+    other = download.home / "train-0-20"
+    for path in (left_over, download.home / MIDDLE_NAME / "unfinished.json", other / "x"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    (other / "x").rename(other / "unfinished.json")  # which needs the shard
+    in_process(*MIDDLE, code=0)
+    assert left_over.is_file()
+    shutil.rmtree(other)
+    in_process(*MIDDLE, code=0)
+    assert contents(download.home) == undisturbed and not left_over.parent.exists()
+
+
+def test_damaged_manifests_are_named(download: Download, in_process: InProcess) -> None:
+    assert download(*MIDDLE).code == 0
+    path = download.home / MIDDLE_NAME / "manifest.json"
+    manifest = json.loads(path.read_text())
+    entry = manifest["files"][0]
+    for files in (None, 3, [3], [{}], [entry | {"name": 3}], {"name": 1}):
+        path.write_text(json.dumps(manifest | {"files": files}))
+        assert MIDDLE_NAME in in_process(*MIDDLE)
+    del manifest["files"]
+    path.write_text(json.dumps(manifest))
+    assert MIDDLE_NAME in in_process(*MIDDLE)
+    pins = download.home / "revision.json"
+    for commits in ({}, {"commits": 3}, {"commits": {"main": 3}}):
+        pins.write_text(json.dumps({"repo": GLAIVE} | commits))
+        err = download.refused("--dataset", "glaive", "--split", "train[:9]")
+        assert "revision.json: names no commits; delete it" in err
+
+
 def test_unusable_data_is_refused_before_it_is_downloaded(download: Download, hub: FakeHub) -> None:
     names = {"question": "q", "solution": "s"}
     hub.add("some/other", {"train-0.parquet": parquet_bytes([names | {"id": i} for i in range(9)])})
@@ -484,7 +572,44 @@ def test_rows_of_a_local_file_are_not_left_out_in_silence(
         assert expected in in_process("--dataset", str(file))
     file.write_bytes(table.read_bytes()[:-9])
     assert f"{file.rename(table)}: cannot be read as Parquet" in in_process("--dataset", str(table))
-    assert not list(in_process.directory.glob("*/*/manifest.json"))
+    file.write_text('{"prompt": "p", "completion": "c"}\n' * 3)
+    options = ("--split", "train[:9]", "--rows_per_file", "2")
+    assert "goes beyond its 3 rows" in in_process("--dataset", str(file), *options)
+    assert not list(in_process.directory.iterdir())
+
+
+def test_a_file_whose_name_would_leave_the_directory(in_process: InProcess, tmp_path: Path) -> None:
+    file = tmp_path / "...jsonl"
+    file.write_text('{"prompt": "p", "completion": "c"}\n')
+    assert f"{file}: names the output; rename it" in in_process("--dataset", str(file))
+    assert not in_process.directory.exists()
+
+
+def test_a_token_that_is_none(in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in ("hf_é", "hf_a b", "hf_a\nb"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        err = in_process("--dataset", "glaive")
+        assert "HF_TOKEN holds characters that no token has" in err and token not in err
+
+
+def test_a_disk_that_gets_full(
+    in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_to_write(*arguments: object) -> None:
+        detail = "Detail: [errno 28] No space left on device"
+        raise OSError(errno.ENOSPC, f"Error writing bytes to file. {detail}")  # as pyarrow does
+
+    monkeypatch.setattr(parquet.ParquetWriter, "write_batch", fail_to_write)
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "p", "completion": "c"}\n')
+    assert in_process("--dataset", str(file), code=1) == (
+        f"error: {in_process.directory}: no space left: make room or name another --output_dir\n"
+    )
+    assert not list(in_process.directory.iterdir())
+    part = tmp_path / "part-00000.parquet"
+    with pytest.raises(OSError, match="Error writing bytes"):
+        write_part(part, iter([arrow.RecordBatch.from_pylist(glaive_rows(range(3)))]))
+    assert not list(tmp_path.glob("part-*"))
 
 
 def test_terminal_shows_the_time_left(download: Download, hub: FakeHub) -> None:
