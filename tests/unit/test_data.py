@@ -1,6 +1,4 @@
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,17 +17,6 @@ LONG_ANSWER = {"prompt": "p", "response": f"<think>Short.</think>{'Two. ' * 80}"
 @pytest.fixture
 def fake() -> FakeTokenizer:
     return FakeTokenizer()
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_lines(*rows, name="rows.jsonl") -> Path:
-        path = tmp_path / name
-        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
-        return path
-
-    return write_lines
 
 
 def load(files, tokenizer, max_length, overlong, system_prompt, **options):

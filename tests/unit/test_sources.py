@@ -12,17 +12,6 @@ GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"
 MORE = {"prompt": "p", "response": "<think>r</think>a"}
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write_lines(*rows, name="rows.jsonl") -> Path:
-        path = tmp_path / name
-        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
-        return path
-
-    return write_lines
-
-
 def test_rows_carry_file_and_line(write):
     path = write({"a": 1}, b"", b"  \r", {"a": 2})
     assert list(read_rows(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"a": 2})]
