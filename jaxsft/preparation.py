@@ -111,6 +111,12 @@ def _partial_directory(directory: Path) -> Iterator[Path]:
             except OSError:
                 if not directory.is_dir():  # else another process was faster, with the same bytes
                     raise
+    except OSError as error:  # of writing: what cannot be read is a ValueError
+        why = error.strerror or error
+        raise OSError(
+            f"{directory.parent}: {why} while rows were prepared there; make room, or name another "
+            "place with data.prepared_dir"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

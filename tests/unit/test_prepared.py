@@ -169,6 +169,16 @@ def test_what_a_killed_process_left_is_removed_and_work_of_others_is_not(rows_fi
     assert [directory.exists() for directory in left] == [False, True]
 
 
+def test_a_full_disk_is_named(rows_file, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxsft.preparation.write_rows", full)
+    with pytest.raises(OSError, match=r"sets: No space left on device while rows .* make room"):
+        make(tmp_path / "sets", rows_file)
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["files.json"]
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(rows_file, tmp_path):
     def append(report: DataReport) -> None:
         rows_file.write_text(rows_file.read_text() + "\n")
