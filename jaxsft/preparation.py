@@ -68,9 +68,11 @@ def prepare(
         raise ValueError(
             f"data.weights has {len(options.weights)} numbers for {len(files)} files: give one each"
         )
-    digests = _known_digests(root)
+    known = _known_digests(root)
+    digests = dict(known)
     made_from = _made_from(files, heldout, tokenizer, options, digests)
-    _keep_digests(root, digests)
+    if digests != known:
+        _keep_digests(root, digests)
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     directory = root / fingerprint[:16]
     if directory.is_dir():
@@ -174,7 +176,6 @@ def _known_digests(root: Path) -> dict[str, Any]:
 
 
 def _keep_digests(root: Path, digests: dict[str, Any]) -> None:
-    if digests != _known_digests(root):
-        with contextlib.suppress(OSError):  # a set may lie where nothing can be written
-            root.mkdir(parents=True, exist_ok=True)
-            write_json(root / _FILE_DIGESTS, digests)
+    with contextlib.suppress(OSError):  # a set may lie where nothing can be written
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / _FILE_DIGESTS, digests)
