@@ -33,7 +33,8 @@ class JaxsftTrainer:
         adapter = read_adapter_config(adapter_dir)
         config = TrainConfig(
             model=ModelOptions(path=model_dir, tokenizer=str(demo_model_path())),
-            lora=LoraOptions(r=adapter.rank, alpha=adapter.alpha, init_from=adapter_dir),
+            lora=LoraOptions(r=adapter.rank, alpha=adapter.alpha),
+            fork_from=str(adapter_dir),
             data=DataOptions(train_files=[data_file], max_length=ROW_LENGTH),
             global_batch_size=NUM_ROWS,
             learning_rate=learning_rate,

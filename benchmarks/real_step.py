@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsft.config import TrainConfig, check_devices
+from jaxsft.config import TrainConfig
 from jaxsft.packing import Batch
 from jaxsft.program import (
     StepArguments,
@@ -16,6 +16,7 @@ from jaxsft.program import (
     lower_step,
     num_run_steps,
 )
+from jaxsft.validation import check_devices
 
 BOUND = 0.02 * 3**0.5
 

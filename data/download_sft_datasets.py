@@ -169,8 +169,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     options, others = parser.parse_known_args(argv)
     if others:
         names = [name for action in parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(others[0].split("=")[0], names, 1, 0.0)[0]
-        raise ValueError(f"unknown option {others[0]!r}; did you mean {near}? --help lists all")
+        other = others[0].split("=")[0]  # its value may be a secret
+        near = difflib.get_close_matches(other, names, 1, 0.0)[0]
+        raise ValueError(f"unknown option {other!r}; did you mean {near}? --help lists all")
     if options.rows_per_file < 1 or options.retries < 0 or not 0 <= options.retry_wait < 1e6:
         raise ValueError("--rows_per_file must be positive, --retries, --retry_wait not negative")
     if options.dataset is None and (options.split or options.subset or options.revision != "main"):

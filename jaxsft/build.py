@@ -1,7 +1,8 @@
 """A config made real: model loaded and split, adapter added, step and state on the mesh."""
 
+import copy
 import dataclasses
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,22 @@ import jax
 from flax import nnx
 
 from jaxsft import lora
-from jaxsft.config import TrainConfig, check_devices
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.config import TrainConfig
+from jaxsft.fork import add_adapter, check_fork, with_forked_adapter
 from jaxsft.fused_weights import fuse, unfuse
+from jaxsft.identity import fingerprint
 from jaxsft.model import Gemma
+from jaxsft.optimizer import run_schedule
 from jaxsft.packing import StepBatches
-from jaxsft.peft_io import AdapterConfig, load_adapter, read_adapter_config
+from jaxsft.peft_io import AdapterConfig
 from jaxsft.prepare import Data, model_path
 from jaxsft.program import (
     StepArguments,
     abstract_batch,
+    abstract_setup,
+    architecture,
     check_positions,
-    inject_adapter,
     lower_step,
     make_spec,
     mesh_of,
@@ -28,6 +34,7 @@ from jaxsft.program import (
 )
 from jaxsft.sharding import named, state_shardings
 from jaxsft.step import StepSpec, TrainState, init_state
+from jaxsft.validation import check_devices
 from jaxsft.weights import WeightsInfo, load_model
 
 
@@ -48,21 +55,22 @@ class Setup:
     step_batches: StepBatches
     flops_per_token: float
     program_hash: str
-    fingerprint: dict[str, str | int | float]
+    fingerprint: dict[str, str]
 
 
 def check_early(config: TrainConfig) -> Path:
     """The model's path; ValueError for mistakes that need neither data nor weights to be seen."""
     check_devices(config, jax.device_count())
     lora.resolve_targets(config.lora.target_modules)
-    run_dir = Path(config.output_dir) / config.name
-    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"{run_dir} cannot be made: {nearest} is not a writable directory")
     path = model_path(config)
-    if config.lora.init_from is not None:
-        _check_adapter(config, read_adapter_config(config.lora.init_from))
+    check_fork(config)
     return path
+
+
+def abstract_state(config: TrainConfig) -> TrainState:
+    """The shapes of a run's state, without its weights: in a fraction of a second."""
+    model_config, _ = architecture(config.model.path)
+    return abstract_setup(config, model_config, jax.devices(), config.warmup_steps + 1).state
 
 
 def build(config: TrainConfig, data: Data, path: Path) -> Setup:
@@ -82,11 +90,11 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
         mesh=mesh,
     )
     _check_fit(config, data, info)
-    adapter_config = _add_adapter(config, model)
+    adapter_config = add_adapter(config, model)
     graphdef, adapter, frozen = lora.split(model)
     model_weights = jax.eval_shape(lambda: frozen)
     spec = make_spec(config, info.config, graphdef, mesh, steps)
-    state = init_state(adapter, spec)
+    state = with_forked_adapter(config, init_state(adapter, spec), info)
     if spec.fused is not None:
         # The model's own weights are free once nothing names them: half the memory of the pair.
         frozen = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(
@@ -118,7 +126,7 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
         ),
         flops_per_token=flops / rows.num_tokens,
         program_hash=program_hash(lower_step(arguments)),
-        fingerprint=fingerprint(config, data, info.digest, steps),
+        fingerprint=fingerprint(config, data, info, steps),
     )
 
 
@@ -132,6 +140,11 @@ def plain_weights(setup: Setup) -> nnx.State:
         out_shardings=state_shardings(setup.model_weights, setup.spec.mesh),
     )
     return restore(setup.frozen)
+
+
+def trained_model(setup: Setup) -> Gemma:
+    """The model with the adapter as it stands; its frozen weights are shapes only."""
+    return nnx.merge(setup.spec.graphdef, setup.state.adapter, setup.model_weights)
 
 
 def num_adapter_params(state: TrainState) -> int:
@@ -158,67 +171,42 @@ def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
     check_positions(config, info.config)
 
 
-def _adapter_config(config: TrainConfig) -> AdapterConfig:
-    """The adapter that the options ask for."""
-    options = config.lora
-    is_demo = config.model.path == "demo"
-    return AdapterConfig(
-        rank=options.r,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        use_rslora=options.use_rslora,
-        targets=lora.resolve_targets(options.target_modules),
-        base_model_name="google/gemma-3-270m" if is_demo else config.model.path,
+def restore(setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]) -> Setup:
+    """`setup` with the state of the newest good checkpoint, if there is any; `say` hears of it."""
+    restored = checkpoints.restore(
+        setup.state, setup.fingerprint, on_event=lambda line: say(f"WARNING: {line}")
     )
-
-
-def _check_adapter(config: TrainConfig, found: AdapterConfig) -> None:
-    """ValueError unless the adapter to start from has the configured shape."""
-    wanted = _adapter_config(config)
-    different = [
-        f"{name} is {getattr(found, name)} there and {getattr(wanted, name)} here"
-        for name in ("rank", "alpha", "dropout", "use_rslora", "targets")
-        if getattr(found, name) != getattr(wanted, name)
-    ]
-    if different:
-        raise ValueError(
-            f"{config.lora.init_from}: {'; '.join(different)}; set the lora options to the "
-            "adapter's"
+    if restored is None:
+        return setup
+    say(f"Continuing from step {restored.step}.")
+    was, now = restored.metadata.get("split"), split_of(setup)
+    if was != now:
+        say(
+            f"A step is split into {now} now, not {was}: losses equal those of an uninterrupted "
+            "run within rounding, not bit for bit."
         )
+    return dataclasses.replace(setup, state=restored.state)
 
 
-def _add_adapter(config: TrainConfig, model: Gemma) -> AdapterConfig:
-    """Puts a fresh adapter, or the one in lora.init_from, into the model."""
-    adapter = _adapter_config(config)
-    if config.lora.init_from is not None:
-        _check_adapter(config, load_adapter(config.lora.init_from, model))
-        return adapter
-    inject_adapter(config, model)
-    return adapter
+def split_of(setup: Setup) -> str:
+    """How the work of a step is divided, which decides the order of its sums."""
+    spec = setup.spec
+    return f"{spec.mesh.size} devices x {spec.accumulation_steps} micro-batches"
 
 
-# Options that change no number of the run, or only through a digest that is compared as well.
-_NOT_IN_FINGERPRINT = (
-    *("name", "output_dir", "model", "data", "eval", "fsdp", "num_workers", "logging_steps"),
-    *("eval_steps", "save_steps", "save_total_limit", "max_nonfinite_steps", "budget_hours"),
-    "multihost",
-)
-
-
-def fingerprint(
-    config: TrainConfig, data: Data, model_digest: str, steps: int
-) -> dict[str, str | int | float]:
-    """What two runs must share for one to continue the other, by option name."""
-    same = dataclasses.asdict(config)
-    for name in _NOT_IN_FINGERPRINT:
-        del same[name]
-    adapter = {f"lora.{name}": value for name, value in same.pop("lora").items()}
-    found = {
-        "model": model_digest,
-        "model.dtype": config.model.dtype,
-        "model.param_dtype": config.model.param_dtype,
-        "tokenizer": data.tokenizer.digest,
-        "data": data.train.rows.digest(),
-        "num_steps": steps,
-    }
-    return {name: str(value) for name, value in (same | adapter | found).items()}
+def with_num_steps(setup: Setup, config: TrainConfig, steps: int) -> Setup:
+    """`setup` for a schedule of `steps`, decay included, as `build` would make it for a config
+    whose max_steps they are. Only for a run that has not begun: its batches stay the same."""
+    batches = copy.copy(setup.step_batches)
+    batches.num_steps = steps
+    spec = dataclasses.replace(setup.spec, schedule=run_schedule(config, steps))
+    batch = abstract_batch(config, spec.mesh)
+    return dataclasses.replace(
+        setup,
+        spec=spec,
+        step_batches=batches,
+        program_hash=program_hash(
+            lower_step(StepArguments(spec, setup.state, setup.frozen, batch))
+        ),
+        fingerprint=setup.fingerprint | {"num_steps": str(steps)},
+    )

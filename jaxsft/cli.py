@@ -4,17 +4,20 @@
 """
 
 import argparse
+import dataclasses
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from jaxsft.config import TrainConfig, validate
+from jaxsft.config import TrainConfig
 from jaxsft.text import visible_line
+from jaxsft.validation import validate
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo"
@@ -77,13 +80,38 @@ def parse_config(
     )
     parser.add_class_arguments(TrainConfig)
     try:
-        parsed = parser.parse_args(_with_recipe_paths(argv, default_recipe))
+        parsed = parser.parse_args(_with_recipe_paths(_spelt_out(argv), default_recipe))
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_explain(str(error), parser)) from None
     values = {k: v for k, v in vars(parser.instantiate(parsed)).items() if k != "config"}
     config = TrainConfig(**values)
     validate(config)
     return config, parser.dump(parsed, skip_unset=False)
+
+
+def _spelt_out(argv: Sequence[str]) -> list[str]:
+    """--fit-deadline becomes --fit_deadline=true: dashes as in other programs, and switches."""
+    args = []
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            is_last = i + 1 == len(argv) or argv[i + 1].startswith("--")
+            if name[2:] in _switches(TrainConfig) and not equals and is_last:
+                equals, value = "=", "true"
+        args.append(name + equals + value)
+    return args
+
+
+def _switches(options: type, prefix: str = "") -> set[str]:
+    """Dotted names of the options that are true or false."""
+    found = set()
+    for field in dataclasses.fields(options):
+        if field.type is bool:
+            found.add(prefix + field.name)
+        elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            found |= _switches(field.type, f"{prefix}{field.name}.")
+    return found
 
 
 def _with_recipe_paths(argv: Sequence[str], default_recipe: str) -> list[str]:
@@ -146,3 +174,24 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     spellings |= {o: o for o in options}
     near = difflib.get_close_matches(name, spellings, 1, 0.0)[0]
     return f"unknown option {name!r}; did you mean --{spellings[near]}? --help lists all"
+
+
+def parse_preflight(argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """(is `--preflight` among the arguments, the others); ValueError where it has a value."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preflight", action="store_true")
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    return found.preflight, rest
+
+
+def command_line(command: str, argv: Sequence[str]) -> str:
+    """The command as a shell takes it, without a deadline, which is another session's."""
+    kept, skip = [], False
+    for arg in argv:
+        if not skip and arg.partition("=")[0] != "--deadline":
+            kept.append(arg)
+        skip = arg == "--deadline"
+    return shlex.join(["python", "-m", command, *kept])

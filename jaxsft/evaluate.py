@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from flax import nnx
@@ -47,11 +47,19 @@ class FormatReport:
 
 
 def held_out_loss(
-    adapter: nnx.State, frozen: nnx.State, rows: PackedRows, *, spec: StepSpec, batch_size: int
+    adapter: nnx.State,
+    frozen: nnx.State,
+    rows: PackedRows,
+    *,
+    spec: StepSpec,
+    batch_size: int,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss in nats per completion token over all of `rows`."""
+    """Mean loss in nats per completion token over all of `rows`; `on_batch` is called before each
+    batch and may raise."""
     loss_sum = num_tokens = 0.0
     for low in range(0, len(rows), batch_size):
+        on_batch()
         indices = [i if i < len(rows) else -1 for i in range(low, low + batch_size)]
         batch = put_batch(rows.batch(indices), spec.mesh)
         batch_sum, batch_tokens = eval_step(adapter, frozen, batch, spec=spec)
@@ -74,8 +82,9 @@ def answer_prompts(
     *,
     spec: StepSpec,
     options: EvalOptions,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """Generates an answer to each sample's prompt."""
+    """Generates an answer to each sample's prompt; `on_batch` as in `held_out_loss`."""
     parts = [split_prompt(sample) for sample in samples]
     generations = generate(
         spec.graphdef,
@@ -84,6 +93,7 @@ def answer_prompts(
         [prompt for prompt, _ in parts],
         options=options,
         stop_ids=tokenizer.stop_ids,
+        on_batch=on_batch,
     )
     return [
         Answer(

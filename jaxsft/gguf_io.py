@@ -19,6 +19,7 @@ _VERSIONS = (2, 3)
 _LFS_POINTER = b"version https://git-lfs"
 _U64 = struct.Struct("<Q")
 _STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4  # ggml's
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8",
     11: "<i8", 12: "<f8",
@@ -170,6 +171,11 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         if offset + tensor.num_bytes > len(cursor.buffer):
             raise _DamagedError(f"it ends at byte {len(cursor.buffer)}, inside tensor {name}")
         tensors[name] = tensor._replace(offset=offset)
+    end = data_start
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset < end:
+            raise _DamagedError(f"tensor {name} begins inside another")
+        end = tensor.offset + tensor.num_bytes
     return metadata, tensors
 
 
@@ -177,7 +183,10 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, GGUFTensor]:
     """(name, place relative to the start of the data)."""
     name = cursor.string()
     # GGUF puts the innermost dimension first.
-    shape = tuple(cursor.numbers("<u8", cursor.number("<u4")).tolist()[::-1])
+    num_dims = cursor.number("<u4")
+    if num_dims > _MAX_DIMS:
+        raise _DamagedError(f"tensor {name} has {num_dims} dimensions")
+    shape = tuple(cursor.numbers("<u8", num_dims).tolist()[::-1])
     kind, offset = cursor.number("<u4"), cursor.number("<u8")
     if kind not in (known.value for known in GGMLQuantizationType):
         raise _DamagedError(f"tensor {name} has the unknown type {kind}")
@@ -197,7 +206,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     """
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise ValueError(
             f"{file.path}: architecture {architecture!r} is not supported; supported are "
             f"{', '.join(_ARCHITECTURES)} (Gemma 1, 2 and 3 text models)"
@@ -220,19 +229,21 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     head_dim, num_layers = get("attention.key_length"), get("block_count")
     num_heads, d_model = get("attention.head_count"), get("embedding_length")
     problems = []
-    if not 0 < num_layers <= len(file.tensors):
+    if type(num_layers) is not int or not 0 < num_layers <= len(file.tensors):
         problems.append(f"{num_layers} blocks in {len(file.tensors)} tensors")
     if get("attention.value_length", head_dim) != head_dim:
         problems.append(f"attention.value_length {get('attention.value_length')} != {head_dim}")
-    if get("rope.scaling.type", "none") != "none" or get("rope.scaling.factor", 1.0) != 1.0:
+    if str(get("rope.scaling.type", "none")) != "none" or get("rope.scaling.factor", 1.0) != 1.0:
         problems.append("rope.scaling (Gemma 3 4B and larger)")
     if problems:
         raise ValueError(f"{file.path}: not supported: {'; '.join(problems)}")
-    is_27b = num_layers == _DEPTH_OF_27B.get(architecture)
+    is_27b = num_layers == _DEPTH_OF_27B.get(architecture) and num_heads
+    with np.errstate(over="ignore"):  # infinity is refused with the config
+        norm_eps = np.float32(get("attention.layer_norm_rms_epsilon"))
     theta = get("rope.freq_base", 1e6 if architecture == "gemma3" else 1e4)
     config = {
         "model_type": _ARCHITECTURES[architecture],
-        "_name_or_path": metadata.get("general.name", file.path.stem),
+        "_name_or_path": str(metadata.get("general.name", file.path.stem)),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": d_model,
         "intermediate_size": get("feed_forward_length"),
@@ -242,7 +253,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": get("context_length"),
         # A float32 in the file: 9.999999974752427e-07 means 1e-6.
-        "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
+        "rms_norm_eps": float(str(norm_eps)),
         "rope_theta": theta,
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
@@ -256,6 +267,8 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     period = get(_PATTERN, 2 if architecture == "gemma2" else 6)
     # One flag a layer, or a period of which the last layer is global (0: none is).
     local = period
+    if not isinstance(period, int | np.ndarray):
+        raise ValueError(f"{file.path}: {_PATTERN} is neither a number nor numbers: not supported")
     if isinstance(period, int):
         local = [period == 0 or (i + 1) % period != 0 for i in range(num_layers)]
     config["layer_types"] = [

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -58,7 +58,7 @@ class Hub:
     with each; an answer's Retry-After goes before it. `note` gets one line for each.
     """
 
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)  # a traceback may show the object
     retries: int = 6
     retry_wait_s: float = 1.0
     note: Callable[[str], None] = lambda line: None

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsft.packing import BoolArray, Int32Array
-from jaxsft.prepared import Prepared
+from jaxsft.prepared import Prepared, source_of
 from jaxsft.text import visible_line
 from jaxsft.tokenizer import Tokenizer
 
@@ -218,22 +218,6 @@ class _Part:
             return f"{plural(count // 2, 'whole turn')}{not_closed}"
         token = self.tokenizer.decode([int(self.tokens[places[0]])])
         return f"{token} at token {places[0] - self.starts[i]}"
-
-
-def source_of(prepared: Prepared, sample: int) -> str:
-    """The raw row that a sample comes from, as "file:row 17" counted from 1."""
-    number = int(prepared.sample_rows[sample])
-    start = int(prepared.manifest["made_from"]["options"]["start"])
-    end = start
-    for file, counts in prepared.report.by_source.items():
-        begin, end = end, end + counts["rows_read"]
-        if number < end:
-            # Files before it that were skipped as a whole hide where it begins.
-            first = next(iter(prepared.report.by_source))
-            if begin == start and start > 0 and file != first:
-                break
-            return f"{file}:row {number + 1 - (0 if file == first else begin)}"
-    return f"row {number + 1:,} over all files"
 
 
 def fates(prepared: Prepared) -> list[Fate]:

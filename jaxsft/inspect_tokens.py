@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.inspect_rows import source_of
-from jaxsft.prepared import Prepared
+from jaxsft.prepared import Prepared, source_of
 from jaxsft.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in the file; ValueError where it cannot be read or holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error}); make it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: is not a JSON object; make it again")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from rich.console import Console
 from jaxsft.build import Data, Setup, plain_weights
 from jaxsft.config import TrainConfig
 from jaxsft.evaluate import answer_prompts, held_out_loss, is_exact_format, score_format
+from jaxsft.json_file import write_json
 from jaxsft.metrics import MetricsWriter
+
+_BEFORE = "before.json"
 
 
 def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
@@ -19,7 +23,12 @@ def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]
     same = {f"eval.{name}": str(value) for name, value in dataclasses.asdict(config.eval).items()}
     heldout = "none" if data.heldout is None else data.heldout.rows.digest()
     start = {name: str(setup.fingerprint[name]) for name in ("model", "model.dtype", "tokenizer")}
-    return same | start | {"data.eval_files": heldout, "lora.init_from": str(config.lora.init_from)}
+    return same | start | {"data.eval_files": heldout, "fork_from": str(config.fork_from)}
+
+
+def write_before(run_dir: Path, before: dict[str, Any], of: dict[str, str]) -> None:
+    """Keeps the measurement before training for `load_before`; `of` is its `measured_of`."""
+    write_json(run_dir / _BEFORE, before | {"of": of})
 
 
 def load_before(
@@ -29,7 +38,7 @@ def load_before(
 
     Raises ValueError when training has begun and it was made with other options.
     """
-    path = run_dir / "before.json"
+    path = run_dir / _BEFORE
     has_begun = int(setup.state.step) > 0
     if not path.exists():
         return {} if has_begun else None
@@ -51,13 +60,19 @@ def load_before(
     )
 
 
-def eval_loss(config: TrainConfig, data: Data, setup: Setup) -> float:
-    """Held-out loss in nats per completion token; NaN without held-out files."""
+def eval_loss(config: TrainConfig, data: Data, setup: Setup, on_batch: Callable[[], None]) -> float:
+    """Held-out loss in nats per completion token; NaN without held-out files. `on_batch` is called
+    before each batch and may raise."""
     if data.heldout is None:
         return math.nan
     rows, adapter = data.heldout.rows, setup.state.adapter
     return held_out_loss(
-        adapter, setup.frozen, rows, spec=setup.spec, batch_size=config.eval.batch_size
+        adapter,
+        setup.frozen,
+        rows,
+        spec=setup.spec,
+        batch_size=config.eval.batch_size,
+        on_batch=on_batch,
     )
 
 
@@ -67,13 +82,15 @@ def measure(
     setup: Setup,
     writer: MetricsWriter,
     console: Console,
+    on_batch: Callable[[], None],
 ) -> dict[str, Any]:
-    """Held-out loss, and the form of the answers to the first held-out prompts."""
+    """Held-out loss, and the form of the answers to the first held-out prompts; `on_batch` as in
+    `eval_loss`."""
     if data.heldout is None:
         return {}
     step, samples = int(setup.state.step), data.heldout_samples
     console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
-    scores: dict[str, Any] = {"loss": eval_loss(config, data, setup)}
+    scores: dict[str, Any] = {"loss": eval_loss(config, data, setup, on_batch)}
     answers: list[dict[str, Any]] = []
     if config.eval.num_prompts:
         generated = answer_prompts(
@@ -83,6 +100,7 @@ def measure(
             data.tokenizer,
             spec=setup.spec,
             options=config.eval,
+            on_batch=on_batch,
         )
         scores |= dataclasses.asdict(score_format(generated))
         system = f"{config.data.system_prompt}\n\n" if config.data.system_prompt else ""

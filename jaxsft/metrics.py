@@ -1,21 +1,34 @@
 """What a run measures, on disk: metrics.jsonl for programs, TensorBoard events for people.
 
-Also the arithmetic of speed: tokens a second and time left. Nothing here reads a clock or prints.
+Also the arithmetic of speed: tokens a second and time left, from clock readings handed in.
 """
 
 import json
 import math
 import os
+import socket
+import struct
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+from jaxsft.append_file import AppendFile
 
 
 class MetricsWriter:
-    """Writes `run_dir`/metrics.jsonl (one object a line) and `run_dir`/tensorboard/.
+    """Writes metrics.jsonl and skipped.jsonl (one object a line) and tensorboard/ in `run_dir`.
+
+    Each call writes at once, in this thread: a killed run keeps its lines. None fails for want of a
+    disk: what cannot be written waits (see AppendFile), training goes on and `problem` says so.
+    tensorboardX's own writer would not do: a full disk ends its thread, and once its queue of 10
+    is full the training waits for ever.
 
     Args:
         run_dir: a local directory; made if missing.
@@ -23,23 +36,26 @@ class MetricsWriter:
             are dropped and hidden in TensorBoard, so that each step is there once. None keeps all
             of them, to add to a finished run. A line that a killed process left torn is dropped
             either way.
+
+    Raises:
+        OSError: what lies there cannot be read.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], resume_step: int | None = None) -> None:
         run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        _drop_lines_after(path, math.inf if resume_step is None else resume_step)
-        self._jsonl = path.open("a", encoding="utf-8")
+        last_step = math.inf if resume_step is None else resume_step
+        self._metrics = _lines_up_to(run_dir / "metrics.jsonl", last_step)
+        self._skipped = _lines_up_to(run_dir / "skipped.jsonl", last_step)
         log_dir = run_dir / "tensorboard"
         num_files = len(list(log_dir.iterdir())) if log_dir.exists() else 0
-        self._tensorboard = SummaryWriter(
-            str(log_dir),
-            # TensorBoard hides what is at purge_step or later.
-            purge_step=None if resume_step is None else resume_step + 1,
-            # File names have the time in whole seconds: a quick restart would overwrite the last.
-            filename_suffix=f".{num_files}",
-        )
+        # The count is there for quick restarts, within a second: they'd overwrite the last file.
+        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{num_files}"
+        self._events = AppendFile(log_dir / name)
+        self._add_event(Event(file_version="brain.Event:2"))
+        if resume_step is not None:
+            # TensorBoard hides what is at this step or later in earlier files.
+            start = SessionLog(status=SessionLog.START)
+            self._add_event(Event(step=resume_step + 1, session_log=start))
 
     def __enter__(self) -> Self:
         return self
@@ -47,53 +63,86 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one line, {"step": step, **metrics}, and flushes it.
+    @property
+    def problem(self) -> str | None:
+        """Which file cannot be written, and why, in one line; None when all is written."""
+        files = (self._metrics, self._skipped, self._events)
+        return next((file.problem for file in files if file.problem), None)
 
-        NaN and infinity, which JSON doesn't have, become null; TensorBoard gets no point for them.
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Writes one line, {"step": step, **metrics}.
+
+        NaN and infinity, which JSON doesn't have, become null; TensorBoard gets no point for them,
+        nor for texts.
         """
         assert "step" not in metrics
-        values = {name: float(value) for name, value in metrics.items()}
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        line = {"step": step} | {name: finite.get(name) for name in values}
-        self._jsonl.write(json.dumps(line, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        for name, value in finite.items():
-            self._tensorboard.add_scalar(name, value, step)
+        texts = {name: value for name, value in metrics.items() if isinstance(value, str)}
+        numbers = {name: float(value) for name, value in metrics.items() if name not in texts}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        known: dict[str, float | str] = texts | finite
+        self._metrics.append(_line({"step": step} | {name: known.get(name) for name in metrics}))
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in finite.items()]
+        if points:
+            self._add_event(Event(step=step, summary=Summary(value=points)))
+
+    def skip(
+        self,
+        step: int,
+        reason: Literal["not finite", "spike"],
+        loss: float,
+        grad_norm: float,
+        rows: Sequence[str],
+    ) -> None:
+        """Writes down a step whose update was not applied, in skipped.jsonl.
+
+        Args:
+            step: the step, counted from 1.
+            reason: why it was skipped.
+            loss, grad_norm: as measured; null in the file where not finite.
+            rows: the source rows in its batch, each as "file:row 17".
+        """
+        numbers = {"loss": float(loss), "grad_norm": float(grad_norm)}
+        finite = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        line = {"step": step, "reason": reason, **finite, "rows": list(rows)}
+        self._skipped.append(_line(line))
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Writes a text (a sample, the config) to TensorBoard, literally: not as Markdown."""
         literal = "".join(f"    {line}\n" for line in text.splitlines())  # a Markdown code block
-        self._tensorboard.add_text(tag, literal, step)
+        self._add_event(Event(step=step, summary=summary.text(tag, literal)))
 
     def close(self) -> None:
-        """Flushes and closes both files. Calling it again does nothing."""
-        self._jsonl.close()
-        self._tensorboard.close()
+        """Tries once more to write what waits; what is missing then is in `problem`."""
+        for file in (self._metrics, self._skipped, self._events):
+            file.flush()
+
+    def _add_event(self, event: Event) -> None:
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        # TFRecord: length, its checksum, the data, their checksum.
+        sums = [struct.pack("<I", masked_crc32c(each)) for each in (length, data)]
+        self._events.append(length + sums[0] + data + sums[1])
 
 
-def _drop_lines_after(path: Path, last_step: float) -> None:
-    """Rewrites the file with its whole lines up to `last_step`, atomically; no file, no work."""
-    if not path.exists():
-        return
-    kept = [
-        line
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if _step_of(line) <= last_step and _step_of(line) >= 0
-    ]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 
-def _step_of(line: str) -> int:
+def _lines_up_to(path: Path, last_step: float) -> AppendFile:
+    """The file without the lines of later steps and torn ones."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        lines = []
+    return AppendFile(path, [line + b"\n" for line in lines if 0 <= _step_of(line) <= last_step])
+
+
+def _step_of(line: bytes) -> int:
     """The step of a line of metrics.jsonl; -1 if it isn't one."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return -1
 
 

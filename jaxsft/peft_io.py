@@ -6,6 +6,7 @@ lora_B [out, r], one pair a layer; the tree keeps a [in, r] and b [r, out], stac
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,10 @@ _HARMLESS = (
 )  # fmt: skip
 # Initialisations that also change the base weights, which the adapter alone cannot repeat.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What a file that is no config can raise.
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,18 +164,23 @@ def read_adapter_config(directory: Path | str) -> AdapterConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha, targets = raw["r"], raw["lora_alpha"], raw["target_modules"]
         problems = _unsupported(raw)
+        base, use_rslora = raw.get("base_model_name_or_path"), raw.get("use_rslora", False)
         config = AdapterConfig(
             rank=int(rank),
             alpha=float(alpha),
             dropout=float(raw.get("lora_dropout") or 0.0),
-            use_rslora=bool(raw.get("use_rslora", False)),
+            use_rslora=bool(use_rslora),
             targets=(),
-            base_model_name=raw.get("base_model_name_or_path"),
+            base_model_name=None if base is None else str(base),
         )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path}: not a readable PEFT config: {error!r}") from error
     if config.rank < 1 or config.rank != rank or not 0 <= config.dropout < 1:
         problems.append(f"r={rank!r} with lora_dropout={config.dropout!r}")
+    if config.alpha != alpha or not 0 < config.alpha < math.inf:
+        problems.append(f"lora_alpha={alpha!r} (only a finite number above 0)")
+    if not isinstance(use_rslora, bool | None):
+        problems.append(f"use_rslora={use_rslora!r} (only true or false)")
     is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if targets != lora.ALL_LINEAR and not is_list:
         problems.append(f"target_modules={targets!r} (only a list of names, or all-linear)")

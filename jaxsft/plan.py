@@ -7,52 +7,47 @@ Exit codes: 0 the run fits; 1 it does not fit the chips' memory or --budget-hour
 failed; 2 bad input.
 """
 
-import argparse
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from jaxsft import lora
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, check_output, fail, parse_config
-from jaxsft.config import TrainConfig, check_devices
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail, parse_config
+from jaxsft.config import TrainConfig
 from jaxsft.json_file import write_json
 from jaxsft.planning.estimate import StepEstimate, estimate_step, num_chips
-from jaxsft.planning.plot import check_format, plot_plan
-from jaxsft.planning.report import (
-    HASH_OF_GUESSED_STEPS,
-    describe_setting,
-    show_plan,
-    show_search,
-)
+from jaxsft.planning.local import plan_devices
+from jaxsft.planning.options import LOCAL, PlanOptions, parse_options
+from jaxsft.planning.plot import plot_plan
+from jaxsft.planning.report import NOTHING_FITS, describe_setting, show_plan, show_search
 from jaxsft.planning.run_plan import RunPlan, count_workloads, steps_without_data
 from jaxsft.planning.search import (
     Setting,
     all_settings,
-    nearest_savings,
+    nearest_fit,
     setting_of,
     try_settings,
 )
-from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, CompilerError
+from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, CompilerError
 from jaxsft.planning.workload import Workload, read_lengths
 from jaxsft.prepare import load_data, model_path
 from jaxsft.presets import GemmaConfig
-from jaxsft.program import abstract_setup, architecture, lower_step, program_hash
+from jaxsft.program import architecture
+from jaxsft.validation import check_devices
 
 EXIT_DOES_NOT_FIT = 1
-LOCAL = "local"
 DEFAULT_RECIPE = "single_session"
 
 DESCRIPTION = (
     "Plans a run on a TPU slice that need not exist: fit, time and memory, by kind and part. "
-    "Options of its own: --topology v5e:2x4 (or another slice of v5e or v6e; local: only the hash "
+    "Options of its own: --topology v5e:2x4 (or another slice of v5e or v6e; local: hash and memory "
     "of the program on this machine's devices), --budget-hours H (exit code 1 when the run takes "
     "longer), --lengths FILE (tokens of each sample: a JSON histogram {length: count} or one "
     "number a line), --data (read the run's own data for them), --search (rank micro-batches, row "
@@ -89,58 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CompilerError as error:
         return fail(error, EXIT_FAILED)
     return EXIT_DOES_NOT_FIT if plan.is_over_budget or not plan.estimate.fits else 0
-
-
-class PlanOptions(NamedTuple):
-    """The options of this command that are not train's."""
-
-    topology: str = "v5e:2x4"
-    lengths: str | None = None
-    data: bool = False
-    search: bool = False
-    plot: str | None = None
-    json: str | None = None
-
-
-def parse_options(argv: Sequence[str]) -> tuple[PlanOptions, list[str]]:
-    """(this command's options, the others); ValueError in one line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--topology", default=PlanOptions().topology)
-    for name in ("--lengths", "--plot", "--json"):
-        parser.add_argument(name)
-    for name in ("--data", "--search"):
-        parser.add_argument(name, action="store_true")
-    try:
-        found, rest = parser.parse_known_args(_with_train_names(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    options = PlanOptions(**vars(found))
-    if options.topology != LOCAL and options.topology not in TOPOLOGIES:
-        valid = ", ".join((*TOPOLOGIES, LOCAL))
-        raise ValueError(f"--topology {options.topology} is not known; valid: {valid}")
-    if options.lengths is not None and options.data:
-        raise ValueError("--lengths and --data both give the data's lengths; choose one")
-    if options.topology == LOCAL:
-        given = {"--search": options.search, "--plot": options.plot is not None}
-        given["--budget-hours"] = any(arg.startswith("--budget_hours") for arg in rest)
-        if ignored := [name for name, is_given in given.items() if is_given]:
-            raise ValueError(
-                f"--topology {LOCAL} tells the program's hash, neither time nor memory: leave out "
-                f"{' and '.join(ignored)}"
-            )
-    for name, path in (("--plot", options.plot), ("--json", options.json)):
-        if path is not None:
-            check_output(name, path)
-    if options.plot is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install 'jaxsft[plan]'")
-        check_format(Path(options.plot))
-    return options, rest
-
-
-def _with_train_names(argv: Sequence[str]) -> list[str]:
-    """--budget-hours is train's --budget_hours."""
-    return [re.sub(r"^--budget-hours(?==|$)", "--budget_hours", argument) for argument in argv]
 
 
 def prepare_compiler() -> None:
@@ -222,16 +165,18 @@ def show_way_out(plan: RunPlan, console: Console) -> dict[str, Any] | None:
             "chips nor more micro-batches help."
         )
         return None
-    candidates = nearest_savings(plan.config, plan.estimate.num_chips)
-    for setting, found in try_settings(candidates, setting_estimator(plan, console)):
-        if isinstance(found, StepEstimate) and found.fits:
-            console.print(
-                f"The nearest setting that fits: {describe_setting(setting, plan.config)} "
-                f"({found.seconds:.3f} s a step, {found.hbm_total_gib:.2f} GiB a chip)."
-            )
-            return setting._asdict() | {"estimated_seconds_per_step": found.seconds}
-    console.print("No number of micro-batches and no remat policy makes it fit: use more chips.")
-    return None
+    nearest = nearest_fit(plan.config, plan.estimate.num_chips, setting_estimator(plan, console))
+    if nearest is None:
+        console.print(NOTHING_FITS)
+        return None
+    setting, found = nearest
+    options = describe_setting(setting, plan.config)
+    console.print(
+        f"The nearest setting that fits: {options} ({found.seconds:.3f} s a step, "
+        f"{found.hbm_total_gib:.2f} GiB a chip)."
+    )
+    values = setting._asdict() | {"options": options, "gib": found.hbm_total_gib}
+    return values | {"estimated_seconds_per_step": found.seconds}
 
 
 def search(plan: RunPlan, console: Console) -> list[dict[str, Any]]:
@@ -270,24 +215,14 @@ def setting_estimator(plan: RunPlan, console: Console) -> Callable[[Setting], St
 
 
 def plan_local(config: TrainConfig, options: PlanOptions, console: Console) -> int:
-    """The hash of the program that train would run on the devices of this machine."""
+    """Plans for the devices of this machine; returns the command's exit code."""
     check_devices(config, jax.device_count())
-    model_config, source = architecture(config.model.path)
     steps = num_plan_steps(config, read_workloads(config, options))
-    devices = jax.devices()
-    arguments = abstract_setup(config, model_config, devices, steps or config.warmup_steps + 1)
-    found = program_hash(lower_step(arguments))
-    formulation = "plain" if arguments.spec.fused is None else "fused"
-    console.print(f"{config.name}: {model_config.name} ({source}) on {len(devices)} local devices")
-    console.print(f"train step: {formulation}, program {found}")
     is_exact = config.max_steps is not None or options.data
-    if not is_exact:
-        console.print(HASH_OF_GUESSED_STEPS)
+    values = plan_devices(config, steps, steps_are_exact=is_exact, console=console)
     if options.json:
-        values = {"topology": LOCAL, "num_chips": len(devices), "steps": steps}
-        values |= {"formulation": formulation, "steps_are_exact": is_exact}
-        write_json(Path(options.json), values | {"program_hash": found})
-    return 0
+        write_json(Path(options.json), {"topology": LOCAL} | values)
+    return 0 if values["fits"] else EXIT_DOES_NOT_FIT
 
 
 if __name__ == "__main__":

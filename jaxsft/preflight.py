@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxsft.agreement import Difference, compare_ways
 from jaxsft.build import Setup
 from jaxsft.config import TrainConfig
-from jaxsft.step import put_batch, train_step
+from jaxsft.step import TrainState, put_batch, train_step
 
 NUM_TIMED_STEPS = 20
 
@@ -110,36 +110,48 @@ class Preflight:
         }
 
 
-def run_preflight(
-    config: TrainConfig, setup: Setup, plan_dir: Path, interrupted: Callable[[], bool]
-) -> tuple[Setup, Preflight | None]:
-    """(`setup` as it must be used from now on, what was found; None when a signal came).
+def time_steps(
+    setup: Setup, num_steps: int, tick: Callable[[str], None]
+) -> tuple[Setup, TrainState, list[float]]:
+    """(`setup` as it must be used from now on, the state after the steps, seconds of each).
 
-    The frozen weights of the given `setup` are donated to the steps. `plan_dir` is where `plan`
-    keeps its estimates.
+    The run's next steps, after one that compiles, on a copy of its state. The frozen weights of the
+    given `setup` are donated to them. `tick` is called before each and may raise.
     """
     spec, batches, first_step = setup.spec, setup.step_batches, int(setup.state.step)
     state, frozen = jax.tree.map(jnp.copy, setup.state), setup.frozen
-    seconds, num_tokens = [], 0
-    for i in range(1 + NUM_TIMED_STEPS):  # the first one compiles
-        if interrupted():
-            return dataclasses.replace(setup, frozen=frozen), None
+    seconds = []
+    for i in range(1 + num_steps):
+        tick(f"timed step {i}")
         rows = batches[(first_step + i) % len(batches)]
         started = time.perf_counter()
-        batch = put_batch(rows, spec.mesh)
-        state, frozen, scalars = train_step(state, frozen, batch, spec=spec)
+        state, frozen, scalars = train_step(state, frozen, put_batch(rows, spec.mesh), spec=spec)
         jax.device_get(scalars)
-        if i > 0:
-            seconds.append(time.perf_counter() - started)
-            num_tokens += int(jnp.sum(batch.segment_ids_BT > 0))
+        seconds.append(time.perf_counter() - started)
+    return dataclasses.replace(setup, frozen=frozen), state, seconds[1:]
+
+
+def run_preflight(
+    config: TrainConfig, setup: Setup, plan_dir: Path, tick: Callable[[str], None]
+) -> tuple[Setup, Preflight]:
+    """(`setup` as it must be used from now on, what was found).
+
+    The frozen weights of the given `setup` are donated to the steps. `plan_dir` is where `plan`
+    keeps its estimates. `tick` as in `time_steps`.
+    """
+    spec, batches, first_step = setup.spec, setup.step_batches, int(setup.state.step)
+    setup, state, seconds = time_steps(setup, NUM_TIMED_STEPS, tick)
+    timed = [batches[(first_step + 1 + i) % len(batches)] for i in range(NUM_TIMED_STEPS)]
+    num_tokens = sum(int((batch.segment_ids_BT > 0).sum()) for batch in timed)
     memory = peak_memory(spec.mesh)
+    tick("comparing two ways to compute the step")
+    batch = put_batch(timed[-1], spec.mesh)
     # The trained copy of the adapter: a fresh one's B is zero.
-    setup = dataclasses.replace(setup, frozen=frozen)
     setup, difference, not_compared = compare_ways(config, setup, state.adapter, batch)
     return setup, Preflight(
         program_hash=setup.program_hash,
         seconds=seconds,
-        tokens_per_s=num_tokens / sum(seconds),
+        tokens_per_s=num_tokens * jax.process_count() / sum(seconds),
         num_steps_left=len(batches) - first_step,
         budget_hours=config.budget_hours,
         memory=memory,

@@ -10,14 +10,14 @@ interrupted.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
 from jaxsft.config import DataOptions, TrainConfig
-from jaxsft.data import as_list
+from jaxsft.data import DataReport, as_list
 from jaxsft.packing import Sample
 from jaxsft.preparation import prepare
 from jaxsft.prepare_report import preparing, show_data
@@ -65,15 +65,26 @@ def load_tokenizer(config: TrainConfig, path: Path) -> Tokenizer:
     return Tokenizer.from_file(source / "tokenizer.model" if source.is_dir() else source)
 
 
-def load_data(config: TrainConfig, path: Path, console: Console | None = None) -> Data:
+def load_data(
+    config: TrainConfig,
+    path: Path,
+    console: Console | None = None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Data:
     """All rows of the config for the model at `path`, prepared unless they are; see `prepare`.
 
-    `console` shows how far it has come. ValueError names the file and line.
+    `console` shows how far it has come; `on_progress` is called as it goes on. ValueError names the
+    file and line.
     """
     options, tokenizer = config.data, load_tokenizer(config, path)
     root = Path(options.prepared_dir) if options.prepared_dir else cache_dir("prepared")
     heldout_files = as_list(options.eval_files)
-    with preparing(console or Console(quiet=True), _num_rows(options)) as progress:
+    with preparing(console or Console(quiet=True), _num_rows(options)) as show:
+
+        def progress(report: DataReport) -> None:
+            on_progress()
+            show(report)
+
         train = prepare(
             options.train_files,
             tokenizer,
@@ -96,7 +107,9 @@ def load_data(config: TrainConfig, path: Path, console: Console | None = None) -
         drop_duplicates=False,
         max_drop=1.0,
     )
-    heldout = prepare(heldout_files, tokenizer, as_it_is, root)
+    heldout = prepare(
+        heldout_files, tokenizer, as_it_is, root, progress=lambda report: on_progress()
+    )
     samples = [heldout.rows.sample(i) for i in range(heldout.rows.num_samples)]
     return Data(tokenizer, train, heldout, samples)
 

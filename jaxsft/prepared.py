@@ -76,6 +76,22 @@ def map_prepared(directory: Path) -> Prepared:
     return Prepared(directory, rows, DataReport(**manifest["report"]), manifest, sample_rows)
 
 
+def source_of(prepared: Prepared, sample: int) -> str:
+    """The raw row that a sample comes from, as "file:row 17" counted from 1."""
+    number = int(prepared.sample_rows[sample])
+    start = int(prepared.manifest["made_from"]["options"]["start"])
+    end = start
+    for file, counts in prepared.report.by_source.items():
+        begin, end = end, end + counts["rows_read"]
+        if number < end:
+            # Files before it that were skipped as a whole hide where it begins.
+            first = next(iter(prepared.report.by_source))
+            if begin == start and start > 0 and file != first:
+                break
+            return f"{file}:row {number + 1 - (0 if file == first else begin)}"
+    return f"row {number + 1:,} over all files"
+
+
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with the digest of all else that is in it."""
     rest = {name: value for name, value in manifest.items() if name != "seal"}

@@ -158,22 +158,23 @@ PRESETS = {
     "gemma-3-1b": _gemma3("gemma-3-1b", num_layers=26, d_model=1152, d_ff=6912),
 }
 
+_MAX_LAYERS = 512  # Gemma's deepest has 62; a number alone must not take memory and time
+_CAPS = ("attn_softcap", "final_softcap")
 _HF_LAYER_TYPES = {"sliding_attention": LOCAL, "full_attention": GLOBAL}
 
 
-def from_hf_config(source: Path | str | dict[str, Any]) -> GemmaConfig:
-    """GemmaConfig from a Hugging Face `config.json` (its path, or the parsed dict).
+def from_hf_config(source: Path | str | dict[str, Any], where: str = "config") -> GemmaConfig:
+    """GemmaConfig from a Hugging Face `config.json` (its path, or the parsed dict of `where`).
 
     Raises ValueError that names every key and value that this implementation does not support,
     rather than computing something else silently.
     """
-    if isinstance(source, dict):
-        where, raw = "config", source
-    else:
+    raw: Any = source
+    if not isinstance(source, dict):
         where = str(source)
         try:
             raw = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not a readable config.json: {error}") from error
         if not isinstance(raw, dict):
             raise ValueError(f"{where}: not a readable config.json: not an object")
@@ -232,6 +233,11 @@ def _impossible(config: GemmaConfig) -> list[str]:
         for name, value in values.items()
         if type(value) is not int or value < 1
     ]
+    for name in ("query_scale", "rope_theta_local", "rope_theta_global", "rms_norm_eps", *_CAPS):
+        value = getattr(config, name)
+        is_off = value is None and name in _CAPS
+        if not is_off and not (type(value) in (int, float) and 0 < value < 1e30):
+            problems.append(f"{name}={value!r} (must be a finite number above 0)")
     if not problems and config.num_heads % config.num_kv_heads:
         problems.append(f"{config.num_heads} heads for {config.num_kv_heads} KV heads")
     if not problems and config.head_dim % 2:
@@ -249,6 +255,8 @@ def _rope_parameters(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _parse(raw: dict[str, Any], model_type: str) -> GemmaConfig:
     num_layers = raw["num_hidden_layers"]
+    if num_layers > _MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers: {num_layers} are more than {_MAX_LAYERS}")
     if raw.get("layer_types"):
         layer_types = tuple(_HF_LAYER_TYPES[kind] for kind in raw["layer_types"])
         if len(layer_types) != num_layers:
@@ -271,7 +279,7 @@ def _parse(raw: dict[str, Any], model_type: str) -> GemmaConfig:
     head_dim = raw["head_dim"]
     query_pre_attn_scalar = head_dim if gemma1 else raw["query_pre_attn_scalar"]
     return GemmaConfig(
-        name=raw.get("_name_or_path") or model_type,
+        name=str(raw.get("_name_or_path") or model_type),
         vocab_size=raw["vocab_size"],
         d_model=raw["hidden_size"],
         d_ff=raw["intermediate_size"],

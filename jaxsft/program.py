@@ -26,6 +26,7 @@ from jaxsft.fused import FusedSpec
 from jaxsft.fused_weights import fuse, make_layout
 from jaxsft.gguf_io import GGUFFile, hf_config
 from jaxsft.model import Gemma
+from jaxsft.optimizer import make_transform, run_schedule
 from jaxsft.packing import Batch, num_steps
 from jaxsft.presets import PRESETS, GemmaConfig, from_hf_config
 from jaxsft.sharding import make_mesh, named, state_shardings
@@ -33,8 +34,6 @@ from jaxsft.step import (
     StepSpec,
     TrainState,
     init_state,
-    make_schedule,
-    make_transform,
     train_state_shardings,
     train_step,
 )
@@ -93,7 +92,7 @@ def num_run_steps(config: TrainConfig, num_rows: int) -> int:
 
 
 def mesh_of(config: TrainConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of a run on `devices`; their number must be a multiple of `config.fsdp`."""
+    """The mesh of a run on `devices`, a multiple of `config.fsdp`."""
     return make_mesh(len(devices) // config.fsdp, config.fsdp, devices)
 
 
@@ -168,7 +167,7 @@ def make_spec(
     mesh: Mesh,
     steps: int,
 ) -> StepSpec:
-    """Everything static about the step of a run of so many steps."""
+    """Everything static about the step of such a run."""
     return StepSpec(
         graphdef=graphdef,
         transform=make_transform(
@@ -178,13 +177,7 @@ def make_spec(
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
         ),
-        schedule=make_schedule(
-            config.lr_scheduler_type,
-            peak=config.learning_rate,
-            end=config.min_learning_rate,
-            warmup_steps=config.warmup_steps,
-            num_steps=steps,
-        ),
+        schedule=run_schedule(config, steps),
         mesh=mesh,
         logit_cap=model_config.final_softcap,
         chunk_tokens=config.loss_chunk_tokens,
@@ -192,6 +185,7 @@ def make_spec(
         use_dropout=config.lora.dropout > 0,
         seed=config.seed,
         fused=make_fused_spec(config, model_config, mesh),
+        spike_sigmas=config.skip_spikes_sigmas,
     )
 
 
@@ -285,7 +279,7 @@ def _kernel_without_locations(body: re.Match[str]) -> str:
 
 
 def num_bytes_per_device(tree: Any) -> int:
-    """Bytes that the arrays of a tree (or their shapes, with shardings) take on one device."""
+    """Bytes of a tree of arrays (or shapes with shardings) on one device."""
     return sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
     )

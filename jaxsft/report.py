@@ -15,6 +15,7 @@ from rich.text import Text
 
 from jaxsft.build import Setup, num_adapter_params
 from jaxsft.preflight import Preflight
+from jaxsft.session import Clock, duration
 
 _TABLE_ROWS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("loss", "held-out loss, nats per completion token", lambda m: _number(m["loss"], "{:.3f}")),
@@ -117,6 +118,23 @@ def progress(
         yield lambda step, metrics, eta_s, log: live.update(
             task, completed=step, description=line(step, metrics, eta_s)
         )
+
+
+def show_stopped(
+    console: Console, setup: Setup, why: str, clock: Clock, run_dir: Path, command: str
+) -> None:
+    """Why a run stopped before its end, what remains, and the command to go on: the last line."""
+    step, last_step = int(setup.state.step), len(setup.step_batches)
+    left = last_step - step
+    remains = "only the last measurement remains"
+    if left:
+        time_left = clock.median_step_s * left
+        about = "" if math.isnan(time_left) else f", about {duration(time_left)}"
+        remains = f"{left:,} of {last_step:,} steps remain{about}"
+    saved = f"step {step:,} is saved" if step else "nothing was trained yet"
+    adapter = f", the adapter so far is in {run_dir / 'adapter'}" if step else ""
+    console.print(f"Stopped because {why}: {saved}{adapter}; {remains}.")
+    console.print(f"To go on, run the same command again: {command}")
 
 
 def show_finished(console: Console, run_dir: Path, yaml: str) -> None:

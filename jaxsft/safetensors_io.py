@@ -2,6 +2,8 @@
 
 import json
 import re
+import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 _DTYPES = ("F32", "F16", "BF16")
 _SHARD_NAME = r"[\w.-]+\.safetensors"
+_HEADER_SIZE = struct.Struct("<Q")
 _LFS_POINTER = b"version https://git-lfs"
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -69,7 +72,7 @@ class SafetensorsDirectory:
             foreign = [shard for shard in shards if not re.fullmatch(_SHARD_NAME, shard)]
         except FileNotFoundError as error:
             raise ValueError(f"{self.path} has neither {name} nor {path.name}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable index: {error!r}") from error
         if foreign:
             raise ValueError(f"{path}: {foreign[0]!r} is not the plain name of a .safetensors file")
@@ -86,8 +89,22 @@ def _open(path: Path) -> dict[str, Any]:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise ValueError(f"{path}: a Git LFS pointer, not the file; run 'git lfs pull'")
         tensors = safe_open(path, framework="numpy")
+        _check_unique(path)
         return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: the safetensors file is truncated or damaged ({error}); download it again"
         ) from error
+
+
+def _check_unique(path: Path) -> None:
+    """ValueError where a name is in the header twice: the library takes the last one in silence."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+        if count > 1:
+            raise ValueError(f"{path}: the header names {name} twice; download it again")
+
+    with path.open("rb") as file:
+        (size,) = _HEADER_SIZE.unpack(file.read(_HEADER_SIZE.size))
+        json.loads(file.read(size), object_pairs_hook=unique)

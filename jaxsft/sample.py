@@ -4,7 +4,7 @@ Prompts are right-padded to a power of two, so that a shape bucket compiles once
 from its own position, and padding is overwritten before any token can see it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -42,8 +42,10 @@ def generate(
     *,
     options: EvalOptions,
     stop_ids: Sequence[int],
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Generation]:
-    """Answers `prompts` (token ids, BOS included), in their order.
+    """Answers `prompts` (token ids, BOS included), in their order; calls `on_batch` before each
+    batch.
 
     The draw for prompt i depends on (options.seed, i) and the position alone, so neither batch size
     nor the other prompts change it.
@@ -63,6 +65,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Generation] = {}
     for low in range(0, len(order), options.batch_size):
+        on_batch()
         indices = order[low : low + options.batch_size]
         # A short last batch is filled up by repeating its first prompt: no other shape to compile.
         rows = indices + [indices[0]] * (options.batch_size - len(indices))

@@ -1,4 +1,4 @@
-"""The one jitted train step, the eval step, the optimizer and its schedule.
+"""The one jitted train step and the eval step.
 
 Only the adapter is differentiated: frozen weights get no gradient and no optimizer state. Two
 formulations of one function: `StepSpec.fused` None differentiates model.py (the reference: any
@@ -31,19 +31,21 @@ from jaxsft.sharding import (
     shard_spec,
     state_shardings,
 )
+from jaxsft.spikes import History, empty_history, is_spike, remember
 
 
 class TrainState(NamedTuple):
     """What a step changes and a checkpoint keeps. Adapter and moments are float32.
 
     `step` counts batches consumed, `num_updates` the updates applied: a step whose loss or gradient
-    is not finite is consumed but not applied.
+    is not finite, or that is a spike, is consumed but not applied.
     """
 
     step: jax.Array  # int32 scalar
     num_updates: jax.Array  # int32 scalar
     adapter: nnx.State
     moments: optax.OptState
+    history: History | None = None  # None unless spikes are skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,43 +62,7 @@ class StepSpec:
     use_dropout: bool = False
     seed: int = 0
     fused: FusedSpec | None = None
-
-
-def make_schedule(
-    kind: str, *, peak: float, end: float, warmup_steps: int, num_steps: int
-) -> optax.Schedule:
-    """Learning rate by update: linear warm-up from 0 to `peak`, then `kind` down to `end`.
-
-    `kind` is cosine, linear or constant (which ignores `end`).
-    """
-    decay_steps = max(num_steps - warmup_steps, 1)
-    decay = {
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=end / peak if peak else 0),
-        "linear": optax.linear_schedule(peak, end, decay_steps),
-        "constant": optax.constant_schedule(peak),
-    }[kind]
-    if warmup_steps == 0:
-        return decay
-    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    return optax.join_schedules([warmup, decay], [warmup_steps])
-
-
-def make_transform(
-    *, beta1: float, beta2: float, eps: float, weight_decay: float, max_grad_norm: float
-) -> optax.GradientTransformation:
-    """AdamW without the learning rate, which the step multiplies in: clip, Adam, decay.
-
-    Decay (arXiv:1711.05101) applies to matrices only; `max_grad_norm` 0 turns clipping off.
-    """
-
-    def is_matrix(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.ndim >= 2, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(),
-        optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=is_matrix),
-    )
+    spike_sigmas: float | None = None  # None: no step is skipped as a spike
 
 
 def init_state(adapter: nnx.State, spec: StepSpec) -> TrainState:
@@ -104,7 +70,9 @@ def init_state(adapter: nnx.State, spec: StepSpec) -> TrainState:
 
     def init(adapter: nnx.State) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, jnp.zeros((), jnp.int32), adapter, spec.transform.init(adapter))
+        history = None if spec.spike_sigmas is None else empty_history()
+        moments = spec.transform.init(adapter)
+        return TrainState(zero, jnp.zeros((), jnp.int32), adapter, moments, history)
 
     shardings = train_state_shardings(jax.eval_shape(init, adapter), spec)
     return jax.jit(init, out_shardings=shardings)(adapter)
@@ -114,7 +82,11 @@ def train_state_shardings(state: TrainState, spec: StepSpec) -> TrainState:
     """NamedSharding of every array: with the fused step adapter and moments are split over the
     devices (ZeRO, arXiv:1910.02054), else replicated."""
     num_shards = 1 if spec.fused is None else spec.mesh.shape["data"]
-    return jax.tree.map(lambda x: NamedSharding(spec.mesh, shard_spec(x.shape, num_shards)), state)
+    shardings = jax.tree.map(
+        lambda x: NamedSharding(spec.mesh, shard_spec(x.shape, num_shards)),
+        state._replace(history=None),
+    )
+    return shardings._replace(history=jax.tree.map(lambda _: named(spec.mesh), state.history))
 
 
 def _loss_sum(
@@ -231,7 +203,7 @@ def train_step(
 
     Returns the new state, the frozen weights, and scalars: loss (nats per loss token),
     num_loss_tokens, grad_norm (before clipping), learning_rate, applied (False: loss or gradient
-    was not finite and adapter and moments are unchanged).
+    was not finite, or a spike, and adapter and moments are unchanged).
     """
     key = None
     if spec.use_dropout:
@@ -248,11 +220,16 @@ def train_step(
     loss = loss_sum / denominator
     grads = jax.tree.map(lambda g: g / denominator, grads)
     grad_norm = optax.tree.norm(grads)
-    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (num_tokens > 0)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (num_tokens > 0)
+    applied, history = finite, state.history
+    if history is not None:
+        assert spec.spike_sigmas is not None
+        applied &= ~is_spike(history, loss, grad_norm, spec.spike_sigmas)
+        history = remember(history, loss, grad_norm, finite)
 
     learning_rate = spec.schedule(state.num_updates)
     adapter, moments = _update(state, grads, learning_rate, applied, spec)
-    new_state = TrainState(state.step + 1, state.num_updates + applied, adapter, moments)
+    new_state = TrainState(state.step + 1, state.num_updates + applied, adapter, moments, history)
     metrics = {
         "loss": loss,
         "num_loss_tokens": num_tokens,

@@ -6,45 +6,64 @@ interrupted run, and a finished one says so. `--preflight` checks the step on th
 and stops; on a TPU every run begins with that.
 
 Exit codes: 0 finished; 1 the preflight or the run failed (one line says how; the last checkpoint is
-good); 2 bad input (one line says what, nothing was trained); 75 interrupted and saved, run the
-command again.
+good); 2 bad input (one line says what, nothing was trained); 75 stopped by a signal or the clock
+and saved, run the command again.
 """
 
-import argparse
 import dataclasses
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-from flax import nnx
 from rich.console import Console
 
-from jaxsft.build import Setup, build, check_early
-from jaxsft.checkpoint import Checkpoints
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail, parse_config
-from jaxsft.config import TrainConfig
+from jaxsft.build import Setup, abstract_state, build, check_early, restore, split_of, trained_model
+from jaxsft.checkpoint import Checkpoints, state_bytes
+from jaxsft.cli import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    cache_dir,
+    command_line,
+    fail,
+    parse_config,
+    parse_preflight,
+)
 from jaxsft.data import batches
+from jaxsft.device_errors import check_device, explain_out_of_memory
+from jaxsft.fork import ADAPTER, CHECKPOINTS
 from jaxsft.json_file import write_json
-from jaxsft.measure import eval_loss, load_before, measure, measured_of, write_samples
+from jaxsft.measure import load_before, measured_of, write_samples
 from jaxsft.metrics import MetricsWriter, Throughput
+from jaxsft.packing import batch_hash
 from jaxsft.peft_io import save_adapter
-from jaxsft.preflight import NUM_TIMED_STEPS, run_preflight
-from jaxsft.prepare import Data, load_data
+from jaxsft.prepare import load_data
 from jaxsft.prepare_report import show_data
 from jaxsft.report import (
     progress,
     show_finished,
-    show_preflight,
     show_result,
     show_setup,
+    show_stopped,
 )
+from jaxsft.run import Run, evaluated, measured, preflight, save_best, say
+from jaxsft.run_dir import RunDir, check_free_space
+from jaxsft.saver import Saver
+from jaxsft.schedule import SCHEDULE, fit_schedule, fitted, forecast
+from jaxsft.session import (
+    Clock,
+    Session,
+    StopNow,
+    catch_signals,
+    interruptible,
+    session_end_s,
+)
+from jaxsft.skips import SkippedSteps
 from jaxsft.step import put_batch, train_step
+from jaxsft.terminal import make_console
+from jaxsft.watchdog import Watchdog
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -54,93 +73,66 @@ DESCRIPTION = (
     "run's own rows and stops, with exit code 1 when it disagrees or the run would take longer "
     "than budget_hours; on a TPU every run begins with that."
 )
+_FORECAST_AFTER = 10  # steps, where no preflight has timed them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    # No markup: file names may hold brackets.
-    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    started_s = time.time()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    console = make_console()
     try:
-        preflight_only, rest = parse_preflight(sys.argv[1:] if argv is None else argv)
-        config, yaml = parse_config("jaxsft.train", DESCRIPTION, rest)
-        if config.multihost:
-            join_hosts(preflight_only)
-            console.quiet = jax.process_index() > 0
-        run_dir = Path(config.output_dir) / config.name
-        if (run_dir / "result.json").exists():
-            show_finished(console, run_dir, yaml)
-            return 0
-        path = check_early(config)
-        # float32 means float32 on accelerators too; their default is bfloat16 passes.
-        jax.config.update("jax_default_matmul_precision", "highest")
-        data = load_data(config, path, console)
-        show_data(console, data.train, data.heldout)
-        setup = build(config, data, path)
-        show_setup(console, setup)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoints = None
-        if jax.process_count() == 1:
-            checkpoints = Checkpoints(run_dir / "checkpoints", config.save_total_limit)
-            setup = restore(setup, checkpoints, console)
-        before = load_before(config, data, setup, run_dir)
-        (run_dir / "config.yaml").write_text(yaml, encoding="utf-8")
+        with interruptible():
+            return command(argv, console, started_s)
+    except KeyboardInterrupt:
+        console.print(
+            f"Interrupted, nothing is lost. To go on: {command_line('jaxsft.train', argv)}"
+        )
+        return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
     except jax.errors.JaxRuntimeError as error:
-        return fail_for_memory(error)
-    try:
-        with catch_signals() as interrupted:
-            if preflight_only or is_on_tpu(setup):
-                setup, code = preflight(config, setup, run_dir, console, interrupted)
-                if preflight_only or code:
-                    return code
-            assert checkpoints is not None  # several processes stop after the preflight
-            return run(config, data, setup, before, checkpoints, run_dir, console, interrupted)
-    except (FloatingPointError, OSError) as error:
-        return fail(error, EXIT_FAILED)
-    except jax.errors.JaxRuntimeError as error:
-        return fail_for_memory(error)
+        line = explain_out_of_memory(error, argv)
+        if line is None:
+            raise
+        return fail(line, EXIT_FAILED)
 
 
-def fail_for_memory(error: jax.errors.JaxRuntimeError) -> int:
-    """The exit code for a device that is out of memory, said in a line; raises other errors."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        raise error
-    advice = (
-        "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length or "
-        "eval.batch_size (jaxsft.plan --search finds what fits)"
-    )
-    return fail(f"out of memory, {advice}: {str(error).splitlines()[0]}", EXIT_FAILED)
-
-
-def parse_preflight(argv: Sequence[str]) -> tuple[bool, list[str]]:
-    """(is `--preflight` among the arguments, the others); ValueError where it has a value."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preflight", action="store_true")
-    try:
-        found, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    return found.preflight, rest
-
-
-def join_hosts(preflight_only: bool) -> None:
-    """Makes this process one of several, before anything touches its devices.
-
-    Raises ValueError where there are no others, and where more than a preflight is wanted of them.
-    """
-    try:
-        jax.distributed.initialize()
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"multihost: no other processes to join ({error}); JAX finds them on the hosts of a "
-            "TPU slice and under Slurm or Open MPI, elsewhere leave it out"
-        ) from error
-    if jax.process_count() > 1 and not preflight_only:
-        raise ValueError(
-            f"multihost: checkpoints need all devices in one process, here are "
-            f"{jax.process_count()}; only --preflight runs on several so far"
-        )
+def command(argv: list[str], console: Console, started_s: float) -> int:
+    """Sets up what `argv` asks for and runs it. ValueError and OSError are bad input."""
+    preflight_only, rest = parse_preflight(argv)
+    config, yaml = parse_config("jaxsft.train", DESCRIPTION, rest)
+    path = Path(config.output_dir) / config.name
+    if (path / "result.json").exists():
+        show_finished(console, path, yaml)
+        return 0
+    clock = Clock(session_end_s(config.deadline, config.max_seconds, started_s))
+    check_device()
+    model = check_early(config)
+    # float32 means float32 on accelerators too; their default is bfloat16 passes.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir("compiled")))
+    again = command_line("jaxsft.train", argv)
+    advice = f"the last checkpoint is good, to go on: {again}"
+    with RunDir(path) as run_dir, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
+        checkpoints = Checkpoints(path / CHECKPOINTS, config.save_total_limit)
+        num_missing = config.save_total_limit - len(checkpoints.steps())
+        check_free_space(path, state_bytes(abstract_state(config)), max(num_missing, 0))
+        watchdog.beat("reading rows")
+        data = load_data(config, model, console, lambda: watchdog.beat("reading rows"))
+        show_data(console, data.train, data.heldout)
+        watchdog.beat("loading the model")
+        setup = fitted(config, build(config, data, model), path)
+        show_setup(console, setup)
+        setup = restore(setup, checkpoints, console.print)
+        before, of = load_before(config, data, setup, path), measured_of(config, data, setup)
+        run = Run(config, again, console, run_dir, clock, watchdog, data, before, of, yaml)
+        run.write_files()
+        try:
+            return run_to_the_end(run, setup, checkpoints, preflight_only)
+        except (FloatingPointError, OSError) as error:
+            return fail(error, EXIT_FAILED)
 
 
 def is_on_tpu(setup: Setup) -> bool:
@@ -148,89 +140,70 @@ def is_on_tpu(setup: Setup) -> bool:
     return setup.spec.mesh.devices.flat[0].platform == "tpu"
 
 
-def restore(setup: Setup, checkpoints: Checkpoints, console: Console) -> Setup:
-    """`setup` with the state of the newest good checkpoint, if there is any."""
-    restored = checkpoints.restore(
-        setup.state, setup.fingerprint, on_event=lambda line: console.print(f"warning: {line}")
-    )
-    if restored is None:
-        return setup
-    console.print(f"Continuing from step {restored.step}.")
-    return dataclasses.replace(setup, state=restored.state)
-
-
-def preflight(
-    config: TrainConfig,
-    setup: Setup,
-    run_dir: Path,
-    console: Console,
-    interrupted: Callable[[], bool],
-) -> tuple[Setup, int]:
-    """(`setup` as it must be used from now on, exit code: 0 when the run may start)."""
-    console.print(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
-    setup, found = run_preflight(config, setup, cache_dir("plan"), interrupted)
-    if found is None:
-        console.print("Interrupted, nothing is lost. To go on, run the same command again.")
-        return setup, EXIT_INTERRUPTED
-    show_preflight(console, found)
-    if jax.process_index() == 0:
-        write_json(run_dir / "preflight.json", found.as_dict())
-    if found.problems:
-        return setup, fail("; ".join(found.problems), EXIT_FAILED)
-    return setup, 0
-
-
-def run(
-    config: TrainConfig,
-    data: Data,
-    setup: Setup,
-    before: dict[str, Any] | None,
-    checkpoints: Checkpoints,
-    run_dir: Path,
-    console: Console,
-    interrupted: Callable[[], bool],
-) -> int:
-    """Measures unless `before` is known, trains, measures, writes the results."""
-    with checkpoints, MetricsWriter(run_dir, int(setup.state.step)) as writer:
-        if before is None:
-            before = measure(config, data, setup, writer, console)
-            write_json(run_dir / "before.json", before | {"of": measured_of(config, data, setup)})
-        if not interrupted():
-            setup = train(config, data, setup, checkpoints, writer, console, interrupted)
-        if int(setup.state.step) < len(setup.step_batches):
-            console.print("Interrupted, nothing is lost. To go on, run the same command again.")
+def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_only: bool) -> int:
+    """Preflight, measurement, training, measurement, results; returns the exit code."""
+    config, console, clock = run.config, run.console, run.clock
+    seconds_per_step = None
+    with catch_signals() as interrupted:
+        session = Session(clock, interrupted, run.watchdog.beat)
+        try:
+            if preflight_only or is_on_tpu(setup):
+                setup, seconds_per_step, code = preflight(run, setup, session)
+                if preflight_only or code:
+                    return code
+            with checkpoints, MetricsWriter(run.path, int(setup.state.step)) as writer:
+                if run.before is None:
+                    run.before = measured(run, setup, writer, session)
+                    run.write_files()
+                clock.measure_s = run.before.get("seconds", 0.0)
+                if config.fit_deadline and not (run.path / SCHEDULE).exists():
+                    setup, line = fit_schedule(
+                        config, setup, run.path, clock, seconds_per_step, session.go_on
+                    )
+                    console.print(line)
+                elif seconds_per_step is not None:
+                    say(console, forecast(setup, int(setup.state.step), clock, seconds_per_step))
+                setup = train(run, setup, checkpoints, writer, session)
+                save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
+                session.go_on("measuring", more_s=clock.measure_s)
+                if int(setup.state.step) < len(setup.step_batches):
+                    raise StopNow("another process has to stop")
+                after = measured(run, setup, writer, session)
+                save_best(run, setup, checkpoints, after)
+        except StopNow as stop:
+            show_stopped(console, setup, str(stop), clock, run.path, run.command)
             return EXIT_INTERRUPTED
-        after = measure(config, data, setup, writer, console)
-    model = nnx.merge(setup.spec.graphdef, setup.state.adapter, setup.model_weights)
-    save_adapter(run_dir / "adapter", model, setup.adapter_config)
-    write_samples(run_dir / "samples.jsonl", before, after)
-    result = {"before": before, "after": after, "program_hash": setup.program_hash}
-    write_json(run_dir / "result.json", result)
-    show_result(console, run_dir)
-    console.print(f"The adapter is in {run_dir / 'adapter'}, everything else beside it.")
+    write_samples(run.path / "samples.jsonl", run.before, after)
+    result = {"before": run.before, "after": after, "program_hash": setup.program_hash}
+    write_json(run.path / "result.json", result)
+    show_result(console, run.path)
+    console.print(f"The adapter is in {run.path / ADAPTER}, everything else beside it.")
     return 0
 
 
 def train(
-    config: TrainConfig,
-    data: Data,
-    setup: Setup,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-    console: Console,
-    interrupted: Callable[[], bool],
+    run: Run, setup: Setup, checkpoints: Checkpoints, writer: MetricsWriter, session: Session
 ) -> Setup:
-    """The loop, from the state in `setup` to the last step, or to where a signal stopped it.
+    """The loop, from the state in `setup` to the last step, or to where the session stops it.
 
     Returns `setup` as it stands then; the one that was given is donated to the steps.
     """
+    config, data, console, clock = run.config, run.data, run.console, run.clock
     state, frozen, spec = setup.state, setup.frozen, setup.spec
     first_step, last_step = int(state.step), len(setup.step_batches)
+    step = first_step
+    metadata = {"fingerprint": setup.fingerprint, "split": split_of(setup)}
+    saver = Saver(
+        checkpoints, metadata, config.save_steps, run.run_dir, run.write_files, clock, console
+    )
+    skipped = SkippedSteps(data.train, setup.step_batches, writer, config.max_nonfinite_steps)
     throughput = Throughput()
-    num_nonfinite = 0  # in a row
+    problem = None  # with writing metrics
     with progress(console, first_step, last_step) as show:
+        began_s = time.monotonic()
         for index, batch in batches(setup.step_batches, first_step, config.num_workers):
             step = index + 1
+            run.watchdog.beat(f"step {step}")
             on_device = put_batch(batch, spec.mesh)
             with jax.transfer_guard("disallow"):
                 state, frozen, scalars = train_step(state, frozen, on_device, spec=spec)
@@ -243,45 +216,33 @@ def train(
             is_logged = step % config.logging_steps == 0 or step == last_step
             show(step, metrics, throughput.eta_s(last_step - step), is_logged)
             if is_logged:
-                writer.log(step, {f"train/{name}": value for name, value in metrics.items()})
+                named = {f"train/{name}": value for name, value in metrics.items()}
+                writer.log(step, named | {"train/batch_hash": batch_hash(batch)})
+            say(console, skipped.check(step, metrics))
 
-            if metrics["num_loss_tokens"] > 0:
-                num_nonfinite = 0 if metrics["applied"] else num_nonfinite + 1
-            if num_nonfinite == config.max_nonfinite_steps:
-                raise FloatingPointError(
-                    f"loss or gradient not finite in steps {step - num_nonfinite + 1} to {step}; "
-                    "no such update was applied"
-                )
-            stop = interrupted()
-            if stop or step % config.save_steps == 0 or step == last_step:
-                checkpoints.save(step, state, {"fingerprint": setup.fingerprint})
-            if stop:
+            why_stop = session.why_stop()
+            if why_stop or step == last_step:
                 break
-            if config.eval_steps and step % config.eval_steps == 0 and step < last_step:
+            loss = None
+            if config.eval_steps and step % config.eval_steps == 0:
                 now = dataclasses.replace(setup, state=state, frozen=frozen)
-                writer.log(step, {"eval/loss": eval_loss(config, data, now)})
+                loss = evaluated(run, now, writer, session)
                 throughput.restart_clock(time.monotonic())
-    checkpoints.wait()
+            best = checkpoints.best
+            is_best = loss is not None and (best is None or loss < best[1])
+            if saver.is_due(step) or is_best:
+                saver.save(step, state, loss)
+            if writer.problem != problem:
+                problem = writer.problem
+                say(console, problem and f"WARNING: metrics wait in memory: {problem}")
+            clock.add_step(time.monotonic() - began_s)
+            began_s = time.monotonic()
+            if step == first_step + _FORECAST_AFTER and not is_on_tpu(setup):
+                say(console, forecast(setup, step, clock, clock.median_step_s))
+    if step > first_step:
+        run.watchdog.beat(f"saving step {step}")
+        saver.finish(step, state, session.interrupted)
     return dataclasses.replace(setup, state=state, frozen=frozen)
-
-
-@contextmanager
-def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Takes over SIGINT and SIGTERM; yields whether one came. A second one ends the process."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
-        os.write(2, b"Stopping soon; once more to stop at once.\n")  # print is not reentrant
-
-    handlers = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def demo_model_path(cache_dir: Path | str | None = None) -> Path:
 def _open(path: Path) -> tuple[TensorSource, WeightsInfo]:
     if path.suffix == ".gguf":
         gguf = GGUFFile(path)
-        config = from_hf_config(hf_config(gguf))
+        config = from_hf_config(hf_config(gguf), str(path))
         return gguf, WeightsInfo(config.name, "gguf", _sha256(path), config)
     if not path.is_dir():
         what = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"

@@ -16,6 +16,7 @@ HASH_OF_GUESSED_STEPS = (
     "The number of steps is not known but by --max_steps or --data: train logs another hash if its "
     "schedule has other steps."
 )
+NOTHING_FITS = "No number of micro-batches and no remat policy makes it fit: use more devices."
 
 
 def show_plan(console: Console, plan: RunPlan, *, from_cache: bool) -> None:

@@ -6,14 +6,28 @@ Every setting keeps the tokens of an optimizer step: rows half as long are twice
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxsft.config import TrainConfig
 from jaxsft.model import REMAT_POLICIES
-from jaxsft.planning.estimate import StepEstimate
 
 REMATS = tuple(REMAT_POLICIES)  # from the most memory to the least
 MIN_ROW_LENGTH = 256
+
+
+class Compiled(Protocol):
+    """What is known of a setting's step: which program it is, and whether it fits."""
+
+    @property
+    def program_hash(self) -> str:
+        """Of program.program_hash."""
+
+    @property
+    def fits(self) -> bool:
+        """Into the devices' memory."""
+
+
+Found = TypeVar("Found", bound=Compiled)
 
 
 class Setting(NamedTuple):
@@ -97,8 +111,8 @@ def nearest_savings(config: TrainConfig, num_devices: int) -> list[Setting]:
 
 
 def try_settings(
-    settings: Sequence[Setting], estimate: Callable[[Setting], StepEstimate]
-) -> Iterator[tuple[Setting, StepEstimate | str]]:
+    settings: Sequence[Setting], estimate: Callable[[Setting], Found]
+) -> Iterator[tuple[Setting, Found | str]]:
     """Estimates one setting after the other; a text says why one has no estimate.
 
     A setting is not compiled when one that takes no more memory did not fit. Settings that turn out
@@ -120,3 +134,13 @@ def try_settings(
         if found.program_hash not in programs:
             programs.add(found.program_hash)
             yield setting, found
+
+
+def nearest_fit(
+    config: TrainConfig, num_devices: int, estimate: Callable[[Setting], Found]
+) -> tuple[Setting, Found] | None:
+    """The first of `nearest_savings` that fits; None where none does."""
+    for setting, found in try_settings(nearest_savings(config, num_devices), estimate):
+        if not isinstance(found, str) and found.fits:
+            return setting, found
+    return None

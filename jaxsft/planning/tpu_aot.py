@@ -5,13 +5,14 @@ AOT_ENVIRONMENT before that. JAX_PLATFORMS, which JAX reads when it is imported,
 afterwards. Nothing here runs on a device.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 from jaxlib._hlo import HloPrintOptions  # no public module has it
+
+from jaxsft.out_of_memory import Shortage, parse_shortage
 
 # A process without a TPU: don't look for one, and share libtpu with other such processes. The
 # accelerator type only has to be a valid one, the topology decides what is compiled for.
@@ -26,6 +27,7 @@ AOT_ENVIRONMENT = {
 # Chips per host, as Cloud TPU offers them: 8 chips in one host, larger slices of hosts with 4.
 # https://cloud.google.com/tpu/docs/v5e and /v6e, "Configurations".
 _SHAPES = {
+    "1x1": (1, 1, 1),
     "2x2": (2, 2, 1),
     "2x4": (2, 4, 1),
     "4x4": (2, 2, 1),
@@ -100,12 +102,9 @@ def compile_for_tpu(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:
 
     Raises CompilerError where the compiler fails.
     """
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if (too_large := parse_out_of_memory(str(error))) is None:
-            raise CompilerError(f"the TPU compiler failed: {one_line(str(error))}") from error
-        return too_large
+    compiled = compile_or_refuse(lowered, "the TPU compiler")
+    if isinstance(compiled, OutOfMemory):
+        return compiled
     analysis = compiled.memory_analysis()
     assert analysis is not None
     return Compiled(
@@ -119,6 +118,19 @@ def compile_for_tpu(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:
     )
 
 
+def compile_or_refuse(
+    lowered: jax.stages.Lowered, compiler: str
+) -> jax.stages.Compiled | OutOfMemory:
+    """Compile for whatever it was lowered for; `compiler` is its name in a CompilerError, which is
+    raised where it fails otherwise than for want of memory."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (too_large := parse_out_of_memory(str(error))) is None:
+            raise CompilerError(f"{compiler} failed: {one_line(str(error))}") from error
+        return too_large
+
+
 def one_line(message: str) -> str:
     """A compiler's message, which may show whole programs, cut to what a person reads."""
     line = " ".join(message.split())
@@ -126,30 +138,11 @@ def one_line(message: str) -> str:
 
 
 def parse_out_of_memory(message: str) -> OutOfMemory | None:
-    """The bytes in a compiler's RESOURCE_EXHAUSTED error, or None where it is something else.
-
-    Two wordings: "... required for HLO temporaries (28.75G) exceeds available HBM (15.75G)", whose
-    first number is the whole program, and "memory space vmem. Used 256.00M of 128.00M vmem".
-    """
-    found = re.search(
-        r"\((?P<needed>[\d.]+[KMGT]?)\) exceeds available (?P<memory>\w+) \((?P<limit>[\d.]+\w?)\)",
-        message,
-    ) or re.search(
-        r"Used (?P<needed>[\d.]+[KMGT]?) of (?P<limit>[\d.]+[KMGT]?) (?P<memory>\w+)", message
-    )
-    if found is None or "RESOURCE_EXHAUSTED" not in message:
-        return None
-    return OutOfMemory(
-        memory=found["memory"].lower(),
-        needed_bytes=_bytes(found["needed"]),
-        available_bytes=_bytes(found["limit"]),
-    )
-
-
-def _bytes(text: str) -> int:
-    """15.75G -> bytes."""
-    unit = 1024 ** ("KMGT".index(text[-1]) + 1) if text[-1] in "KMGT" else 1
-    return int(float(text.rstrip("KMGT")) * unit)
+    """The bytes in a compiler's RESOURCE_EXHAUSTED error, or None where it is something else."""
+    match parse_shortage(message):
+        case Shortage(str(memory), int(needed), int(available)):
+            return OutOfMemory(memory, needed, available)
+    return None
 
 
 def _scheduled_text(compiled: jax.stages.Compiled) -> str:

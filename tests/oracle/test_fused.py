@@ -25,9 +25,10 @@ from jaxsft.fused_weights import (
 )
 from jaxsft.lora import TARGETS
 from jaxsft.model import Gemma
+from jaxsft.optimizer import make_schedule
 from jaxsft.packing import Batch, PackedRows
 from jaxsft.sharding import make_mesh
-from jaxsft.step import StepSpec, eval_step, init_state, make_schedule, put_batch, train_step
+from jaxsft.step import StepSpec, eval_step, init_state, put_batch, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -28,6 +28,7 @@ from twins import WINDOW
 from jaxsft import lora
 from jaxsft.bins import best_fit_decreasing, one_per_row
 from jaxsft.model import Gemma
+from jaxsft.optimizer import make_schedule, make_transform
 from jaxsft.packing import Batch, PackedRows, Sample
 from jaxsft.sharding import make_mesh, state_shardings
 from jaxsft.step import (
@@ -35,8 +36,6 @@ from jaxsft.step import (
     TrainState,
     eval_step,
     init_state,
-    make_schedule,
-    make_transform,
     put_batch,
     train_step,
 )

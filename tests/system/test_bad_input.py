@@ -149,7 +149,7 @@ def test_schedule_and_lengths(refuse: Refuse) -> None:
 def test_lora_options(files: Path, refuse: Refuse) -> None:
     line = refuse("--lora.target_modules", "q_proj,w_proj")
     assert "'w_proj' is not a linear layer of Gemma; did you mean" in line and "q_proj" in line
-    line = refuse("--lora.init_from", str(files / "no_adapter"))
+    line = refuse("--fork_from", str(files / "no_adapter"))
     assert str(files / "no_adapter") in line
 
 

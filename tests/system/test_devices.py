@@ -94,7 +94,7 @@ def measure() -> dict[str, Any]:
     import optax
     from flax import nnx
 
-    from jaxsft import lora, step
+    from jaxsft import lora, optimizer, step
     from jaxsft.bins import best_fit_decreasing
     from jaxsft.fused import FusedSpec
     from jaxsft.fused_weights import fuse, make_layout
@@ -140,9 +140,11 @@ def measure() -> dict[str, Any]:
     # The trace keeps each step's gradient and hands it on.
     transform = optax.chain(
         optax.trace(decay=0.0),
-        step.make_transform(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0),
+        optimizer.make_transform(
+            beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0
+        ),
     )
-    schedule = step.make_schedule("constant", peak=1e-3, end=0.0, warmup_steps=0, num_steps=5)
+    schedule = optimizer.make_schedule("constant", peak=1e-3, end=0.0, warmup_steps=0, num_steps=5)
 
     def leaves(tree: Any) -> list[np.ndarray]:
         return [np.array(x) for x in jax.tree.leaves(tree)]

@@ -14,10 +14,10 @@ import yaml
 
 from jaxsft.data import DataReport
 from jaxsft.inspect import main
-from jaxsft.inspect_rows import Check, source_of, survey
+from jaxsft.inspect_rows import Check, survey
 from jaxsft.inspect_tokens import RowReader
 from jaxsft.packing import PackedRows, Sample
-from jaxsft.prepared import Prepared, open_prepared, sealed
+from jaxsft.prepared import Prepared, open_prepared, sealed, source_of
 from jaxsft.tokenizer import Tokenizer
 
 T = 64

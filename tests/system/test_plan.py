@@ -157,7 +157,7 @@ def test_too_little_on_chip_memory_says_what_helps(
     assert code == EXIT_DOES_NOT_FIT
     assert values["nearest"] is values["hbm_gib_per_chip"] is None
     screen = " ".join(screen.split())
-    assert "lower data.max_length, or --step plain" in screen and "use more chips" not in screen
+    assert "lower data.max_length, or --step plain" in screen and "use more devices" not in screen
 
 
 @pytest.mark.parametrize("command", [main, step_time.main])

@@ -25,9 +25,9 @@ from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import parse_config
 from jaxsft.config import DataOptions
 from jaxsft.data import load_samples
+from jaxsft.optimizer import make_schedule
 from jaxsft.packing import Sample
 from jaxsft.peft_io import load_adapter
-from jaxsft.step import make_schedule
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.train import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, main
 from jaxsft.weights import load_model
@@ -50,7 +50,7 @@ FACTS = {
 NUM_TRAIN = 8
 METRICS = {
     "applied", "grad_norm", "learning_rate", "loss", "num_loss_tokens", "tokens_per_s",
-    "model_flops_per_s",
+    "model_flops_per_s", "batch_hash",
 }  # fmt: skip
 SPEEDS = ("train/tokens_per_s", "train/model_flops_per_s")
 
@@ -326,7 +326,7 @@ def test_stopped_and_killed_runs_go_on_bit_for_bit(finished: tuple[Runs, str]) -
     code, out, err = runs.interrupt("cut", "step 5/", signal.SIGTERM, *options)
     assert (code, err) == (EXIT_INTERRUPTED, "Stopping soon; once more to stop at once.\n")
     assert EXIT_INTERRUPTED == 75
-    assert "To go on, run the same command again." in out.splitlines()[-1]
+    assert out.splitlines()[-1].startswith("To go on, run the same command again: python -m ")
     stopped_at = len(runs.train_metrics("cut"))
     assert 5 <= stopped_at < NUM_STEPS - 6
     assert not (runs.path("cut") / "result.json").exists()
@@ -379,7 +379,7 @@ def test_an_adapter_is_trained_further(finished: tuple[Runs, str]) -> None:
     runs, _ = finished
     # The first batch is all held-out rows, so its loss is the one that "whole" ended with.
     heldout = str(runs.directory / "heldout.jsonl")
-    options = ("--lora.init_from", str(runs.path("whole") / "adapter"), "--eval.num_prompts", "0")
+    options = ("--fork_from", str(runs.path("whole") / "adapter"), "--eval.num_prompts", "0")
     same_rows = ("--data.train_files", heldout, "--data.drop_contaminated", "false")
     runs.run("further", *options, *same_rows)
     after = runs.result("whole")["after"]["loss"]
@@ -407,7 +407,7 @@ def test_an_adapter_of_another_shape_is_refused(
 ) -> None:
     runs, _ = finished
     adapter = str(runs.path("whole") / "adapter")
-    line = refuse(capsys, runs.argv("other", "--lora.init_from", adapter, option, value))
+    line = refuse(capsys, runs.argv("other", "--fork_from", adapter, option, value))
     assert complaint in line and adapter in line
     assert not runs.path("other").exists()
 
@@ -438,11 +438,21 @@ def test_a_run_that_is_not_finite_fails_in_one_line(finished: tuple[Runs, str]) 
     weights = load_file(huge / "adapter_model.safetensors")
     huge_weights = {name: 1e30 * value for name, value in weights.items()}
     save_file(huge_weights, huge / "adapter_model.safetensors")
-    process = runs.start("huge", "--lora.init_from", str(huge), "--data.eval_files", "[]")
+    process = runs.start("huge", "--fork_from", str(huge), "--data.eval_files", "[]")
     out, err = process.communicate()
     assert process.returncode == EXIT_FAILED, out + err
-    steps = "loss or gradient not finite in steps 1 to 3"
-    assert err == f"error: {steps}; no such update was applied\n"
+    steps = "error: loss or gradient not finite in steps 1 to 3; no such update was applied. "
+    assert err.startswith(f"{steps}Their rows: ") and err.count("\n") == 1
+    # With the rows of each, and in a file for all.
+    skipped = [
+        json.loads(x) for x in (runs.path("huge") / "skipped.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in skipped] == [1, 2, 3]
+    assert {line["reason"] for line in skipped} == {"not finite"}
+    train_file = runs.directory / "train.jsonl"
+    every_row = {f"{train_file}:row {number}" for number in range(1, NUM_TRAIN + 1)}
+    assert {*skipped[0]["rows"], *skipped[1]["rows"]} == every_row
+    assert err.count(str(train_file)) == 8 and err.endswith("and 4 more (all in skipped.jsonl)\n")
     # The steps are there to be looked at, and nothing claims to be a result.
     assert [line["train/applied"] for line in runs.train_metrics("huge")] == [0, 0, 0]
     assert not (runs.path("huge") / "adapter").exists()

@@ -21,6 +21,7 @@ PACKAGE = Path(jaxsft.__file__).parent
 ORDER = [
     # L0
     "config",
+    "validation",
     "presets",
     "json_file",
     "text",
@@ -47,6 +48,7 @@ ORDER = [
     "model",
     "fused_layer",
     "fused",
+    "spikes",
     "chat",
     "filters",
     "planning.workload",
@@ -69,14 +71,19 @@ ORDER = [
     "tensor_names",
     "weights",
     "peft_io",
+    "optimizer",
     "step",
     "sample",
     "planning.pricing",
     "planning.tpu_aot",
     "planning.kernel_price",
     # L4
+    "hosts",
+    "checkpoint_files",
     "checkpoint",
+    "append_file",
     "metrics",
+    "watchdog",
     "evaluate",
     "program",
     "inspect_charts",
@@ -86,14 +93,25 @@ ORDER = [
     "planning.run_plan",
     "planning.search",
     # L5
+    "terminal",
     "cli",
+    "session",
     "prepare_report",
     "prepare",
+    "identity",
+    "fork",
     "build",
     "agreement",
     "measure",
     "preflight",
+    "schedule",
     "report",
+    "run_dir",
+    "saver",
+    "skips",
+    "run",
+    "out_of_memory",
+    "device_errors",
     "train",
     "planning.report",
     "planning.plot",
@@ -104,7 +122,7 @@ ORDER = [
     "export",
     "generate",
 ]
-L5 = frozenset(ORDER[ORDER.index("cli") :])
+L5 = frozenset(ORDER[ORDER.index("terminal") :])
 
 # These two share `Batch` and nothing else. The data side has no JAX in it.
 DATA_SIDE = frozenset(

@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit, or not at all."""
 
 import gc
+import math
+import resource
 import shutil
 import time
 
@@ -10,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsft.checkpoint import Checkpoints
+from jaxsft import checkpoint, checkpoint_directory, checkpoint_files
+from jaxsft.checkpoint import Checkpoints, state_bytes
 
 # When Orbax fails to load one array, the others' callbacks find its event loop closed.
 pytestmark = pytest.mark.filterwarnings(
@@ -53,10 +56,11 @@ def metadata(step=0):
     return {"fingerprint": FINGERPRINT, "config": {"max_length": 256}, "tokens_seen": 10 * step}
 
 
-def save_steps(directory, steps, save_total_limit=10):
+def save_steps(directory, steps, save_total_limit=10, eval_losses=()):
+    losses = dict(zip(steps, eval_losses, strict=False))
     with Checkpoints(directory, save_total_limit) as checkpoints:
         for step in steps:
-            checkpoints.save(step, make_state(step), metadata(step))
+            checkpoints.save(step, make_state(step), metadata(step), losses.get(step))
 
 
 def assert_same(restored, expected):
@@ -131,6 +135,20 @@ def test_retention_keeps_the_newest_and_clears_leftovers(tmp_path):
             checkpoints.wait()
             assert checkpoints.steps() == [s for s in (5, 10, 15, 20) if step - 5 <= s <= step]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["15", "20"]
+
+
+def test_the_best_step_is_kept_too(tmp_path):
+    save_steps(tmp_path, [1, 2, 3, 4], 2, eval_losses=[math.nan, 1.5, 2.5])
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.steps() == [2, 3, 4]
+    assert checkpoints.best == (2, 1.5)
+    # After a restart the best is still known, until a better one takes its place.
+    for step, loss in ((5, 1.75), (6, -math.inf), (7, 1.25), (8, 1.25)):
+        checkpoints.save(step, make_state(step), metadata(step), loss)
+    checkpoints.wait()
+    assert checkpoints.steps() == [7, 8]
+    assert checkpoints.best == Checkpoints(tmp_path, 1).best == (8, 1.25)
+    assert Checkpoints(tmp_path / "none", 1).best is None
 
 
 def test_no_checkpoint_is_none(tmp_path):
@@ -216,7 +234,7 @@ def test_another_run_is_refused_before_damage_is_judged(tmp_path):
     assert "seed is 0 there and 1 here" in message
     assert "packing is absent there and no here" in message
     assert "model" not in message.split("another run:")[1]
-    assert "new output_dir" in message
+    assert "a new --name, or --fork-from" in message
     assert (tmp_path / "1").exists()
 
 
@@ -228,6 +246,19 @@ def test_other_arrays_under_the_same_fingerprint_are_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         Checkpoints(tmp_path, 1).restore(like, FINGERPRINT)
     assert "lora/half is bfloat16[7] there and bfloat16[8] here" in str(caught.value)
+    assert "lora/more is absent there and float32[1] here" in str(caught.value)
+
+
+def test_any_run_is_restored_without_a_fingerprint(tmp_path):
+    state = make_state(1)
+    save_steps(tmp_path, [1])
+    restored = Checkpoints(tmp_path, 1).restore({"lora": state["lora"]}, None)  # and no more of it
+    assert_same(restored.state, {"lora": state["lora"]})
+    assert restored.metadata == metadata(1)
+    like = {"lora": {"half": jnp.zeros((8,), jnp.bfloat16), "more": jnp.zeros((1,))}}
+    with pytest.raises(ValueError) as caught:
+        Checkpoints(tmp_path, 1).restore(like, None)
+    assert "another run: lora/half is bfloat16[7] there and bfloat16[8] here" in str(caught.value)
     assert "lora/more is absent there and float32[1] here" in str(caught.value)
 
 
@@ -278,3 +309,115 @@ def test_a_failed_save_is_reported_once_and_leaves_no_step(tmp_path):
             checkpoints.save(1, make_state(1), metadata(1))
             checkpoints.wait()
         assert checkpoints.steps() == []
+
+
+def wait_by_polling(checkpoints):
+    """The error of a failed save comes from `poll`, some call after the save is over."""
+    while checkpoints.is_saving:
+        checkpoints.poll()
+
+
+def test_what_a_failed_save_leaves_is_removed_and_the_next_one_tries_again(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    before = sorted(files_of(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        # Files of up to 10 kB, as on a disk that becomes full: the largest arrays have 12 kB.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            checkpoints.save(3, make_state(3), metadata(3))
+            with pytest.raises(OSError, match=r"step 3 couldn't be written .*before it are intact"):
+                wait_by_polling(checkpoints)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not checkpoints.is_saving
+        assert sorted(files_of(tmp_path)) == before  # over the limit of 1, and not touched
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+        checkpoints.save(3, make_state(3), metadata(3))
+        wait_by_polling(checkpoints)
+        assert checkpoints.steps() == [3]
+        assert_same(checkpoints.restore(make_state(), FINGERPRINT).state, make_state(3))
+
+
+def test_a_directory_that_vanished_is_made_again(tmp_path):
+    with Checkpoints(tmp_path / "run" / "checkpoints", 2) as checkpoints:
+        checkpoints.save(1, make_state(1), metadata(1))
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "run")
+        assert checkpoints.steps() == []
+        checkpoints.save(2, make_state(2), metadata(2))
+        checkpoints.wait()
+        assert checkpoints.steps() == [2]
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+@pytest.mark.parametrize("key", ["half", "whole"])
+def test_what_is_not_finite_is_not_saved(tmp_path, key, value):
+    state = {"half": jnp.zeros((7,), jnp.bfloat16), "whole": jnp.zeros((2, 3))}
+    state[key] = state[key].at[-1].set(value)
+    with Checkpoints(tmp_path / "none", 1) as checkpoints:
+        with pytest.raises(FloatingPointError, match=f"{key} is not finite"):
+            checkpoints.save(1, state, metadata(1))
+        assert not (tmp_path / "none").exists()
+        checkpoints.save(1, make_state(1), metadata(1))
+    assert checkpoints.steps() == [1]
+
+
+def test_a_damaged_step_that_cannot_be_renamed_is_passed_over(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1, 2])
+    flip_array_data(tmp_path / "2")
+
+    def fail(path, suffix):
+        raise OSError(30, "Read-only file system")
+
+    events = []
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "rename", fail)
+            found = checkpoints.restore(make_state(), FINGERPRINT, on_event=events.append)
+            assert found.step == 1
+            assert "passed over, as it can't be renamed (OSError: [Errno 30]" in events[0]
+            assert events[0].endswith("using step 1") and len(events) == 1
+            checkpoints.save(2, make_state(2), metadata(2))
+            with pytest.raises(OSError, match="the ones before it are intact"):
+                checkpoints.wait()
+        checkpoints.save(2, make_state(2), metadata(2))  # can be renamed by now
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "2.corrupt"]
+
+
+def test_a_damaged_step_that_stays_does_not_count_among_the_newest(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1, 9])
+    flip_array_data(tmp_path / "9")
+    monkeypatch.setattr(checkpoint, "rename", lambda path, suffix: path.rename(tmp_path / "no/dir"))
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert checkpoints.restore(make_state(), FINGERPRINT).step == 1
+        checkpoints.save(2, make_state(2), metadata(2))
+    assert checkpoints.steps() == [2, 9]
+
+
+def test_state_bytes_is_an_upper_bound(tmp_path):
+    state = make_state(1)
+    data = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert data == 3 * 4 * (2 * 50 * 30 + 2 * 30 * 40) + 7 * (2 + 2 * 2) + 2 * 4
+    save_steps(tmp_path, [1])
+    on_disk = sum(path.stat().st_size for path in files_of(tmp_path))
+    assert data < on_disk < state_bytes(state) == state_bytes(abstract(state)) < data + 200_000
+
+
+def test_without_atomic_renames_a_step_is_one_once_it_is_committed(tmp_path, monkeypatch):
+    """What is done on gs://, on local files."""
+    for module in (checkpoint_directory, checkpoint_files):
+        monkeypatch.setattr(module, "is_object_store", lambda path: True)
+    save_steps(tmp_path, [1, 2, 3, 4], 2, eval_losses=[1.0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4"]
+    # Two killed processes left a step half-written, and one half-deleted.
+    shutil.copytree(tmp_path / "4", tmp_path / "5")
+    for name in ("5", "3"):
+        (tmp_path / name / "commit_success.txt").unlink()
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.steps() == [1, 4]
+        assert checkpoints.restore(make_state(), FINGERPRINT).step == 4
+        checkpoints.save(5, make_state(5), metadata(5))
+        checkpoints.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4", "5"]
+        assert_same(checkpoints.restore(make_state(), FINGERPRINT).state, make_state(5))

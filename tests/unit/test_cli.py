@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from jaxsft import config as config_module
-from jaxsft.cli import check_output, parse_config, recipe_names
-from jaxsft.config import DataOptions, EvalOptions, TrainConfig, check_devices, validate
+from jaxsft.cli import check_output, command_line, parse_config, recipe_names
+from jaxsft.config import DataOptions, EvalOptions, TrainConfig
 from jaxsft.json_file import read_json, write_json
-from jaxsft.step import make_schedule
+from jaxsft.optimizer import make_schedule
+from jaxsft.validation import check_devices, validate
 
 
 def parse(*argv: str) -> TrainConfig:
@@ -104,7 +105,7 @@ def test_unrestricted_continues_it() -> None:
     config, first = parse("--config", "unrestricted"), parse("--config", "single_session")
     assert config.data.train_files == ["data/glaive/train-180000-280000"]
     assert config.max_steps == 100_000 * 2 / 32 == 6_250
-    assert config.lora.init_from == f"{first.output_dir}/{first.name}/adapter"
+    assert config.fork_from == f"{first.output_dir}/{first.name}"
     assert config.model == first.model
     rate = schedule(config, 6_250)
     assert rate(100) == pytest.approx(5e-6) and rate(6_250) == pytest.approx(1e-7)
@@ -180,6 +181,19 @@ def test_help_has_every_option_with_its_text(capsys: pytest.CaptureFixture[str])
     assert "Trains." in words
 
 
+def test_dashes_and_switches() -> None:
+    config = parse("--max-seconds", "300", "--fit-deadline", "--fork-from=a-b/c-d", "--name", "x-y")
+    assert (config.max_seconds, config.fit_deadline) == (300.0, True)
+    assert (config.fork_from, config.name) == ("a-b/c-d", "x-y")
+    assert parse("--data.loss-on-prompt").data.loss_on_prompt
+    assert not parse("--data.packing", "false").data.packing
+
+
+def test_the_command_to_go_on_has_no_old_deadline() -> None:
+    argv = ["--deadline", "2026-01-01T10:00", "--name", "a b", "--deadline=2026-01-01"]
+    assert command_line("jaxsft.train", argv) == "python -m jaxsft.train --name 'a b'"
+
+
 @pytest.mark.parametrize(
     ("written", "nearest"),
     [
@@ -188,7 +202,6 @@ def test_help_has_every_option_with_its_text(capsys: pytest.CaptureFixture[str])
         ("--lora_alpha", "lora.alpha"),
         ("--lora_dropout", "lora.dropout"),
         ("--lora_target_modules", "lora.target_modules"),
-        ("--learning-rate", "learning_rate"),
         ("--lerning_rate=3", "learning_rate"),
         ("--epochs", "num_train_epochs"),
         ("--max_length", "data.max_length"),

@@ -1,15 +1,26 @@
-"""metrics.jsonl and TensorBoard, across a resume; the speed arithmetic."""
+"""The files of a run's measurements: across a resume, on disks that fail; the speed arithmetic."""
 
 import json
 import math
+import shutil
 
+from small_disk import fill, set_read_only, small_disk
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
+from jaxsft import append_file
 from jaxsft.metrics import MetricsWriter, Throughput
 
 
-def read_jsonl(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def read_jsonl(run_dir, name="metrics.jsonl"):
+    """Its whole lines; a file that ends in a torn one fails."""
+    text = (run_dir / name).read_text()
+    assert text.endswith("\n") or not text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def steps_of(run_dir, name="metrics.jsonl"):
+    return [line["step"] for line in read_jsonl(run_dir, name)]
 
 
 def read_events(run_dir):
@@ -19,9 +30,16 @@ def read_events(run_dir):
         data = path.read_bytes()
         while data:
             length = int.from_bytes(data[:8], "little")
-            events.append(Event.FromString(data[12 : 12 + length]))
+            record = data[12 : 12 + length]
+            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+            assert int.from_bytes(data[12 + length :][:4], "little") == masked_crc32c(record)
+            events.append(Event.FromString(record))
             data = data[16 + length :]
     return events
+
+
+def event_steps(run_dir):
+    return [event.step for event in read_events(run_dir) if event.HasField("summary")]
 
 
 def test_lines_are_flushed_and_null_stands_for_what_json_lacks(tmp_path):
@@ -38,7 +56,7 @@ def test_lines_are_flushed_and_null_stands_for_what_json_lacks(tmp_path):
 
 def test_tensorboard_gets_scalars_and_literal_text(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.log(3, {"train/loss": 2.5, "bad": math.nan})
+        writer.log(3, {"train/loss": 2.5, "bad": math.nan, "train/batch_hash": "0fc2"})
         writer.text(4, "sample", "<answer>*1*</answer>\nend")
     values = [
         (event.step, value) for event in read_events(tmp_path) for value in event.summary.value
@@ -53,6 +71,9 @@ def test_tensorboard_gets_scalars_and_literal_text(tmp_path):
     ]
     assert scalars == [(3, "train/loss", 2.5)]
     assert texts == [(4, b"    <answer>*1*</answer>\n    end\n")]
+    line = {"step": 3, "train/loss": 2.5, "bad": None, "train/batch_hash": "0fc2"}
+    assert read_jsonl(tmp_path) == [line]
+    assert read_events(tmp_path)[0].file_version == "brain.Event:2"
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
@@ -62,13 +83,13 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # torn by a kill
     with MetricsWriter(tmp_path, resume_step=2) as writer:
-        assert [line["step"] for line in read_jsonl(tmp_path)] == [1, 2]
+        assert steps_of(tmp_path) == [1, 2]
         for step in (3, 4, 5):
             writer.log(step, {"loss": -float(step)})
     lines = read_jsonl(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["loss"] for line in lines] == [1, 2, -3, -4, -5]
-    assert not (tmp_path / "metrics.jsonl.tmp").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
     # TensorBoard purges steps >= the step of a session start.
     starts = [event.step for event in read_events(tmp_path) if event.HasField("session_log")]
     assert starts == [1, 3]
@@ -82,6 +103,107 @@ def test_without_resume_step_lines_are_added(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.log(8, {"eval_loss": 2.0})
     assert read_jsonl(tmp_path) == [{"step": 7, "loss": 1.0}, {"step": 8, "eval_loss": 2.0}]
+
+
+def test_skipped_steps_are_kept_with_their_rows(tmp_path):
+    rows = [{"file": "a.jsonl", "row": 7}, {"file": "b.jsonl", "row": 0}]
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        writer.log(1, {"loss": 1.0})
+        assert not (tmp_path / "skipped.jsonl").exists()
+        writer.skip(2, "not finite", loss=math.nan, grad_norm=math.inf, rows=rows)
+        writer.skip(4, "spike", loss=9.5, grad_norm=3.0, rows=[])
+    first = {"step": 2, "reason": "not finite", "loss": None, "grad_norm": None, "rows": rows}
+    second = {"step": 4, "reason": "spike", "loss": 9.5, "grad_norm": 3.0, "rows": []}
+    assert read_jsonl(tmp_path, "skipped.jsonl") == [first, second]
+    MetricsWriter(tmp_path, resume_step=3).close()
+    assert read_jsonl(tmp_path, "skipped.jsonl") == [first]
+    MetricsWriter(tmp_path, resume_step=1).close()
+    assert not (tmp_path / "skipped.jsonl").exists()
+    assert steps_of(tmp_path) == [1]
+
+
+def test_a_full_disk_tears_no_line_and_loses_none():
+    with small_disk(2**18) as disk:
+        writer = MetricsWriter(disk / "run", resume_step=0)
+        writer.log(1, {"loss": 1.0})
+        filler = fill(disk)
+        # Lines of 1,000 bytes: four fit into the page that the file has, and a part of the fifth.
+        for step in range(2, 12):
+            writer.log(step, {"loss": float(step), "text": "x" * 1000})
+            writer.skip(step, "spike", float(step), 1.0, [])
+        assert steps_of(disk / "run") == [1, 2, 3, 4]
+        assert event_steps(disk / "run")[:4] == [1, 2, 3, 4]  # whole records only
+        line = f"{disk}/run/metrics.jsonl: No space left on device (lines not written: 7)"
+        assert writer.problem == line
+        writer.close()  # neither raises nor waits
+        assert writer.problem == line
+
+        # A session that begins on the full disk: it needs no room to drop lines.
+        with MetricsWriter(disk / "run", resume_step=3) as resumed:
+            assert steps_of(disk / "run") == [1, 2, 3]
+            filler.unlink()
+            resumed.log(4, {"loss": 4.0})
+        assert resumed.problem is None
+        assert steps_of(disk / "run") == [1, 2, 3, 4]
+
+
+def test_what_waited_is_written_in_order_once_there_is_room():
+    with small_disk(2**18) as disk, MetricsWriter(disk / "run", resume_step=0) as writer:
+        filler = fill(disk)
+        for step in range(1, 100):
+            writer.log(step, {"loss": float(step), "text": "x" * 1000})
+        assert writer.problem is not None
+        filler.unlink()
+        writer.log(100, {"loss": 100.0})
+        assert writer.problem is None
+        assert steps_of(disk / "run") == event_steps(disk / "run") == list(range(1, 101))
+
+
+def test_a_read_only_disk_is_waited_for():
+    with small_disk(2**18) as disk, MetricsWriter(disk / "run", resume_step=0) as writer:
+        writer.log(1, {"loss": 1.0})
+        set_read_only(disk, True)
+        writer.log(2, {"loss": 2.0})
+        what = "Read-only file system (lines not written: 1)"
+        assert writer.problem == f"{disk}/run/metrics.jsonl: {what}"
+        assert steps_of(disk / "run") == [1]
+        set_read_only(disk, False)
+        writer.close()
+        assert writer.problem is None
+        assert steps_of(disk / "run") == event_steps(disk / "run") == [1, 2]
+
+
+def test_a_deleted_run_directory_is_made_anew_with_all_lines(tmp_path):
+    run_dir = tmp_path / "run"
+    with MetricsWriter(run_dir, resume_step=0) as writer:
+        writer.log(1, {"loss": 1.0})
+    with MetricsWriter(run_dir, resume_step=1) as writer:
+        writer.log(2, {"loss": 2.0})
+        shutil.rmtree(run_dir)
+        writer.log(3, {"loss": 3.0})
+        writer.log(4, {"loss": 4.0})
+        assert writer.problem is None
+    assert steps_of(run_dir) == [1, 2, 3, 4]
+    assert event_steps(run_dir) == [2, 3, 4]
+
+
+def test_memory_for_waiting_lines_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(append_file, "MAX_KEPT_BYTES", 100)
+    path = tmp_path / "run" / "file"
+    path.parent.write_text("in the way")  # not a directory
+    file = append_file.AppendFile(path)
+    for i in range(12):
+        file.append(b"%9d\n" % i)
+    assert file.problem == f"{path}: Not a directory (lines not written: 12)"
+    path.parent.unlink()
+    for i in range(12, 16):
+        file.append(b"%9d\n" % i)
+    written = [*range(10), *range(12, 16)]  # 100 bytes waited, the lines after them were lost
+    assert [int(line) for line in path.read_text().split()] == written
+    assert file.problem == f"{path}: 2 lines lost, more than 0 MiB had to wait"
+    path.unlink()  # of what is written the newest 100 bytes are kept
+    file.append(b"%9d\n" % 16)
+    assert [int(line) for line in path.read_text().split()] == [*written[-10:], 16]
 
 
 def test_throughput_leaves_out_the_compiling_step_and_what_is_not_training():

@@ -1,0 +1,299 @@
+"""Training runs that take seconds, on a model made here: what other benchmarks kill and damage.
+
+The model is a random Gemma 3 of two layers with real tokens. Runs are those of the command, in
+processes of their own, on the CPU; they share compiled programs, so that a restart takes seconds.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+import yaml
+from etils import epath
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxsft.checkpoint_files import DamagedError, read_arrays, read_record
+from jaxsft.model import Gemma
+from jaxsft.presets import from_hf_config
+from jaxsft.vocabulary import Vocabulary, canonical_types, read_gguf, serialize
+from jaxsft.weights import demo_model_path, hf_tensors
+
+ROOT = Path(__file__).parents[1]
+STEPS_PER_EPOCH = 15
+BATCH_SIZE = 8  # splits over 8 devices
+# What depends on the clock in a line of metrics.jsonl.
+SPEEDS = ("train/tokens_per_s", "train/model_flops_per_s")
+_NUM_PIECES = 4096  # of the vocabulary; everything else is spelt in characters and bytes
+_POLL_S = 0.002
+_LIMIT_S = 300.0  # a child that takes longer hangs
+
+_MODEL = {
+    "model_type": "gemma3_text",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+_CONFIG = {
+    "lora": {"r": 64, "alpha": 64},
+    "eval": {"num_prompts": 0, "batch_size": BATCH_SIZE, "max_new_tokens": 4},
+    "global_batch_size": BATCH_SIZE,
+    "learning_rate": 3e-3,
+    "warmup_steps": 5,
+    "save_steps": 5,
+    "loss_chunk_tokens": 256,
+}
+
+
+class ChildError(Exception):
+    """A process under test did not do what it must; the text has its output."""
+
+
+class Child:
+    """A command in a process of its own; its output goes to files as it comes.
+
+    Leaving the context kills the process, if it still runs.
+
+    Args:
+        command: program and arguments.
+        environment: all of it.
+        log: `<log>.out` and `<log>.err` are written.
+    """
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
+        self._out, self._err = log.with_suffix(".out"), log.with_suffix(".err")
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=err, env=dict(environment), cwd=log.parent
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def out(self) -> str:
+        """What it has written to stdout by now."""
+        return self._out.read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """What it has written to stderr by now."""
+        return self._err.read_text(errors="replace")
+
+    @property
+    def said(self) -> str:
+        """How it ended, or that it runs, and its last words."""
+        lines = [*self.out.splitlines()[-3:], *self.err.splitlines()[-3:]]
+        return f"exit code {self.process.poll()}: {' | '.join(lines)}"
+
+    def is_running(self) -> bool:
+        """Has it not ended yet?"""
+        return self.process.poll() is None
+
+    def wait_for(self, start: str) -> None:
+        """Returns when a line of stdout begins so; ChildError when the process ends before."""
+        deadline = time.monotonic() + _LIMIT_S
+        while True:
+            is_running = self.is_running()  # before the look, so that no line is missed
+            if any(line.startswith(start) for line in self.out.splitlines(keepends=True)):
+                return
+            if not is_running or time.monotonic() > deadline:
+                raise ChildError(f"no line {start!r}; {self.said}")
+            time.sleep(_POLL_S)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        self.process.send_signal(number)
+
+    def kill(self) -> bool:
+        """Kills it; False when it had ended by itself before."""
+        self.process.kill()
+        return self.process.wait() == -signal.SIGKILL
+
+    def wait(self) -> int:
+        """Its exit code, when it has ended; ChildError when it hangs."""
+        try:
+            return self.process.wait(_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise ChildError(f"no end after {_LIMIT_S:g} s; {self.said}") from None
+
+
+class TinyRuns:
+    """Runs of one config, `directory`/config.yaml, in `directory`/runs.
+
+    The rows make STEPS_PER_EPOCH steps an epoch, one sample a row; held-out rows are measured
+    before and after.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        write_model(directory / "model")
+        num_rows = STEPS_PER_EPOCH * BATCH_SIZE
+        write_rows(directory / "train.jsonl", range(num_rows))
+        write_rows(directory / "heldout.jsonl", range(num_rows, num_rows + BATCH_SIZE))
+        data = {
+            "train_files": [str(directory / "train.jsonl")],
+            "eval_files": [str(directory / "heldout.jsonl")],
+            "max_length": 72,
+            "system_prompt": None,
+            "drop_contaminated": False,
+        }
+        places = {
+            "output_dir": str(directory / "runs"),
+            "model": {"path": str(directory / "model")},
+        }
+        self.config = directory / "config.yaml"
+        self.config.write_text(yaml.safe_dump(_CONFIG | places | {"data": data}))
+        self.environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "XDG_CACHE_HOME": str(directory / "cache"),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
+        }
+
+    def path(self, name: str) -> Path:
+        """The run's directory."""
+        return self.directory / "runs" / name
+
+    def start(self, name: str, *options: str, **environment: str) -> Child:
+        """Starts the run, or goes on with it; the keywords are set in its environment."""
+        command = [sys.executable, "-m", "jaxsft.train", "--config", str(self.config)]
+        return Child(
+            [*command, "--name", name, *options],
+            self.environment | environment,
+            self.directory / name,
+        )
+
+    def finish(self, name: str, *options: str, **environment: str) -> Child:
+        """Runs to the end; ChildError unless that is a good one without a word on stderr."""
+        with self.start(name, *options, **environment) as child:
+            code = child.wait()
+        if code or child.err:
+            raise ChildError(f"{name}: {child.said}")
+        return child
+
+
+def write_model(directory: Path) -> None:
+    """A random Gemma 3 in Hugging Face's layout, with the tokenizer of the demo model, cut."""
+    directory.mkdir(parents=True, exist_ok=True)
+    whole = read_gguf(demo_model_path())
+    characters = {"\u2581", *map(chr, range(128))}
+    kept = [i for i, piece in enumerate(whole.pieces) if i < _NUM_PIECES or piece in characters]
+    vocabulary = Vocabulary(*([column[i] for i in kept] for column in whole))
+    model = serialize(vocabulary, canonical_types(vocabulary, "the demo model"))
+    (directory / "tokenizer.model").write_bytes(model)
+    config = _MODEL | {"vocab_size": len(kept)}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = dict(hf_tensors(Gemma(from_hf_config(config), rngs=nnx.Rngs(0))))
+    save_file(tensors, directory / "model.safetensors")
+
+
+def write_rows(path: Path, numbers: Iterable[int]) -> None:
+    """One row of JSONL for each number, no two alike."""
+    with path.open("w") as file:
+        for number in numbers:
+            left, right = number + 10, 3 * number + 1
+            total = left + right
+            row = {
+                "prompt": f"What is {left} plus {right}?",
+                "response": f"<think>{left} and {right} make {total}.</think>\nIt is {total}.",
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a torn last one, of a killed run, is left out."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def train_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of steps, without what depends on the clock."""
+    lines = [line for line in metrics(run_dir) if "train/loss" in line]
+    return [{name: line[name] for name in line if name not in SPEEDS} for line in lines]
+
+
+def differences(run_dir: Path, reference: Path) -> list[str]:
+    """What of a finished run differs from the reference; nothing, if it is the same run.
+
+    Every number of every step but speeds, each step once; held-out losses; bytes of the adapter and
+    of what was generated; arrays of the reference's checkpoints. One more checkpoint may be there:
+    that of a run killed before it deletes what is over the limit.
+    """
+    return [*_metric_differences(run_dir, reference), *_file_differences(run_dir, reference)]
+
+
+def _metric_differences(run_dir: Path, reference: Path) -> Iterator[str]:
+    ours, theirs = train_metrics(run_dir), train_metrics(reference)
+    expected = {line["step"]: line for line in theirs}
+    counts = Counter(line["step"] for line in ours)
+    for step in sorted(expected.keys() | counts.keys()):
+        if counts[step] != (step in expected):
+            yield f"step {step} is in metrics.jsonl {counts[step]} times"
+    for line in ours:
+        other = expected.get(line["step"], {})
+        for name in sorted(line.keys() | other.keys()):
+            if line.get(name) != other.get(name):
+                yield f"step {line['step']}: {name} {line.get(name)} instead of {other.get(name)}"
+    heldout = [
+        [(line["step"], line["eval/loss"]) for line in metrics(each) if "eval/loss" in line]
+        for each in (run_dir, reference)
+    ]
+    if heldout[0] != heldout[1]:
+        yield f"held-out losses {heldout[0]} instead of {heldout[1]}"
+
+
+def _file_differences(run_dir: Path, reference: Path) -> Iterator[str]:
+    for path in [reference / "samples.jsonl", *sorted(reference.glob("adapter*/*"))]:
+        ours = run_dir / path.relative_to(reference)
+        if not ours.exists() or ours.read_bytes() != path.read_bytes():
+            yield f"{path.relative_to(reference)} is missing or differs"
+    for path in sorted((reference / "checkpoints").iterdir()):
+        ours = run_dir / "checkpoints" / path.name
+        try:
+            is_same = same_arrays(checkpoint_arrays(ours), checkpoint_arrays(path))
+        except DamagedError as error:
+            yield f"checkpoint {path.name}: {error}"
+        else:
+            if not is_same:
+                yield f"checkpoint {path.name} has other arrays"
+
+
+def checkpoint_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of one checkpoint by path in the state; DamagedError where it is not whole."""
+    checkpoint = epath.Path(path.absolute())
+    return read_arrays(checkpoint, read_record(checkpoint)["arrays"])
+
+
+def same_arrays(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Are names, shapes, dtypes and bytes the same?"""
+    described = [
+        {name: (x.shape, x.dtype, np.asarray(x).tobytes()) for name, x in arrays.items()}
+        for arrays in jax.device_get((dict(left), dict(right)))
+    ]
+    return described[0] == described[1]

@@ -1,0 +1,278 @@
+"""What a device refuses, in one line for a person: memory that ran out, a TPU that is taken."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxsft.cli import DEFAULT_RECIPE
+from jaxsft.out_of_memory import Shortage, parse_shortage
+from jaxsft.preflight import CHIP_NAMES
+
+SEARCH_SECONDS = 600.0
+GENERAL_ADVICE = (
+    "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length or "
+    "eval.batch_size"
+)
+_GOOGLE = "0x1ae0"  # PCI vendor
+
+
+def explain_out_of_memory(
+    error: Exception, argv: Sequence[str], search_seconds: float = SEARCH_SECONDS
+) -> str | None:
+    """Needed, available, and the next smaller setting that fits, in one line.
+
+    None where the error is about something else. `argv`: the run's own options, with `--preflight`
+    or without. The setting is found by `jaxsft.plan` in a process of its own, which a line on
+    stderr announces; after `search_seconds`, or a signal, the advice is a general one.
+
+    The run is taken to be over: its arrays are deleted, for they take what is to be divided anew.
+    """
+    shortage = parse_shortage(str(error))
+    if shortage is None:
+        return None
+    line = f"out of memory: {_amounts(shortage, str(error))}"
+    if shortage.memory in ("vmem", "smem"):
+        return (
+            f"{line}; that is the chip's on-chip memory, which holds the blocks that a kernel "
+            "works on: use a lower data.max_length, or step plain, which has no such kernels"
+        )
+    if jax.process_index() > 0:
+        return f"{line}; {GENERAL_ADVICE}"
+    found = _plan(argv, search_seconds)
+    if isinstance(found, str):
+        return f"{line}; {GENERAL_ADVICE} ({found})"
+    if found["fits"]:
+        return (
+            f"{line}; the train step itself fits: lower eval.batch_size or eval.max_new_tokens, or "
+            "end what else uses this memory"
+        )
+    if found["nearest"] is None:
+        return (
+            f"{line}; no number of micro-batches and no remat policy makes the train step fit: use "
+            "more devices, model.param_dtype bfloat16, or a smaller model"
+        )
+    nearest = found["nearest"]
+    return (
+        f"{line}; the next smaller setting that fits, by jaxsft.plan: {nearest['options']} "
+        f"({nearest['gib']:.2f} GiB)"
+    )
+
+
+def _amounts(shortage: Shortage, message: str) -> str:
+    """Needed and available; the message itself where it says nothing of the kind."""
+    available = shortage.available_bytes
+    if available is None:
+        available = free_memory(jax.local_devices())
+    needed = message.splitlines()[0]
+    if shortage.needed_bytes is not None:
+        needed = f"needed {_size(shortage.needed_bytes)}"
+    return needed if available is None else f"{needed}, available {_size(available)}"
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:.2f} {name}"
+
+
+def free_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that can still be allocated on each of the devices, together where they are CPUs; None
+    where they don't tell."""
+    if devices[0].platform == "cpu":
+        return _free_host_memory()
+    known = [
+        stats["bytes_limit"] - stats["bytes_in_use"]
+        for device in devices
+        if (stats := device.memory_stats()) and {"bytes_limit", "bytes_in_use"} <= stats.keys()
+    ]
+    return min(known, default=None)
+
+
+def _free_host_memory() -> int | None:
+    """What the system and this process's own limits (ulimit -v, -d) leave."""
+
+    def kilobytes(path: str, name: str) -> int:
+        found = re.search(rf"^{name}:\s*(\d+) kB", Path(path).read_text(encoding="ascii"), re.M)
+        assert found is not None
+        return int(found[1])
+
+    try:
+        free = [1024 * kilobytes("/proc/meminfo", "MemAvailable")]
+        for which, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+            limit, _ = resource.getrlimit(which)
+            if limit != resource.RLIM_INFINITY:
+                free.append(limit - 1024 * kilobytes("/proc/self/status", used))
+    except OSError:  # not Linux
+        return None
+    return max(min(free), 0)
+
+
+def _plan(argv: Sequence[str], search_seconds: float) -> dict[str, Any] | str:
+    """What `jaxsft.plan` writes as JSON for this machine's devices; a text says why nothing."""
+    device = jax.devices()[0]
+    if device.platform == "tpu":
+        topology = tpu_topology(device.device_kind, jax.device_count())
+        if topology is None:
+            return f"jaxsft.plan does not know {jax.device_count()} x {device.device_kind}"
+    else:
+        topology = "local"
+        for array in jax.live_arrays():
+            array.delete()
+    print(
+        "out of memory: looking for the next smaller setting that fits, a few minutes …",
+        file=sys.stderr,
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "plan.json"
+        command = [sys.executable, "-m", "jaxsft.plan", *plan_options(argv)]
+        command += ["--topology", topology, "--json", str(path)]
+        if topology != "local":  # the recipe's own would need the number of steps
+            command += ["--budget_hours", "null"]
+        errors = _run(command, plan_environment(device.platform, os.environ), search_seconds)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"jaxsft.plan found no setting: {errors}"
+    assert isinstance(found, dict)
+    return found
+
+
+def tpu_topology(device_kind: str, num_chips: int) -> str | None:
+    """What plan calls a slice of so many chips, such as v5e:2x4; None for one it doesn't know.
+
+    Cloud TPU's slices of a power of two are as square as can be, the shorter side first, from 1 to
+    256 chips; those of 2 and 512 are not offered.
+    """
+    chip, power = CHIP_NAMES.get(device_kind), num_chips.bit_length() - 1
+    if chip is None or num_chips != 2**power or power == 1 or power > 8:
+        return None
+    shorter = 2 ** (power // 2)
+    return f"{chip}:{shorter}x{num_chips // shorter}"
+
+
+def plan_options(argv: Sequence[str]) -> list[str]:
+    """The run's options as plan takes them, with the recipe that train would take."""
+    options = list(argv)
+    if not any(re.match("--config(=|$)", option) for option in options):
+        options = ["--config", DEFAULT_RECIPE, *options]
+    kept = []
+    for before, option in zip(["", *options], options, strict=False):
+        is_budget = re.match("--budget[-_]hours(=|$)", option) or re.fullmatch(
+            "--budget[-_]hours", before
+        )
+        if option != "--preflight" and not is_budget:
+            kept.append(option)
+    return kept
+
+
+def plan_environment(platform: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """That of a process beside this one, which holds the devices."""
+    if platform == "tpu":
+        # The topology is plan's to say, and the chips are not to be touched.
+        own = ("TPU_LIBRARY_PATH",)
+        kept = {k: v for k, v in environment.items() if k in own or not k.startswith("TPU_")}
+        return kept | {"JAX_PLATFORMS": "cpu"}
+    if platform == "cpu":
+        return {**environment, "JAX_PLATFORMS": "cpu"}
+    # This process has three quarters of the GPU, by default; plan only compiles.
+    return {**environment, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> str:
+    """Runs a command, with what it starts, to its end or the limit; returns its last words."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=limit_s)
+        lines = errors.split("\n")
+        words = [line for line in lines if line.strip()][-1:] or [f"exit {process.returncode}"]
+        return words[0].removeprefix("error: ")
+    except subprocess.TimeoutExpired:
+        return f"not within {limit_s:g} s"
+    except KeyboardInterrupt:
+        return "interrupted"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # plan compiles kernels in a child of its own
+            process.communicate()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def check_device() -> None:
+    """Makes sure of the devices that JAX finds, before anything is loaded for them.
+
+    Raises ValueError where JAX finds none, and where this machine has a TPU that JAX was not told
+    to leave alone (JAX_PLATFORMS=cpu) and that cannot be opened, because another process has it
+    for instance: JAX may say so in a traceback, or train on the CPU after a warning.
+    """
+    try:
+        platform = jax.devices()[0].platform
+        device = tpu_device(Path("/"))
+        if platform != "cpu" or device is None or os.environ.get("JAX_PLATFORMS"):
+            return
+        jax.devices("tpu")  # raises, and says why there is none
+    except RuntimeError as error:
+        raise ValueError(explain_no_device(str(error))) from error
+
+
+def explain_no_device(message: str) -> str:
+    """What to do about JAX's complaint that it cannot start a backend, in one line."""
+    go_on = "JAX_PLATFORMS=cpu trains on the CPU on purpose"
+    reason = " ".join(message.split())
+    # libtpu's texts: jax-ml/jax#22070, #10192; google/gvisor#11545, where the device is busy.
+    if process := re.search(r"in use by process with pid (\d+)", reason):
+        return (
+            f"the TPU is taken by another process, {process[1]}: wait for its end or end it (kill "
+            f"{process[1]}), then run the same command again; {go_on}"
+        )
+    if re.search(r"TPU is already in use|resource busy|libtpu multi-process lockfile", reason):
+        return (
+            "the TPU is taken by another process: `sudo lsof -w /dev/accel* /dev/vfio/*` shows "
+            "which, end it and run the same command again (where there is none, a process that "
+            f"died has left a lock: sudo rm /tmp/libtpu_lockfile); {go_on}"
+        )
+    if "no platforms that are instances of tpu" in reason or "Unknown backend tpu" in reason:
+        return (
+            "this machine has a TPU and JAX does not find it: pip install 'jaxsft[tpu]' if libtpu "
+            f"is not installed; {go_on}"
+        )
+    return f"JAX cannot start the device: {reason}; {go_on}"
+
+
+def tpu_device(root: Path) -> Path | None:
+    """A TPU's device file under `root`, which is / but in tests; None on a machine without one.
+
+    /dev/accel0 on older kernels and chips, else a group in /dev/vfio, which other vendors' devices
+    have as well (ray-project/ray#65034).
+    """
+    for path in sorted(root.glob("dev/accel[0-9]*")):
+        return path
+    for path in sorted(root.glob("dev/vfio/[0-9]*")):
+        vendors = root.glob(f"sys/kernel/iommu_groups/{path.name}/devices/*/vendor")
+        if any(vendor.read_text(encoding="ascii").strip() == _GOOGLE for vendor in vendors):
+            return path
+    return None

@@ -1,0 +1,109 @@
+"""The adapter that a run starts from: a fresh one, or that of another run or a PEFT directory."""
+
+from pathlib import Path
+
+from jaxsft import lora
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.config import TrainConfig
+from jaxsft.identity import adapter_fingerprint, model_identity
+from jaxsft.model import Gemma
+from jaxsft.peft_io import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
+from jaxsft.program import inject_adapter
+from jaxsft.step import TrainState
+from jaxsft.weights import WeightsInfo
+
+# In the directory of a run.
+ADAPTER, BEST_ADAPTER, CHECKPOINTS = "adapter", "adapter-best", "checkpoints"
+
+
+def fork_source(fork_from: str) -> Path:
+    """Where the adapter of a run's directory, or of an adapter's own, is read: the directory of a
+    PEFT adapter or, of a run that isn't finished, that of its checkpoints, which are newer.
+
+    Raises ValueError where there is neither.
+    """
+    path = Path(fork_from)
+    adapter, checkpoints = path / ADAPTER, path / CHECKPOINTS
+    if (path / CONFIG_NAME).exists():
+        return path
+    if checkpoints.is_dir() and not (path / "result.json").exists():
+        return checkpoints
+    if (adapter / CONFIG_NAME).exists():
+        return adapter
+    if checkpoints.is_dir():
+        return checkpoints
+    raise ValueError(
+        f"fork_from {path}: neither a PEFT adapter ({CONFIG_NAME}) nor the directory of a run "
+        f"({ADAPTER}/ or {CHECKPOINTS}/)"
+    )
+
+
+def check_fork(config: TrainConfig) -> None:
+    """ValueError for a fork_from that can't be, as far as that is seen without the model."""
+    if config.fork_from is None:
+        return
+    source = fork_source(config.fork_from)
+    if source.name != CHECKPOINTS:
+        check_adapter(config, source, read_adapter_config(source))
+
+
+def adapter_config(config: TrainConfig) -> AdapterConfig:
+    """The adapter that the options ask for."""
+    options = config.lora
+    is_demo = config.model.path == "demo"
+    return AdapterConfig(
+        rank=options.r,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        use_rslora=options.use_rslora,
+        targets=lora.resolve_targets(options.target_modules),
+        base_model_name="google/gemma-3-270m" if is_demo else config.model.path,
+    )
+
+
+def check_adapter(config: TrainConfig, source: Path, found: AdapterConfig) -> None:
+    """ValueError unless the adapter to start from has the configured shape."""
+    wanted = adapter_config(config)
+    different = [
+        f"{name} is {getattr(found, name)} there and {getattr(wanted, name)} here"
+        for name in ("rank", "alpha", "dropout", "use_rslora", "targets")
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+    if different:
+        raise ValueError(
+            f"fork_from {source}: {'; '.join(different)}; set the lora options to the adapter's"
+        )
+
+
+def add_adapter(config: TrainConfig, model: Gemma) -> AdapterConfig:
+    """Puts a fresh adapter, or the PEFT adapter that fork_from names, into the model."""
+    adapter = adapter_config(config)
+    source = None if config.fork_from is None else fork_source(config.fork_from)
+    if source is None or source.name == CHECKPOINTS:
+        inject_adapter(config, model)
+    else:
+        check_adapter(config, source, load_adapter(source, model))
+    return adapter
+
+
+def with_forked_adapter(config: TrainConfig, state: TrainState, info: WeightsInfo) -> TrainState:
+    """`state` with the adapter of the newest checkpoint where fork_from is such a run."""
+    source = None if config.fork_from is None else fork_source(config.fork_from)
+    if source is None or source.name != CHECKPOINTS:
+        return state
+    restored = Checkpoints(source, 1).restore({"adapter": state.adapter}, None)
+    if restored is None:
+        raise ValueError(f"fork_from {config.fork_from}: no step was saved there")
+    there = restored.metadata["fingerprint"]
+    here = adapter_fingerprint(config) | {"model": model_identity(info)}
+    different = [
+        f"{name} is {there.get(name)} there and {value} here"
+        for name, value in here.items()
+        if there.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"fork_from {source / str(restored.step)}: {'; '.join(different)}; its adapter only "
+            "fits the model and the lora options that it was made with"
+        )
+    return state._replace(adapter=restored.state["adapter"])

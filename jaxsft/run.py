@@ -1,0 +1,106 @@
+"""One run of the command: what it knows all along, and its steps other than training."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxsft.build import Setup, trained_model
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.cli import EXIT_FAILED, cache_dir, fail
+from jaxsft.config import TrainConfig
+from jaxsft.fork import BEST_ADAPTER
+from jaxsft.json_file import write_json
+from jaxsft.measure import eval_loss, measure, write_before
+from jaxsft.metrics import MetricsWriter
+from jaxsft.peft_io import save_adapter
+from jaxsft.preflight import NUM_TIMED_STEPS, run_preflight
+from jaxsft.prepare import Data
+from jaxsft.report import show_preflight
+from jaxsft.run_dir import RunDir
+from jaxsft.session import Clock, Session, StopNow
+from jaxsft.watchdog import Watchdog
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run has besides its `Setup`, which the steps donate and replace."""
+
+    config: TrainConfig
+    command: str
+    console: Console
+    run_dir: RunDir
+    clock: Clock
+    watchdog: Watchdog
+    data: Data
+    before: dict[str, Any] | None  # measured before training; None: still to be done
+    measured_of: dict[str, str]
+    yaml: str
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return self.run_dir.path
+
+    def write_files(self) -> None:
+        """Writes what the directory holds from the start."""
+        (self.path / "config.yaml").write_text(self.yaml, encoding="utf-8")
+        if self.before:
+            write_before(self.path, self.before, self.measured_of)
+
+
+def preflight(run: Run, setup: Setup, session: Session) -> tuple[Setup, float, int]:
+    """(`setup` as it must be used from now on, seconds a step, exit code: 0 to go on)."""
+    run.console.print(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
+    setup, found = run_preflight(run.config, setup, cache_dir("plan"), session.go_on)
+    show_preflight(run.console, found)
+    write_json(run.path / "preflight.json", found.as_dict())
+    code = fail("; ".join(found.problems), EXIT_FAILED) if found.problems else 0
+    return setup, found.seconds_per_step, code
+
+
+def measured(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -> dict[str, Any]:
+    """What `measure` says; the clock learns how long that took."""
+    began_s = time.monotonic()
+    doing = f"measuring at step {int(setup.state.step)}"
+    found = measure(run.config, run.data, setup, writer, run.console, lambda: session.go_on(doing))
+    return found and found | {"seconds": time.monotonic() - began_s}
+
+
+def evaluated(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -> float | None:
+    """The held-out loss; None where a signal came or there is no time for it."""
+    step, began_s = int(setup.state.step), time.monotonic()
+    doing = f"measuring at step {step}"
+    try:
+        session.go_on(doing, more_s=run.clock.measure_s)
+        loss = eval_loss(run.config, run.data, setup, lambda: session.go_on(doing))
+    except StopNow:
+        return None  # the loop stops after the next step
+    run.clock.measure_s = max(run.clock.measure_s, time.monotonic() - began_s)
+    writer.log(step, {"eval/loss": loss})
+    return loss
+
+
+def save_best(run: Run, setup: Setup, checkpoints: Checkpoints, after: Mapping[str, Any]) -> None:
+    """Writes the adapter of the lowest held-out loss too, where that isn't the last step's."""
+    best = checkpoints.best
+    if best is None or not best[1] < after.get("loss", -math.inf):
+        return
+    found = checkpoints.restore(setup.state, setup.fingerprint, step=best[0])
+    assert found is not None
+    setup = dataclasses.replace(setup, state=found.state)
+    save_adapter(run.path / BEST_ADAPTER, trained_model(setup), setup.adapter_config)
+    run.console.print(
+        f"The held-out loss was lowest at step {best[0]}, {best[1]:.4f}: that adapter is in "
+        f"{run.path / BEST_ADAPTER}."
+    )
+
+
+def say(console: Console, line: str | None) -> None:
+    """Prints the line, if there is one."""
+    if line is not None:
+        console.print(line)

@@ -1,0 +1,140 @@
+"""Saving a run's state while disks fail: said loudly, tried again, training goes on."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.run_dir import RunDir
+from jaxsft.session import Clock, duration
+from jaxsft.step import TrainState
+
+RETRY_STEPS = 10  # after a save that failed
+_RETRY_S = 5.0  # between tries once training has stopped
+_PATIENCE_S = 600.0  # of these tries, after the last step: the result exists nowhere else
+_PATIENCE_STOPPED_S = 15.0  # after a signal: its sender waits 30 s or so
+
+
+class Saver:
+    """Saves through `checkpoints` every `save_steps`, and again soon after a save that failed.
+
+    Args:
+      checkpoints: where to.
+      metadata: of every checkpoint.
+      save_steps: steps between saves.
+      run_dir: is made again when it has vanished; None where nothing local is to be watched.
+      on_new_dir: writes what else belongs into a directory made again; may raise OSError.
+      clock: is told how long saves take.
+      console: hears of what went wrong.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        metadata: dict[str, Any],
+        save_steps: int,
+        run_dir: RunDir | None,
+        on_new_dir: Callable[[], None],
+        clock: Clock,
+        console: Console,
+    ):
+        self.checkpoints = checkpoints
+        self._metadata, self._save_steps = metadata, save_steps
+        self._run_dir, self._on_new_dir = run_dir, on_new_dir
+        self._clock, self._console = clock, console
+        self._retry_at: int | None = None
+        self._saved_step: int | None = None  # of the save that was begun last and didn't fail
+        self._problem = ""
+        self._began_s: float | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Is the state after `step` to be saved? Also notices what went wrong since it was last
+        asked, so ask after every step."""
+        self._watch(step)
+        return step % self._save_steps == 0 or (
+            self._retry_at is not None and step >= self._retry_at
+        )
+
+    def save(self, step: int, state: TrainState, eval_loss: float | None = None) -> None:
+        """Begins a save; failures are said and tried again `RETRY_STEPS` later.
+
+        Raises FloatingPointError for a state that isn't finite.
+        """
+        try:
+            self._begin(step, state, eval_loss)
+        except OSError as error:
+            self._failed(step, error)
+
+    def finish(self, step: int, state: TrainState, interrupted: Callable[[], bool]) -> None:
+        """Returns when the state after `step`, where training stopped, is on disk.
+
+        Tries for ten minutes, or for seconds when a signal has come. Raises OSError when that was
+        in vain, FloatingPointError for a state that isn't finite.
+        """
+        began_s = time.monotonic()
+        while True:
+            try:
+                self._watch(step)
+                if self._saved_step != step:
+                    self._begin(step, state, None)
+                self.checkpoints.wait()
+                self._saved()
+                return
+            except OSError as error:
+                patience_s = _PATIENCE_STOPPED_S if interrupted() else _PATIENCE_S
+                patience_s = min(patience_s, self._clock.left_s())
+                if time.monotonic() - began_s + _RETRY_S > patience_s:
+                    kept = self.checkpoints.steps()
+                    newest = (
+                        f"the newest checkpoint is step {kept[-1]}" if kept else "none is there"
+                    )
+                    raise OSError(f"step {step} could not be saved ({error}); {newest}") from error
+                self._failed(step, error, f"in {_RETRY_S:.0f} s, for {duration(patience_s)} in all")
+                time.sleep(_RETRY_S)
+
+    def _watch(self, step: int) -> None:
+        if self._run_dir is not None and not self._run_dir.is_there():
+            self._make_dir_again(step)
+        try:
+            self.checkpoints.poll()
+        except OSError as error:
+            self._failed(step, error)
+        if self._began_s is not None and not self.checkpoints.is_saving:
+            self._saved()
+
+    def _make_dir_again(self, step: int) -> None:
+        assert self._run_dir is not None
+        try:
+            self._run_dir.make_again()
+            self._on_new_dir()
+        except (OSError, ValueError) as error:
+            self._failed(step, OSError(f"{self._run_dir.path} has vanished: {error}"))
+            return
+        self._retry_at = step
+        self._say(f"{self._run_dir.path} has vanished; it was made again, saving there now")
+
+    def _begin(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+        self._began_s = time.monotonic()
+        self.checkpoints.save(step, state, self._metadata, eval_loss)
+        self._saved_step = step
+
+    def _saved(self) -> None:
+        if self._began_s is not None:
+            self._clock.save_s = time.monotonic() - self._began_s
+            self._began_s = None
+        if self._problem:
+            self._console.print(f"Saved again: step {self._saved_step} is on disk.")
+        self._problem, self._retry_at = "", None
+
+    def _failed(self, step: int, error: OSError, when: str | None = None) -> None:
+        self._saved_step = self._began_s = None
+        self._retry_at = step + RETRY_STEPS
+        self._say(f"{error}; trying again {when or f'at step {self._retry_at}'}")
+
+    def _say(self, problem: str) -> None:
+        """Once for each problem: a full disk stays full for many tries."""
+        if problem.partition(";")[0] != self._problem.partition(";")[0]:
+            self._console.print(f"WARNING: {problem}", style="bold red")
+        self._problem = problem

@@ -1,0 +1,87 @@
+"""A run's schedule against the session's end: what fits, said and, on request, shortened to."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxsft.build import Setup, with_num_steps
+from jaxsft.config import TrainConfig
+from jaxsft.json_file import write_json
+from jaxsft.preflight import time_steps
+from jaxsft.session import Clock, duration
+
+SCHEDULE = "schedule.json"  # in the run's directory, so that the run goes on as it began
+_NUM_TIMED_STEPS = 4
+_SLOWER = 1.03  # than the timed steps, with saving and logging
+
+
+def fitted(config: TrainConfig, setup: Setup, run_dir: Path) -> Setup:
+    """`setup` with the number of steps that its run was begun with, if fit_deadline set it."""
+    path = run_dir / SCHEDULE
+    if not config.fit_deadline or not path.exists():
+        return setup
+    try:
+        steps = json.loads(path.read_text(encoding="utf-8"))["num_steps"]
+        assert isinstance(steps, int) and steps > config.warmup_steps
+    except (ValueError, LookupError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f'{path}: damaged; write {{"num_steps": N}} into it with the run\'s number of steps'
+        ) from error
+    return setup if steps == len(setup.step_batches) else with_num_steps(setup, config, steps)
+
+
+def fit_schedule(
+    config: TrainConfig,
+    setup: Setup,
+    run_dir: Path,
+    clock: Clock,
+    seconds_per_step: float | None,
+    tick: Callable[[str], None],
+) -> tuple[Setup, str]:
+    """(`setup` as it must be used from now on, a line for the user).
+
+    Called when nothing but the steps and the last measurement is still to be done. The number of
+    steps is kept in `run_dir`. Steps are timed unless `seconds_per_step` is known. `tick` hears of
+    each timed step and may raise. Raises ValueError when not even the warm-up fits.
+    """
+    asked = len(setup.step_batches)
+    if int(setup.state.step) > 0:
+        raise ValueError(
+            f"fit_deadline: {run_dir} was begun without it, with {asked:,} steps, and a schedule "
+            "can't change on the way; leave it out, or start a new run from its adapter: "
+            f"--fork-from {run_dir} and another --name"
+        )
+    if seconds_per_step is None:
+        setup, _, seconds = time_steps(setup, _NUM_TIMED_STEPS, tick)
+        seconds_per_step = max(seconds)
+    left_s = clock.left_s() - clock.reserve_s - clock.measure_s - 2 * seconds_per_step
+    steps = min(asked, math.floor(left_s / (seconds_per_step * _SLOWER)))
+    at = f"{seconds_per_step:.3g} s a step"
+    if steps <= config.warmup_steps:
+        raise ValueError(
+            f"fit_deadline: {max(steps, 0):,} steps fit at {at}, no more than the "
+            f"{config.warmup_steps:,} of the warm-up; give the session more time or lower "
+            "warmup_steps"
+        )
+    write_json(run_dir / SCHEDULE, {"num_steps": steps})
+    if steps == asked:
+        return setup, f"All {asked:,} steps fit at {at}."
+    setup = with_num_steps(setup, config, steps)
+    return setup, f"At {at} {steps:,} of {asked:,} steps fit: the schedule is shortened to them."
+
+
+def forecast(setup: Setup, step: int, clock: Clock, seconds_per_step: float) -> str | None:
+    """A line for the user when the steps after `step` will not all be done by the session's end."""
+    last_step = len(setup.step_batches)
+    needed_s = (last_step - step) * seconds_per_step + clock.measure_s
+    left_s = clock.left_s() - clock.reserve_s
+    if needed_s <= left_s:
+        return None
+    reached = step + max(math.floor(left_s / seconds_per_step), 0)
+    return (
+        f"WARNING: the {last_step - step:,} steps left take {duration(needed_s)} at "
+        f"{seconds_per_step:.3g} s each, the session has {duration(clock.left_s())}: it will stop "
+        f"at about step {reached:,} of {last_step:,}, to be continued in another session. A new "
+        "run with --fit-deadline shortens its schedule to what fits."
+    )

@@ -1,0 +1,21 @@
+"""The command killed with SIGKILL at random moments, saves included, loses nothing."""
+
+from pathlib import Path
+
+from benchmarks.chaos import run_chaos
+from benchmarks.tiny_run import TinyRuns
+
+NUM_KILLS = 10
+# Three epochs of ten rows of several samples, each step in two micro-batches, with dropout.
+OPTIONS = (
+    *("--data.packing", "true", "--data.max_length", "192", "--num_train_epochs", "6"),
+    *("--gradient_accumulation_steps", "2", "--lora.dropout", "0.1"),
+)
+
+
+def test_killed_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
+    tallies = run_chaos(TinyRuns(tmp_path), {"packed": OPTIONS}, NUM_KILLS, seed=0)
+    tally = tallies["packed"]
+    assert tally.mismatches == []
+    assert tally.kills == NUM_KILLS and tally.kills_during_save >= 3
+    assert max(tally.lost) <= 2 * tally.save_steps

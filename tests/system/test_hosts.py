@@ -1,0 +1,195 @@
+"""Two processes of one run: what they agree on, and that their checkpoints are one."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.hosts import any_of, array_from_first, from_first, reached_preemption
+
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.hosts import any_of, array_from_first, from_first, join_hosts, reached_preemption
+
+join_hosts()
+index = jax.process_index()
+
+def say(name, value):
+    print(json.dumps([name, value]), flush=True)
+
+def message(call, *arguments):
+    try:
+        call(*arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        return f"{type(error).__name__}: {error}"
+
+say("any", [any_of(False), any_of(index == 1), any_of(True)])
+say("from first", from_first(lambda: {"number": index, "text": "\\u00e9" * 300}))
+
+def fail(error):
+    raise error
+
+say("errors", [message(from_first, lambda: fail(kind(f"at {index}")))
+               for kind in (ValueError, OSError)])
+mine = np.array([-0.0, np.inf, 0.1], np.float32) if index == 0 else None
+say("array", array_from_first(mine, (3,), np.float32).tobytes().hex())
+
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+def state(step):
+    def make():
+        return {
+            "split": jnp.arange(12.0).reshape(4, 3) * step,
+            "half": (jnp.arange(6.0) / 7).astype(jnp.bfloat16),
+            "minus": jnp.float32(-0.0),
+        }
+    return jax.jit(make, out_shardings={"split": split, "half": split, "minus": whole})()
+
+metadata = {"fingerprint": {"seed": 0}}
+# No shared directory: the second process has none, and needs none.
+checkpoints = Checkpoints(f"{sys.argv[1]}/{index}", 1)
+for step in (1, 2):
+    checkpoints.save(step, state(step), metadata, 3.0 - step)
+    while checkpoints.is_saving:
+        checkpoints.poll()
+say("steps", [checkpoints.steps(), checkpoints.best])
+restored = checkpoints.restore(state(0), {"seed": 0})
+for name, expected in state(2).items():
+    assert restored.state[name].sharding == expected.sharding
+    for mine, right in zip(restored.state[name].addressable_shards, expected.addressable_shards):
+        assert np.asarray(mine.data).tobytes() == np.asarray(right.data).tobytes()
+# The restored arrays are JAX's own: they can be donated.
+jax.jit(lambda tree: jax.tree.map(lambda x: x + x, tree), donate_argnums=0)(restored.state)
+
+bad = state(3) | {"split": jax.jit(lambda x: x / 0)(state(3)["split"])}
+say("refused", [
+    message(checkpoints.save, 2, state(2), metadata),
+    message(checkpoints.save, 3, bad, metadata),
+    message(checkpoints.restore, state(0), {"seed": 1}),
+])
+blocked = Checkpoints(f"{sys.argv[1]}/file/{index}", 1)
+blocked.save(1, state(1), metadata)
+say("failed", message(blocked.wait))
+
+# Without a handler of Python's, as between the start and the first step.
+say("ready", True)
+step = 0
+while True:
+    step += 1
+    any_of(False)  # the collective of a train step
+    if reached_preemption(step):
+        break
+say("stopped at", step)
+"""
+
+
+@pytest.fixture(scope="module")
+def said(
+    command_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The directory of the checkpoints, and what both processes said: the same, by name.
+
+    They are started as Slurm does. The second gets a SIGTERM at the end.
+    """
+    directory = tmp_path_factory.mktemp("hosts")
+    (directory / "file").write_text("not a directory")
+    with ExitStack() as stack:
+        processes = []
+        for i, variables in enumerate(two_tasks()):
+            err = stack.enter_context((directory / f"{i}.err").open("w"))
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(directory)],
+                env=command_environment | variables,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        found: list[dict[str, Any]] = [{}, {}]
+        for i, process in enumerate(processes):
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('["'):  # Gloo says something too
+                    name, value = json.loads(line)
+                    found[i][name] = value
+                    if name == "ready":
+                        break
+            else:
+                pytest.fail((directory / f"{i}.err").read_text())
+        processes[1].send_signal(signal.SIGTERM)
+        for i, process in enumerate(processes):
+            out, _ = process.communicate()
+            assert process.returncode == 0, (directory / f"{i}.err").read_text()
+            found[i] |= dict(json.loads(line) for line in out.splitlines() if line[:2] == '["')
+    assert found[0] == found[1]
+    return directory, found[0]
+
+
+def two_tasks() -> list[dict[str, str]]:
+    """The variables that Slurm would set for each of two tasks on this machine."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    both = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": port,
+        "TPU_SKIP_MDS_QUERY": "1",  # a machine with the TPU library may have no TPU
+    }
+    return [both | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+
+
+def test_one_process_agrees_with_itself() -> None:
+    assert any_of(True) and not any_of(False)
+    assert from_first(lambda: 3) == 3
+    array = np.zeros(2)
+    assert array_from_first(array, array.shape, array.dtype) is array
+    assert not reached_preemption(1)
+
+
+def test_processes_agree(said: tuple[Path, dict[str, Any]]) -> None:
+    _, found = said
+    assert found["any"] == [False, True, True]
+    assert found["from first"] == {"number": 0, "text": "é" * 300}
+    assert found["errors"] == ["ValueError: at 0", "OSError: at 0"]
+    assert found["array"] == np.array([-0.0, np.inf, 0.1], np.float32).tobytes().hex()
+
+
+def test_a_signal_to_one_process_stops_both_at_one_step(said: tuple[Path, dict[str, Any]]) -> None:
+    assert said[1]["stopped at"] > 0  # the fixture compares
+
+
+def test_checkpoints_of_two_processes_are_one(said: tuple[Path, dict[str, Any]]) -> None:
+    directory, found = said
+    assert found["steps"] == [[2], [2, 1.0]]
+    repeated, not_finite, other_run = found["refused"]
+    assert repeated.startswith(f"ValueError: {directory}/0/2: this step is saved already")
+    assert not_finite.startswith("FloatingPointError: split is not finite")
+    assert "seed is 0 there and 1 here" in other_run
+    assert found["failed"].startswith(f"OSError: {directory}/file/0: the checkpoint of step 1")
+    assert not (directory / "1").exists()
+    # One process reads what two have written.
+    like = {
+        "split": jax.ShapeDtypeStruct((4, 3), jnp.float32),
+        "half": jax.ShapeDtypeStruct((6,), jnp.bfloat16),
+        "minus": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    restored = Checkpoints(directory / "0", 1).restore(like, {"seed": 0})
+    assert restored is not None and restored.step == 2
+    assert restored.state["split"].tolist() == (np.arange(12).reshape(4, 3) * 2).tolist()
