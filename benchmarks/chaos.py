@@ -40,7 +40,10 @@ SCENARIOS: Mapping[str, tuple[str, ...]] = {
         *("--gradient_accumulation_steps", "4", "--lora.dropout", "0.1"),
         *("--num_train_epochs", "2"),
     ),
-    "saves at epoch ends": ("--num_train_epochs", "4", "--save_steps", "15"),
+    "saves and measures at epoch ends": (
+        *("--num_train_epochs", "4", "--save_steps", "15", "--eval_steps", "15"),
+        *("--learning_rate", "0.03"),
+    ),
 }
 MIN_SAVE_SHARE = 0.25
 _TARGET_SAVE_SHARE = 0.5
@@ -160,7 +163,7 @@ class Scenario:
             if is_killed:
                 tally.kills += 1
                 tally.kills_during_save += _is_saving(run_dir, started_ns)
-            if code or re.search("^(warning|error): ", child.out + child.err, re.MULTILINE):
+            if code or re.search("^(WARNING|error): ", child.out + child.err, re.MULTILINE):
                 raise ChildError(child.said)
             done = self._count_resume(child.out, done, usual)
             done = max([done, *(line["step"] for line in metrics(run_dir))])

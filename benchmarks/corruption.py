@@ -12,6 +12,8 @@ Exit codes: 0 nothing was missed; 1 otherwise.
 """
 
 import argparse
+import contextlib
+import io
 import shutil
 import sys
 import tempfile
@@ -105,13 +107,13 @@ class Sweep:
     def restore_each(self) -> list[Outcome]:
         """Every damage, restored in this process."""
         outcomes = []
-        for damage in self.damages:
-            directory = self._runs.directory / "damaged"
-            shutil.copytree(self._source, directory)
-            damage.do(directory / str(self.newest))
-            verdict, note = self._judge(directory)
-            outcomes.append(Outcome(damage, verdict, note))
-            shutil.rmtree(directory)
+        with contextlib.redirect_stderr(io.StringIO()):  # Orbax's threads say a lot when it fails
+            for damage in self.damages:
+                directory = self._runs.directory / "damaged"
+                shutil.copytree(self._source, directory)
+                damage.do(directory / str(self.newest))
+                outcomes.append(Outcome(damage, *self._judge(directory)))
+                shutil.rmtree(directory)
         return outcomes
 
     def _judge(self, directory: Path) -> tuple[str, str]:
@@ -154,18 +156,18 @@ class Sweep:
         return outcomes
 
     def _judge_run(self, name: str) -> tuple[str, str]:
-        with self._runs.start(name) as child:
-            code = child.wait()
-        if code or child.err:
-            return MISSED, child.said
+        try:
+            child = self._runs.finish(name)
+        except ChildError as error:
+            return MISSED, str(error)
         if found := differences(self._runs.path(name), self._runs.path("whole")):
             return MISSED, "; ".join(found)
-        warnings = [line for line in child.out.splitlines() if line.startswith("warning: ")]
+        warnings = [line for line in child.out.splitlines() if line.startswith("WARNING: ")]
         if f"\nContinuing from step {self.newest}." in child.out and not warnings:
             return HARMLESS, ""
         if f"\nContinuing from step {self.older}." not in child.out or len(warnings) != 1:
             return MISSED, child.said
-        return DETECTED, warnings[0].removeprefix("warning: ")
+        return DETECTED, warnings[0].removeprefix("WARNING: ")
 
     def run_all_damaged(self) -> list[Outcome]:
         """Both checkpoints with the same damage: the command must refuse and change nothing."""

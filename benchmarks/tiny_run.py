@@ -75,10 +75,17 @@ class Child:
         command: program and arguments.
         environment: all of it.
         log: `<log>.out` and `<log>.err` are written.
+        stdout: is written instead of `<log>.out`; where it is a pipe, `out` can't be read.
     """
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
-        self._out, self._err = log.with_suffix(".out"), log.with_suffix(".err")
+    def __init__(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        log: Path,
+        stdout: Path | None = None,
+    ) -> None:
+        self._out, self._err = stdout or log.with_suffix(".out"), log.with_suffix(".err")
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=err, env=dict(environment), cwd=log.parent
@@ -104,8 +111,9 @@ class Child:
     @property
     def said(self) -> str:
         """How it ended, or that it runs, and its last words."""
-        lines = [*self.out.splitlines()[-3:], *self.err.splitlines()[-3:]]
-        return f"exit code {self.process.poll()}: {' | '.join(lines)}"
+        out, err = self.out.splitlines(), self.err.splitlines()
+        last = " | ".join([*out[-3:], *err[-3:]])
+        return f"exit code {self.process.poll()}, {len(err)} lines of stderr, last: {last}"
 
     def is_running(self) -> bool:
         """Has it not ended yet?"""
@@ -179,13 +187,16 @@ class TinyRuns:
         """The run's directory."""
         return self.directory / "runs" / name
 
-    def start(self, name: str, *options: str, **environment: str) -> Child:
-        """Starts the run, or goes on with it; the keywords are set in its environment."""
+    def start(
+        self, name: str, *options: str, stdout: Path | None = None, **environment: str
+    ) -> Child:
+        """Starts the run, or goes on with it; other keywords are set in its environment."""
         command = [sys.executable, "-m", "jaxsft.train", "--config", str(self.config)]
         return Child(
             [*command, "--name", name, *options],
             self.environment | environment,
             self.directory / name,
+            stdout,
         )
 
     def finish(self, name: str, *options: str, **environment: str) -> Child:

@@ -56,7 +56,8 @@ class AppendFile:
         """Writes what waits, if that works now."""
         try:
             if not self._written and not self._waiting:
-                self._path.unlink(missing_ok=True)
+                if self._path.exists():
+                    self._path.unlink()
             elif self._is_there():
                 self._append()
             else:
@@ -96,6 +97,8 @@ class AppendFile:
     def _append(self) -> None:
         size, count = self._file_bytes, 0
         assert size is not None
+        if not self._waiting and self._path.stat().st_size == size:
+            return  # a disk that has become read-only is no problem then
         file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
             if os.fstat(file).st_size > size:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -27,7 +28,8 @@ EXIT_BAD_INPUT = 2
 
 def fail(error: object, code: int) -> int:
     """Prints the error as one line; returns the exit code."""
-    print(f"error: {visible_line(str(error))}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be on the disk that is full
+        print(f"error: {visible_line(str(error))}", file=sys.stderr, flush=True)
     return code
 
 
@@ -188,10 +190,11 @@ def parse_preflight(argv: Sequence[str]) -> tuple[bool, list[str]]:
 
 
 def command_line(command: str, argv: Sequence[str]) -> str:
-    """The command as a shell takes it, without a deadline, which is another session's."""
-    kept, skip = [], False
-    for arg in argv:
-        if not skip and arg.partition("=")[0] != "--deadline":
-            kept.append(arg)
-        skip = arg == "--deadline"
+    """The command as a shell takes it, without a deadline, which was this session's."""
+    kept = list(argv)
+    for i in reversed(range(len(kept))):
+        name, equals, _ = kept[i].partition("=")
+        if name.replace("_", "-") in ("--deadline", "--fit-deadline"):
+            has_value = not equals and not "".join(kept[i + 1 : i + 2]).startswith("--")
+            del kept[i : i + 1 + has_value]
     return shlex.join(["python", "-m", command, *kept])

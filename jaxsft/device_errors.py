@@ -189,37 +189,47 @@ def plan_environment(platform: str, environment: Mapping[str, str]) -> dict[str,
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> str:
-    """Runs a command, with what it starts, to its end or the limit; returns its last words."""
+    """Runs a command, with all that it starts, to its end, the limit or a signal; returns its last
+    words on stderr."""
+    processes: list[subprocess.Popen[str]] = []
+    signals: list[int] = []
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def kill() -> None:
+        for process in processes:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, interrupt) for number in numbers}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    def stop(number: int, _: object) -> None:
+        signals.append(number)
+        kill()
+
+    handlers = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _, errors = process.communicate(timeout=limit_s)
-        lines = errors.split("\n")
-        words = [line for line in lines if line.strip()][-1:] or [f"exit {process.returncode}"]
-        return words[0].removeprefix("error: ")
-    except subprocess.TimeoutExpired:
-        return f"not within {limit_s:g} s"
-    except KeyboardInterrupt:
-        return "interrupted"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # plan compiles kernels in a child of its own
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # plan compiles kernels in a process of its own
+        )
+        processes.append(process)
+        if signals:
+            kill()
+        try:
+            _, errors = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            kill()
             process.communicate()
+            return f"not within {limit_s:g} s"
+    finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if signals:
+        return "interrupted"
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else f"exit {process.returncode}"
 
 
 def check_device() -> None:

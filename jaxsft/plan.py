@@ -47,11 +47,11 @@ DEFAULT_RECIPE = "single_session"
 
 DESCRIPTION = (
     "Plans a run on a TPU slice that need not exist: fit, time and memory, by kind and part. "
-    "Options of its own: --topology v5e:2x4 (or another slice of v5e or v6e; local: hash and memory "
-    "of the program on this machine's devices), --budget-hours H (exit code 1 when the run takes "
-    "longer), --lengths FILE (tokens of each sample: a JSON histogram {length: count} or one "
-    "number a line), --data (read the run's own data for them), --search (rank micro-batches, row "
-    "lengths and remat policies), --plot FILE.png, --json FILE. All others are train's."
+    "Options of its own: --topology v5e:2x4 (or another slice of v5e or v6e; local: the memory and "
+    "the hash of the program on this machine's devices), --budget-hours H (exit code 1 when the "
+    "run takes longer), --lengths FILE (tokens of each sample: a JSON histogram {length: count} or "
+    "one number a line), --data (read the run's own data for them), --search (rank micro-batches, "
+    "row lengths and remat policies), --plot FILE.png, --json FILE. All others are train's."
 )
 
 

@@ -41,9 +41,21 @@ class Planned(NamedTuple):
     hbm_bytes: int
 
 
+class TimedSteps(NamedTuple):
+    """Seconds of the first step, compilation included, and of each that was timed."""
+
+    first_s: float
+    seconds: list[float]
+
+    @property
+    def median_s(self) -> float:
+        """Of the timed steps."""
+        return statistics.median(self.seconds)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """What was found. `seconds` are those of the timed steps.
+    """What was found.
 
     None: `memory` where the device does not count it, `planned` where no plan of this program was
     made on this machine, `difference` where there is only one way to compute the
@@ -51,7 +63,7 @@ class Preflight:
     """
 
     program_hash: str
-    seconds: list[float]
+    times: TimedSteps
     tokens_per_s: float
     num_steps_left: int
     budget_hours: float | None
@@ -63,7 +75,7 @@ class Preflight:
     @property
     def seconds_per_step(self) -> float:
         """Median of the timed steps."""
-        return statistics.median(self.seconds)
+        return self.times.median_s
 
     @property
     def hours(self) -> float:
@@ -98,7 +110,8 @@ class Preflight:
             "difference": None if apart is None else apart._asdict(),
             "not_compared": self.not_compared,
             "seconds_per_step": self.seconds_per_step,
-            "timed_seconds": self.seconds,
+            "timed_seconds": self.times.seconds,
+            "first_step_seconds": self.times.first_s,
             "planned_seconds_per_step": None if planned is None else planned.seconds,
             "planned_hbm_bytes": None if planned is None else planned.hbm_bytes,
             "tokens_per_s": self.tokens_per_s,
@@ -112,8 +125,8 @@ class Preflight:
 
 def time_steps(
     setup: Setup, num_steps: int, tick: Callable[[str], None]
-) -> tuple[Setup, TrainState, list[float]]:
-    """(`setup` as it must be used from now on, the state after the steps, seconds of each).
+) -> tuple[Setup, TrainState, TimedSteps]:
+    """(`setup` as it must be used from now on, the state after the steps, their times).
 
     The run's next steps, after one that compiles, on a copy of its state. The frozen weights of the
     given `setup` are donated to them. `tick` is called before each and may raise.
@@ -128,7 +141,7 @@ def time_steps(
         state, frozen, scalars = train_step(state, frozen, put_batch(rows, spec.mesh), spec=spec)
         jax.device_get(scalars)
         seconds.append(time.perf_counter() - started)
-    return dataclasses.replace(setup, frozen=frozen), state, seconds[1:]
+    return dataclasses.replace(setup, frozen=frozen), state, TimedSteps(seconds[0], seconds[1:])
 
 
 def run_preflight(
@@ -140,7 +153,7 @@ def run_preflight(
     keeps its estimates. `tick` as in `time_steps`.
     """
     spec, batches, first_step = setup.spec, setup.step_batches, int(setup.state.step)
-    setup, state, seconds = time_steps(setup, NUM_TIMED_STEPS, tick)
+    setup, state, times = time_steps(setup, NUM_TIMED_STEPS, tick)
     timed = [batches[(first_step + 1 + i) % len(batches)] for i in range(NUM_TIMED_STEPS)]
     num_tokens = sum(int((batch.segment_ids_BT > 0).sum()) for batch in timed)
     memory = peak_memory(spec.mesh)
@@ -150,8 +163,8 @@ def run_preflight(
     setup, difference, not_compared = compare_ways(config, setup, state.adapter, batch)
     return setup, Preflight(
         program_hash=setup.program_hash,
-        seconds=seconds,
-        tokens_per_s=num_tokens * jax.process_count() / sum(seconds),
+        times=times,
+        tokens_per_s=num_tokens * jax.process_count() / sum(times.seconds),
         num_steps_left=len(batches) - first_step,
         budget_hours=config.budget_hours,
         memory=memory,

@@ -15,6 +15,7 @@ Opening it maps the arrays and compares their digests.
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,11 @@ from jaxsft.packing import PackedRows, offsets, rows_digest
 from jaxsft.sources import MANIFEST
 
 KIND = "jaxsft prepared rows"
-_ARRAYS = ("tokens", "loss_mask", "sample_offsets", "row_samples", "row_offsets")
+_ARRAYS = {
+    "tokens": np.int32,
+    "loss_mask": np.bool_,
+    **dict.fromkeys(("sample_offsets", "row_samples", "row_offsets", "sample_rows"), np.int64),
+}
 _WRITE_SAMPLES = 512  # collected before they are written
 
 
@@ -56,7 +61,7 @@ def open_prepared(directory: Path) -> Prepared:
             and _array_digest(prepared.sample_rows).hex() == manifest["sample_rows"]
             and prepared.rows.digest() == manifest["digest"]
         )
-    except (OSError, EOFError, ValueError, TypeError, LookupError, AssertionError):
+    except (OSError, ValueError, TypeError, LookupError, AssertionError):
         intact = False
     if not intact:
         raise ValueError(f"{directory}: damaged, or no prepared rows; delete it, to be made again")
@@ -69,7 +74,7 @@ def map_prepared(directory: Path) -> Prepared:
     if manifest["kind"] != KIND:
         raise ValueError(f"{directory / MANIFEST}: is not of prepared rows")
     tokens, loss_mask, *small = (
-        np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*_ARRAYS, "sample_rows")
+        _map_array(directory / f"{name}.npy", np.dtype(dtype)) for name, dtype in _ARRAYS.items()
     )
     *small, sample_rows = map(np.array, small)  # into memory: looked up at every step
     rows = PackedRows(manifest["row_length"], tokens, loss_mask, *small)
@@ -103,18 +108,35 @@ def _array_digest(array: npt.NDArray[Any]) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array).data).digest()
 
 
+def _map_array(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The one-dimensional array in a .npy file, mapped.
+
+    Its header must be the very one that is written: NumPy's parser of others evaluates a literal,
+    which a hostile file can make fail in half a dozen ways.
+    """
+    length = (path.stat().st_size - len(_header(dtype, 0))) // dtype.itemsize
+    header = _header(dtype, length)
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            raise ValueError(f"{path}: is no array of {length} {dtype}")
+    return np.memmap(path, dtype, "r", len(header), (length,))
+
+
+def _header(dtype: np.dtype[Any], length: int) -> bytes:
+    """Of the same size for any length: NumPy leaves room for its digits."""
+    header = io.BytesIO()
+    about = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.getvalue()
+
+
 class _ArrayFile:
     """A one-dimensional .npy file that grows; `sha` is of what was appended."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike):
         self._file, self._dtype, self._size = path.open("wb"), np.dtype(dtype), 0
         self.sha = hashlib.sha256()
-        self._write_header()
-
-    def _write_header(self) -> None:
-        # NumPy leaves room for the first dimension's digits to grow: always of the same length.
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._size,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
+        self._file.write(_header(self._dtype, 0))
 
     def append(self, array: npt.NDArray[Any]) -> None:
         assert array.dtype == self._dtype
@@ -124,7 +146,7 @@ class _ArrayFile:
 
     def close(self) -> None:
         self._file.seek(0)
-        self._write_header()
+        self._file.write(_header(self._dtype, self._size))
         self._file.close()
 
 

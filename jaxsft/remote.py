@@ -29,7 +29,8 @@ from etils import epath
 
 _OWNER = ".owner"
 _LAST = "result.json"  # says that the run is finished, so all else must be there
-_NOT_COPIED = re.compile(r"checkpoints/|\.")  # at the start of a name in the run's directory
+# Of names in the run's directory: checkpoints, hidden files, and objects that stand for a folder.
+_NOT_COPIED = re.compile(r"checkpoints/|\.|(.*/)?$")
 
 
 class ReplacedError(Exception):

@@ -39,6 +39,9 @@ _TABLE_ROWS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
 )
 
 
+_OF_A_SESSION = ("deadline:", "max_seconds:", "fit_deadline:", "hang_seconds:")
+
+
 def show_setup(console: Console, setup: Setup) -> None:
     """One line on model, adapter, steps and devices, one on the program that will run."""
     info, batches = setup.model_info, setup.step_batches
@@ -55,7 +58,7 @@ def show_setup(console: Console, setup: Setup) -> None:
 
 def show_preflight(console: Console, found: Preflight) -> None:
     """What the preflight found, one line on each question."""
-    apart, memory = found.difference, found.memory
+    apart, memory, seconds = found.difference, found.memory, found.times.seconds
     if apart is None:
         console.print(f"  correct  not compared: {found.not_compared}")
     else:
@@ -70,8 +73,8 @@ def show_preflight(console: Console, found: Preflight) -> None:
         ratio = found.seconds_per_step / planned.seconds
         plan = f"{ratio:.2f} × the planned {planned.seconds:.3f} s"
     console.print(
-        f"  speed    {found.seconds_per_step:.3f} s a step (median of {len(found.seconds)}, "
-        f"{min(found.seconds):.3f} to {max(found.seconds):.3f}), {found.tokens_per_s:,.0f} "
+        f"  speed    {found.seconds_per_step:.3f} s a step (median of {len(seconds)}, "
+        f"{min(seconds):.3f} to {max(seconds):.3f}), {found.tokens_per_s:,.0f} "
         f"tokens/s; {plan}"
     )
     budget = "null" if found.budget_hours is None else f"{found.budget_hours:g}"
@@ -142,7 +145,11 @@ def show_finished(console: Console, run_dir: Path, yaml: str) -> None:
     show_result(console, run_dir)
     console.print(f"{run_dir.name} is finished: its adapter is in {run_dir / 'adapter'}.")
     was = (run_dir / "config.yaml").read_text(encoding="utf-8").splitlines()
-    changed = [line.strip() for line in yaml.splitlines() if line not in was]
+    changed = [
+        line.strip()
+        for line in yaml.splitlines()
+        if line not in was and not line.startswith(_OF_A_SESSION)
+    ]
     if changed:
         console.print(f"It was made with other options than now: {', '.join(changed)}.")
     console.print(f"To train again, choose another --name or remove {run_dir}.")

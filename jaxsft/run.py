@@ -18,10 +18,11 @@ from jaxsft.json_file import write_json
 from jaxsft.measure import eval_loss, measure, write_before
 from jaxsft.metrics import MetricsWriter
 from jaxsft.peft_io import save_adapter
-from jaxsft.preflight import NUM_TIMED_STEPS, run_preflight
+from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.prepare import Data
 from jaxsft.report import show_preflight
 from jaxsft.run_dir import RunDir
+from jaxsft.schedule import SCHEDULE
 from jaxsft.session import Clock, Session, StopNow
 from jaxsft.watchdog import Watchdog
 
@@ -40,6 +41,7 @@ class Run:
     before: dict[str, Any] | None  # measured before training; None: still to be done
     measured_of: dict[str, str]
     yaml: str
+    num_steps: int | None = None  # of a schedule that fit_deadline has set
 
     @property
     def path(self) -> Path:
@@ -51,16 +53,21 @@ class Run:
         (self.path / "config.yaml").write_text(self.yaml, encoding="utf-8")
         if self.before:
             write_before(self.path, self.before, self.measured_of)
+        if self.num_steps is not None:
+            write_json(self.path / SCHEDULE, {"num_steps": self.num_steps})
 
 
-def preflight(run: Run, setup: Setup, session: Session) -> tuple[Setup, float, int]:
-    """(`setup` as it must be used from now on, seconds a step, exit code: 0 to go on)."""
+def preflight(run: Run, setup: Setup, session: Session) -> tuple[Setup, TimedSteps, int]:
+    """(`setup` as it must be used from now on, the timed steps, exit code: 0 to go on)."""
+    config = run.config
+    if config.fit_deadline:  # then time is no reason to refuse the schedule
+        config = dataclasses.replace(config, budget_hours=None)
     run.console.print(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
-    setup, found = run_preflight(run.config, setup, cache_dir("plan"), session.go_on)
+    setup, found = run_preflight(config, setup, cache_dir("plan"), session.go_on)
     show_preflight(run.console, found)
     write_json(run.path / "preflight.json", found.as_dict())
     code = fail("; ".join(found.problems), EXIT_FAILED) if found.problems else 0
-    return setup, found.seconds_per_step, code
+    return setup, found.times, code
 
 
 def measured(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -> dict[str, Any]:

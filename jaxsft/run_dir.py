@@ -28,34 +28,38 @@ class RunDir:
     def __enter__(self) -> Self:
         missing = [each for each in (self.path, *self.path.parents) if not each.exists()]
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
             self._made = missing
-            self._open()
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
+            self._made = missing
             self.__exit__()
             raise ValueError(
                 f"{self.path} cannot be written ({error.strerror}): choose an output_dir that is a "
                 "writable directory"
             ) from error
-        except ValueError:
-            self.__exit__()
-            raise
         return self
 
-    def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.is_locked = True
-        except BlockingIOError:
-            raise ValueError(
-                f"{self.path}: another process trains here{self._holder()}; wait for it or stop "
-                "it, or choose another --name"
-            ) from None
-        except OSError:
-            self.is_locked = False  # NFS without locks, say
+    def _hold(self) -> None:
+        """Makes the directory unless it is there, and locks it."""
+        self._release()
+        while not self.is_there():  # else removed by its holder, between being opened and locked
+            self._release()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.is_locked = True
+            except BlockingIOError:
+                holder = self._holder()
+                self._release()
+                raise ValueError(
+                    f"{self.path}: another process trains here{holder}; wait for it or stop it, or "
+                    "choose another --name"
+                ) from None
+            except OSError:
+                self.is_locked = False  # NFS without locks, say
 
     def _holder(self) -> str:
         """ " (process N)" where the system tells."""
@@ -63,21 +67,24 @@ class RunDir:
             inode = os.fstat(self._fd).st_ino
             for line in Path("/proc/locks").read_text().splitlines():
                 fields = line.split()
-                if "->" not in fields and fields[5].endswith(f":{inode}"):
+                if "->" not in fields and fields[5].endswith(f":{inode}") and int(fields[4]) > 0:
                     return f" (process {fields[4]})"
-        except (OSError, LookupError):
+        except (OSError, LookupError, ValueError):
             pass
         return ""
 
-    def __exit__(self, *_: object) -> None:
+    def _release(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __exit__(self, *_: object) -> None:
         for each in self._made:
             try:
                 each.rmdir()
             except OSError:
                 break  # something is in it
+        self._release()  # last: what is removed is nobody else's
 
     def is_there(self) -> bool:
         """Is the directory that was made or found still at its path?"""
@@ -89,11 +96,7 @@ class RunDir:
     def make_again(self) -> None:
         """After it has vanished. Raises OSError where that can't be done, ValueError where another
         process was faster."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._open()
+        self._hold()
 
 
 def check_free_space(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int) -> None:

@@ -1,5 +1,6 @@
 """Saving a run's state while disks fail: said loudly, tried again, training goes on."""
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from rich.console import Console
 
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.run_dir import RunDir
-from jaxsft.session import Clock, duration
+from jaxsft.session import Clock, Session, duration
 from jaxsft.step import TrainState
 
 RETRY_STEPS = 10  # after a save that failed
@@ -45,8 +46,8 @@ class Saver:
         self._run_dir, self._on_new_dir = run_dir, on_new_dir
         self._clock, self._console = clock, console
         self._retry_at: int | None = None
-        self._saved_step: int | None = None  # of the save that was begun last and didn't fail
-        self._problem = ""
+        self._begun_step: int | None = None  # of the save that was begun last
+        self._problem = ""  # that is there now, without its numbers
         self._began_s: float | None = None
 
     def is_due(self, step: int) -> bool:
@@ -67,7 +68,7 @@ class Saver:
         except OSError as error:
             self._failed(step, error)
 
-    def finish(self, step: int, state: TrainState, interrupted: Callable[[], bool]) -> None:
+    def finish(self, step: int, state: TrainState, session: Session) -> None:
         """Returns when the state after `step`, where training stopped, is on disk.
 
         Tries for ten minutes, or for seconds when a signal has come. Raises OSError when that was
@@ -75,66 +76,71 @@ class Saver:
         """
         began_s = time.monotonic()
         while True:
+            session.beat(f"saving step {step}")
             try:
                 self._watch(step)
-                if self._saved_step != step:
-                    self._begin(step, state, None)
+                self._begin(step, state, None)
                 self.checkpoints.wait()
                 self._saved()
                 return
             except OSError as error:
-                patience_s = _PATIENCE_STOPPED_S if interrupted() else _PATIENCE_S
+                patience_s = _PATIENCE_STOPPED_S if session.interrupted() else _PATIENCE_S
                 patience_s = min(patience_s, self._clock.left_s())
                 if time.monotonic() - began_s + _RETRY_S > patience_s:
-                    kept = self.checkpoints.steps()
-                    newest = (
-                        f"the newest checkpoint is step {kept[-1]}" if kept else "none is there"
-                    )
-                    raise OSError(f"step {step} could not be saved ({error}); {newest}") from error
+                    raise OSError(
+                        f"step {step} could not be saved ({error}); {self._newest()}"
+                    ) from error
                 self._failed(step, error, f"in {_RETRY_S:.0f} s, for {duration(patience_s)} in all")
                 time.sleep(_RETRY_S)
 
+    def _newest(self) -> str:
+        try:
+            steps = self.checkpoints.steps()
+        except OSError:
+            steps = []
+        return f"the newest checkpoint is step {steps[-1]}" if steps else "none is there"
+
     def _watch(self, step: int) -> None:
-        if self._run_dir is not None and not self._run_dir.is_there():
-            self._make_dir_again(step)
         try:
             self.checkpoints.poll()
         except OSError as error:
             self._failed(step, error)
         if self._began_s is not None and not self.checkpoints.is_saving:
             self._saved()
+        if self._run_dir is not None and not self._run_dir.is_there():
+            self._make_dir_again(self._run_dir, step)
 
-    def _make_dir_again(self, step: int) -> None:
-        assert self._run_dir is not None
+    def _make_dir_again(self, run_dir: RunDir, step: int) -> None:
         try:
-            self._run_dir.make_again()
+            run_dir.make_again()
             self._on_new_dir()
-        except (OSError, ValueError) as error:
-            self._failed(step, OSError(f"{self._run_dir.path} has vanished: {error}"))
+        except OSError as error:
+            self._failed(step, OSError(f"{run_dir.path} has vanished: {error}"))
             return
         self._retry_at = step
-        self._say(f"{self._run_dir.path} has vanished; it was made again, saving there now")
+        self._say(f"{run_dir.path} has vanished", "it was made again, saving there now")
 
     def _begin(self, step: int, state: TrainState, eval_loss: float | None) -> None:
         self._began_s = time.monotonic()
         self.checkpoints.save(step, state, self._metadata, eval_loss)
-        self._saved_step = step
+        self._begun_step = step
 
     def _saved(self) -> None:
         if self._began_s is not None:
             self._clock.save_s = time.monotonic() - self._began_s
             self._began_s = None
         if self._problem:
-            self._console.print(f"Saved again: step {self._saved_step} is on disk.")
+            self._console.print(f"Saved again: step {self._begun_step} is on disk.")
         self._problem, self._retry_at = "", None
 
     def _failed(self, step: int, error: OSError, when: str | None = None) -> None:
-        self._saved_step = self._began_s = None
+        self._began_s = None
         self._retry_at = step + RETRY_STEPS
-        self._say(f"{error}; trying again {when or f'at step {self._retry_at}'}")
+        self._say(str(error), f"trying again {when or f'at step {self._retry_at}'}")
 
-    def _say(self, problem: str) -> None:
-        """Once for each problem: a full disk stays full for many tries."""
-        if problem.partition(";")[0] != self._problem.partition(";")[0]:
-            self._console.print(f"WARNING: {problem}", style="bold red")
-        self._problem = problem
+    def _say(self, problem: str, remedy: str) -> None:
+        """Once for each problem, whatever its numbers: a full disk stays full for many tries."""
+        kind = re.sub(r"\d+", "", f"{problem}; {remedy}")
+        if kind != self._problem:
+            self._console.print(f"WARNING: {problem}; {remedy}", style="bold red")
+        self._problem = kind

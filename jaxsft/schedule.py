@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxsft.build import Setup, with_num_steps
 from jaxsft.config import TrainConfig
 from jaxsft.json_file import write_json
-from jaxsft.preflight import time_steps
+from jaxsft.preflight import TimedSteps, time_steps
 from jaxsft.session import Clock, duration
 
 SCHEDULE = "schedule.json"  # in the run's directory, so that the run goes on as it began
@@ -17,9 +17,9 @@ _SLOWER = 1.03  # than the timed steps, with saving and logging
 
 
 def fitted(config: TrainConfig, setup: Setup, run_dir: Path) -> Setup:
-    """`setup` with the number of steps that its run was begun with, if fit_deadline set it."""
+    """`setup` with the steps that its run, which has begun, was shortened to, if it was."""
     path = run_dir / SCHEDULE
-    if not config.fit_deadline or not path.exists():
+    if not path.exists():
         return setup
     try:
         steps = json.loads(path.read_text(encoding="utf-8"))["num_steps"]
@@ -36,14 +36,14 @@ def fit_schedule(
     setup: Setup,
     run_dir: Path,
     clock: Clock,
-    seconds_per_step: float | None,
+    timed: TimedSteps | None,
     tick: Callable[[str], None],
 ) -> tuple[Setup, str]:
     """(`setup` as it must be used from now on, a line for the user).
 
     Called when nothing but the steps and the last measurement is still to be done. The number of
-    steps is kept in `run_dir`. Steps are timed unless `seconds_per_step` is known. `tick` hears of
-    each timed step and may raise. Raises ValueError when not even the warm-up fits.
+    steps is kept in `run_dir`. Steps are timed here unless they were. `tick` hears of each timed
+    step and may raise. Raises ValueError when not even the warm-up fits.
     """
     asked = len(setup.step_batches)
     if int(setup.state.step) > 0:
@@ -52,10 +52,12 @@ def fit_schedule(
             "can't change on the way; leave it out, or start a new run from its adapter: "
             f"--fork-from {run_dir} and another --name"
         )
-    if seconds_per_step is None:
-        setup, _, seconds = time_steps(setup, _NUM_TIMED_STEPS, tick)
-        seconds_per_step = max(seconds)
-    left_s = clock.left_s() - clock.reserve_s - clock.measure_s - 2 * seconds_per_step
+    if timed is None:
+        setup, _, timed = time_steps(setup, _NUM_TIMED_STEPS, tick)
+    seconds_per_step = timed.median_s
+    # A shorter schedule is another program, to be compiled like the first; 2 steps as in reserve_s.
+    left_s = clock.left_s() - clock.reserve_s - clock.measure_s
+    left_s -= timed.first_s + 2 * max(timed.seconds)
     steps = min(asked, math.floor(left_s / (seconds_per_step * _SLOWER)))
     at = f"{seconds_per_step:.3g} s a step"
     if steps <= config.warmup_steps:

@@ -9,9 +9,10 @@ import math
 import os
 import signal
 import statistics
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
@@ -20,6 +21,7 @@ RESERVE_S = 120.0
 _WINDOW = 200  # steps that the 99th percentile is taken of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING = b"Stopping soon; once more to stop at once.\n"
 
 
 class Clock:
@@ -129,38 +131,58 @@ class Session:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does, while nothing is there to save."""
-    before = {each: signal.signal(each, signal.default_int_handler) for each in _taken_signals()}
-    try:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does, while nothing is there to save.
+
+    A second signal ends the process.
+    """
+    with _signals_to(signal.default_int_handler, b""):
         yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 @contextmanager
 def catch_signals() -> Iterator[Callable[[], bool]]:
     """Takes over SIGINT, SIGTERM and SIGHUP; yields whether one came. A second ends the process."""
     received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be gone; print is not reentrant
-            os.write(2, b"Stopping soon; once more to stop at once.\n")
-
-    handlers = {each: signal.signal(each, handle) for each in _taken_signals()}
-    try:
+    with _signals_to(lambda number, _: received.append(number), _STOPPING):
         yield lambda: bool(received)
+
+
+@contextmanager
+def _signals_to(handler: Callable[[int, Any], Any], line: bytes) -> Iterator[None]:
+    """Signals go to `handler`, as soon as the main thread is back in Python: not within a step or a
+    compilation. A thread hears of them at once: it writes `line` to stderr at the first, and ends
+    the process at the second, with 128 + its number as shells do.
+    """
+    # Not those that the user had ignored, as nohup does with SIGHUP.
+    taken = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # the interpreter demands it
+    thread = threading.Thread(target=_hear, args=(reader, line, taken), daemon=True)
+    thread.start()
+    handlers = {each: signal.signal(each, handler) for each in taken}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
     finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+        signal.set_wakeup_fd(wakeup)
+        for each, old in handlers.items():
+            signal.signal(each, old)
+        os.close(writer)
+        thread.join()
 
 
-def _taken_signals() -> list[signal.Signals]:
-    """All but those that the user had ignored, as nohup does with SIGHUP."""
-    return [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+def _hear(reader: int, line: bytes, numbers: Sequence[int]) -> None:
+    """Reads the numbers of signals from the pipe that the interpreter writes them to."""
+    is_second = False
+    while received := os.read(reader, 1):
+        if received[0] not in numbers:
+            continue
+        if is_second:
+            os._exit(128 + received[0])
+        is_second = True
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, line)
+    os.close(reader)
 
 
 def duration(seconds: float) -> str:

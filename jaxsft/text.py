@@ -1,7 +1,10 @@
 """Foreign text for a terminal or a page: nothing in it that hides, colours or rearranges."""
 
+import re
 import unicodedata
 
+# A token of the hub, and what stands before the host of an address.
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^\s/@]+(?=@)")
 _INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode categories
 
 
@@ -15,5 +18,5 @@ def visible(text: str) -> str:
 
 
 def visible_line(text: str) -> str:
-    """The text on one line, white space as single spaces, otherwise as `visible`."""
-    return visible(" ".join(text.split()))
+    """The text on one line, white space as single spaces, secrets as ***, else as `visible`."""
+    return visible(_SECRET.sub("***", " ".join(text.split())))

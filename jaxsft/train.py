@@ -123,7 +123,9 @@ def command(argv: list[str], console: Console, started_s: float) -> int:
         data = load_data(config, model, console, lambda: watchdog.beat("reading rows"))
         show_data(console, data.train, data.heldout)
         watchdog.beat("loading the model")
-        setup = fitted(config, build(config, data, model), path)
+        setup = build(config, data, model)
+        if checkpoints.steps():
+            setup = fitted(config, setup, path)
         show_setup(console, setup)
         setup = restore(setup, checkpoints, console.print)
         before, of = load_before(config, data, setup, path), measured_of(config, data, setup)
@@ -143,12 +145,12 @@ def is_on_tpu(setup: Setup) -> bool:
 def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_only: bool) -> int:
     """Preflight, measurement, training, measurement, results; returns the exit code."""
     config, console, clock = run.config, run.console, run.clock
-    seconds_per_step = None
+    timed = None
     with catch_signals() as interrupted:
         session = Session(clock, interrupted, run.watchdog.beat)
         try:
             if preflight_only or is_on_tpu(setup):
-                setup, seconds_per_step, code = preflight(run, setup, session)
+                setup, timed, code = preflight(run, setup, session)
                 if preflight_only or code:
                     return code
             with checkpoints, MetricsWriter(run.path, int(setup.state.step)) as writer:
@@ -156,13 +158,14 @@ def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_o
                     run.before = measured(run, setup, writer, session)
                     run.write_files()
                 clock.measure_s = run.before.get("seconds", 0.0)
-                if config.fit_deadline and not (run.path / SCHEDULE).exists():
-                    setup, line = fit_schedule(
-                        config, setup, run.path, clock, seconds_per_step, session.go_on
-                    )
+                step = int(setup.state.step)
+                if config.fit_deadline and not (step and (run.path / SCHEDULE).exists()):
+                    setup, line = fit_schedule(config, setup, run.path, clock, timed, session.go_on)
                     console.print(line)
-                elif seconds_per_step is not None:
-                    say(console, forecast(setup, int(setup.state.step), clock, seconds_per_step))
+                elif timed is not None:
+                    say(console, forecast(setup, step, clock, timed.median_s))
+                if config.fit_deadline:
+                    run.num_steps = len(setup.step_batches)
                 setup = train(run, setup, checkpoints, writer, session)
                 save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
                 session.go_on("measuring", more_s=clock.measure_s)
@@ -240,8 +243,7 @@ def train(
             if step == first_step + _FORECAST_AFTER and not is_on_tpu(setup):
                 say(console, forecast(setup, step, clock, clock.median_step_s))
     if step > first_step:
-        run.watchdog.beat(f"saving step {step}")
-        saver.finish(step, state, session.interrupted)
+        saver.finish(step, state, session)
     return dataclasses.replace(setup, state=state, frozen=frozen)
 
 

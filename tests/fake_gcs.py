@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -59,14 +58,13 @@ class FakeGcs:
         """The content of an object."""
         return self.objects[bucket, name].data
 
-    def environment(self, home: Path) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Variables that send gcsfs and TensorStore here, for a process without credentials."""
         return {
             "STORAGE_EMULATOR_HOST": self.endpoint,
             "TENSORSTORE_GCS_HTTP_URL": self.endpoint,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-            "CLOUDSDK_CONFIG": str(home),
-            "NO_GCE_CHECK": "true",
+            "FSSPEC_GCS_TOKEN": "anon",
             # Bucket types are asked for over gRPC, which isn't spoken here.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }

@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _fail_or_answer(self, path: str, fault: str | None) -> None:
-        if fault in ("500", "503", "403"):
+        if fault in ("500", "503", "401", "403"):
             return self._send(int(fault), self._echo())
         if fault and fault.startswith("429"):
             return self._send(429, self._echo(), {"Retry-After": fault.removeprefix("429 ")})

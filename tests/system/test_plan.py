@@ -15,14 +15,16 @@ import pytest
 import yaml
 
 import jaxsft.plan
+import jaxsft.planning.local
 from benchmarks import profile_step, step_time
 from benchmarks.acceptance import violations, work_differences
 from jaxsft.cli import EXIT_BAD_INPUT, parse_config
 from jaxsft.plan import EXIT_DOES_NOT_FIT, main
 from jaxsft.planning.estimate import GIB, StepEstimate
+from jaxsft.planning.local import LocalStep
 from jaxsft.planning.pricing import PARTS
 from jaxsft.planning.run_plan import RunPlan
-from jaxsft.planning.tpu_aot import CompilerError
+from jaxsft.planning.tpu_aot import CompilerError, OutOfMemory
 from jaxsft.presets import PRESETS
 
 # Gemma 2 in small: two layers, a local and a global one, with heads as wide as the real ones.
@@ -209,9 +211,32 @@ def test_what_does_not_fit_is_told_the_nearest_that_does(
     assert code == EXIT_DOES_NOT_FIT
     assert (values["fits"], values["hours"], values["hbm_gib_per_chip"]) == (False, None, 20.0)
     assert "DOES NOT FIT: it needs 20.00 of 15.75 GiB of HBM" in screen
-    nearest = {"accumulation_steps": 2, "row_length": 256, "remat": "full"}
+    nearest = {"accumulation_steps": 2, "row_length": 256, "remat": "full", "gib": 8.0}
+    nearest["options"] = "--gradient_accumulation_steps 2 --model.remat full"
     assert values["nearest"] == nearest | {"estimated_seconds_per_step": 1.0}
-    assert "--gradient_accumulation_steps 2 --model.remat full (1.000 s" in screen
+    assert f"{nearest['options']} (1.000 s" in screen
+
+
+def test_local_devices_are_told_what_fits_them(
+    plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 GiB for a micro-batch and 2 more for projections that are kept; 8 are free."""
+
+    def compiled(config: Any, *_: Any) -> LocalStep:
+        options = f"{config.gradient_accumulation_steps} {config.model.remat}"
+        gib = 10 // config.gradient_accumulation_steps + 2 * (config.model.remat != "full")
+        return LocalStep(options, "plain", gib * GIB, 8 * GIB)
+
+    monkeypatch.setattr(jaxsft.planning.local, "compile_local", compiled)
+    local = ("--topology", "local", "--gradient_accumulation_steps")
+    code, values, screen = plan(*local, "2")
+    assert (code, values["fits"], values["needed_bytes"]) == (0, True, 7 * GIB)
+    assert "memory: fits, 7.00 of 8.00 GiB" in screen and "nearest" not in values
+    code, values, screen = plan(*local, "1")
+    assert code == EXIT_DOES_NOT_FIT and "DOES NOT FIT, 12.00 of 8.00 GiB" in screen
+    nearest = {"accumulation_steps": 2, "row_length": 256, "remat": "none", "gib": 7.0}
+    nearest["options"] = "--gradient_accumulation_steps 2 --model.remat none"
+    assert values["nearest"] == nearest
 
 
 def test_search_ranks_by_speed(plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +254,10 @@ def test_search_ranks_by_speed(plan: Callable[..., Any], monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--topology", "v5e:3x3"], "--topology v5e:3x3 is not known; valid: v5e:2x2, v5e:2x4"),
+        (
+            ["--topology", "v5e:3x3"],
+            "--topology v5e:3x3 is not known; valid: v5e:1x1, v5e:2x2",
+        ),
         (["--lengths", "nowhere.json"], "nowhere.json: not a readable file of lengths"),
         (["--lengths", "x", "--data"], "--lengths and --data both give"),
         (["--plot", "nowhere/step.png"], "nowhere/step.png: there is no such directory"),
@@ -242,7 +270,7 @@ def test_search_ranks_by_speed(plan: Callable[..., Any], monkeypatch: pytest.Mon
         (["--plot", "step"], "--plot step: its name must end in one of .*[.]png"),
         (["--plot", "step.bmpx"], "--plot step.bmpx: its name must end in one of"),
         (["--lengths", ""], "not a readable file of lengths"),
-        (["--topology", "local", "--search"], "neither time nor memory: leave out --search$"),
+        (["--topology", "local", "--search"], "and memory, not its time: leave out --search$"),
         (["--topology", "local", "--budget-hours", "1"], "leave out --budget-hours$"),
         (["--step", "fused", "--data.max_length", "640"], "does not go with data.max_length 640"),
         (["--budget-hours", "1", "--max_steps", "null"], "budget_hours needs the number of steps"),
@@ -455,6 +483,8 @@ def print_hashes(model: str, directory: Path) -> None:
     from jaxsft.build import build
     from jaxsft.prepare import load_data
 
+    # Hashes are of what is compiled, which takes a minute.
+    jaxsft.planning.local.compile_or_refuse = lambda *_: OutOfMemory("hbm", 1, 2)
     hashes, data, local = {}, None, ("--topology", "local", "--data")
     for step in STEPS:
         argv = [

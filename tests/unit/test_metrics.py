@@ -106,7 +106,7 @@ def test_without_resume_step_lines_are_added(tmp_path):
 
 
 def test_skipped_steps_are_kept_with_their_rows(tmp_path):
-    rows = [{"file": "a.jsonl", "row": 7}, {"file": "b.jsonl", "row": 0}]
+    rows = ["a.jsonl:row 7", "b.jsonl:row 1"]
     with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.log(1, {"loss": 1.0})
         assert not (tmp_path / "skipped.jsonl").exists()
@@ -163,6 +163,8 @@ def test_a_read_only_disk_is_waited_for():
     with small_disk(2**18) as disk, MetricsWriter(disk / "run", resume_step=0) as writer:
         writer.log(1, {"loss": 1.0})
         set_read_only(disk, True)
+        writer.close()
+        assert writer.problem is None  # all is written
         writer.log(2, {"loss": 2.0})
         what = "Read-only file system (lines not written: 1)"
         assert writer.problem == f"{disk}/run/metrics.jsonl: {what}"

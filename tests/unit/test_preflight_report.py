@@ -14,14 +14,14 @@ from rich.console import Console
 from jaxsft.agreement import Difference
 from jaxsft.json_file import write_json
 from jaxsft.planning.estimate import StepEstimate
-from jaxsft.preflight import Memory, Planned, Preflight, find_plan, peak_memory
+from jaxsft.preflight import Memory, Planned, Preflight, TimedSteps, find_plan, peak_memory
 from jaxsft.report import show_preflight
 
 GIB = 2**30
 # 1800 steps at a median of 2 s: one hour.
 GOOD = Preflight(
     program_hash="0123456789abcdef",
-    seconds=[2.0, 1.0, 90.0],
+    times=TimedSteps(300.0, [2.0, 1.0, 90.0]),
     tokens_per_s=1234.0,
     num_steps_left=1800,
     budget_hours=1.0,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from etils import epath
 from fake_gcs import FakeGcs, running_gcs
@@ -11,12 +12,14 @@ from jaxsft.remote import ReplacedError, RunFiles, is_remote
 
 
 @pytest.fixture
-def gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
+def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
     pytest.importorskip("gcsfs")
     with running_gcs() as gcs:
-        for name, value in gcs.environment(tmp_path).items():
+        for name, value in gcs.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("EPATH_USE_TF", "false")  # RunFiles sets it
+        # From the environment it is read at import only.
+        monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
         yield gcs
 
 
@@ -60,6 +63,9 @@ def test_another_machine_goes_on_with_the_files(gcs: FakeGcs, tmp_path: Path) ->
     assert first.push() is None
     gcs.objects["bucket", "runs/x/checkpoints/8/data"] = gcs.objects["bucket", "runs/x/.owner"]
     gcs.objects["bucket", "runs/xy/result.json"] = gcs.objects["bucket", "runs/x/.owner"]
+    # Consoles make such objects for folders.
+    gcs.objects["bucket", "runs/x/"] = gcs.objects["bucket", "runs/x/.owner"]
+    gcs.objects["bucket", "runs/x/tensorboard/"] = gcs.objects["bucket", "runs/x/.owner"]
 
     second = begin(tmp_path / "b")
     assert local(second) == {"tensorboard/events.0": "points", "metrics.jsonl": "1\n"}
@@ -153,9 +159,7 @@ def test_no_permission_is_said_before_anything_starts(
     gcs: FakeGcs, tmp_path: Path, refused: str
 ) -> None:
     gcs.refused = refused
-    with pytest.raises(
-        OSError, match=r"^gs://bucket/runs/x: can't be read and w.+; check"
-    ):
+    with pytest.raises(OSError, match=r"^gs://bucket/runs/x: can't be read and w.+; check"):
         begin(tmp_path)
 
 
