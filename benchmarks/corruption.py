@@ -14,6 +14,7 @@ Exit codes: 0 nothing was missed; 1 otherwise.
 import argparse
 import contextlib
 import io
+import logging
 import shutil
 import sys
 import tempfile
@@ -107,7 +108,9 @@ class Sweep:
     def restore_each(self) -> list[Outcome]:
         """Every damage, restored in this process."""
         outcomes = []
-        with contextlib.redirect_stderr(io.StringIO()):  # Orbax's threads say a lot when it fails
+        # What Orbax leaves behind when it fails complains, some of it later.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        with contextlib.redirect_stderr(io.StringIO()):
             for damage in self.damages:
                 directory = self._runs.directory / "damaged"
                 shutil.copytree(self._source, directory)
@@ -183,13 +186,20 @@ class Sweep:
                 for damage in {each.file: each for each in same_kind}.values():
                     damage.do(checkpoint)
             before = _files(run_dir)
-            with self._runs.start(name) as child:
-                code = child.wait()
-            is_refused = code == EXIT_BAD_INPUT and child.err.count("\n") == 1
-            is_refused &= _files(run_dir) == before
-            verdict = DETECTED if is_refused else MISSED
-            outcomes.append(Outcome(Damage(kind, "all files", None), verdict, child.said))
+            verdict, note = self._judge_refusal(name)
+            if _files(run_dir) != before:
+                verdict, note = MISSED, f"files have changed; {note}"
+            outcomes.append(Outcome(Damage(kind, "all files", None), verdict, note))
         return outcomes
+
+    def _judge_refusal(self, name: str) -> tuple[str, str]:
+        with self._runs.start(name) as child:
+            try:
+                code = child.wait()
+            except ChildError as error:
+                return MISSED, str(error)
+        is_refused = code == EXIT_BAD_INPUT and child.err.count("\n") == 1
+        return DETECTED if is_refused else MISSED, child.said
 
     def _copy_unfinished(self, name: str) -> None:
         """The finished run as one that was killed before it wrote its results."""

@@ -4,12 +4,11 @@ A fault is done to runs of the command on a tiny model, in processes of their ow
 it is compared with a run that nothing happened to.
 """
 
-import contextlib
+import itertools
 import re
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,7 +60,7 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self.runs = TinyRuns(directory)
-        self._num_names = 0
+        self._numbers = itertools.count(1)
 
     @cached_property
     def reference(self) -> Path:
@@ -71,8 +70,7 @@ class Bench:
 
     def new_name(self) -> str:
         """Of a run that isn't there yet."""
-        self._num_names += 1
-        return f"run-{self._num_names}"
+        return f"run-{next(self._numbers)}"
 
     @contextmanager
     def start(self, row: Row, name: str, *options: str, **more: str | Path) -> Iterator[Child]:
@@ -81,8 +79,8 @@ class Bench:
         done = len(train_metrics(run_dir))
         with self.runs.start(name, *STEPS, *options, **more) as child:  # type: ignore[arg-type]
             yield child
-            if done and (resumed := resumed_from(child)) is not None:
-                row.lost.append(done - resumed)
+            if done and "\nstep " in child.out:
+                row.lost.append(done - resumed_from(child))
 
     def finish(self, row: Row, name: str, *options: str) -> Child:
         """Runs to the end, which must be that of the reference."""
@@ -90,7 +88,9 @@ class Bench:
             self.check_end(row, child, self.runs.path(name))
         return child
 
-    def check_end(self, row: Row, child: Child, run_dir: Path, reference: Path | None = None) -> None:
+    def check_end(
+        self, row: Row, child: Child, run_dir: Path, reference: Path | None = None
+    ) -> None:
         """Waits for the end, which must be that of the reference."""
         code = child.wait()
         row.expect(code == 0, f"exit code {code} instead of 0", child)
@@ -103,10 +103,10 @@ class Bench:
         return shlex.join([*argv, *STEPS])
 
 
-def resumed_from(child: Child) -> int | None:
-    """The step that a run said it goes on from."""
+def resumed_from(child: Child) -> int:
+    """The step that a run said it goes on from; 0 for a run that began anew."""
     found = re.search(r"^Continuing from step (\d+)\.", child.out, re.MULTILINE)
-    return int(found[1]) if found else None
+    return int(found[1]) if found else 0
 
 
 def until(child: Child, condition: Callable[[], bool], what: str) -> None:

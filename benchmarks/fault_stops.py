@@ -35,7 +35,8 @@ def second_signal(bench: Bench, row: Row) -> None:
     with bench.start(row, name) as child:
         child.wait_for("step 12/")
         saved = _steps(bench.runs.path(name))
-        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        child.freeze()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
             child.send(number)
         code = child.wait()
     row.saw = f"exit code {code} at once"
@@ -66,7 +67,7 @@ def deadline(bench: Bench, row: Row) -> None:
     end = datetime.now().astimezone() + timedelta(seconds=RESERVE_S + 2 * _HANG_S)
     with bench.start(row, name, "--deadline", end.isoformat()) as child:
         child.wait_for("step 6/")
-        child.send(signal.SIGSTOP)
+        child.freeze()
         # The step that stands still is a slow one, and twice as long is kept free.
         left_s = (end - datetime.now().astimezone()).total_seconds() - RESERVE_S
         time.sleep(max(left_s / 3 + 0.5, 0))
@@ -106,8 +107,8 @@ def fit_deadline(bench: Bench, row: Row) -> None:
     """The schedule is shortened to what fits, and stays that when the run is killed and goes on."""
     name = bench.new_name()
     run_dir, rate = bench.runs.path(name), ("--min_learning_rate", "1e-5")
-    options = ("--max_steps", "1000000", "--max-seconds", f"{RESERVE_S + _HANG_S:g}")
-    options = (*options, "--fit-deadline", *rate)
+    limit = ("--max-seconds", f"{RESERVE_S + _HANG_S:g}", "--fit-deadline")
+    options = ("--max_steps", "1000000", *limit, *rate)
     with bench.runs.start(name, *options) as child:
         child.wait_for("step 12/")
         child.kill()
@@ -118,7 +119,7 @@ def fit_deadline(bench: Bench, row: Row) -> None:
     bench.runs.finish(reference, "--max_steps", str(steps), *rate)
     with bench.runs.start(name, *options) as child:
         bench.check_end(row, child, run_dir, bench.runs.path(reference))
-    row.lost.append(done - (resumed_from(child) or 0))
+    row.lost.append(done - resumed_from(child))
     row.expect((run_dir / "schedule.json").read_text() == kept, "another schedule")
     last = train_metrics(run_dir)[-1]
     row.expect(last["step"] == steps and last["train/learning_rate"] < 2e-5, f"it ended at {last}")
@@ -135,12 +136,13 @@ def hang(bench: Bench, row: Row) -> None:
     limit, memory = ("--hang-seconds", f"{_HANG_S:g}"), set(os.listdir("/dev/shm"))
     keep_open = os.open(pipe, os.O_RDWR)
     fcntl.fcntl(keep_open, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(keep_open, bytes(2400))  # what is free are about the lines of 15 steps
     rows = bench.runs.directory / "rows"
     os.mkfifo(rows)
     no_rows = ("--data.train_files", str(rows))
     with (
         bench.start(row, names[0], *limit, *no_rows, **marked) as in_setup,
-        bench.runs.start(names[1], *limit, "--max_steps", "1000", stdout=pipe, **marked) as in_step,
+        bench.runs.start(names[1], *limit, *STEPS, stdout=pipe, **marked) as in_step,
     ):
         for child, where in ((in_setup, "reading rows"), (in_step, "step ")):
             code = child.wait()
@@ -155,14 +157,15 @@ def hang(bench: Bench, row: Row) -> None:
     row.saw = said
     row.expect(not _processes(marked["XDG_CACHE_HOME"]), "processes are left")
     row.expect(set(os.listdir("/dev/shm")) <= memory, "shared memory is left")
+    bench.finish(row, names[1])
 
 
 def second_trainer(bench: Bench, row: Row) -> None:
     """Another one while the first is in a step; the first is killed, and the directory is free."""
     name = bench.new_name()
     with bench.start(row, name) as first:
-        first.wait_for("step 6/")
-        first.send(signal.SIGSTOP)
+        first.wait_for("step 12/")
+        first.freeze()
         with bench.runs.start(name, *STEPS, log=f"{name}-second") as second:
             row.refused(second, "another process trains here", f"(process {first.process.pid})")
             row.expect(second.out == "", "it came too late", second)
@@ -182,7 +185,7 @@ def two_at_once(bench: Bench, row: Row) -> None:
         if "train: " in other.out:
             pair.reverse()
         winner, loser = pair
-        winner.send(signal.SIGSTOP)  # or it might be done before the other has begun
+        winner.freeze()  # or it might be done before the other has begun
         row.refused(loser, "another process trains here", f"(process {winner.process.pid})")
         winner.send(signal.SIGCONT)
         bench.check_end(row, winner, bench.runs.path(name))

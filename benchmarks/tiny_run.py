@@ -134,6 +134,11 @@ class Child:
         """Sends it a signal."""
         self.process.send_signal(number)
 
+    def freeze(self) -> None:
+        """Returns when it stands still, until it gets SIGCONT."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
     def kill(self) -> bool:
         """Kills it; False when it had ended by itself before."""
         self.process.kill()
@@ -188,14 +193,23 @@ class TinyRuns:
         return self.directory / "runs" / name
 
     def start(
-        self, name: str, *options: str, stdout: Path | None = None, **environment: str
+        self,
+        name: str,
+        *options: str,
+        log: str | None = None,
+        stdout: Path | None = None,
+        **environment: str,
     ) -> Child:
-        """Starts the run, or goes on with it; other keywords are set in its environment."""
+        """Starts the run, or goes on with it; other keywords are set in its environment.
+
+        `log` is the name of its output's files, that of the run where not given; `stdout` as in
+        Child.
+        """
         command = [sys.executable, "-m", "jaxsft.train", "--config", str(self.config)]
         return Child(
             [*command, "--name", name, *options],
             self.environment | environment,
-            self.directory / name,
+            self.directory / (log or name),
             stdout,
         )
 

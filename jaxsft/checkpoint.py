@@ -106,7 +106,7 @@ class Checkpoints:
 
         Args:
             step: the number of finished optimizer steps.
-            state: a pytree of arrays, none of size 0. May be donated or changed after the return.
+            state: a pytree of JAX arrays, none of size 0. May be donated after the return.
             metadata: JSON values; must hold the run's "fingerprint" (see `restore`).
             eval_loss: held-out loss of this state, nats per token; the lowest one's step is kept.
                 One that is not finite counts as none.
@@ -241,7 +241,6 @@ class Checkpoints:
         except Exception as error:  # read-only, or gone; object stores have their own types
             self._passed_over.add(step)
             return f"passed over, as it can't be renamed ({first_cause(error)})"
-        self._passed_over.discard(step)
         return f"renamed to {target.name}"
 
     def _find_best(self) -> tuple[int, float] | None:
@@ -264,11 +263,12 @@ class Checkpoints:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self._directory)
-            if step in self._passed_over:
-                self._set_aside(step)
+            if step in self._passed_over and path.exists():
+                rename(path, ".corrupt")
+                self._passed_over.discard(step)
             write_step(path, self._host, metadata, eval_loss)
         except Exception as error:  # a full disk, say: TensorStore has its own types
-            clear_leftovers(self._directory)
+            clear_leftovers(self._directory)  # frees the disk; TensorStore may still write a little
             raise OSError(
                 f"{self._directory}: the checkpoint of step {step} couldn't be written"
                 f" ({first_cause(error)}); the ones before it are intact"

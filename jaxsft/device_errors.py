@@ -128,7 +128,8 @@ def _plan(argv: Sequence[str], search_seconds: float) -> dict[str, Any] | str:
         for array in jax.live_arrays():
             array.delete()
     print(
-        "out of memory: looking for the next smaller setting that fits, a few minutes …",
+        "out of memory: looking for the next smaller setting that fits, a few minutes "
+        "(Ctrl-C skips it) …",
         file=sys.stderr,
         flush=True,
     )

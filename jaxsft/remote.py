@@ -72,7 +72,8 @@ class RunFiles:
         if self._is_remote:
             self.shown = _gcs_directory(output_dir) / name
             digest = hashlib.sha256(str(self.shown).encode()).hexdigest()[:16]
-            self.run_dir = scratch / (digest if self._is_writer else f"{digest}-{process_index}")
+            unique = digest if self._is_writer else f"{digest}-{process_index}"
+            self.run_dir = scratch / unique / name
             self._files = _connect()
         else:
             self.shown = self.run_dir = Path(output_dir) / name
@@ -197,6 +198,8 @@ def _connect() -> fsspec.AbstractFileSystem:
     """gcsfs as this process uses it, here and in etils."""
     # Where TensorFlow is installed, etils would load it, which may take the TPU.
     os.environ["EPATH_USE_TF"] = "false"
+    # Else gcsfs asks for the kind of bucket over gRPC, for minutes where that doesn't get through.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # gcsfs doesn't see what TensorStore and other machines write while it keeps listings.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     for name in ("gcsfs", "fsspec"):  # they log stack traces of what they raise

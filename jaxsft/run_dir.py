@@ -105,10 +105,10 @@ def check_free_space(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int)
     needed = checkpoint_bytes * (num_checkpoints + 1) + checkpoint_bytes // 3 + _SPARE_BYTES
     free = shutil.disk_usage(run_dir).free
     if free < needed:
-        gib = 2**30
+        mib = 2**20
         raise ValueError(
-            f"{run_dir}: {free / gib:.2f} GiB free, but {needed / gib:.2f} GiB are needed for "
-            f"{num_checkpoints} checkpoints of {checkpoint_bytes / gib:.2f} GiB, one that is being "
-            "written and the adapter; free some space, choose another output_dir or lower "
+            f"{run_dir}: {free / mib:,.0f} MiB free, but {needed / mib:,.0f} MiB are needed for "
+            f"{num_checkpoints} checkpoints of {checkpoint_bytes / mib:,.0f} MiB, one that is "
+            "being written and the adapter; free some space, choose another output_dir or lower "
             "save_total_limit"
         )

@@ -80,7 +80,7 @@ def forecast(setup: Setup, step: int, clock: Clock, seconds_per_step: float) -> 
     left_s = clock.left_s() - clock.reserve_s
     if needed_s <= left_s:
         return None
-    reached = step + max(math.floor(left_s / seconds_per_step), 0)
+    reached = min(step + max(math.floor(left_s / seconds_per_step), 0), last_step)
     return (
         f"WARNING: the {last_step - step:,} steps left take {duration(needed_s)} at "
         f"{seconds_per_step:.3g} s each, the session has {duration(clock.left_s())}: it will stop "

@@ -65,8 +65,6 @@ class FakeGcs:
             "TENSORSTORE_GCS_HTTP_URL": self.endpoint,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "FSSPEC_GCS_TOKEN": "anon",
-            # Bucket types are asked for over gRPC, which isn't spoken here.
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
 
 

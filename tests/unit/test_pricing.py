@@ -211,7 +211,7 @@ def test_out_of_memory_messages():
 
 
 def test_unknown_topology_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'v5e:3x3' is not one of v5e:2x2, v5e:2x4"):
+    with pytest.raises(ValueError, match=r"'v5e:3x3' is not one of v5e:1x1, v5e:2x2"):
         topology_devices("v5e:3x3")
 
 

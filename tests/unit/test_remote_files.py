@@ -13,13 +13,14 @@ from jaxsft.remote import ReplacedError, RunFiles, is_remote
 
 @pytest.fixture
 def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
-    pytest.importorskip("gcsfs")
     with running_gcs() as gcs:
         for name, value in gcs.environment().items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setenv("EPATH_USE_TF", "false")  # RunFiles sets it
+        for name in ("EPATH_USE_TF", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"):
+            monkeypatch.setenv(name, "false")  # RunFiles sets them
         # From the environment it is read at import only.
         monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        pytest.importorskip("gcsfs")  # by now: it reads the environment as well
         yield gcs
 
 

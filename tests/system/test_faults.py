@@ -1,0 +1,26 @@
+"""One try of each fault of `benchmarks.faults`: the command stops, refuses or goes on as promised,
+and what it leaves equals what a run leaves that nothing happened to."""
+
+import pytest
+
+from benchmarks.fault_bench import Bench, try_fault
+from benchmarks.faults import FAULTS
+
+SAVE_STEPS = 5  # of the tiny runs
+# Where nothing but a save that works may be lost: a kill, a hang, a second signal.
+MAY_LOSE = {"a second signal", "fit-deadline, kill -9", "a hang", "a second trainer, kill -9"}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_nothing_is_lost(name: str, bench: Bench) -> None:
+    row = try_fault(name, FAULTS[name], bench, tries=1)
+    assert row.wrong == []
+    assert row.saw
+    # One save is under way while the next one's steps are taken.
+    most = 2 * SAVE_STEPS if "kill" in name or name in MAY_LOSE else 0
+    assert max(row.lost, default=0) <= most

@@ -1,0 +1,212 @@
+"""The clock's rule in numbers, what counts as a deadline, and signals within one process."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxsft import schedule
+from jaxsft.config import TrainConfig
+from jaxsft.preflight import TimedSteps
+from jaxsft.session import Clock, Session, StopNow, catch_signals, duration, session_end_s
+
+NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
+
+# Signals while the main thread is in a C call, which Python's own handlers wait for.
+BUSY = """
+import ctypes
+from jaxsft.session import catch_signals, interruptible
+
+sleep = ctypes.CDLL(None).usleep  # without the interpreter lock, as a step is
+with interruptible(), catch_signals() as stopped:
+    print("ready", flush=True)
+    for _ in range(600):
+        sleep(100_000)  # 0.1 s; Python's handlers run between two of them
+        if stopped():
+            break
+    print("stopped", flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW_S)
+
+
+def test_the_clock_keeps_two_slow_steps_three_saves_and_two_minutes_free() -> None:
+    clock = Clock(NOW_S + 1000)
+    assert (clock.left_s(), clock.reserve_s, clock.is_up()) == (1000, 120, False)
+    for _ in range(98):
+        clock.add_step(1.0)
+    for seconds in (7.0, 9.0):
+        clock.add_step(seconds)
+    # Of 100 steps the 99th percentile is the second slowest.
+    assert (clock.p99_step_s, clock.median_step_s) == (7, 1)
+    clock.save_s = 20.0
+    assert clock.reserve_s == 2 * 7 + 3 * 20 + 120 == 194
+    clock.end_s = NOW_S + 194
+    assert not clock.is_up() and clock.is_up(more_s=0.1)
+    clock.end_s = NOW_S + 193.9
+    assert clock.is_up()
+
+
+def test_only_the_last_200_steps_count() -> None:
+    clock = Clock(math.inf)
+    assert clock.p99_step_s == 0 and math.isnan(clock.median_step_s)
+    clock.add_step(60.0)  # with compilation
+    for _ in range(199):
+        clock.add_step(1.0)
+    assert clock.p99_step_s == 1  # the third slowest of 200
+    clock.add_step(5.0)
+    clock.add_step(5.0)
+    clock.add_step(5.0)
+    assert clock.p99_step_s == 5 and not clock.is_up(more_s=1e9)
+
+
+@pytest.mark.parametrize(
+    ("deadline", "max_seconds", "end_s"),
+    [
+        (None, None, math.inf),
+        (None, 600.0, NOW_S - 50 + 600),  # from the start of the command, 50 s ago
+        ("2027-01-15T09:00Z", None, NOW_S + 3600),
+        ("2027-01-15T10:00:00+01:00", None, NOW_S + 3600),
+        ("1800003600", None, NOW_S + 3600),
+        ("1800003600.5", None, NOW_S + 3600.5),
+    ],
+)
+def test_forms_of_a_deadline(deadline: str | None, max_seconds: float | None, end_s: float) -> None:
+    assert session_end_s(deadline, max_seconds, NOW_S - 50) == end_s
+
+
+def test_a_deadline_without_a_zone_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC-2")  # POSIX: two hours east
+    time.tzset()
+    try:
+        assert session_end_s("2027-01-15T11:00", None, NOW_S) == NOW_S + 3600
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("deadline", "max_seconds", "complaint"),
+    [
+        ("tomorrow", None, r"deadline tomorrow: not a time; write it as 2027-01-\d\dT"),
+        ("9", None, "deadline 9: not a time"),
+        ("2027-01-15T07:00Z", None, "leaves 0 s, and 120 s are kept"),
+        ("2027-01-15T08:01Z", None, "leaves 60 s"),
+        (None, 169.0, "max_seconds 169.0: leaves 119 s"),
+    ],
+)
+def test_useless_deadlines(deadline: str | None, max_seconds: float | None, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        session_end_s(deadline, max_seconds, NOW_S - 50)
+
+
+def test_a_session_says_why_it_stops_and_else_beats() -> None:
+    received, beats = [], []
+    session = Session(Clock(NOW_S + 200), lambda: bool(received), beats.append)
+    session.go_on("step 1", more_s=80)
+    assert beats == ["step 1"] and session.why_stop() is None
+    with pytest.raises(StopNow, match="the session ends in 3 min 20 s"):
+        session.go_on("measuring", more_s=81)
+    received.append(signal.SIGTERM)
+    assert session.why_stop() == "a signal came" and beats == ["step 1"]
+
+
+def test_durations() -> None:
+    texts = [duration(seconds) for seconds in (-1, 59.9, 60, 3599, 3600, 35940)]
+    assert texts == ["0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "9 h 59 min"]
+
+
+def fake_setup(num_steps: int, step: int = 0) -> Any:
+    return SimpleNamespace(step_batches=range(num_steps), state=SimpleNamespace(step=step))
+
+
+def test_the_forecast_counts_what_is_kept_free() -> None:
+    clock = Clock(NOW_S + 1120)
+    clock.measure_s = 50
+    # 1120 - 120 s for 95 steps of 10 s and 50 s of measuring.
+    assert schedule.forecast(fake_setup(100), 5, clock, 10.0) is None
+    line = schedule.forecast(fake_setup(200), 5, clock, 10.0)
+    assert line is not None
+    assert line.startswith("WARNING: the 195 steps left take 33 min 20 s at 10 s each, the session")
+    assert "has 18 min 40 s: it will stop at about step 105 of 200, to be continued" in line
+    # All steps fit, and the measurement does not.
+    line = schedule.forecast(fake_setup(101), 5, clock, 10.0)
+    assert line is not None and "it will stop at about step 101 of 101" in line
+
+
+def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "with_num_steps", lambda setup, config, steps: fake_setup(steps))
+    clock, config = Clock(NOW_S + 1120), TrainConfig(warmup_steps=5)
+    clock.measure_s = 50
+    # 1120 - 120 - 50 - 20 to compile - 2 slow steps of 12 = 906 s, at 10.3 s a step: 87.96.
+    timed = TimedSteps(20.0, [9.0, 10.0, 12.0])
+    fit = (config, fake_setup(1000), tmp_path, clock, timed, lambda doing: None)
+    setup, line = schedule.fit_schedule(*fit)
+    assert len(setup.step_batches) == 87
+    assert line == "At 10 s a step 87 of 1,000 steps fit: the schedule is shortened to them."
+    assert (tmp_path / schedule.SCHEDULE).read_text() == '{\n "num_steps": 87\n}'
+    clock.end_s = NOW_S + 120 + 50 + 20 + 24 + 61  # 5 steps: only the warm-up
+    with pytest.raises(ValueError, match="5 steps fit at 10 s a step, no more than the 5 of the"):
+        schedule.fit_schedule(*fit)
+
+
+def test_a_run_begun_without_it_is_not_fitted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"begun without it, with 1,000 steps.*--fork-from"):
+        schedule.fit_schedule(
+            TrainConfig(), fake_setup(1000, 7), tmp_path, Clock(NOW_S + 9000), None, lambda _: None
+        )
+
+
+def test_handlers_are_as_before_afterwards() -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    num_files = len(os.listdir("/proc/self/fd"))
+    with catch_signals() as stopped:
+        assert not stopped()
+    after = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert after == before and len(os.listdir("/proc/self/fd")) == num_files
+
+
+def start_busy(*command: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [*command, sys.executable, "-c", BUSY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_signals_are_heard_within_a_step_and_the_second_ends_it() -> None:
+    with start_busy() as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        # Both before it runs again.
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            process.send_signal(number)
+        assert process.wait() in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        assert process.stderr.read() == "Stopping soon; once more to stop at once.\n"
+        assert process.stdout.read() == ""
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    with start_busy("sh", "-c", 'trap "" HUP; exec "$@"', "sh") as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (0, "stopped\n")
+    assert err == "Stopping soon; once more to stop at once.\n"
