@@ -15,19 +15,18 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import yaml
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.tiny_run import BATCH_SIZE, Child, ChildError, TinyRuns, differences, metrics
+from benchmarks.chaos_report import Tally, show, total
+from benchmarks.child import Child, ChildError
+from benchmarks.tiny_run import BATCH_SIZE, TinyRuns, differences, metrics
 from jaxsft.cli import EXIT_FAILED, fail
 
 SCENARIOS: Mapping[str, tuple[str, ...]] = {
@@ -48,37 +47,21 @@ SCENARIOS: Mapping[str, tuple[str, ...]] = {
 MIN_SAVE_SHARE = 0.25
 _TARGET_SAVE_SHARE = 0.5
 _LATE_SHARE = 0.25  # of the other kills: after the last step
+_FINISH_SHARE = 0.5  # of the starts when all steps are taken
 _MAX_NTH_SAVE = 4
 _POLL_S = 0.001  # a save takes about 0.1 s
 
 
-@dataclass
-class Tally:
-    """What the kills did. `lost` has the steps done again after each kill, where any were done."""
-
-    save_steps: int = 0
-    runs: int = 0
-    kills: int = 0
-    kills_during_save: int = 0
-    mismatches: list[str] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
-    resumed: Counter[str] = field(default_factory=Counter)  # where -> how often
-    seconds: float = 0.0
-
-    @property
-    def save_share(self) -> float:
-        """Kills during a save, of all kills."""
-        return self.kills_during_save / max(self.kills, 1)
-
-
 class Usual(NamedTuple):
-    """A run that nothing happens to; durations in seconds, the last one from its last save on."""
+    """A run that nothing happens to; `training_s` is from its first save to its last, `ending_s`
+    from there on."""
 
     num_steps: int
     rows_per_epoch: int
     save_steps: int
     total_s: float
     save_s: float
+    training_s: float
     ending_s: float
 
 
@@ -146,6 +129,7 @@ class Scenario:
             save_steps=yaml.safe_load((run_dir / "config.yaml").read_text())["save_steps"],
             total_s=end - start,
             save_s=statistics.median(saves),
+            training_s=begins[-1] - begins[0],
             ending_s=end - begins[-1],
         )
 
@@ -157,7 +141,7 @@ class Scenario:
             started_ns = time.time_ns()
             with self._start(name) as child:
                 is_killed = tally.kills < num_kills and self._kill(
-                    child, run_dir, started_ns, usual
+                    child, run_dir, started_ns, done, usual
                 )
                 code = None if is_killed else child.wait()
             if is_killed:
@@ -168,21 +152,24 @@ class Scenario:
             done = self._count_resume(child.out, done, usual)
             done = max([done, *(line["step"] for line in metrics(run_dir))])
 
-    def _kill(self, child: Child, run_dir: Path, started_ns: int, usual: Usual) -> bool:
-        """Kills at a random moment; False when the process ends by itself before it."""
+    def _kill(self, child: Child, run_dir: Path, started_ns: int, done: int, usual: Usual) -> bool:
+        """Kills at a random moment; False where the process is to end, or ends, by itself."""
         rng, last = self._rng, usual.num_steps
-        if self._tally.save_share <= _TARGET_SAVE_SHARE:
-            for nth in range(int(rng.integers(1, _MAX_NTH_SAVE + 1))):
+        saves_left = (last - done) // usual.save_steps
+        if saves_left and self._tally.save_share <= _TARGET_SAVE_SHARE:
+            for nth in range(int(rng.integers(1, min(saves_left, _MAX_NTH_SAVE) + 1))):
                 if nth:
                     _await(child, lambda: not _is_saving(run_dir, started_ns))
                 _await(child, lambda: _is_saving(run_dir, started_ns))
             wait_s = rng.uniform(0, usual.save_s)
+        elif done == last and rng.random() < _FINISH_SHARE:
+            return False
         elif rng.random() < _LATE_SHARE:
             ends = (f"\nstep {last}/{last} ", f"\nContinuing from step {last}.")
             _await(child, lambda: any(each in child.out for each in ends))
             wait_s = rng.uniform(0, usual.ending_s)
         else:
-            wait_s = rng.uniform(0, usual.total_s)
+            wait_s = rng.uniform(0, usual.total_s - usual.training_s * done / last)
         deadline = time.monotonic() + wait_s
         _await(child, lambda: time.monotonic() >= deadline)
         return child.kill()
@@ -200,7 +187,8 @@ class Scenario:
         epoch, row = divmod(step * BATCH_SIZE, usual.rows_per_epoch)
         where = "at step 0" if not step else "mid-epoch" if row else "between epochs"
         self._tally.resumed[where] += 1
-        self._tally.resumed["after epoch 1"] += epoch > 0
+        if epoch:
+            self._tally.resumed["after epoch 1"] += 1
         # One save is under way while the next one's steps are taken, and that one waits for it.
         if done - step > 2 * usual.save_steps:
             raise ChildError(f"went on from step {step} after step {done}")
@@ -242,41 +230,6 @@ def run_chaos(
             for index, (name, options) in enumerate(scenarios.items())
         }
         return {name: future.result() for name, future in futures.items()}
-
-
-def total(tallies: Sequence[Tally]) -> Tally:
-    """All of them as one."""
-    return Tally(
-        save_steps=max(each.save_steps for each in tallies),
-        runs=sum(each.runs for each in tallies),
-        kills=sum(each.kills for each in tallies),
-        kills_during_save=sum(each.kills_during_save for each in tallies),
-        mismatches=[line for each in tallies for line in each.mismatches],
-        lost=[steps for each in tallies for steps in each.lost],
-        resumed=sum((each.resumed for each in tallies), Counter()),
-        seconds=sum(each.seconds for each in tallies),
-    )
-
-
-def show(console: Console, tallies: Mapping[str, Tally]) -> None:
-    """One line a scenario, one for all, and every mismatch."""
-    table = Table("", "runs", "kills", "during a save", "mismatches", title="SIGKILL")
-    for name in ("steps lost, mean", "max", "save_steps", "resumed", "minutes"):
-        table.add_column(name)
-    for name, tally in [*tallies.items(), ("total", total([*tallies.values()]))]:
-        table.add_row(
-            *(name, f"{tally.runs}", f"{tally.kills}"),
-            f"{tally.kills_during_save} ({tally.save_share:.0%})",
-            f"{len(tally.mismatches)}",
-            *((f"{statistics.mean(tally.lost):.1f}", f"{max(tally.lost)}") if tally.lost else "––"),
-            f"{tally.save_steps}",
-            ", ".join(f"{count} {where}" for where, count in sorted(tally.resumed.items())),
-            f"{tally.seconds / 60:.1f}",
-        )
-    console.print(table)
-    for tally in tallies.values():
-        for line in tally.mismatches:
-            console.print(f"mismatch: {line}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

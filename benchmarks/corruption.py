@@ -27,7 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.tiny_run import ChildError, TinyRuns, checkpoint_arrays, differences, same_arrays
+from benchmarks.child import ChildError
+from benchmarks.tiny_run import TinyRuns, checkpoint_arrays, differences, same_arrays
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
 

@@ -99,30 +99,33 @@ def forecast(bench: Bench, row: Row) -> None:
     said = next(line for line in child.out.splitlines() if line.startswith("WARNING: "))
     row.expect("it will stop at about step " in said and "--fit-deadline" in said, said)
     with bench.runs.start(name, *options, "--fit-deadline") as child:
-        row.refused(child, "was begun without it, with 1,000,000 steps", "--fit-deadline")
+        row.refused(child, "was begun without it, with 1,000,000 steps", "--fork-from")
     row.saw = said
 
 
 def fit_deadline(bench: Bench, row: Row) -> None:
     """The schedule is shortened to what fits, and stays that when the run is killed and goes on."""
     name = bench.new_name()
-    run_dir, rate = bench.runs.path(name), ("--min_learning_rate", "1e-5")
-    limit = ("--max-seconds", f"{RESERVE_S + _HANG_S:g}", "--fit-deadline")
-    options = ("--max_steps", "1000000", *limit, *rate)
+    run_dir = bench.runs.path(name)
+    limit = ("--max-seconds", f"{RESERVE_S + 1.5 * _HANG_S:g}", "--fit-deadline")
+    options = ("--max_steps", "1000000", "--min_learning_rate", "1e-5", *limit)
     with bench.runs.start(name, *options) as child:
         child.wait_for("step 12/")
         child.kill()
     row.saw = next(line for line in child.out.splitlines() if line.startswith("At "))
     kept, done = (run_dir / "schedule.json").read_text(), len(train_metrics(run_dir))
-    steps = json.loads(kept)["num_steps"]
-    reference = f"{name}-reference"
-    bench.runs.finish(reference, "--max_steps", str(steps), *rate)
-    with bench.runs.start(name, *options) as child:
-        bench.check_end(row, child, run_dir, bench.runs.path(reference))
-    row.lost.append(done - resumed_from(child))
+    for _ in range(3):  # again where the machine has become slower
+        with bench.runs.start(name, *options) as child:
+            code = child.wait()
+        row.lost.append(done - resumed_from(child))
+        last = train_metrics(run_dir)[-1]
+        done = last["step"]
+        if code != STOPPED:
+            break
+    row.expect(code == 0, f"exit code {code} instead of 0", child)
     row.expect((run_dir / "schedule.json").read_text() == kept, "another schedule")
-    last = train_metrics(run_dir)[-1]
-    row.expect(last["step"] == steps and last["train/learning_rate"] < 2e-5, f"it ended at {last}")
+    row.expect(done == json.loads(kept)["num_steps"], f"it ended at step {done} and not {kept}")
+    row.expect(last["train/learning_rate"] < 2e-5, f"the learning rate did not decay: {last}")
 
 
 def hang(bench: Bench, row: Row) -> None:

@@ -6,14 +6,11 @@ processes of their own, on the CPU; they share compiled programs, so that a rest
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +19,7 @@ from etils import epath
 from flax import nnx
 from safetensors.numpy import save_file
 
+from benchmarks.child import Child, ChildError
 from jaxsft.checkpoint_files import DamagedError, read_arrays, read_record
 from jaxsft.model import Gemma
 from jaxsft.presets import from_hf_config
@@ -34,8 +32,6 @@ BATCH_SIZE = 8  # splits over 8 devices
 # What depends on the clock in a line of metrics.jsonl.
 SPEEDS = ("train/tokens_per_s", "train/model_flops_per_s")
 _NUM_PIECES = 4096  # of the vocabulary; everything else is spelt in characters and bytes
-_POLL_S = 0.002
-_LIMIT_S = 300.0  # a child that takes longer hangs
 
 _MODEL = {
     "model_type": "gemma3_text",
@@ -60,96 +56,6 @@ _CONFIG = {
     "save_steps": 5,
     "loss_chunk_tokens": 256,
 }
-
-
-class ChildError(Exception):
-    """A process under test did not do what it must; the text has its output."""
-
-
-class Child:
-    """A command in a process of its own; its output goes to files as it comes.
-
-    Leaving the context kills the process, if it still runs.
-
-    Args:
-        command: program and arguments.
-        environment: all of it.
-        log: `<log>.out` and `<log>.err` are written.
-        stdout: is written instead of `<log>.out`; where it is a pipe, `out` can't be read.
-    """
-
-    def __init__(
-        self,
-        command: list[str],
-        environment: Mapping[str, str],
-        log: Path,
-        stdout: Path | None = None,
-    ) -> None:
-        self._out, self._err = stdout or log.with_suffix(".out"), log.with_suffix(".err")
-        with self._out.open("w") as out, self._err.open("w") as err:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=err, env=dict(environment), cwd=log.parent
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    @property
-    def out(self) -> str:
-        """What it has written to stdout by now."""
-        return self._out.read_text(errors="replace")
-
-    @property
-    def err(self) -> str:
-        """What it has written to stderr by now."""
-        return self._err.read_text(errors="replace")
-
-    @property
-    def said(self) -> str:
-        """How it ended, or that it runs, and its last words."""
-        out, err = self.out.splitlines(), self.err.splitlines()
-        last = " | ".join([*out[-3:], *err[-3:]])
-        return f"exit code {self.process.poll()}, {len(err)} lines of stderr, last: {last}"
-
-    def is_running(self) -> bool:
-        """Has it not ended yet?"""
-        return self.process.poll() is None
-
-    def wait_for(self, start: str) -> None:
-        """Returns when a line of stdout begins so; ChildError when the process ends before."""
-        deadline = time.monotonic() + _LIMIT_S
-        while True:
-            is_running = self.is_running()  # before the look, so that no line is missed
-            if any(line.startswith(start) for line in self.out.splitlines(keepends=True)):
-                return
-            if not is_running or time.monotonic() > deadline:
-                raise ChildError(f"no line {start!r}; {self.said}")
-            time.sleep(_POLL_S)
-
-    def send(self, number: signal.Signals) -> None:
-        """Sends it a signal."""
-        self.process.send_signal(number)
-
-    def freeze(self) -> None:
-        """Returns when it stands still, until it gets SIGCONT."""
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
-
-    def kill(self) -> bool:
-        """Kills it; False when it had ended by itself before."""
-        self.process.kill()
-        return self.process.wait() == -signal.SIGKILL
-
-    def wait(self) -> int:
-        """Its exit code, when it has ended; ChildError when it hangs."""
-        try:
-            return self.process.wait(_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise ChildError(f"no end after {_LIMIT_S:g} s; {self.said}") from None
 
 
 class TinyRuns:
@@ -228,7 +134,11 @@ def write_model(directory: Path) -> None:
     whole = read_gguf(demo_model_path())
     characters = {"\u2581", *map(chr, range(128))}
     kept = [i for i, piece in enumerate(whole.pieces) if i < _NUM_PIECES or piece in characters]
-    vocabulary = Vocabulary(*([column[i] for i in kept] for column in whole))
+    vocabulary = Vocabulary(
+        pieces=[whole.pieces[i] for i in kept],
+        scores=[whole.scores[i] for i in kept],
+        types=[whole.types[i] for i in kept],
+    )
     model = serialize(vocabulary, canonical_types(vocabulary, "the demo model"))
     (directory / "tokenizer.model").write_bytes(model)
     config = _MODEL | {"vocab_size": len(kept)}

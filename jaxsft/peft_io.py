@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxsft import lora
+from jaxsft.hosts import on_host
 from jaxsft.model import Gemma, layer_location
 from jaxsft.presets import GemmaConfig
 from jaxsft.safetensors_io import SafetensorsDirectory
@@ -60,7 +61,8 @@ def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> 
 
     Each file appears under its name only when whole, the config last.
     """
-    leaves = {path: v.get_value() for path, v in nnx.to_flat_state(lora.split(model)[1])}
+    state = nnx.to_flat_state(lora.split(model)[1])
+    leaves = {path: on_host(v.get_value()) for path, v in state}
     tensors = {}
     for part in _parts(model.config, config.targets, config.rank):
         leaf = leaves[part.tree_path]

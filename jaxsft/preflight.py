@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxsft.agreement import Difference, compare_ways
 from jaxsft.build import Setup
 from jaxsft.config import TrainConfig
+from jaxsft.hosts import from_first
 from jaxsft.step import TrainState, put_batch, train_step
 
 NUM_TIMED_STEPS = 20
@@ -141,7 +142,8 @@ def time_steps(
         state, frozen, scalars = train_step(state, frozen, put_batch(rows, spec.mesh), spec=spec)
         jax.device_get(scalars)
         seconds.append(time.perf_counter() - started)
-    return dataclasses.replace(setup, frozen=frozen), state, TimedSteps(seconds[0], seconds[1:])
+    first_s, *others = from_first(lambda: seconds)  # so that all processes judge alike
+    return dataclasses.replace(setup, frozen=frozen), state, TimedSteps(first_s, others)
 
 
 def run_preflight(

@@ -60,7 +60,7 @@ def architecture(model_path: str) -> tuple[GemmaConfig, str]:
         return PRESETS["gemma-3-270m"], "preset gemma-3-270m"
     path = Path(model_path)
     if path.suffix == ".gguf" and path.exists():
-        return from_hf_config(hf_config(GGUFFile(path))), str(path)
+        return from_hf_config(hf_config(GGUFFile(path)), str(path)), str(path)
     if path.is_dir():
         return from_hf_config(path / "config.json"), str(path / "config.json")
     name = path.name.lower().removesuffix("-it").removesuffix("-pt")

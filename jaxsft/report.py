@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -124,7 +125,7 @@ def progress(
 
 
 def show_stopped(
-    console: Console, setup: Setup, why: str, clock: Clock, run_dir: Path, command: str
+    console: Console, setup: Setup, why: str, clock: Clock, run_dir: Path | epath.Path, command: str
 ) -> None:
     """Why a run stopped before its end, what remains, and the command to go on: the last line."""
     step, last_step = int(setup.state.step), len(setup.step_batches)
@@ -140,10 +141,10 @@ def show_stopped(
     console.print(f"To go on, run the same command again: {command}")
 
 
-def show_finished(console: Console, run_dir: Path, yaml: str) -> None:
+def show_finished(console: Console, run_dir: Path, yaml: str, shown: Path | epath.Path) -> None:
     """What a finished run gave, and which of its options differ from those asked for now."""
     show_result(console, run_dir)
-    console.print(f"{run_dir.name} is finished: its adapter is in {run_dir / 'adapter'}.")
+    console.print(f"{shown.name} is finished: its adapter is in {shown / 'adapter'}.")
     was = (run_dir / "config.yaml").read_text(encoding="utf-8").splitlines()
     changed = [
         line.strip()
@@ -152,7 +153,7 @@ def show_finished(console: Console, run_dir: Path, yaml: str) -> None:
     ]
     if changed:
         console.print(f"It was made with other options than now: {', '.join(changed)}.")
-    console.print(f"To train again, choose another --name or remove {run_dir}.")
+    console.print(f"To train again, choose another --name or remove {shown}.")
 
 
 def show_result(console: Console, run_dir: Path) -> None:

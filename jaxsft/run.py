@@ -3,10 +3,13 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxsft.build import Setup, trained_model
@@ -14,12 +17,14 @@ from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import EXIT_FAILED, cache_dir, fail
 from jaxsft.config import TrainConfig
 from jaxsft.fork import BEST_ADAPTER
+from jaxsft.hosts import from_first
 from jaxsft.json_file import write_json
 from jaxsft.measure import eval_loss, measure, write_before
 from jaxsft.metrics import MetricsWriter
 from jaxsft.peft_io import save_adapter
 from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.prepare import Data
+from jaxsft.remote import RunFiles, is_remote
 from jaxsft.report import show_preflight
 from jaxsft.run_dir import RunDir
 from jaxsft.schedule import SCHEDULE
@@ -41,12 +46,18 @@ class Run:
     before: dict[str, Any] | None  # measured before training; None: still to be done
     measured_of: dict[str, str]
     yaml: str
+    files: RunFiles
     num_steps: int | None = None  # of a schedule that fit_deadline has set
 
     @property
     def path(self) -> Path:
         """The run's directory."""
         return self.run_dir.path
+
+    def push(self) -> None:
+        """Copies the files to where the run belongs; a copy that fails is said and made up for."""
+        if problem := self.files.push():
+            self.console.print(f"WARNING: {problem}", style="bold red")
 
     def write_files(self) -> None:
         """Writes what the directory holds from the start."""
@@ -55,6 +66,42 @@ class Run:
             write_before(self.path, self.before, self.measured_of)
         if self.num_steps is not None:
             write_json(self.path / SCHEDULE, {"num_steps": self.num_steps})
+
+
+@contextmanager
+def run_files(config: TrainConfig) -> Iterator[RunFiles]:
+    """Where a run's files are, made what is known of the run.
+
+    Processes other than the first of several write theirs for nobody, into a temporary directory.
+    """
+    index = jax.process_index() if config.multihost else 0
+    with ExitStack() as stack:
+        output_dir, remote = config.output_dir, is_remote(config.output_dir)
+        if index > 0 and not remote:
+            output_dir = stack.enter_context(TemporaryDirectory())
+        files = RunFiles(output_dir, config.name, cache_dir("remote"), index)
+        if remote:
+            with RunDir(files.run_dir):
+                files.pull()
+        if config.multihost:
+            found = from_first(lambda: _read_all(files.run_dir))
+            for name, text in found.items() if index > 0 else ():
+                files.run_dir.mkdir(parents=True, exist_ok=True)
+                (files.run_dir / name).write_text(text, encoding="utf-8")
+        yield files
+
+
+def _read_all(run_dir: Path) -> dict[str, str]:
+    """The files that say how far a run is."""
+    return {path.name: path.read_text(encoding="utf-8") for path in run_dir.glob("*.json")}
+
+
+def is_best(loss: float | None, checkpoints: Checkpoints) -> bool:
+    """Is this held-out loss below that of every step that lies there?"""
+    if loss is None:
+        return False
+    best = checkpoints.best
+    return best is None or loss < best[1]
 
 
 def preflight(run: Run, setup: Setup, session: Session) -> tuple[Setup, TimedSteps, int]:

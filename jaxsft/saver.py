@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxsft.checkpoint import Checkpoints
+from jaxsft.hosts import any_of
 from jaxsft.run_dir import RunDir
 from jaxsft.session import Clock, Session, duration
 from jaxsft.step import TrainState
@@ -29,6 +30,7 @@ class Saver:
       on_new_dir: writes what else belongs into a directory made again; may raise OSError.
       clock: is told how long saves take.
       console: hears of what went wrong.
+      push: is called before each save: what lies beside a checkpoint must not be older than it.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Saver:
         on_new_dir: Callable[[], None],
         clock: Clock,
         console: Console,
+        push: Callable[[], None],
     ):
         self.checkpoints = checkpoints
         self._metadata, self._save_steps = metadata, save_steps
         self._run_dir, self._on_new_dir = run_dir, on_new_dir
         self._clock, self._console = clock, console
+        self._push = push
         self._retry_at: int | None = None
         self._begun_step: int | None = None  # of the save that was begun last
         self._problem = ""  # that is there now, without its numbers
@@ -54,9 +58,8 @@ class Saver:
         """Is the state after `step` to be saved? Also notices what went wrong since it was last
         asked, so ask after every step."""
         self._watch(step)
-        return step % self._save_steps == 0 or (
-            self._retry_at is not None and step >= self._retry_at
-        )
+        is_retry = self._retry_at is not None and step >= self._retry_at
+        return step % self._save_steps == 0 or any_of(is_retry)
 
     def save(self, step: int, state: TrainState, eval_loss: float | None = None) -> None:
         """Begins a save; failures are said and tried again `RETRY_STEPS` later.
@@ -86,7 +89,7 @@ class Saver:
             except OSError as error:
                 patience_s = _PATIENCE_STOPPED_S if session.interrupted() else _PATIENCE_S
                 patience_s = min(patience_s, self._clock.left_s())
-                if time.monotonic() - began_s + _RETRY_S > patience_s:
+                if any_of(time.monotonic() - began_s + _RETRY_S > patience_s):
                     raise OSError(
                         f"step {step} could not be saved ({error}); {self._newest()}"
                     ) from error
@@ -122,6 +125,7 @@ class Saver:
 
     def _begin(self, step: int, state: TrainState, eval_loss: float | None) -> None:
         self._began_s = time.monotonic()
+        self._push()
         self.checkpoints.save(step, state, self._metadata, eval_loss)
         self._begun_step = step
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxsft.build import Setup, with_num_steps
 from jaxsft.config import TrainConfig
+from jaxsft.hosts import from_first
 from jaxsft.json_file import write_json
 from jaxsft.preflight import TimedSteps, time_steps
 from jaxsft.session import Clock, duration
@@ -58,7 +59,8 @@ def fit_schedule(
     # A shorter schedule is another program, to be compiled like the first; 2 steps as in reserve_s.
     left_s = clock.left_s() - clock.reserve_s - clock.measure_s
     left_s -= timed.first_s + 2 * max(timed.seconds)
-    steps = min(asked, math.floor(left_s / (seconds_per_step * _SLOWER)))
+    fitting = math.floor(left_s / (seconds_per_step * _SLOWER))
+    steps = from_first(lambda: min(asked, fitting))  # clocks differ
     at = f"{seconds_per_step:.3g} s a step"
     if steps <= config.warmup_steps:
         raise ValueError(

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
+from jaxsft.hosts import any_of
+
 RESERVE_S = 120.0
 _WINDOW = 200  # steps that the 99th percentile is taken of
 
@@ -114,12 +116,16 @@ class Session:
         self.clock, self.interrupted, self.beat = clock, interrupted, beat
 
     def why_stop(self, more_s: float = 0.0) -> str | None:
-        """Why to stop now, or that `more_s` seconds more are too many; None to go on."""
+        """Why to stop now, or that `more_s` seconds more are too many; None to go on.
+
+        Of several processes all stop where one has to: all must ask.
+        """
+        why = None
         if self.interrupted():
-            return "a signal came"
-        if self.clock.is_up(more_s):
-            return f"the session ends in {duration(self.clock.left_s())}"
-        return None
+            why = "a signal came"
+        elif self.clock.is_up(more_s):
+            why = f"the session ends in {duration(self.clock.left_s())}"
+        return why or "another process has to stop" if any_of(why is not None) else None
 
     def go_on(self, doing: str, more_s: float = 0.0) -> None:
         """Raises StopNow where `why_stop` says so; otherwise the watchdog hears what follows."""

@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -31,9 +30,11 @@ from jaxsft.cli import (
     parse_config,
     parse_preflight,
 )
+from jaxsft.config import TrainConfig
 from jaxsft.data import batches
 from jaxsft.device_errors import check_device, explain_out_of_memory
-from jaxsft.fork import ADAPTER, CHECKPOINTS
+from jaxsft.fork import ADAPTER
+from jaxsft.hosts import join_hosts, reached_preemption
 from jaxsft.json_file import write_json
 from jaxsft.measure import load_before, measured_of, write_samples
 from jaxsft.metrics import MetricsWriter, Throughput
@@ -41,6 +42,7 @@ from jaxsft.packing import batch_hash
 from jaxsft.peft_io import save_adapter
 from jaxsft.prepare import load_data
 from jaxsft.prepare_report import show_data
+from jaxsft.remote import ReplacedError, RunFiles, is_remote
 from jaxsft.report import (
     progress,
     show_finished,
@@ -48,7 +50,7 @@ from jaxsft.report import (
     show_setup,
     show_stopped,
 )
-from jaxsft.run import Run, evaluated, measured, preflight, save_best, say
+from jaxsft.run import Run, evaluated, is_best, measured, preflight, run_files, save_best, say
 from jaxsft.run_dir import RunDir, check_free_space
 from jaxsft.saver import Saver
 from jaxsft.schedule import SCHEDULE, fit_schedule, fitted, forecast
@@ -102,11 +104,31 @@ def command(argv: list[str], console: Console, started_s: float) -> int:
     """Sets up what `argv` asks for and runs it. ValueError and OSError are bad input."""
     preflight_only, rest = parse_preflight(argv)
     config, yaml = parse_config("jaxsft.train", DESCRIPTION, rest)
-    path = Path(config.output_dir) / config.name
-    if (path / "result.json").exists():
-        show_finished(console, path, yaml)
-        return 0
-    clock = Clock(session_end_s(config.deadline, config.max_seconds, started_s))
+    if config.multihost:
+        join_hosts()
+        console.quiet = jax.process_index() > 0
+    with run_files(config) as files:
+        path = files.run_dir
+        if (path / "result.json").exists():
+            if problem := files.push():
+                return fail(problem, EXIT_FAILED)
+            show_finished(console, path, yaml, files.shown)
+            return 0
+        clock = Clock(session_end_s(config.deadline, config.max_seconds, started_s))
+        return start(config, yaml, files, clock, argv, console, preflight_only)
+
+
+def start(
+    config: TrainConfig,
+    yaml: str,
+    files: RunFiles,
+    clock: Clock,
+    argv: list[str],
+    console: Console,
+    preflight_only: bool,
+) -> int:
+    """Sets up and runs what isn't finished; errors as in `command`."""
+    path = files.run_dir
     check_device()
     model = check_early(config)
     # float32 means float32 on accelerators too; their default is bfloat16 passes.
@@ -116,9 +138,10 @@ def command(argv: list[str], console: Console, started_s: float) -> int:
     again = command_line("jaxsft.train", argv)
     advice = f"the last checkpoint is good, to go on: {again}"
     with RunDir(path) as run_dir, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
-        checkpoints = Checkpoints(path / CHECKPOINTS, config.save_total_limit)
+        checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
         num_missing = config.save_total_limit - len(checkpoints.steps())
-        check_free_space(path, state_bytes(abstract_state(config)), max(num_missing, 0))
+        if not is_remote(config.output_dir):
+            check_free_space(path, state_bytes(abstract_state(config)), max(num_missing, 0))
         watchdog.beat("reading rows")
         data = load_data(config, model, console, lambda: watchdog.beat("reading rows"))
         show_data(console, data.train, data.heldout)
@@ -129,11 +152,11 @@ def command(argv: list[str], console: Console, started_s: float) -> int:
         show_setup(console, setup)
         setup = restore(setup, checkpoints, console.print)
         before, of = load_before(config, data, setup, path), measured_of(config, data, setup)
-        run = Run(config, again, console, run_dir, clock, watchdog, data, before, of, yaml)
+        run = Run(config, again, console, run_dir, clock, watchdog, data, before, of, yaml, files)
         run.write_files()
         try:
             return run_to_the_end(run, setup, checkpoints, preflight_only)
-        except (FloatingPointError, OSError) as error:
+        except (FloatingPointError, OSError, ReplacedError) as error:
             return fail(error, EXIT_FAILED)
 
 
@@ -164,23 +187,27 @@ def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_o
                     console.print(line)
                 elif timed is not None:
                     say(console, forecast(setup, step, clock, timed.median_s))
-                if config.fit_deadline:
+                if (run.path / SCHEDULE).exists():
                     run.num_steps = len(setup.step_batches)
+                    run.write_files()  # the file may be one of a start that came to nothing
                 setup = train(run, setup, checkpoints, writer, session)
                 save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
                 session.go_on("measuring", more_s=clock.measure_s)
                 if int(setup.state.step) < len(setup.step_batches):
-                    raise StopNow("another process has to stop")
+                    raise StopNow("the machine is to be taken away")
                 after = measured(run, setup, writer, session)
                 save_best(run, setup, checkpoints, after)
         except StopNow as stop:
-            show_stopped(console, setup, str(stop), clock, run.path, run.command)
+            run.push()
+            show_stopped(console, setup, str(stop), clock, run.files.shown, run.command)
             return EXIT_INTERRUPTED
     write_samples(run.path / "samples.jsonl", run.before, after)
     result = {"before": run.before, "after": after, "program_hash": setup.program_hash}
     write_json(run.path / "result.json", result)
+    if problem := run.files.push():
+        return fail(problem, EXIT_FAILED)
     show_result(console, run.path)
-    console.print(f"The adapter is in {run.path / ADAPTER}, everything else beside it.")
+    console.print(f"The adapter is in {run.files.shown / ADAPTER}, everything else beside it.")
     return 0
 
 
@@ -197,7 +224,14 @@ def train(
     step = first_step
     metadata = {"fingerprint": setup.fingerprint, "split": split_of(setup)}
     saver = Saver(
-        checkpoints, metadata, config.save_steps, run.run_dir, run.write_files, clock, console
+        checkpoints,
+        metadata,
+        config.save_steps,
+        run.run_dir,
+        run.write_files,
+        clock,
+        console,
+        run.push,
     )
     skipped = SkippedSteps(data.train, setup.step_batches, writer, config.max_nonfinite_steps)
     throughput = Throughput()
@@ -223,22 +257,20 @@ def train(
                 writer.log(step, named | {"train/batch_hash": batch_hash(batch)})
             say(console, skipped.check(step, metrics))
 
-            why_stop = session.why_stop()
-            if why_stop or step == last_step:
+            if session.why_stop() or reached_preemption(step) or step == last_step:
                 break
             loss = None
             if config.eval_steps and step % config.eval_steps == 0:
                 now = dataclasses.replace(setup, state=state, frozen=frozen)
                 loss = evaluated(run, now, writer, session)
                 throughput.restart_clock(time.monotonic())
-            best = checkpoints.best
-            is_best = loss is not None and (best is None or loss < best[1])
-            if saver.is_due(step) or is_best:
+            if saver.is_due(step) or is_best(loss, checkpoints):
                 saver.save(step, state, loss)
             if writer.problem != problem:
                 problem = writer.problem
                 say(console, problem and f"WARNING: metrics wait in memory: {problem}")
-            clock.add_step(time.monotonic() - began_s)
+            if index > first_step:  # the first one compiles
+                clock.add_step(time.monotonic() - began_s)
             began_s = time.monotonic()
             if step == first_step + _FORECAST_AFTER and not is_on_tpu(setup):
                 say(console, forecast(setup, step, clock, clock.median_step_s))

@@ -3,6 +3,7 @@
 What no such server can show is named in remote.py.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ OPTIONS = (*LENGTH, "--output_dir", "gs://bucket/runs")
 
 @pytest.fixture
 def gcs() -> Iterator[FakeGcs]:
-    pytest.importorskip("gcsfs")
+    if importlib.util.find_spec("gcsfs") is None:  # to import it would fix its options
+        pytest.skip("needs gcsfs")
     with running_gcs() as gcs:
         yield gcs
 

@@ -63,15 +63,20 @@ class Bench:
         self.beats: list[str] = []
         self.session = Session(self.clock, lambda: bool(self.received), self.beats.append)
         console = Console(file=self.out, soft_wrap=True)
+        self.pushes = 0
         self.saver = Saver(
-            self.checkpoints,
+            self.checkpoints,  # type: ignore[arg-type]
             {},
             5,
             run_dir,
             self.on_new_dir,
             self.clock,
-            console,  # type: ignore
+            console,
+            self.push,
         )
+
+    def push(self) -> None:
+        self.pushes += 1
 
     def on_new_dir(self) -> None:
         self.new_dirs += 1
@@ -103,7 +108,7 @@ def test_every_nth_step_is_saved_in_silence() -> None:
     bench.steps(1, 12)
     bench.finish(12)
     assert bench.checkpoints.saved == [5, 10, 12] and bench.lines == []
-    assert bench.beats == ["saving step 12"]
+    assert bench.beats == ["saving step 12"] and bench.pushes == 3
 
 
 def test_failures_are_said_once_and_tried_again() -> None:
