@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.tiny_run import Child, ChildError, TinyRuns, differences, train_metrics
+from benchmarks.child import Child, ChildError
+from benchmarks.tiny_run import TinyRuns, differences, train_metrics
 
 NUM_STEPS = 30
 STEPS = ("--num_train_epochs", "2")

@@ -9,8 +9,9 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from benchmarks.child import Child
 from benchmarks.fault_bench import GO_ON, NUM_STEPS, STEPS, STOPPED, Bench, Row, resumed_from, until
-from benchmarks.tiny_run import Child, train_metrics
+from benchmarks.tiny_run import train_metrics
 from jaxsft.session import RESERVE_S
 
 _STOPPING = "Stopping soon; once more to stop at once.\n"

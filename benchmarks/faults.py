@@ -23,9 +23,10 @@ from rich.table import Table
 
 from benchmarks import fault_disks, fault_runs, fault_stops
 from benchmarks.chaos import SCENARIOS, run_chaos
+from benchmarks.child import ChildError
 from benchmarks.corruption import MISSED, Sweep
 from benchmarks.fault_bench import Bench, Fault, Row, try_fault
-from benchmarks.tiny_run import ChildError, TinyRuns
+from benchmarks.tiny_run import TinyRuns
 from jaxsft.cli import EXIT_FAILED
 
 # Name -> what is done, with the row of which one try is a test.

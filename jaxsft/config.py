@@ -186,4 +186,4 @@ class TrainConfig:
     never."""
     multihost: bool = False
     """One process of several, on the hosts of a TPU slice: give each the same command, they meet
-    through jax.distributed. For --preflight so far: checkpoints need all devices in one process."""
+    through jax.distributed. The first one writes; a signal to one of them stops all."""

@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from benchmarks.tiny_run import Child, TinyRuns, train_metrics
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.hosts import any_of, array_from_first, from_first, reached_preemption
+from jaxsft.train import EXIT_INTERRUPTED
 
 PROGRAM = """
 import json, sys
@@ -193,3 +196,52 @@ def test_checkpoints_of_two_processes_are_one(said: tuple[Path, dict[str, Any]])
     restored = Checkpoints(directory / "0", 1).restore(like, {"seed": 0})
     assert restored is not None and restored.step == 2
     assert restored.state["split"].tolist() == (np.arange(12).reshape(4, 3) * 2).tolist()
+
+
+@pytest.mark.slow
+def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
+    """Stopped by a signal to one of them, at one step, and continued."""
+    runs = TinyRuns(tmp_path)
+    options = ("--max_steps", "8", "--step", "fused")
+    runs.finish("one", *options)
+
+    def start(stack: ExitStack) -> list[Child]:
+        command = [sys.executable, "-m", "jaxsft.train", "--config", str(runs.config)]
+        command += ["--name", "two", "--multihost", "true", *options]
+        children = [
+            Child(command, runs.environment | variables, tmp_path / f"two-{i}")
+            for i, variables in enumerate(two_tasks())
+        ]
+        return [stack.enter_context(child) for child in children]
+
+    with ExitStack() as stack:
+        first, second = start(stack)
+        first.wait_for("step 2/")
+        second.send(signal.SIGTERM)
+        assert first.wait() == second.wait() == EXIT_INTERRUPTED, first.err + second.err
+    stopped_at = train_metrics(runs.path("two"))[-1]["step"]
+    checkpoints = runs.path("two") / "checkpoints"
+    assert 2 <= stopped_at < 8 and (checkpoints / str(stopped_at)).is_dir()
+
+    with ExitStack() as stack:
+        first, second = start(stack)
+        assert first.wait() == second.wait() == 0, first.err + second.err
+        assert f"Continuing from step {stopped_at}." in first.out
+        assert "step" not in second.out  # one of them speaks
+
+    ours, expected = (train_metrics(runs.path(name)) for name in ("two", "one"))
+    assert [line["step"] for line in ours] == [*range(1, 9)]
+    for name in ("train/loss", "train/grad_norm"):
+        assert [line[name] for line in ours] == pytest.approx(
+            [line[name] for line in expected], rel=1e-5
+        )
+    # `one` knows the rows of the whole batch, process 0 of `two` half of them.
+    for name in ("train/num_loss_tokens", "train/learning_rate"):
+        assert [line[name] for line in ours] == [line[name] for line in expected]
+    adapters = [
+        load_file(runs.path(name) / "adapter" / "adapter_model.safetensors")
+        for name in ("two", "one")
+    ]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, value in adapters[0].items():
+        np.testing.assert_allclose(value, adapters[1][name], rtol=1e-5, atol=1e-5)

@@ -266,15 +266,6 @@ def run_two_processes(
     ]
 
 
-def test_training_in_several_processes_is_refused(
-    argv: list[str], command_environment: dict[str, str]
-) -> None:
-    for code, out, err in run_two_processes(argv, command_environment):
-        assert (code, out) == (EXIT_BAD_INPUT, ""), err
-        complaint = "checkpoints need all devices in one process, here are 2; only --preflight runs"
-        assert f"error: multihost: {complaint}" in err
-
-
 @pytest.mark.slow
 def test_preflight_in_two_processes(
     argv: list[str], command_environment: dict[str, str], tmp_path: Path
