@@ -81,7 +81,7 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """The steps that lie there, damaged or not, ascending. Empty directories don't count."""
+        """The steps that lie there, damaged or not, ascending."""
         return from_first(lambda: list_steps(self._directory))
 
     @property

@@ -44,8 +44,12 @@ class MetricsWriter:
     def __init__(self, run_dir: str | os.PathLike[str], resume_step: int | None = None) -> None:
         run_dir = Path(run_dir)
         last_step = math.inf if resume_step is None else resume_step
-        self._metrics = _lines_up_to(run_dir / "metrics.jsonl", last_step)
-        self._skipped = _lines_up_to(run_dir / "skipped.jsonl", last_step)
+        lines = _lines_up_to(run_dir / "metrics.jsonl", last_step)
+        # A measurement is made again where the run was killed before it was kept elsewhere.
+        self._kept = {line for line in lines if _step_of(line) == resume_step}
+        self._metrics = AppendFile(run_dir / "metrics.jsonl", lines)
+        skipped = _lines_up_to(run_dir / "skipped.jsonl", last_step)
+        self._skipped = AppendFile(run_dir / "skipped.jsonl", skipped)
         log_dir = run_dir / "tensorboard"
         num_files = len(list(log_dir.iterdir())) if log_dir.exists() else 0
         # The count is there for quick restarts, within a second: they'd overwrite the last file.
@@ -70,7 +74,7 @@ class MetricsWriter:
         return next((file.problem for file in files if file.problem), None)
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        """Writes one line, {"step": step, **metrics}.
+        """Writes one line, {"step": step, **metrics}; not again what the step resumed from has.
 
         NaN and infinity, which JSON doesn't have, become null; TensorBoard gets no point for them,
         nor for texts.
@@ -80,7 +84,10 @@ class MetricsWriter:
         numbers = {name: float(value) for name, value in metrics.items() if name not in texts}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         known: dict[str, float | str] = texts | finite
-        self._metrics.append(_line({"step": step} | {name: known.get(name) for name in metrics}))
+        line = _line({"step": step} | {name: known.get(name) for name in metrics})
+        if line in self._kept:
+            return
+        self._metrics.append(line)
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in finite.items()]
         if points:
             self._add_event(Event(step=step, summary=Summary(value=points)))
@@ -129,13 +136,13 @@ def _line(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 
-def _lines_up_to(path: Path, last_step: float) -> AppendFile:
-    """The file without the lines of later steps and torn ones."""
+def _lines_up_to(path: Path, last_step: float) -> list[bytes]:
+    """The file's lines without those of later steps and torn ones."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         lines = []
-    return AppendFile(path, [line + b"\n" for line in lines if 0 <= _step_of(line) <= last_step])
+    return [line + b"\n" for line in lines if 0 <= _step_of(line) <= last_step]
 
 
 def _step_of(line: bytes) -> int:

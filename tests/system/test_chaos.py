@@ -6,7 +6,7 @@ from benchmarks.chaos import run_chaos
 from benchmarks.tiny_run import TinyRuns
 
 NUM_KILLS = 10
-# Three epochs of ten rows of several samples, each step in two micro-batches, with dropout.
+# Six epochs of five steps, rows of three samples, two micro-batches, dropout.
 OPTIONS = (
     *("--data.packing", "true", "--data.max_length", "192", "--num_train_epochs", "6"),
     *("--gradient_accumulation_steps", "2", "--lora.dropout", "0.1"),

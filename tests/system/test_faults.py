@@ -9,6 +9,8 @@ from benchmarks.faults import FAULTS
 SAVE_STEPS = 5  # of the tiny runs
 # Where nothing but a save that works may be lost: a kill, a hang, a second signal.
 MAY_LOSE = {"a second signal", "fit-deadline, kill -9", "a hang", "a second trainer, kill -9"}
+# Half a minute each; their parts are tests of units and of tests/system/test_train.py.
+SLOW = {"fit-deadline, kill -9", "another rank, model, data, …", "fork"}
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +18,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAULTS]
+)
 def test_nothing_is_lost(name: str, bench: Bench) -> None:
     row = try_fault(name, FAULTS[name], bench, tries=1)
     assert row.wrong == []

@@ -257,18 +257,29 @@ def test_changed_metadata_is_damage(tmp_path):
     assert Checkpoints(tmp_path, 2).restore(make_state(), FINGERPRINT).step == 1
 
 
-def test_what_is_not_a_step_is_never_the_latest(tmp_path):
+def test_an_empty_step_is_set_aside_and_in_nobodys_way(tmp_path):
     save_steps(tmp_path, [4])
     (tmp_path / "9").mkdir()
     (tmp_path / "8.corrupt").mkdir()
     (tmp_path / "12.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "13").write_text("a file")
     checkpoints = Checkpoints(tmp_path, 3)
-    assert checkpoints.steps()[-1] == 4
-    assert checkpoints.restore(make_state(), FINGERPRINT).step == 4
-    checkpoints.save(9, make_state(9), metadata(9))  # the empty directory is in nobody's way
+    said = []
+    assert checkpoints.restore(make_state(), FINGERPRINT, on_event=said.append).step == 4
+    ends = [f"renamed to {step}.corrupt, using step 4" for step in (13, 9)]
+    assert [line.endswith(end) for line, end in zip(said, ends, strict=True)] == [True, True]
+    assert checkpoints.steps() == [4]
+    checkpoints.save(9, make_state(9), metadata(9))
     checkpoints.wait()
     assert checkpoints.restore(make_state(), FINGERPRINT).step == 9
+
+
+def test_steps_emptied_by_someone_are_no_reason_to_begin_again(tmp_path):
+    for step in (1, 2):
+        (tmp_path / str(step)).mkdir()
+    with pytest.raises(ValueError, match="no usable checkpoint"):
+        Checkpoints(tmp_path, 3).restore(make_state(), FINGERPRINT)
+    assert Checkpoints(tmp_path, 3).steps() == [1, 2]
 
 
 def test_relative_path(tmp_path, monkeypatch):

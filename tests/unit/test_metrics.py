@@ -95,6 +95,14 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert starts == [1, 3]
 
 
+def test_a_measurement_made_again_is_there_once(tmp_path):
+    for loss in (3.0, 3.0, 4.0):
+        with MetricsWriter(tmp_path, resume_step=2) as writer:
+            writer.log(2, {"eval/loss": loss})
+    assert [line["eval/loss"] for line in read_jsonl(tmp_path)] == [3.0, 4.0]
+    assert event_steps(tmp_path) == [2, 2]
+
+
 def test_without_resume_step_lines_are_added(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.log(7, {"loss": 1.0})
