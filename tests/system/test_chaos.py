@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.chaos import run_chaos
 from benchmarks.tiny_run import TinyRuns
 
@@ -13,6 +15,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
     tallies = run_chaos(TinyRuns(tmp_path), {"packed": OPTIONS}, NUM_KILLS, seed=0)
     tally = tallies["packed"]

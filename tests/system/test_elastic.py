@@ -22,6 +22,7 @@ def xla_flags(num_devices: int) -> str:
     return f"--xla_force_host_platform_device_count={num_devices}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["plain", "fused"])
 def test_the_number_of_devices_may_change(runs: TinyRuns, step: str) -> None:
     options = ("--step", step, "--max_steps", str(NUM_STEPS), "--data.eval_files", "[]")
