@@ -140,7 +140,7 @@ def fork_of_another(bench: Bench, row: Row) -> None:
 
     changes = (
         (bench.reference / "adapter", rank, "rank is 64 there and 32 here"),
-        (unfinished, rank, "32"),
+        (unfinished, rank, "lora.r is 64 there and 32 here"),
         (unfinished, model, "model is "),
     )
     _all(refuse, changes)

@@ -7,6 +7,8 @@ step is renamed to `<step>.corrupt` once an older one replaced it.
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -154,9 +156,10 @@ class Checkpoints:
     def restore(
         self,
         like: PyTree,
-        fingerprint: Fingerprint | None,
+        fingerprint: Fingerprint,
         step: int | None = None,
         on_event: Callable[[str], None] = lambda message: None,
+        partly: bool = False,
     ) -> Restored | None:
         """Loads the newest good step, bit for bit as it was saved.
 
@@ -167,10 +170,10 @@ class Checkpoints:
             like: a pytree of arrays or `jax.ShapeDtypeStruct`s: the structure, shapes, dtypes and
                 shardings (a leaf without one goes to the default device).
             fingerprint: whatever makes two runs the same run (model, rank, targets, data digest,
-                batch, seed, ...). Compared before damage is judged. None takes any run's, which may
-                hold other arrays too.
+                batch, seed, ...). Compared before damage is judged.
             step: this step and no other, instead of the newest.
             on_event: is called on process 0 with one line for each step set aside.
+            partly: `fingerprint` and `like` are a part of the run's, which is all that must agree.
 
         Returns:
             None if no step was ever saved.
@@ -183,7 +186,8 @@ class Checkpoints:
         self.wait()
         wanted = flatten(like)
         arrays: dict[str, np.ndarray] = {}  # filled on process 0
-        found = from_first(lambda: self._find_good(wanted, fingerprint, step, on_event, arrays))
+        check = partial(check_same_run, fingerprint=fingerprint, wanted=wanted, partly=partly)
+        found = from_first(lambda: self._find_good(check, step, on_event, arrays))
         if found is None:
             return None
         good_step, metadata = found
@@ -196,8 +200,7 @@ class Checkpoints:
 
     def _find_good(
         self,
-        wanted: dict[str, Any],
-        fingerprint: Fingerprint | None,
+        check: Callable[[epath.Path, dict[str, Any]], None],
         step: int | None,
         on_event: Callable[[str], None],
         arrays: dict[str, np.ndarray],
@@ -214,7 +217,7 @@ class Checkpoints:
             path = self._directory / str(candidate)
             try:
                 record = read_record(path)
-                check_same_run(path, record, fingerprint, wanted)
+                check(path, record)
                 arrays.update(read_arrays(path, record["arrays"]))
             except DamagedError as error:
                 damaged[candidate] = str(error)
@@ -274,7 +277,8 @@ class Checkpoints:
                 f" ({first_cause(error)}); the ones before it are intact"
             ) from error
         self._eval_losses[step] = eval_loss
-        self._retain(step)
+        with suppress(OSError):  # the step is whole; the next save deletes what is over the limit
+            self._retain(step)
         clear_leftovers(self._directory)
 
     def _retain(self, newest: int) -> None:

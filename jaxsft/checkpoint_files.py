@@ -152,17 +152,23 @@ def read_arrays(path: epath.Path, described: dict[str, Any]) -> dict[str, np.nda
 def check_same_run(
     path: epath.Path,
     record: dict[str, Any],
-    fingerprint: Fingerprint | None,
+    fingerprint: Fingerprint,
     wanted: dict[str, Any],
+    partly: bool,
 ) -> None:
-    """ValueError when an intact record belongs to another run; names each difference."""
+    """ValueError when an intact record belongs to another run; names each difference.
+
+    `partly`: only what is in `fingerprint` and `wanted` is compared.
+    """
     there = {key: f"{dtype}{shape}" for key, (dtype, shape, _) in record["arrays"].items()}
     here = {key: f"{leaf.dtype.name}{list(leaf.shape)}" for key, leaf in wanted.items()}
-    if fingerprint is None:
-        found = _differences({key: there[key] for key in there if key in here}, here)
-    else:
-        saved = record["metadata"]["fingerprint"]
-        found = _differences(saved, fingerprint) or _differences(there, here)
+    saved = record["metadata"]["fingerprint"]
+    if partly:
+        there = {key: value for key, value in there.items() if key in here}
+        saved = {key: value for key, value in saved.items() if key in fingerprint}
+    found = _differences(saved, fingerprint) or _differences(there, here)
+    if found and partly:
+        raise ValueError(f"{path}: does not fit: {'; '.join(found)}")
     if found:
         raise ValueError(
             f"{path}: this checkpoint is of another run: {'; '.join(found)}; use the settings that"

@@ -91,19 +91,13 @@ def with_forked_adapter(config: TrainConfig, state: TrainState, info: WeightsInf
     source = None if config.fork_from is None else fork_source(config.fork_from)
     if source is None or source.name != CHECKPOINTS:
         return state
-    restored = Checkpoints(source, 1).restore({"adapter": state.adapter}, None)
+    here = adapter_fingerprint(config) | {"model": model_identity(info)}
+    try:
+        restored = Checkpoints(source, 1).restore({"adapter": state.adapter}, here, partly=True)
+    except ValueError as error:
+        raise ValueError(
+            f"fork_from {error}; use the model and the lora options that it was made with"
+        ) from error
     if restored is None:
         raise ValueError(f"fork_from {config.fork_from}: no step was saved there")
-    there = restored.metadata["fingerprint"]
-    here = adapter_fingerprint(config) | {"model": model_identity(info)}
-    different = [
-        f"{name} is {there.get(name)} there and {value} here"
-        for name, value in here.items()
-        if there.get(name) != value
-    ]
-    if different:
-        raise ValueError(
-            f"fork_from {source / str(restored.step)}: {'; '.join(different)}; its adapter only "
-            "fits the model and the lora options that it was made with"
-        )
     return state._replace(adapter=restored.state["adapter"])

@@ -7,7 +7,7 @@ and stops; on a TPU every run begins with that.
 
 Exit codes: 0 finished; 1 the preflight or the run failed (one line says how; the last checkpoint is
 good); 2 bad input (one line says what, nothing was trained); 75 stopped by a signal or the clock
-and saved, run the command again.
+and saved, run the command again; 130 or 143 ended at once by a second SIGINT or SIGTERM.
 """
 
 import dataclasses
@@ -156,7 +156,9 @@ def start(
         run.write_files()
         try:
             return run_to_the_end(run, setup, checkpoints, preflight_only)
-        except (FloatingPointError, OSError, ReplacedError) as error:
+        except OSError as error:
+            return fail(f"{error}; {advice}", EXIT_FAILED)
+        except (FloatingPointError, ReplacedError) as error:
             return fail(error, EXIT_FAILED)
 
 

@@ -235,16 +235,19 @@ def test_other_arrays_under_the_same_fingerprint_are_refused(tmp_path):
     assert "lora/more is absent there and float32[1] here" in str(caught.value)
 
 
-def test_any_run_is_restored_without_a_fingerprint(tmp_path):
-    state = make_state(1)
+def test_a_part_of_a_run_is_restored_if_that_part_agrees(tmp_path):
+    state, checkpoints = make_state(1), Checkpoints(tmp_path, 1)
     save_steps(tmp_path, [1])
-    restored = Checkpoints(tmp_path, 1).restore({"lora": state["lora"]}, None)  # and no more of it
-    assert_same(restored.state, {"lora": state["lora"]})
+    like, part = {"lora": state["lora"]}, {"lora_r": 8}
+    restored = checkpoints.restore(like, part, partly=True)
+    assert_same(restored.state, like)
     assert restored.metadata == metadata(1)
+    with pytest.raises(ValueError, match="does not fit: lora_r is 8 there and 4 here$"):
+        checkpoints.restore(like, {"lora_r": 4}, partly=True)
     like = {"lora": {"half": jnp.zeros((8,), jnp.bfloat16), "more": jnp.zeros((1,))}}
     with pytest.raises(ValueError) as caught:
-        Checkpoints(tmp_path, 1).restore(like, None)
-    assert "another run: lora/half is bfloat16[7] there and bfloat16[8] here" in str(caught.value)
+        checkpoints.restore(like, part, partly=True)
+    assert "does not fit: lora/half is bfloat16[7] there and bfloat16[8] here" in str(caught.value)
     assert "lora/more is absent there and float32[1] here" in str(caught.value)
 
 
