@@ -9,8 +9,12 @@ from benchmarks.faults import FAULTS
 SAVE_STEPS = 5  # of the tiny runs
 # Where nothing but a save that works may be lost: a kill, a hang, a second signal.
 MAY_LOSE = {"a second signal", "fit-deadline, kill -9", "a hang", "a second trainer, kill -9"}
-# Half a minute each; their parts are tests of units and of tests/system/test_train.py.
-SLOW = {"fit-deadline, kill -9", "another rank, model, data, …", "fork"}
+# The longest, and those that are much like another row or that other tests hold in part.
+SLOW = {
+    *("fit-deadline, kill -9", "another rank, model, data, …", "fork", "fork of another model"),
+    *("a hang", "two trainers at once", "stdout on a full disk", "directory deleted"),
+    *("disk read-only for some steps", "more steps than time"),
+}
 
 
 @pytest.fixture(scope="module")
