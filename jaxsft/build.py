@@ -73,8 +73,10 @@ def abstract_state(config: TrainConfig) -> TrainState:
     return abstract_setup(config, model_config, jax.devices(), config.warmup_steps + 1).state
 
 
-def build(config: TrainConfig, data: Data, path: Path) -> Setup:
-    """Loads the model at `path`, adds the adapter, and puts both on the mesh.
+def build(
+    config: TrainConfig, data: Data, path: Path, say: Callable[[str], None] = lambda line: None
+) -> Setup:
+    """Loads the model at `path`, adds the adapter, and puts both on the mesh; `say` hears warnings.
 
     Raises:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
@@ -94,7 +96,7 @@ def build(config: TrainConfig, data: Data, path: Path) -> Setup:
     graphdef, adapter, frozen = lora.split(model)
     model_weights = jax.eval_shape(lambda: frozen)
     spec = make_spec(config, info.config, graphdef, mesh, steps)
-    state = with_forked_adapter(config, init_state(adapter, spec), info)
+    state = with_forked_adapter(config, init_state(adapter, spec), info, say)
     if spec.fused is not None:
         # The model's own weights are free once nothing names them: half the memory of the pair.
         frozen = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(

@@ -26,6 +26,7 @@ from jaxsft.checkpoint_files import (
     DamagedError,
     Fingerprint,
     PyTree,
+    add_eval_loss,
     check_same_run,
     first_cause,
     flatten,
@@ -130,6 +131,12 @@ class Checkpoints:
         else:
             self._pending = Future()
 
+    def add_eval_loss(self, step: int, eval_loss: float) -> None:
+        """As if `step`, which lies there, had been saved with it; a damaged one is left alone."""
+        self._eval_losses.pop(step, None)
+        with suppress(DamagedError):
+            from_first(lambda: add_eval_loss(self._directory / str(step), eval_loss))
+
     def poll(self) -> None:
         """Returns at once, unless the last save is over and failed.
 
@@ -173,7 +180,8 @@ class Checkpoints:
                 batch, seed, ...). Compared before damage is judged.
             step: this step and no other, instead of the newest.
             on_event: is called on process 0 with one line for each step set aside.
-            partly: `fingerprint` and `like` are a part of the run's, which is all that must agree.
+            partly: `fingerprint` and `like` are a part of another run's, which is all that must
+                agree; nothing is renamed.
 
         Returns:
             None if no step was ever saved.
@@ -187,7 +195,7 @@ class Checkpoints:
         wanted = flatten(like)
         arrays: dict[str, np.ndarray] = {}  # filled on process 0
         check = partial(check_same_run, fingerprint=fingerprint, wanted=wanted, partly=partly)
-        found = from_first(lambda: self._find_good(check, step, on_event, arrays))
+        found = from_first(lambda: self._find_good(check, step, on_event, arrays, partly))
         if found is None:
             return None
         good_step, metadata = found
@@ -204,6 +212,7 @@ class Checkpoints:
         step: int | None,
         on_event: Callable[[str], None],
         arrays: dict[str, np.ndarray],
+        partly: bool,
     ) -> tuple[int, dict[str, Any]] | None:
         """(step, metadata) of the newest good step; puts its arrays into `arrays`."""
         candidates = list_steps(self._directory)[::-1]
@@ -223,7 +232,7 @@ class Checkpoints:
                 damaged[candidate] = str(error)
                 continue
             for bad, reason in damaged.items():
-                outcome = self._set_aside(bad)
+                outcome = "passed over" if partly else self._set_aside(bad)
                 on_event(
                     f"{self._directory / str(bad)}: {reason}; {outcome}, using step {candidate}"
                 )
@@ -287,5 +296,5 @@ class Checkpoints:
         best = self._find_best()
         kept = {*steps[-self._save_total_limit :], *([best[0]] if best else [])}
         for step in steps:
-            if step not in kept:
+            if step not in kept and step in self._eval_losses:  # a damaged one has no record
                 retire(self._directory / str(step))

@@ -132,6 +132,17 @@ def read_record(path: epath.Path) -> dict[str, Any]:
     return record
 
 
+def add_eval_loss(path: epath.Path, eval_loss: float) -> None:
+    """Puts the evaluation loss into the record of a whole step. DamagedError, OSError."""
+    record = read_record(path) | {"eval_loss": eval_loss}
+    everything = json.loads((path / _METADATA_FILE).read_text())
+    text = json.dumps(record)
+    everything["custom_metadata"] |= {_RECORD: text, _SEAL: _sha256(text.encode())}
+    temporary = path / f"{_METADATA_FILE}.tmp"
+    temporary.write_text(json.dumps(everything))
+    temporary.replace(path / _METADATA_FILE)
+
+
 def read_arrays(path: epath.Path, described: dict[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a step on the host, each equal to its digest. Raises DamagedError."""
     try:
@@ -168,7 +179,10 @@ def check_same_run(
         saved = {key: value for key, value in saved.items() if key in fingerprint}
     found = _differences(saved, fingerprint) or _differences(there, here)
     if found and partly:
-        raise ValueError(f"{path}: does not fit: {'; '.join(found)}")
+        raise ValueError(
+            f"{path}: does not fit: {'; '.join(found)}; use the model and the lora options that it "
+            "was made with"
+        )
     if found:
         raise ValueError(
             f"{path}: this checkpoint is of another run: {'; '.join(found)}; use the settings that"

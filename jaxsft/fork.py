@@ -1,5 +1,7 @@
 """The adapter that a run starts from: a fresh one, or that of another run or a PEFT directory."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxsft import lora
@@ -14,6 +16,7 @@ from jaxsft.weights import WeightsInfo
 
 # In the directory of a run.
 ADAPTER, BEST_ADAPTER, CHECKPOINTS = "adapter", "adapter-best", "checkpoints"
+START = "start"  # the adapter that a fork began with, whatever becomes of its source
 
 
 def fork_source(fork_from: str) -> Path:
@@ -22,6 +25,8 @@ def fork_source(fork_from: str) -> Path:
 
     Raises ValueError where there is neither.
     """
+    if "://" in fork_from:
+        raise ValueError(f"fork_from {fork_from}: copy the run's adapter/ to this machine first")
     path = Path(fork_from)
     adapter, checkpoints = path / ADAPTER, path / CHECKPOINTS
     if (path / CONFIG_NAME).exists():
@@ -36,6 +41,12 @@ def fork_source(fork_from: str) -> Path:
         f"fork_from {path}: neither a PEFT adapter ({CONFIG_NAME}) nor the directory of a run "
         f"({ADAPTER}/ or {CHECKPOINTS}/)"
     )
+
+
+def as_begun(config: TrainConfig, run_dir: Path) -> TrainConfig:
+    """`config` with what its run was forked from when it began, if it has begun."""
+    start = run_dir / START
+    return dataclasses.replace(config, fork_from=str(start)) if start.is_dir() else config
 
 
 def check_fork(config: TrainConfig) -> None:
@@ -86,18 +97,18 @@ def add_adapter(config: TrainConfig, model: Gemma) -> AdapterConfig:
     return adapter
 
 
-def with_forked_adapter(config: TrainConfig, state: TrainState, info: WeightsInfo) -> TrainState:
-    """`state` with the adapter of the newest checkpoint where fork_from is such a run."""
+def with_forked_adapter(
+    config: TrainConfig, state: TrainState, info: WeightsInfo, say: Callable[[str], None]
+) -> TrainState:
+    """`state` with the adapter of the newest checkpoint where fork_from is such a run; `say` hears
+    of damaged ones."""
     source = None if config.fork_from is None else fork_source(config.fork_from)
     if source is None or source.name != CHECKPOINTS:
         return state
     here = adapter_fingerprint(config) | {"model": model_identity(info)}
-    try:
-        restored = Checkpoints(source, 1).restore({"adapter": state.adapter}, here, partly=True)
-    except ValueError as error:
-        raise ValueError(
-            f"fork_from {error}; use the model and the lora options that it was made with"
-        ) from error
+    restored = Checkpoints(source, 1).restore(
+        {"adapter": state.adapter}, here, on_event=lambda line: say(f"WARNING: {line}"), partly=True
+    )
     if restored is None:
         raise ValueError(f"fork_from {config.fork_from}: no step was saved there")
     return state._replace(adapter=restored.state["adapter"])

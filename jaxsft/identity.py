@@ -13,6 +13,7 @@ _NOT_IN_FINGERPRINT = (
     *("budget_hours", "deadline", "max_seconds", "fit_deadline", "hang_seconds", "multihost"),
     # Another device count needs another one; but for dropout's masks it only changes rounding.
     "gradient_accumulation_steps",
+    "fork_from",  # its adapter is kept in the run's directory
 )
 # Where the rows come from, not what they are.
 _NOT_IN_DATA_FINGERPRINT = ("train_files", "eval_files", "prepared_dir", "max_drop")
@@ -36,6 +37,10 @@ def fingerprint(config: TrainConfig, data: Data, info: WeightsInfo, steps: int) 
         "data": data.train.rows.digest(),
         "num_steps": steps,
     }
+    found["forked"] = config.fork_from is not None
+    if config.eval_steps:  # the losses that decide which step is best
+        assert data.heldout is not None
+        found["data.eval_files"] = data.heldout.rows.digest()
     if config.lora.dropout:
         found["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     values = same | rows | found

@@ -23,7 +23,7 @@ def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]
     same = {f"eval.{name}": str(value) for name, value in dataclasses.asdict(config.eval).items()}
     heldout = "none" if data.heldout is None else data.heldout.rows.digest()
     start = {name: str(setup.fingerprint[name]) for name in ("model", "model.dtype", "tokenizer")}
-    return same | start | {"data.eval_files": heldout, "fork_from": str(config.fork_from)}
+    return same | start | {"data.eval_files": heldout, "forked": str(config.fork_from is not None)}
 
 
 def write_before(run_dir: Path, before: dict[str, Any], of: dict[str, str]) -> None:

@@ -67,6 +67,10 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def has(self, name: str) -> bool:
+        """Has the step that was resumed from this metric already?"""
+        return any(name in json.loads(line) for line in self._kept)
+
     @property
     def problem(self) -> str | None:
         """Which file cannot be written, and why, in one line; None when all is written."""
@@ -134,6 +138,11 @@ class MetricsWriter:
 
 def _line(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, allow_nan=False).encode() + b"\n"
+
+
+def last_step_of(run_dir: Path) -> int:
+    """The last step in metrics.jsonl; 0 without one."""
+    return max(map(_step_of, _lines_up_to(run_dir / "metrics.jsonl", math.inf)), default=0)
 
 
 def _lines_up_to(path: Path, last_step: float) -> list[bytes]:

@@ -16,9 +16,6 @@ class Shortage(NamedTuple):
 
 
 # RESOURCE_EXHAUSTED alone may be a quota, or a message too long to send.
-_IS_SHORTAGE = re.compile(
-    r"out of memory|out_of_memory|resource.exhausted.*(memory|alloc)", re.IGNORECASE | re.DOTALL
-)
 _SIZE = r"[\d.]+ ?[KMGT]?i?B?"
 # With sources: jaxlib's and libtpu's texts, and issues that quote them.
 _NEEDED = (

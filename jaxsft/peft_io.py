@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxsft import lora
@@ -221,5 +222,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # as it wraps what the system said
+        raise OSError(f"{path}: can't be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

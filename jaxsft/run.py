@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,15 +13,15 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxsft.build import Setup, trained_model
+from jaxsft.build import Setup, split_of, trained_model
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import EXIT_FAILED, cache_dir, fail
 from jaxsft.config import TrainConfig
-from jaxsft.fork import BEST_ADAPTER
+from jaxsft.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from jaxsft.hosts import from_first
 from jaxsft.json_file import write_json
 from jaxsft.measure import eval_loss, measure, write_before
-from jaxsft.metrics import MetricsWriter
+from jaxsft.metrics import MetricsWriter, last_step_of
 from jaxsft.peft_io import save_adapter
 from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.prepare import Data
@@ -28,7 +29,7 @@ from jaxsft.remote import RunFiles, is_remote
 from jaxsft.report import show_preflight
 from jaxsft.run_dir import RunDir
 from jaxsft.schedule import SCHEDULE
-from jaxsft.session import Clock, Session, StopNow
+from jaxsft.session import Clock, Session
 from jaxsft.watchdog import Watchdog
 
 
@@ -68,6 +69,19 @@ class Run:
             write_json(self.path / SCHEDULE, {"num_steps": self.num_steps})
 
 
+def configure_jax() -> None:
+    """What holds for the whole process."""
+    # float32 means float32 on accelerators too; their default is bfloat16 passes.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restart compiles nothing again
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir("compiled")))
+
+
+def is_on_tpu(setup: Setup) -> bool:
+    """Does the step run on TPUs?"""
+    return setup.spec.mesh.devices.flat[0].platform == "tpu"
+
+
 @contextmanager
 def run_files(config: TrainConfig) -> Iterator[RunFiles]:
     """Where a run's files are, made what is known of the run.
@@ -100,7 +114,10 @@ def is_best(loss: float | None, checkpoints: Checkpoints) -> bool:
     """Is this held-out loss below that of every step that lies there?"""
     if loss is None:
         return False
-    best = checkpoints.best
+    try:
+        best = checkpoints.best
+    except OSError:
+        return False  # a save would fail as well
     return best is None or loss < best[1]
 
 
@@ -125,26 +142,60 @@ def measured(run: Run, setup: Setup, writer: MetricsWriter, session: Session) ->
     return found and found | {"seconds": time.monotonic() - began_s}
 
 
-def evaluated(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -> float | None:
-    """The held-out loss; None where a signal came or there is no time for it."""
+def evaluated(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -> float:
+    """The held-out loss. Raises StopNow where a signal came or there is no time for it."""
     step, began_s = int(setup.state.step), time.monotonic()
     doing = f"measuring at step {step}"
-    try:
-        session.go_on(doing, more_s=run.clock.measure_s)
-        loss = eval_loss(run.config, run.data, setup, lambda: session.go_on(doing))
-    except StopNow:
-        return None  # the loop stops after the next step
+    session.go_on(doing, more_s=run.clock.measure_s)
+    loss = eval_loss(run.config, run.data, setup, lambda: session.go_on(doing))
     run.clock.measure_s = max(run.clock.measure_s, time.monotonic() - began_s)
     writer.log(step, {"eval/loss": loss})
     return loss
 
 
+def catch_up(
+    run: Run, setup: Setup, checkpoints: Checkpoints, writer: MetricsWriter, session: Session
+) -> None:
+    """Evaluates the step that a run goes on from, where the stop came before that was done."""
+    step, every = int(setup.state.step), run.config.eval_steps
+    is_due = every and step and step % every == 0 and step < len(setup.step_batches)
+    if is_due and not writer.has("eval/loss"):
+        checkpoints.add_eval_loss(step, evaluated(run, setup, writer, session))
+
+
+def check_not_lost(run_dir: Path, save_steps: int) -> None:
+    """ValueError where a run without any checkpoint has been further than it could be then."""
+    reached = last_step_of(run_dir)
+    if reached > 2 * save_steps or (run_dir / ADAPTER).exists():
+        raise ValueError(
+            f"{run_dir}: it had reached step {reached}, but there is no checkpoint any more; bring "
+            f"{CHECKPOINTS}/ back, or remove the directory to begin again from step 0"
+        )
+
+
+def save_vanished(run: Run, setup: Setup, checkpoints: Checkpoints) -> None:
+    """Writes anew what a run has at its end, where its directory vanished after the last save."""
+    if run.run_dir.is_there():
+        return
+    run.run_dir.make_again()
+    run.write_files()
+    metadata = {"fingerprint": setup.fingerprint, "split": split_of(setup)}
+    checkpoints.save(int(setup.state.step), setup.state, metadata)
+    checkpoints.wait()
+    save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
+    run.console.print(f"WARNING: {run.path} had vanished; it was made again")
+
+
 def save_best(run: Run, setup: Setup, checkpoints: Checkpoints, after: Mapping[str, Any]) -> None:
     """Writes the adapter of the lowest held-out loss too, where that isn't the last step's."""
     best = checkpoints.best
-    if best is None or not best[1] < after.get("loss", -math.inf):
+    if best is None or best[1] >= after.get("loss", -math.inf):  # a NaN is never best
         return
-    found = checkpoints.restore(setup.state, setup.fingerprint, step=best[0])
+    try:
+        found = checkpoints.restore(setup.state, setup.fingerprint, step=best[0])
+    except ValueError as error:
+        run.console.print(f"WARNING: the best step is damaged, {BEST_ADAPTER} is left out: {error}")
+        return
     assert found is not None
     setup = dataclasses.replace(setup, state=found.state)
     save_adapter(run.path / BEST_ADAPTER, trained_model(setup), setup.adapter_config)
@@ -152,6 +203,14 @@ def save_best(run: Run, setup: Setup, checkpoints: Checkpoints, after: Mapping[s
         f"The held-out loss was lowest at step {best[0]}, {best[1]:.4f}: that adapter is in "
         f"{run.path / BEST_ADAPTER}."
     )
+
+
+def watch_metrics(console: Console, writer: MetricsWriter, had_problem: bool) -> bool:
+    """Says when writing metrics begins to fail, and when it works again; does it fail?"""
+    problem = writer.problem
+    if had_problem != (problem is not None):
+        console.print(f"WARNING: {problem}" if problem else "Metrics are written again.")
+    return problem is not None
 
 
 def say(console: Console, line: str | None) -> None:

@@ -59,7 +59,8 @@ def fit_schedule(
     # A shorter schedule is another program, to be compiled like the first; 2 steps as in reserve_s.
     left_s = clock.left_s() - clock.reserve_s - clock.measure_s
     left_s -= timed.first_s + 2 * max(timed.seconds)
-    fitting = math.floor(left_s / (seconds_per_step * _SLOWER))
+    evaluation_s = clock.measure_s / config.eval_steps if config.eval_steps else 0.0
+    fitting = math.floor(left_s / (seconds_per_step * _SLOWER + evaluation_s))
     steps = from_first(lambda: min(asked, fitting))  # clocks differ
     at = f"{seconds_per_step:.3g} s a step"
     if steps <= config.warmup_steps:

@@ -20,6 +20,7 @@ from typing import Any
 from jaxsft.hosts import any_of
 
 RESERVE_S = 120.0
+_LONGEST_S = 366 * 86400.0
 _WINDOW = 200  # steps that the 99th percentile is taken of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -92,6 +93,8 @@ def session_end_s(deadline: str | None, max_seconds: float | None, started_s: fl
                 "seconds since 1970"
             ) from None
     left_s = end_s - time.time()
+    if left_s > _LONGEST_S:
+        raise ValueError(f"{option}: is more than a year away; check the unit and the year")
     if left_s < RESERVE_S:
         raise ValueError(
             f"{option}: leaves {max(left_s, 0):.0f} s, and {RESERVE_S:.0f} s are kept for stopping "

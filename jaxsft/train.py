@@ -11,7 +11,6 @@ and saved, run the command again; 130 or 143 ended at once by a second SIGINT or
 """
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from jaxsft.checkpoint import Checkpoints, state_bytes
 from jaxsft.cli import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
-    cache_dir,
     command_line,
     fail,
     parse_config,
@@ -33,7 +31,7 @@ from jaxsft.cli import (
 from jaxsft.config import TrainConfig
 from jaxsft.data import batches
 from jaxsft.device_errors import check_device, explain_out_of_memory
-from jaxsft.fork import ADAPTER
+from jaxsft.fork import ADAPTER, START, as_begun
 from jaxsft.hosts import join_hosts, reached_preemption
 from jaxsft.json_file import write_json
 from jaxsft.measure import load_before, measured_of, write_samples
@@ -50,7 +48,22 @@ from jaxsft.report import (
     show_setup,
     show_stopped,
 )
-from jaxsft.run import Run, evaluated, is_best, measured, preflight, run_files, save_best, say
+from jaxsft.run import (
+    Run,
+    catch_up,
+    check_not_lost,
+    configure_jax,
+    evaluated,
+    is_best,
+    is_on_tpu,
+    measured,
+    preflight,
+    run_files,
+    save_best,
+    save_vanished,
+    say,
+    watch_metrics,
+)
 from jaxsft.run_dir import RunDir, check_free_space
 from jaxsft.saver import Saver
 from jaxsft.schedule import SCHEDULE, fit_schedule, fitted, forecast
@@ -130,41 +143,39 @@ def start(
     """Sets up and runs what isn't finished; errors as in `command`."""
     path = files.run_dir
     check_device()
+    config = as_begun(config, path)
     model = check_early(config)
-    # float32 means float32 on accelerators too; their default is bfloat16 passes.
-    jax.config.update("jax_default_matmul_precision", "highest")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir("compiled")))
+    configure_jax()
     again = command_line("jaxsft.train", argv)
-    advice = f"the last checkpoint is good, to go on: {again}"
+    advice = f"nothing that was saved is lost, to go on: {again}"
     with RunDir(path) as run_dir, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
         checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
-        num_missing = config.save_total_limit - len(checkpoints.steps())
+        num_kept = config.save_total_limit + bool(config.eval_steps)  # the best one too
+        num_missing = num_kept - len(checkpoints.steps())
         if not is_remote(config.output_dir):
             check_free_space(path, state_bytes(abstract_state(config)), max(num_missing, 0))
         watchdog.beat("reading rows")
         data = load_data(config, model, console, lambda: watchdog.beat("reading rows"))
         show_data(console, data.train, data.heldout)
         watchdog.beat("loading the model")
-        setup = build(config, data, model)
+        setup = build(config, data, model, console.print)
         if checkpoints.steps():
             setup = fitted(config, setup, path)
+        else:
+            check_not_lost(path, config.save_steps)
         show_setup(console, setup)
         setup = restore(setup, checkpoints, console.print)
         before, of = load_before(config, data, setup, path), measured_of(config, data, setup)
         run = Run(config, again, console, run_dir, clock, watchdog, data, before, of, yaml, files)
         run.write_files()
+        if config.fork_from is not None and not (path / START).exists():
+            save_adapter(path / START, trained_model(setup), setup.adapter_config)
         try:
             return run_to_the_end(run, setup, checkpoints, preflight_only)
         except OSError as error:
-            return fail(f"{error}; {advice}", EXIT_FAILED)
+            return fail(f"{files.shown}: {error}; {advice}", EXIT_FAILED)
         except (FloatingPointError, ReplacedError) as error:
             return fail(error, EXIT_FAILED)
-
-
-def is_on_tpu(setup: Setup) -> bool:
-    """Does the step run on TPUs?"""
-    return setup.spec.mesh.devices.flat[0].platform == "tpu"
 
 
 def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_only: bool) -> int:
@@ -198,11 +209,13 @@ def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_o
                 if int(setup.state.step) < len(setup.step_batches):
                     raise StopNow("the machine is to be taken away")
                 after = measured(run, setup, writer, session)
+                save_vanished(run, setup, checkpoints)
                 save_best(run, setup, checkpoints, after)
         except StopNow as stop:
             run.push()
             show_stopped(console, setup, str(stop), clock, run.files.shown, run.command)
             return EXIT_INTERRUPTED
+    say(console, writer.problem and f"WARNING: metrics are incomplete: {writer.problem}")
     write_samples(run.path / "samples.jsonl", run.before, after)
     result = {"before": run.before, "after": after, "program_hash": setup.program_hash}
     write_json(run.path / "result.json", result)
@@ -237,7 +250,8 @@ def train(
     )
     skipped = SkippedSteps(data.train, setup.step_batches, writer, config.max_nonfinite_steps)
     throughput = Throughput()
-    problem = None  # with writing metrics
+    has_problem = False  # with writing metrics
+    catch_up(run, setup, checkpoints, writer, session)
     with progress(console, first_step, last_step) as show:
         began_s = time.monotonic()
         for index, batch in batches(setup.step_batches, first_step, config.num_workers):
@@ -264,13 +278,14 @@ def train(
             loss = None
             if config.eval_steps and step % config.eval_steps == 0:
                 now = dataclasses.replace(setup, state=state, frozen=frozen)
-                loss = evaluated(run, now, writer, session)
+                try:
+                    loss = evaluated(run, now, writer, session)
+                except StopNow:
+                    break
                 throughput.restart_clock(time.monotonic())
             if saver.is_due(step) or is_best(loss, checkpoints):
                 saver.save(step, state, loss)
-            if writer.problem != problem:
-                problem = writer.problem
-                say(console, problem and f"WARNING: metrics wait in memory: {problem}")
+            has_problem = watch_metrics(console, writer, has_problem)
             if index > first_step:  # the first one compiles
                 clock.add_step(time.monotonic() - began_s)
             began_s = time.monotonic()

@@ -109,7 +109,7 @@ _CHECKS = (
     ("max_nonfinite_steps", *_POSITIVE),
     ("skip_spikes_sigmas", lambda x: x is None or x > 0, "above 0, or null"),
     ("max_seconds", lambda x: x is None or x > 0, "above 0, or null"),
-    ("hang_seconds", lambda x: x is None or x > 0, "above 0, or null"),
+    ("hang_seconds", lambda x: x is None or 0 < x <= 1e6, "above 0 and at most 1e6, or null"),
     ("num_workers", *_NOT_NEGATIVE),
     ("budget_hours", lambda x: x is None or x > 0, "above 0, or null"),
     ("seed", *_SEED),

@@ -1,0 +1,83 @@
+"""The adapter of the lowest held-out loss, wherever the run is stopped and whatever is damaged."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import jax
+import pytest
+
+import jaxsft.train
+from benchmarks.tiny_run import TinyRuns, differences
+from jaxsft.metrics import last_step_of
+from jaxsft.train import EXIT_INTERRUPTED, main
+
+# The loss has its minimum on the way: eight rows, far too high a learning rate.
+OPTIONS = (
+    *("--learning_rate", "20", "--lr_scheduler_type", "constant", "--data.stop", "8"),
+    *("--max_steps", "30", "--eval_steps", "5", "--save_total_limit", "1"),
+)
+
+
+@pytest.fixture(autouse=True)
+def restored_options() -> Iterator[None]:
+    """main sets options of the whole process."""
+    names = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
+    return TinyRuns(tmp_path_factory.mktemp("best"))
+
+
+def run(runs: TinyRuns, name: str) -> int:
+    return main(["--config", str(runs.config), "--name", name, *OPTIONS])
+
+
+@pytest.fixture(scope="module")
+def whole(runs: TinyRuns) -> Path:
+    assert run(runs, "whole") == 0
+    return runs.path("whole")
+
+
+def test_a_stop_at_the_best_step_does_not_lose_it(
+    runs: TinyRuns, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (best,) = {path.name for path in (whole / "checkpoints").iterdir()} - {"30"}
+    assert (whole / "adapter-best").is_dir() and 0 < int(best) < 30
+    stopped = runs.path("stopped")
+    with monkeypatch.context() as patch:
+        # As a signal in that step: before its evaluation.
+        interrupted = lambda: last_step_of(stopped) >= int(best)  # noqa: E731
+        patch.setattr(jaxsft.train, "catch_signals", lambda: nullcontext(interrupted))
+        assert run(runs, "stopped") == EXIT_INTERRUPTED
+    assert (stopped / "checkpoints" / best).is_dir()
+    assert run(runs, "stopped") == 0
+    assert differences(stopped, whole) == []
+
+
+def test_a_damaged_best_step_is_left_out_and_said(
+    runs: TinyRuns, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (best,) = {path.name for path in (whole / "checkpoints").iterdir()} - {"30"}
+    (whole / "result.json").unlink()
+    for path in (whole / "checkpoints" / best).rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(bytes(reversed(path.read_bytes())))
+    assert run(runs, "whole") == 0
+    out = capsys.readouterr().out
+    assert "WARNING: the best step is damaged, adapter-best is left out" in out
+    assert (whole / "checkpoints" / best).is_dir()
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_again(
+    runs: TinyRuns, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (whole / "result.json").unlink(missing_ok=True)
+    (whole / "checkpoints").rename(whole.parent / "elsewhere")
+    assert run(runs, "whole") == 2
+    assert "it had reached step 30, but there is no checkpoint" in capsys.readouterr().err
