@@ -194,7 +194,6 @@ def command_line(command: str, argv: Sequence[str]) -> str:
     kept = list(argv)
     for i in reversed(range(len(kept))):
         name, equals, _ = kept[i].partition("=")
-        if name.replace("_", "-") in ("--deadline", "--fit-deadline"):
-            has_value = not equals and not "".join(kept[i + 1 : i + 2]).startswith("--")
-            del kept[i : i + 1 + has_value]
+        if name == "--deadline":
+            del kept[i : i + 1 + (not equals)]
     return shlex.join(["python", "-m", command, *kept])

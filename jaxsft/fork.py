@@ -46,7 +46,8 @@ def fork_source(fork_from: str) -> Path:
 def as_begun(config: TrainConfig, run_dir: Path) -> TrainConfig:
     """`config` with what its run was forked from when it began, if it has begun."""
     start = run_dir / START
-    return dataclasses.replace(config, fork_from=str(start)) if start.is_dir() else config
+    has_begun = (start / CONFIG_NAME).exists()
+    return dataclasses.replace(config, fork_from=str(start)) if has_begun else config
 
 
 def check_fork(config: TrainConfig) -> None:

@@ -32,6 +32,12 @@ def fitted(config: TrainConfig, setup: Setup, run_dir: Path) -> Setup:
     return setup if steps == len(setup.step_batches) else with_num_steps(setup, config, steps)
 
 
+def check_fit(config: TrainConfig, run_dir: Path, clock: Clock) -> None:
+    """ValueError for fit_deadline without a deadline, but where the schedule was fitted before."""
+    if config.fit_deadline and math.isinf(clock.end_s) and not (run_dir / SCHEDULE).exists():
+        raise ValueError("fit_deadline needs a deadline or max_seconds")
+
+
 def fit_schedule(
     config: TrainConfig,
     setup: Setup,

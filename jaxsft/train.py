@@ -66,7 +66,7 @@ from jaxsft.run import (
 )
 from jaxsft.run_dir import RunDir, check_free_space
 from jaxsft.saver import Saver
-from jaxsft.schedule import SCHEDULE, fit_schedule, fitted, forecast
+from jaxsft.schedule import SCHEDULE, check_fit, fit_schedule, fitted, forecast
 from jaxsft.session import (
     Clock,
     Session,
@@ -142,6 +142,7 @@ def start(
 ) -> int:
     """Sets up and runs what isn't finished; errors as in `command`."""
     path = files.run_dir
+    check_fit(config, path, clock)
     check_device()
     config = as_begun(config, path)
     model = check_early(config)
@@ -150,8 +151,7 @@ def start(
     advice = f"nothing that was saved is lost, to go on: {again}"
     with RunDir(path) as run_dir, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
         checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
-        num_kept = config.save_total_limit + bool(config.eval_steps)  # the best one too
-        num_missing = num_kept - len(checkpoints.steps())
+        num_missing = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
         if not is_remote(config.output_dir):
             check_free_space(path, state_bytes(abstract_state(config)), max(num_missing, 0))
         watchdog.beat("reading rows")
@@ -168,7 +168,7 @@ def start(
         before, of = load_before(config, data, setup, path), measured_of(config, data, setup)
         run = Run(config, again, console, run_dir, clock, watchdog, data, before, of, yaml, files)
         run.write_files()
-        if config.fork_from is not None and not (path / START).exists():
+        if config.fork_from not in (None, str(path / START)):
             save_adapter(path / START, trained_model(setup), setup.adapter_config)
         try:
             return run_to_the_end(run, setup, checkpoints, preflight_only)

@@ -44,8 +44,6 @@ def validate(config: TrainConfig) -> None:
         problems.append("eval_steps needs data.eval_files")
     if config.deadline is not None and config.max_seconds is not None:
         problems.append("deadline and max_seconds say the same, leave one of them out")
-    if config.fit_deadline and config.deadline is None and config.max_seconds is None:
-        problems.append("fit_deadline needs a deadline or max_seconds")
     if config.max_steps is not None and config.warmup_steps >= config.max_steps:
         problems.append(
             f"warmup_steps {config.warmup_steps} is not below max_steps {config.max_steps}"

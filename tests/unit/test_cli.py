@@ -191,8 +191,11 @@ def test_dashes_and_switches() -> None:
 
 def test_the_command_to_go_on_has_no_old_deadline() -> None:
     argv = ["--deadline", "2026-01-01T10:00", "--name", "a b", "--fit-deadline", "--seed", "1"]
-    argv += ["--fit_deadline", "true", "--deadline=2026-01-01", "--fit-deadline"]
-    assert command_line("jaxsft.train", argv) == "python -m jaxsft.train --name 'a b' --seed 1"
+    argv += ["--deadline=2026-01-01"]
+    assert (
+        command_line("jaxsft.train", argv)
+        == "python -m jaxsft.train --name 'a b' --fit-deadline --seed 1"
+    )
 
 
 @pytest.mark.parametrize(
