@@ -7,6 +7,7 @@ it is compared with a run that nothing happened to.
 import itertools
 import re
 import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,9 @@ class Bench:
     """Runs of NUM_STEPS steps on the tiny model in `directory`, and what came of them."""
 
     def __init__(self, directory: Path) -> None:
+        for each in (signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(each) is signal.SIG_IGN:  # by nohup, or a shell; children inherit
+                signal.signal(each, signal.SIG_DFL)
         self.runs = TinyRuns(directory)
         self._numbers = itertools.count(1)
 

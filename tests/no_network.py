@@ -2,11 +2,13 @@
 
     python no_network.py PROGRAM ARGUMENT…
 
-A filter of system calls (seccomp, Linux) refuses socket(AF_INET) and socket(AF_INET6): it holds for
-native libraries, threads and child processes too. Sockets of the machine's own stay.
+A filter of system calls (seccomp, Linux) kills at socket(AF_INET): it holds for native libraries,
+threads and child processes too. The machine seems to have no IPv6, which some libraries ask when
+they are imported, without a connection. Sockets of the machine's own stay.
 """
 
 import ctypes
+import errno
 import os
 import platform
 import socket
@@ -16,7 +18,7 @@ import sys
 # The numbers of <linux/audit.h> and of the system call `socket`.
 _ARCH, _SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}[platform.machine()]
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_KILL_PROCESS, _ALLOW = 0x80000000, 0x7FFF0000
+_KILL_PROCESS, _FAIL_WITH, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 # Offsets in struct seccomp_data.
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
@@ -28,9 +30,10 @@ _PROGRAM = [
     (_JUMP_IF_EQUAL, 0, 3, _SOCKET),
     (_LOAD, 0, 0, _FIRST_ARGUMENT),
     (_JUMP_IF_EQUAL, 2, 0, socket.AF_INET),
-    (_JUMP_IF_EQUAL, 1, 0, socket.AF_INET6),
+    (_JUMP_IF_EQUAL, 2, 0, socket.AF_INET6),
     (_RETURN, 0, 0, _ALLOW),
     (_RETURN, 0, 0, _KILL_PROCESS),
+    (_RETURN, 0, 0, _FAIL_WITH | errno.EAFNOSUPPORT),
 ]
 
 
