@@ -19,7 +19,7 @@ OPTIONS = (
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def restored_options() -> Iterator[None]:
     """main sets options of the whole process."""
     names = ("jax_default_matmul_precision", "jax_compilation_cache_dir")

@@ -22,8 +22,10 @@ NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 # Signals while the main thread is in a C call, which Python's own handlers wait for.
 BUSY = """
 import ctypes
+import signal
 from jaxsft.session import catch_signals, interruptible
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 sleep = ctypes.CDLL(None).usleep  # without the interpreter lock, as a step is
 with interruptible(), catch_signals() as stopped:
     print("ready", flush=True)
