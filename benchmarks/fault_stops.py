@@ -21,7 +21,7 @@ _HANG_S = 20.0  # longer than anything takes that doesn't hang, on a busy machin
 def signals(bench: Bench, row: Row) -> None:
     """SIGTERM, SIGINT and SIGHUP, one run after the other, and then on to the end."""
     name = bench.new_name()
-    for number, step in ((signal.SIGTERM, 4), (signal.SIGINT, 11), (signal.SIGHUP, 18)):
+    for number, step in ((signal.SIGTERM, 2), (signal.SIGINT, 5), (signal.SIGHUP, 8)):
         with bench.start(row, name) as child:
             child.wait_for(f"step {step}/")
             child.send(number)
