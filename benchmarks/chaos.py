@@ -102,6 +102,8 @@ class Scenario:
             except ChildError as error:
                 found = [str(error)]
             tally.mismatches += [f"{name}: {each}" for each in found]
+            done = f"{tally.kills}/{num_kills} kills, {len(tally.mismatches)} mismatches"
+            print(f"{name} finished; {done}", file=sys.stderr, flush=True)
         tally.seconds = time.monotonic() - start
         return tally
 

@@ -23,6 +23,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def restored_options() -> Iterator[None]:
+    """Commands called in this process set JAX options for all of it; no module sees another's."""
+    before = dict(jax.config.values)
+    yield
+    for name, value in jax.config.values.items():
+        if value != before[name]:
+            jax.config.update(name, before[name])
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Writes a file of lines: bytes as they are, other rows as JSON."""

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import pytest
 import yaml
 
@@ -24,13 +23,11 @@ Refuse = Callable[..., str]
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_tokenizers() -> Iterator[None]:
-    """Parses each tokenizer once, and sets back the option of the whole process that main sets."""
-    precision = jax.config.jax_default_matmul_precision
+    """Parses each tokenizer once."""
     with pytest.MonkeyPatch.context() as patch:
         from_file = functools.cache(Tokenizer.from_file)
         patch.setattr(jaxsft.prepare.Tokenizer, "from_file", from_file)
         yield
-    jax.config.update("jax_default_matmul_precision", precision)
 
 
 @pytest.fixture

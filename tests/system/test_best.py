@@ -1,10 +1,8 @@
 """The adapter of the lowest held-out loss, wherever the run is stopped and whatever is damaged."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-import jax
 import pytest
 
 import jaxsft.train
@@ -17,16 +15,6 @@ OPTIONS = (
     *("--learning_rate", "20", "--lr_scheduler_type", "constant", "--data.stop", "8"),
     *("--max_steps", "30", "--eval_steps", "5", "--save_total_limit", "1"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def restored_options() -> Iterator[None]:
-    """main sets options of the whole process."""
-    names = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 import yaml
 
@@ -38,16 +37,13 @@ MODEL = {
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of the module's own; afterwards the process's options are as before."""
-    names = ("jax_default_matmul_precision", "jax_platforms")
-    options, variables = {name: getattr(jax.config, name) for name in names}, dict(os.environ)
+    """A cache of the module's own; afterwards the process's environment is as before."""
+    variables = dict(os.environ)
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
     for name in os.environ.keys() - variables.keys():
         del os.environ[name]
     os.environ.update(variables)
-    for name, value in options.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

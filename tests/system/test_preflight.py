@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,21 +28,13 @@ from jaxsft.step import put_batch
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.train import EXIT_INTERRUPTED, main
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "restored_precision")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Completions of 40 to 180 tokens beside windows of 8: spelt in bytes, mostly.
 ROWS = [
     {"prompt": f"What is {n}?", "response": f"<think>{'I count. ' * n}</think>\nIt is {n}."}
     for n in range(1, 9)
 ]
-
-
-@pytest.fixture
-def restored_precision() -> Iterator[None]:
-    """main sets an option of the whole process."""
-    before = jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_default_matmul_precision", before)
 
 
 @pytest.fixture(scope="module")

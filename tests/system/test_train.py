@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,14 +165,6 @@ def runs(
 def finished(runs: Runs) -> tuple[Runs, str]:
     """(runs, what the run "whole" wrote to stdout); it was never interrupted."""
     return runs, runs.run("whole")
-
-
-@pytest.fixture
-def restored_precision() -> Iterator[None]:
-    """For tests that call main here: it sets an option of the whole process."""
-    before = jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_default_matmul_precision", before)
 
 
 def refuse(capsys: pytest.CaptureFixture[str], argv: Sequence[str]) -> str:
@@ -357,7 +349,6 @@ def test_stopped_and_killed_runs_go_on_bit_for_bit(finished: tuple[Runs, str]) -
     ],
     ids=["rank", "seed", "data", "learning rate", "steps"],
 )
-@pytest.mark.usefixtures("restored_precision")
 def test_a_changed_run_is_not_continued(
     options: list[str],
     there: str,
@@ -397,7 +388,6 @@ def test_an_adapter_is_trained_further(finished: tuple[Runs, str]) -> None:
         ("--lora.target_modules", "q_proj", "targets is"),
     ],
 )
-@pytest.mark.usefixtures("restored_precision")
 def test_an_adapter_of_another_shape_is_refused(
     option: str,
     value: str,
