@@ -32,6 +32,18 @@ REQUIREMENTS = {
             *("sentencepiece==0.2.3", "protobuf==7.36.2", "jinja2"),  # read tokenizer.model
         ),
     ),
+    # Its loader of checkpoints, for tests. With kauldron's own requirements, of which it imports a
+    # few, pip finds no end; older JAX, because the last gemma for Python 3.11 needs this kauldron.
+    "gemma": (
+        (
+            *("jax==0.8.1", "jaxlib==0.8.1", "flax==0.12.1", "orbax-checkpoint==0.11.30"),
+            *("numpy==2.3.5", "etils[edc,enp,epath,epy,etree]", "einops", "jaxtyping"),
+            *("typeguard==4.4.4", "sentencepiece", "treescope", "grain", "immutabledict", "clu"),
+            *("ml_collections", "optax", "chex", "tqdm", "absl-py", "lark", "packaging", "pandas"),
+            *("mediapy", "tensorboard", "tensorflow==2.21.0", "tensorflow_datasets==4.9.10"),
+        ),
+        ("--no-deps", "gemma==3.3.0", "kauldron==1.3.0"),
+    ),
 }
 _STAMP = "jaxsft-peer.txt"
 

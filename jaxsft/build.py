@@ -16,6 +16,7 @@ from jaxsft.fork import add_adapter, check_fork, with_forked_adapter
 from jaxsft.fused_weights import fuse, unfuse
 from jaxsft.identity import fingerprint
 from jaxsft.model import Gemma
+from jaxsft.models import check_tokenizer
 from jaxsft.optimizer import run_schedule
 from jaxsft.packing import StepBatches
 from jaxsft.peft_io import AdapterConfig
@@ -155,21 +156,16 @@ def num_adapter_params(state: TrainState) -> int:
 
 
 def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
-    num_rows = info.config.vocab_size
-    # Embeddings may be padded, by some tens of rows; another Gemma's tokenizer is 6,144 ids off.
-    if not 0 <= num_rows - data.tokenizer.vocab_size < 1024:
-        raise ValueError(
-            f"the tokenizer has {data.tokenizer.vocab_size} ids, the model's embedding "
-            f"{num_rows} rows; use the tokenizer that belongs to the model"
-        )
+    check_tokenizer(data.tokenizer, info.config)
     longest = max((len(s.ids) for s in data.heldout_samples[: config.eval.num_prompts]), default=0)
     if longest + config.eval.max_new_tokens > info.config.max_positions and longest:
         raise ValueError(
             f"eval.max_new_tokens {config.eval.max_new_tokens} after a prompt is beyond the "
             f"model's {info.config.max_positions} positions"
         )
-    if config.eval.top_k > num_rows:
-        raise ValueError(f"eval.top_k {config.eval.top_k} is above the {num_rows} tokens there are")
+    num_ids = info.config.vocab_size
+    if config.eval.top_k > num_ids:
+        raise ValueError(f"eval.top_k {config.eval.top_k} is above the {num_ids} tokens there are")
     check_positions(config, info.config)
 
 

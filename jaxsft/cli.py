@@ -11,8 +11,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -24,6 +25,8 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo"
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+T = TypeVar("T")
 
 
 def fail(error: object, code: int) -> int:
@@ -65,15 +68,7 @@ def parse_config(
     Raises:
       ValueError: one line that names the option and, for an unknown one, the nearest valid name.
     """
-    # The texts under the fields of config.py are their help.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=f"python -m {command}",
-        usage=f"python -m {command} [--config RECIPE_OR_FILE] [--OPTION VALUE ...]",
-        description=description,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = _make_parser(command, "[--config RECIPE_OR_FILE] [--OPTION VALUE ...]", description)
     parser.add_argument(
         "--config",
         action="config",
@@ -82,7 +77,8 @@ def parse_config(
     )
     parser.add_class_arguments(TrainConfig)
     try:
-        parsed = parser.parse_args(_with_recipe_paths(_spelt_out(argv), default_recipe))
+        spelt_out = _spelt_out(argv, TrainConfig)
+        parsed = parser.parse_args(_with_recipe_paths(_joined(spelt_out), default_recipe))
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_explain(str(error), parser)) from None
     values = {k: v for k, v in vars(parser.instantiate(parsed)).items() if k != "config"}
@@ -91,15 +87,58 @@ def parse_config(
     return config, parser.dump(parsed, skip_unset=False)
 
 
-def _spelt_out(argv: Sequence[str]) -> list[str]:
+def parse_options(
+    command: str,
+    description: str,
+    argv: Sequence[str],
+    options: type[T],
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
+    """The options of a command that takes a model: `python -m COMMAND MODEL [--OPTION VALUE ...]`.
+
+    Args:
+      options: a frozen dataclass; the text under each field is its help, the first is `model`.
+      defaults: in place of the dataclass's, by dotted name.
+
+    Raises:
+      ValueError: one line that names the option and, for an unknown one, the nearest valid name.
+    """
+    parser = _make_parser(command, "MODEL [--OPTION VALUE ...]", description)
+    parser.add_class_arguments(options)
+    parser.set_defaults(dict(defaults or {}))
+    args = _joined(_spelt_out(argv, options))
+    if args and not args[0].startswith("-"):
+        args[:1] = ["--model", args[0]]
+    if not any(arg.partition("=")[0] in ("--model", "--help", "-h") for arg in args):
+        raise ValueError(f"no model: python -m {command} MODEL; --help says what it may be")
+    try:
+        parsed = parser.parse_args(args)
+    except (argparse.ArgumentError, TypeError) as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return options(**vars(parser.instantiate(parsed)))
+
+
+def _make_parser(command: str, usage: str, description: str) -> ArgumentParser:
+    # The texts under the fields of the dataclasses are their help.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(
+        prog=f"python -m {command}",
+        usage=f"python -m {command} {usage}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def _spelt_out(argv: Sequence[str], options: type) -> list[str]:
     """--fit-deadline becomes --fit_deadline=true: dashes as in other programs, and switches."""
-    args = []
+    switches, args = _switches(options), []
     for i, arg in enumerate(argv):
         name, equals, value = arg.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
             is_last = i + 1 == len(argv) or argv[i + 1].startswith("--")
-            if name[2:] in _switches(TrainConfig) and not equals and is_last:
+            if name[2:] in switches and not equals and is_last:
                 equals, value = "=", "true"
         args.append(name + equals + value)
     return args
@@ -116,15 +155,23 @@ def _switches(options: type, prefix: str = "") -> set[str]:
     return found
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+    """--option -1e-3 becomes --option=-1e-3: the parser takes a negative number for an option."""
+    args: list[str] = []
+    for arg in argv:
+        if re.fullmatch(r"-\d[\d.e+-]*", arg) and args:
+            args[-1] += f"={arg}"
+        else:
+            args.append(arg)
+    return args
+
+
 def _with_recipe_paths(argv: Sequence[str], default_recipe: str) -> list[str]:
     """Recipe names after --config become paths; without any --config the default goes first."""
     args: list[str] = []
     for arg in argv:
         name, equals, value = arg.partition("=")
-        if re.fullmatch(r"-\d[\d.e+-]*", arg) and args:
-            args[-1] += f"={arg}"  # the parser takes -1e-3 for an option
-        else:
-            args += [name, value] if name == "--config" and equals else [arg]
+        args += [name, value] if name == "--config" and equals else [arg]
     if "--config" not in args:
         args = ["--config", default_recipe, *args]
     for i, arg in enumerate(args[:-1]):
@@ -161,7 +208,8 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     if argument:
         name = argument[1].split("=")[0]
         if not name.startswith("-"):
-            return f"unexpected argument {name!r}; options begin with --, as in --config {name}"
+            option = "--config" if "--config" in parser._option_string_actions else "--model"
+            return f"unexpected argument {name!r}; options begin with --, as in {option} {name}"
         name = name.lstrip("-")
     elif key:
         name = ".".join(filter(None, key.groups()))

@@ -21,7 +21,8 @@ class ModelOptions:
     """The pretrained model."""
 
     path: str = "demo"
-    """Hugging Face directory, .gguf file, or "demo": the Gemma 3 270M of the `demo` extra."""
+    """Hugging Face directory, its name on the hub (owner/name or owner/name@revision), .gguf file,
+    Flax checkpoint, or "demo": the Gemma 3 270M of the `demo` extra."""
     tokenizer: str | None = None
     """tokenizer.model or .gguf file; by default the one that comes with the model."""
     dtype: Dtype = "float32"

@@ -61,15 +61,17 @@ def check_fork(config: TrainConfig) -> None:
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
     """The adapter that the options ask for."""
-    options = config.lora
-    is_demo = config.model.path == "demo"
+    options, path = config.lora, config.model.path
+    base = "google/gemma-3-270m" if path == "demo" else path
+    if not Path(path).exists():
+        base = base.partition("@")[0]  # a revision is no part of a hub name in PEFT
     return AdapterConfig(
         rank=options.r,
         alpha=options.alpha,
         dropout=options.dropout,
         use_rslora=options.use_rslora,
         targets=lora.resolve_targets(options.target_modules),
-        base_model_name="google/gemma-3-270m" if is_demo else config.model.path,
+        base_model_name=base,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsft.fused_layer import LayerSettings, layer_backward, layer_forward, make_attend
 from jaxsft.fused_weights import FusedLayout, Layer, write_adapter
-from jaxsft.loss import loss_and_gradient, loss_only
+from jaxsft.loss import loss_and_gradient, token_losses
 from jaxsft.packing import Batch
 from jaxsft.rows import Stacked, enter, enter_backward
 
@@ -54,9 +54,7 @@ def loss_and_gradients(
 
         x, saved = jax.lax.scan(forward, x, (stacks, loras))
         saved_by_segment.append(saved)
-    loss_sum, d_last = _head(x, weights, batch, spec)
-    assert d_last is not None
-    dx: jax.Array = d_last
+    loss_sum, dx = _head(x, weights, batch, spec)
 
     grads_by_segment: list[list[Layer]] = []
     for (stacks, loras, (kinds, count)), saved, sums in zip(
@@ -84,10 +82,13 @@ def loss_and_gradients(
     return loss_sum, grads_by_segment, dx
 
 
-def loss(
+def losses(
     weights: dict[str, Any], grouped: list[list[Layer]], batch: Batch, spec: FusedSpec
 ) -> jax.Array:
-    """The loss sum alone; `weights` need not hold `grouped`, each layer is written as it runs."""
+    """float32 [B, T]: the loss in nats of every position, 0 where the mask is false.
+
+    `weights` need not hold `grouped`, each layer is written as it runs.
+    """
     settings, x = _settings(batch, spec), _embed(weights, batch, spec)
     segments = zip(weights["stacks"], grouped, spec.layout.segments, strict=True)
     for stacks, loras, (kinds, _) in segments:
@@ -98,7 +99,7 @@ def loss(
             return x, None
 
         x, _ = jax.lax.scan(forward, x, (stacks, loras))
-    return _head(x, weights, batch, spec, with_gradient=False)[0]
+    return token_losses(*_head_arguments(x, weights, batch, spec)).reshape(batch.tokens_BT.shape)
 
 
 def _settings(batch: Batch, spec: FusedSpec) -> dict[str, LayerSettings]:
@@ -124,30 +125,31 @@ def _embed(weights: dict[str, Any], batch: Batch, spec: FusedSpec) -> jax.Array:
 
 
 def _head(
-    x_ND: jax.Array,
-    weights: dict[str, Any],
-    batch: Batch,
-    spec: FusedSpec,
-    *,
-    with_gradient: bool = True,
-) -> tuple[jax.Array, jax.Array | None]:
+    x_ND: jax.Array, weights: dict[str, Any], batch: Batch, spec: FusedSpec
+) -> tuple[jax.Array, jax.Array]:
     """(loss sum, its gradient by the last layer's output) through the final norm."""
     config, scale = spec.layout.config, weights["final_norm"]
-    (hidden,) = enter(x_ND, scale, eps=config.rms_norm_eps)
+    arguments = _head_arguments(x_ND, weights, batch, spec)
     with jax.named_scope("loss_head"):
-        head = loss_and_gradient if with_gradient else loss_only
-        loss_sum, d_hidden = head(
-            hidden,
-            weights["embedding"],
-            jnp.asarray(batch.targets_BT).reshape(-1),
-            jnp.asarray(batch.loss_mask_BT).reshape(-1),
-            config.final_softcap,
-            min(spec.chunk_tokens, x_ND.shape[0]),
-        )
-    if d_hidden is None:
-        return loss_sum, None
+        loss_sum, d_hidden = loss_and_gradient(*arguments)
     zeros = jnp.zeros_like(d_hidden)
     return loss_sum, enter_backward(zeros, d_hidden, x_ND, scale, eps=config.rms_norm_eps)[0]
+
+
+def _head_arguments(
+    x_ND: jax.Array, weights: dict[str, Any], batch: Batch, spec: FusedSpec
+) -> tuple[Any, ...]:
+    """What the loss functions take, of the last layer's output."""
+    config = spec.layout.config
+    (hidden,) = enter(x_ND, weights["final_norm"], eps=config.rms_norm_eps)
+    return (
+        hidden,
+        weights["embedding"],
+        jnp.asarray(batch.targets_BT).reshape(-1),
+        jnp.asarray(batch.loss_mask_BT).reshape(-1),
+        config.final_softcap,
+        min(spec.chunk_tokens, x_ND.shape[0]),
+    )
 
 
 def _reader(stack: Layer, index: jax.Array) -> Callable[[str], Stacked]:

@@ -4,6 +4,7 @@ Both return (sum of the losses in nats, number of loss tokens); nothing is avera
 of averages weigh short micro-batches too much. The one division is the caller's.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -59,34 +60,62 @@ def chunked_cross_entropy(
     table is frozen: the gradient of the hidden states is formed in the same pass over the table,
     and the backward pass only scales it.
     """
-    shape = (-1, hidden_BTD.shape[-1])
 
     def local(hidden, table, targets, mask):
-        flat = hidden.reshape(shape), table, targets.reshape(-1), mask.reshape(-1)
+        flat = _flat(hidden, table, targets, mask)
         with jax.named_scope("loss_head"):
             loss_sum = _chunked_sum(*flat, logit_cap, min(chunk_tokens, flat[0].shape[0]))
         return loss_sum[None], jnp.sum(mask, dtype=jnp.int32)[None]
 
     args = hidden_BTD, table_VD, targets_BT, mask_BT
-    if mesh is None:
-        loss_sum, num_tokens = local(*args)
-    else:
-        batch = partition_spec("batch")
-        sums = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(batch, partition_spec(), batch, batch),
-            out_specs=(partition_spec("batch"), partition_spec("batch")),
-            axis_names=set(AXIS_TABLE["batch"]),
-            check_vma=False,  # the loop's trip count differs from device to device on purpose
-        )
-        loss_sum, num_tokens = sums(*args)
+    loss_sum, num_tokens = _on_each_device(local, mesh, args, (partition_spec("batch"),) * 2)
     return jnp.sum(loss_sum), jnp.sum(num_tokens)
+
+
+def chunked_token_losses(
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    logit_cap: float | None,
+    chunk_tokens: int,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """float32 [B, T]: the loss in nats of every position, 0 where the mask is false."""
+
+    def local(hidden, table, targets, mask):
+        flat = _flat(hidden, table, targets, mask)
+        losses = token_losses(*flat, logit_cap, min(chunk_tokens, flat[0].shape[0]))
+        return losses.reshape(targets.shape)
+
+    args = hidden_BTD, table_VD, targets_BT, mask_BT
+    return _on_each_device(local, mesh, args, partition_spec("batch"))
+
+
+def _flat(hidden_BTD, table_VD, targets_BT, mask_BT) -> tuple[Any, Any, Any, Any]:
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    return hidden_ND, table_VD, targets_BT.reshape(-1), mask_BT.reshape(-1)
+
+
+def _on_each_device(local: Callable, mesh: Mesh | None, args: tuple, out_specs: Any) -> Any:
+    """`local` of each device's own rows and the whole table."""
+    if mesh is None:
+        return local(*args)
+    batch = partition_spec("batch")
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(batch, partition_spec(), batch, batch),
+        out_specs=out_specs,
+        axis_names=set(AXIS_TABLE["batch"]),
+        check_vma=False,  # the loop's trip count differs from device to device on purpose
+    )(*args)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunked_sum(hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk) -> jax.Array:
-    return loss_only(hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk)[0]
+    return jnp.sum(token_losses(hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk))
 
 
 def loss_and_gradient(
@@ -98,16 +127,58 @@ def loss_and_gradient(
     chunk_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
     """(loss sum in nats, its gradient by hidden state [N, D]) in one pass over the table."""
-    loss_sum, gradient = _sum_and_gradient(
-        hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk_tokens, with_gradient=True
-    )
-    assert gradient is not None
+    num_positions, dtype = hidden_ND.shape[0], hidden_ND.dtype
+    table = table_VD.astype(dtype)
+    num_loss, order = _loss_positions(mask_N, chunk_tokens)
+
+    def body(carry):
+        start, loss_sum, gradient = carry
+        rows = jax.lax.dynamic_slice(order, (start,), (chunk_tokens,))
+        x = hidden_ND.at[rows].get(mode="fill", fill_value=0)
+        target = targets_N.at[rows].get(mode="fill", fill_value=0)
+        losses, dx = _one_chunk(x, table, target, logit_cap, with_gradient=True)
+        loss_sum = loss_sum + jnp.sum(jnp.where(rows < num_positions, losses, 0.0))
+        gradient = gradient.at[rows].set(dx.astype(dtype), mode="drop")
+        return start + chunk_tokens, loss_sum, gradient
+
+    start = jnp.int32(0), jnp.float32(0.0), jnp.zeros_like(hidden_ND)
+    _, loss_sum, gradient = jax.lax.while_loop(lambda carry: carry[0] < num_loss, body, start)
     return loss_sum, gradient
 
 
-def loss_only(*args: Any) -> tuple[jax.Array, None]:
-    """`loss_and_gradient` without the gradient."""
-    return _sum_and_gradient(*args, with_gradient=False)[0], None
+def token_losses(
+    hidden_ND: jax.Array,
+    table_VD: jax.Array,
+    targets_N: jax.Array,
+    mask_N: jax.Array,
+    logit_cap: float | None,
+    chunk_tokens: int,
+) -> jax.Array:
+    """float32 [N]: the loss in nats of every position, 0 where `mask_N` is false."""
+    table = table_VD.astype(hidden_ND.dtype)
+    num_loss, order = _loss_positions(mask_N, chunk_tokens)
+
+    def body(carry):
+        start, losses_N = carry
+        rows = jax.lax.dynamic_slice(order, (start,), (chunk_tokens,))
+        x = hidden_ND.at[rows].get(mode="fill", fill_value=0)
+        target = targets_N.at[rows].get(mode="fill", fill_value=0)
+        losses, _ = _one_chunk(x, table, target, logit_cap, with_gradient=False)
+        return start + chunk_tokens, losses_N.at[rows].set(losses, mode="drop")
+
+    start = jnp.int32(0), jnp.zeros(hidden_ND.shape[0], jnp.float32)
+    return jax.lax.while_loop(lambda carry: carry[0] < num_loss, body, start)[1]
+
+
+def _loss_positions(mask_N: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(how many bear loss, all positions: these first and in order).
+
+    The slots after them name position N, which no row has: reads there are filled with zeros and
+    writes dropped.
+    """
+    num_positions, num_loss = mask_N.shape[0], jnp.sum(mask_N, dtype=jnp.int32)
+    order = jnp.nonzero(mask_N, size=num_positions + chunk, fill_value=num_positions)[0]
+    return num_loss, order
 
 
 def _backward(logit_cap, chunk, gradient_ND, cotangent) -> tuple[Any, ...]:
@@ -116,33 +187,6 @@ def _backward(logit_cap, chunk, gradient_ND, cotangent) -> tuple[Any, ...]:
 
 
 _chunked_sum.defvjp(loss_and_gradient, _backward)
-
-
-def _sum_and_gradient(
-    hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk, *, with_gradient: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """Loss sum (float32) and its gradient by hidden state [N, D], chunk by chunk."""
-    num_positions, dtype = hidden_ND.shape[0], hidden_ND.dtype
-    table = table_VD.astype(dtype)
-    num_loss = jnp.sum(mask_N, dtype=jnp.int32)
-    # Loss positions first, in order; the slots after them name position N, which no row has:
-    # reads there are filled with zeros and writes dropped.
-    order = jnp.nonzero(mask_N, size=num_positions + chunk, fill_value=num_positions)[0]
-
-    def body(carry):
-        start, loss_sum, gradient = carry
-        rows = jax.lax.dynamic_slice(order, (start,), (chunk,))
-        x = hidden_ND.at[rows].get(mode="fill", fill_value=0)
-        target = targets_N.at[rows].get(mode="fill", fill_value=0)
-        losses, dx = _one_chunk(x, table, target, logit_cap, with_gradient=with_gradient)
-        loss_sum = loss_sum + jnp.sum(jnp.where(rows < num_positions, losses, 0.0))
-        if gradient is not None:
-            gradient = gradient.at[rows].set(dx.astype(dtype), mode="drop")
-        return start + chunk, loss_sum, gradient
-
-    start = (jnp.int32(0), jnp.float32(0.0), jnp.zeros_like(hidden_ND) if with_gradient else None)
-    _, loss_sum, gradient = jax.lax.while_loop(lambda carry: carry[0] < num_loss, body, start)
-    return loss_sum, gradient
 
 
 def _one_chunk(

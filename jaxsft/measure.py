@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,14 @@ from rich.console import Console
 
 from jaxsft.build import Data, Setup, plain_weights
 from jaxsft.config import TrainConfig
-from jaxsft.evaluate import answer_prompts, held_out_loss, is_exact_format, score_format
+from jaxsft.evaluation.heldout import (
+    answer_mask,
+    answer_prompts,
+    compare_losses,
+    held_out_losses,
+    read_prompts,
+)
+from jaxsft.evaluation.scoring import Comparison, compare, is_exact_format
 from jaxsft.json_file import write_json
 from jaxsft.metrics import MetricsWriter
 
@@ -60,20 +66,27 @@ def load_before(
     )
 
 
-def eval_loss(config: TrainConfig, data: Data, setup: Setup, on_batch: Callable[[], None]) -> float:
-    """Held-out loss in nats per completion token; NaN without held-out files. `on_batch` is called
-    before each batch and may raise."""
-    if data.heldout is None:
-        return math.nan
-    rows, adapter = data.heldout.rows, setup.state.adapter
-    return held_out_loss(
-        adapter,
+def losses(
+    config: TrainConfig, data: Data, setup: Setup, on_batch: Callable[[], None]
+) -> list[Comparison]:
+    """Held-out losses, of all and by part. `on_batch` is called before each batch and may raise."""
+    assert data.heldout is not None
+    rows = data.heldout.rows
+    found = held_out_losses(
+        setup.state.adapter,
         setup.frozen,
         rows,
+        answer_mask(rows, data.tokenizer),
         spec=setup.spec,
         batch_size=config.eval.batch_size,
         on_batch=on_batch,
     )
+    return compare_losses(found)
+
+
+def values(lines: Sequence[Comparison]) -> dict[str, float]:
+    """The (first) model's value of each metric, by name."""
+    return {metric.name: estimates[0].value for metric, estimates, _ in lines}
 
 
 def measure(
@@ -84,33 +97,43 @@ def measure(
     console: Console,
     on_batch: Callable[[], None],
 ) -> dict[str, Any]:
-    """Held-out loss, and the form of the answers to the first held-out prompts; `on_batch` as in
-    `eval_loss`."""
+    """Held-out losses, and what the answers to the first held-out prompts are worth.
+
+    Returns:
+      Values by metric, "intervals" (95%, [low, high] by metric) and "answers"; {} without held-out
+      files. `on_batch` as in `losses`.
+    """
     if data.heldout is None:
         return {}
     step, samples = int(setup.state.step), data.heldout_samples
     console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
-    scores: dict[str, Any] = {"loss": eval_loss(config, data, setup, on_batch)}
+    lines = losses(config, data, setup, on_batch)
     answers: list[dict[str, Any]] = []
     if config.eval.num_prompts:
+        prompts = read_prompts(
+            samples[: config.eval.num_prompts], data.tokenizer, config.data.system_prompt
+        )
         generated = answer_prompts(
             setup.state.adapter,
             plain_weights(setup),
-            samples[: config.eval.num_prompts],
+            prompts,
             data.tokenizer,
             spec=setup.spec,
             options=config.eval,
             on_batch=on_batch,
         )
-        scores |= dataclasses.asdict(score_format(generated))
-        system = f"{config.data.system_prompt}\n\n" if config.data.system_prompt else ""
+        lines += compare(generated)
         for i, answer in enumerate(generated):
-            prompt = answer.prompt.removeprefix(system)
-            writer.text(step, f"sample/{i}", f"{prompt}\n\n{answer.text}")
-            flags = {"prompt": prompt, "exact_format": is_exact_format(answer.text)}
+            writer.text(step, f"sample/{i}", f"{answer.prompt}\n\n{answer.text}")
+            flags = {"exact_format": is_exact_format(answer.text)}
             answers.append(dataclasses.asdict(answer) | flags)
+    scores = values(lines)
     writer.log(step, {f"eval/{name}": value for name, value in scores.items()})
-    return scores | {"answers": answers}
+    intervals = {
+        metric.name: [estimates[0].low, estimates[0].high] for metric, estimates, _ in lines
+    }
+    counts = {"num_answers": len(answers)} if answers else {}
+    return scores | counts | {"intervals": intervals, "answers": answers}
 
 
 def write_samples(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:

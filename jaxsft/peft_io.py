@@ -23,8 +23,8 @@ from jaxsft.hosts import on_host
 from jaxsft.model import Gemma, layer_location
 from jaxsft.presets import GemmaConfig
 from jaxsft.safetensors_io import SafetensorsDirectory
-from jaxsft.tensor_names import LINEAR_TENSORS
-from jaxsft.weights import check_shapes, fill
+from jaxsft.tensor_names import LINEAR_TENSORS, check_shapes
+from jaxsft.weights import fill
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -107,7 +107,7 @@ def load_adapter(directory: Path | str, model: Gemma) -> AdapterConfig:
     config = read_adapter_config(directory)
     source = SafetensorsDirectory(directory, WEIGHTS_NAME)
     parts = list(_parts(model.config, config.targets, config.rank))
-    check_shapes(source, {part.key: part.shape for part in parts})
+    check_shapes(source.path, source.shapes, {part.key: part.shape for part in parts})
     num_rows: dict[tuple, int] = {}
     for part in parts:
         if part.row is not None:

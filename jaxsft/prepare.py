@@ -18,13 +18,13 @@ from rich.console import Console
 from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
 from jaxsft.config import DataOptions, TrainConfig
 from jaxsft.data import DataReport, as_list
+from jaxsft.models import base_path, find_tokenizer, open_tokenizer
 from jaxsft.packing import Sample
 from jaxsft.preparation import prepare
 from jaxsft.prepare_report import preparing, show_data
 from jaxsft.prepared import Prepared
 from jaxsft.sources import num_rows
 from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import demo_model_path
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DESCRIPTION = (
@@ -45,24 +45,16 @@ class Data:
 
 
 def model_path(config: TrainConfig) -> Path:
-    """Where the model's files are; ValueError where nothing is."""
-    if config.model.path == "demo":
-        return demo_model_path()
-    path = Path(config.model.path)
-    if not path.exists():
-        raise ValueError(
-            f"model.path {path} does not exist; give a Hugging Face model directory (hf download "
-            "NAME --local-dir DIR makes one) or a .gguf file"
-        )
-    return path
+    """Where the model's files are, fetched if they are the hub's; ValueError where nothing is."""
+    try:
+        return base_path(config.model.path, config.model.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
 
 
 def load_tokenizer(config: TrainConfig, path: Path) -> Tokenizer:
     """The tokenizer of the config, or of the model at `path`; ValueError where there is none."""
-    source = Path(config.model.tokenizer) if config.model.tokenizer else path
-    if source.suffix == ".gguf":
-        return Tokenizer.from_gguf(source)
-    return Tokenizer.from_file(source / "tokenizer.model" if source.is_dir() else source)
+    return open_tokenizer(find_tokenizer(path, config.model.tokenizer))
 
 
 def load_data(
@@ -95,7 +87,20 @@ def load_data(
         )
     if not heldout_files:
         return Data(tokenizer, train, None, [])
-    # What it is measured on is what the files say.
+    heldout = load_heldout(
+        heldout_files, tokenizer, options, root, progress=lambda report: on_progress()
+    )
+    return Data(tokenizer, train, heldout, all_samples(heldout))
+
+
+def load_heldout(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    root: Path,
+    progress: Callable[[DataReport], None] = lambda report: None,
+) -> Prepared:
+    """The rows to measure on, as the files have them: none is filtered out; see `prepare`."""
     as_it_is = dataclasses.replace(
         options,
         start=0,
@@ -107,11 +112,12 @@ def load_data(
         drop_duplicates=False,
         max_drop=1.0,
     )
-    heldout = prepare(
-        heldout_files, tokenizer, as_it_is, root, progress=lambda report: on_progress()
-    )
-    samples = [heldout.rows.sample(i) for i in range(heldout.rows.num_samples)]
-    return Data(tokenizer, train, heldout, samples)
+    return prepare(files, tokenizer, as_it_is, root, progress=progress)
+
+
+def all_samples(prepared: Prepared) -> list[Sample]:
+    """Its samples, each once, in the order of the files."""
+    return [prepared.rows.sample(i) for i in range(prepared.rows.num_samples)]
 
 
 def _num_rows(options: DataOptions) -> int | None:

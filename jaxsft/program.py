@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from jaxsft import flash_attention, lora
 from jaxsft.config import TrainConfig
+from jaxsft.flax_io import FlaxCheckpoint, is_flax_checkpoint
 from jaxsft.fused import FusedSpec
 from jaxsft.fused_weights import fuse, make_layout
 from jaxsft.gguf_io import GGUFFile, hf_config
@@ -51,8 +52,9 @@ class StepArguments(NamedTuple):
 def architecture(model_path: str) -> tuple[GemmaConfig, str]:
     """(the model's architecture, where it was read) for a `model.path`; weights are not needed.
 
-    A directory's config.json or a .gguf file counts when it is there, else the last part of the
-    path is taken for a model's name: google/gemma-2-2b-it is the preset gemma-2-2b.
+    A directory's config.json, a Flax checkpoint or a .gguf file counts when it is there, else the
+    last part of the path, without @revision, is taken for a model's name: google/gemma-2-2b-it is
+    the preset gemma-2-2b.
 
     Raises ValueError for a name that is no preset's, and for a config that isn't supported.
     """
@@ -61,9 +63,11 @@ def architecture(model_path: str) -> tuple[GemmaConfig, str]:
     path = Path(model_path)
     if path.suffix == ".gguf" and path.exists():
         return from_hf_config(hf_config(GGUFFile(path)), str(path)), str(path)
+    if path.is_dir() and is_flax_checkpoint(path):
+        return FlaxCheckpoint(path).config, str(path)
     if path.is_dir():
         return from_hf_config(path / "config.json"), str(path / "config.json")
-    name = path.name.lower().removesuffix("-it").removesuffix("-pt")
+    name = path.name.lower().partition("@")[0].removesuffix("-it").removesuffix("-pt")
     if name not in PRESETS:
         raise ValueError(
             f"model.path {model_path}: no such directory or .gguf file, and {path.name!r} is not "

@@ -15,30 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsft.build import Setup, num_adapter_params
+from jaxsft.evaluation.heldout import METRICS
+from jaxsft.evaluation.intervals import Estimate
+from jaxsft.evaluation.scoring import Metric, show_interval, show_value
 from jaxsft.preflight import Preflight
 from jaxsft.session import Clock, duration
-
-_TABLE_ROWS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ("loss", "held-out loss, nats per completion token", lambda m: _number(m["loss"], "{:.3f}")),
-    ("exact_format", "exact format", lambda m: _number(m["exact_format"], "{:.0%}")),
-    ("stop_rate", "stopped by itself", lambda m: _number(m["stop_rate"], "{:.0%}")),
-    (
-        "mean_reasoning_words",
-        "mean reasoning length, words",
-        lambda m: _number(m["mean_reasoning_words"], "{:.0f}"),
-    ),
-    (
-        "mean_answer_words",
-        "mean answer length, words",
-        lambda m: _number(m["mean_answer_words"], "{:.0f}"),
-    ),
-    (
-        "distinct_answers",
-        "distinct answers",
-        lambda m: f"{m['distinct_answers']} of {m['num_answers']}",
-    ),
-)
-
 
 _OF_A_SESSION = ("deadline:", "max_seconds:", "fit_deadline:", "hang_seconds:")
 
@@ -169,9 +150,9 @@ def show_result(console: Console, run_dir: Path) -> None:
     if not after:
         return
     table = Table("held-out rows", "before", "after", title="Before and after training")
-    for key, label, text in _TABLE_ROWS:
-        if key in after:
-            table.add_row(label, text(before) if key in before else "–", text(after))
+    for metric in METRICS:
+        if metric.name in after:
+            table.add_row(metric.label, *(_cell(side, metric) for side in (before, after)))
     console.print(table)
     if not after.get("answers"):
         return
@@ -183,6 +164,18 @@ def show_result(console: Console, run_dir: Path) -> None:
     old = answers[index]["text"] if index < len(answers) else "–"
     sides.add_row(Text(old), Text(answer["text"]))
     console.print(sides)
+
+
+def _cell(measured: Mapping[str, Any], metric: Metric) -> str:
+    """A metric's value with its 95% interval."""
+    value = measured.get(metric.name)
+    if value is None:
+        return "–"
+    low, high = measured.get("intervals", {}).get(metric.name) or (None, None)
+    interval = ""
+    if low is not None and high is not None:
+        interval = show_interval(Estimate(value, low, high, 0), metric.unit)
+    return f"{show_value(value, metric.unit)} {interval}".strip()
 
 
 def _number(value: float | None, form: str) -> str:

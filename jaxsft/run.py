@@ -20,7 +20,7 @@ from jaxsft.config import TrainConfig
 from jaxsft.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from jaxsft.hosts import from_first
 from jaxsft.json_file import write_json
-from jaxsft.measure import eval_loss, measure, write_before
+from jaxsft.measure import losses, measure, values, write_before
 from jaxsft.metrics import MetricsWriter, last_step_of
 from jaxsft.peft_io import save_adapter
 from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
@@ -147,10 +147,10 @@ def evaluated(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -
     step, began_s = int(setup.state.step), time.monotonic()
     doing = f"measuring at step {step}"
     session.go_on(doing, more_s=run.clock.measure_s)
-    loss = eval_loss(run.config, run.data, setup, lambda: session.go_on(doing))
+    found = values(losses(run.config, run.data, setup, lambda: session.go_on(doing)))
     run.clock.measure_s = max(run.clock.measure_s, time.monotonic() - began_s)
-    writer.log(step, {"eval/loss": loss})
-    return loss
+    writer.log(step, {f"eval/{name}": value for name, value in found.items()})
+    return found["loss"]
 
 
 def catch_up(

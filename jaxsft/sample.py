@@ -1,10 +1,10 @@
 """Generation: jitted prefill, then jitted decoding with a KV cache, over batches of prompts.
 
-Prompts are right-padded to a power of two, so that a shape bucket compiles once; every row decodes
-from its own position, and padding is overwritten before any token can see it.
+Prompts are padded on their left to a power of two, so that all rows of a batch write their new
+tokens into the same slots of the cache, and a batch of any lengths runs a program of its bucket.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from jaxsft.attention import Tokens
 from jaxsft.config import EvalOptions
-from jaxsft.model import KVCache
+from jaxsft.model import Gemma, KVCache
+from jaxsft.sharding import constrain
 
 MIN_PROMPT_BUCKET = 32
 
@@ -26,9 +29,24 @@ class Generation(NamedTuple):
     stopped: bool
 
 
+class _Program(NamedTuple):
+    """What is compiled in."""
+
+    graphdef: nnx.GraphDef
+    options: EvalOptions
+    mesh: Mesh | None
+
+
+class _Rows(NamedTuple):
+    """A batch of prompts. `numbers` are their places among all: what their draws depend on."""
+
+    tokens_BT: np.ndarray  # int32, padded on the left
+    lengths_B: np.ndarray  # int32
+    numbers_B: np.ndarray  # int32
+
+
 class _Loop(NamedTuple):
     cache: KVCache
-    logits_BV: jax.Array  # of the token to draw next
     out_BT: jax.Array  # int32, the tokens drawn so far
     num_drawn: jax.Array  # int32 scalar
     done_B: jax.Array  # bool
@@ -43,9 +61,15 @@ def generate(
     options: EvalOptions,
     stop_ids: Sequence[int],
     on_batch: Callable[[], None] = lambda: None,
+    mesh: Mesh | None = None,
 ) -> list[Generation]:
     """Answers `prompts` (token ids, BOS included), in their order; calls `on_batch` before each
     batch.
+
+    The rows of a batch are split over the devices of `mesh`, and batches made up to a multiple of
+    them; with several processes all must call, and all get all answers. Two programs are compiled,
+    prefill and decoding, for each power of two (from 32 on) that the longest prompts of the batches
+    are padded to: 2 for prompts of up to 32 tokens, at most 10 for up to 512.
 
     The draw for prompt i depends on (options.seed, i) and the position alone, so neither batch size
     nor the other prompts change it.
@@ -53,105 +77,167 @@ def generate(
     Raises:
       ValueError: a prompt is empty or, with max_new_tokens, beyond the model's positions.
     """
-    model = nnx.merge(graphdef, adapter, frozen)
-    limit = model.config.max_positions
+    program = _Program(graphdef, options, mesh)
+    limit = nnx.merge(graphdef, adapter, frozen).config.max_positions
     for i, prompt in enumerate(prompts):
-        if not prompt or len(prompt) + options.max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; it needs at least 1 and, with "
-                f"max_new_tokens {options.max_new_tokens}, at most {limit}"
-            )
+        _check_length(f"prompt {i}", prompt, options, limit)
     # Neighbours in length share a batch, and so a small bucket.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    num_devices = 1 if mesh is None else mesh.size
+    batch_size = num_devices * -(-min(options.batch_size, len(order)) // num_devices)
     answers: dict[int, Generation] = {}
-    for low in range(0, len(order), options.batch_size):
+    for low in range(0, len(order), max(batch_size, 1)):
         on_batch()
-        indices = order[low : low + options.batch_size]
+        indices = order[low : low + batch_size]
         # A short last batch is filled up by repeating its first prompt: no other shape to compile.
-        rows = indices + [indices[0]] * (options.batch_size - len(indices))
-        lengths = np.array([len(prompts[i]) for i in rows], np.int32)
-        bucket = max(MIN_PROMPT_BUCKET, 1 << int(lengths.max() - 1).bit_length())
-        tokens = np.zeros((len(rows), bucket), np.int32)
-        for row, i in enumerate(rows):
-            tokens[row, : lengths[row]] = prompts[i]
-        num_slots = bucket + options.max_new_tokens
-        logits, cache = _prefill(adapter, frozen, tokens, lengths, graphdef, num_slots)
-        out, num_drawn, done = _decode(
-            adapter,
-            frozen,
-            cache,
-            logits,
-            lengths,
-            np.array(rows, np.int32),
-            graphdef,
-            tuple(stop_ids),
-            options,
+        rows = _pad(prompts, indices + [indices[0]] * (batch_size - len(indices)))
+        token_B, cache = _prefill(adapter, frozen, rows, program)
+        stops = np.array(stop_ids, np.int32)
+        end = _decode(adapter, frozen, cache, token_B, rows, stops, program)
+        out_BT, num_drawn, done_B = (
+            np.asarray(end.out_BT),
+            int(end.num_drawn),
+            np.asarray(end.done_B),
         )
-        for row, i in enumerate(indices):
-            answers[i] = _finish(np.asarray(out)[row, : int(num_drawn)], bool(done[row]), stop_ids)
+        for i, ids, done in zip(indices, out_BT[:, :num_drawn], done_B, strict=False):
+            length = int(np.argmax(np.isin(ids, stop_ids))) if done else num_drawn
+            answers[i] = Generation(ids[:length].tolist(), stopped=bool(done))
     return [answers[i] for i in range(len(prompts))]
 
 
-def _finish(ids: np.ndarray, done: bool, stop_ids: Sequence[int]) -> Generation:
-    if not done:
-        return Generation(ids.tolist(), stopped=False)
-    end = int(np.argmax(np.isin(ids, stop_ids)))
-    return Generation(ids[:end].tolist(), stopped=True)
-
-
-@partial(jax.jit, static_argnums=(4, 5))
-def _prefill(
+def stream(
+    graphdef: nnx.GraphDef,
     adapter: nnx.State,
     frozen: nnx.State,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    graphdef: nnx.GraphDef,
-    num_slots: int,
+    prompt: Sequence[int],
+    *,
+    options: EvalOptions,
+    stop_ids: Sequence[int],
+) -> Iterator[int]:
+    """The tokens of `generate`'s answer to this prompt alone, as they come.
+
+    Compiles two programs for each power of two that prompts are padded to.
+
+    Raises:
+      ValueError: the prompt is empty or, with max_new_tokens, beyond the model's positions.
+    """
+    limit = nnx.merge(graphdef, adapter, frozen).config.max_positions
+    _check_length("the prompt", prompt, options, limit)
+    program = _Program(graphdef, options, None)
+    rows = _pad([prompt], [0])
+    token_B, cache = _prefill(adapter, frozen, rows, program)
+    for n in range(1, options.max_new_tokens + 1):
+        token = int(token_B[0])
+        if token in stop_ids:
+            return
+        yield token
+        if n < options.max_new_tokens:
+            token_B, cache = _decode_one(adapter, frozen, cache, token_B, rows, n, program)
+
+
+def _check_length(what: str, prompt: Sequence[int], options: EvalOptions, limit: int) -> None:
+    if not prompt or len(prompt) + options.max_new_tokens > limit:
+        raise ValueError(
+            f"{what} has {len(prompt)} tokens; it needs at least 1 and, with "
+            f"max_new_tokens {options.max_new_tokens}, at most {limit}"
+        )
+
+
+def _pad(prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> _Rows:
+    lengths = np.array([len(prompts[i]) for i in numbers], np.int32)
+    bucket = max(MIN_PROMPT_BUCKET, 1 << int(lengths.max() - 1).bit_length())
+    tokens = np.zeros((len(numbers), bucket), np.int32)
+    for row, i in zip(tokens, numbers, strict=True):
+        row[bucket - len(prompts[i]) :] = prompts[i]
+    return _Rows(tokens, lengths, np.array(numbers, np.int32))
+
+
+@partial(jax.jit, static_argnames="program")
+def _prefill(
+    adapter: nnx.State, frozen: nnx.State, rows: _Rows, program: _Program
 ) -> tuple[jax.Array, KVCache]:
-    """Logits [B, V] after each row's last prompt token, and the filled cache."""
-    model = nnx.merge(graphdef, adapter, frozen)
-    batch, length = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    cache = model.init_cache(batch, num_slots)
-    hidden_BTD, cache = model.with_cache(tokens_BT, positions_BT, cache)
-    last = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last), cache
+    """The first token of each row's answer [B], and the cache with the prompts."""
+    model = nnx.merge(program.graphdef, adapter, frozen)
+    batch, length = rows.tokens_BT.shape
+    positions_BT = jnp.arange(length) - length + rows.lengths_B[:, None]
+    where = Tokens(jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
+    # The last token is drawn, but never read.
+    num_slots = length + program.options.max_new_tokens - 1
+    cache = model.init_cache(batch, num_slots, mesh=program.mesh)
+    hidden_BTD, cache = model.with_cache(rows.tokens_BT, where, cache, mesh=program.mesh)
+    return _draw(model, hidden_BTD[:, -1], rows, 0, program), cache
 
 
-@partial(jax.jit, static_argnums=(6, 7, 8))
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def _decode(
     adapter: nnx.State,
     frozen: nnx.State,
     cache: KVCache,
-    logits_BV: jax.Array,
-    lengths_B: jax.Array,
-    prompt_ids_B: jax.Array,
-    graphdef: nnx.GraphDef,
-    stop_ids: tuple[int, ...],
-    options: EvalOptions,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws until all rows stop: (tokens [B, max_new_tokens], number drawn, stopped [B])."""
-    model = nnx.merge(graphdef, adapter, frozen)
-    batch = logits_BV.shape[0]
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(options.seed), i))(prompt_ids_B)
+    token_B: jax.Array,
+    rows: _Rows,
+    stop_ids: jax.Array,
+    program: _Program,
+) -> _Loop:
+    """Draws until all rows stop."""
+    model = nnx.merge(program.graphdef, adapter, frozen)
 
     def draw_one(loop: _Loop) -> _Loop:
-        n = loop.num_drawn
-        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, n))(keys)
-        token_B = sample_token(loop.logits_BV, step_keys, options)
-        out_BT = loop.out_BT.at[:, n].set(token_B)
-        done_B = loop.done_B | jnp.isin(token_B, jnp.array(stop_ids))
-        positions_BT = (lengths_B + n)[:, None]
-        hidden, cache = model.with_cache(token_B[:, None], positions_BT, loop.cache)
-        return _Loop(cache, model.logits(hidden[:, 0]), out_BT, n + 1, done_B)
+        n, last_B = loop.num_drawn, loop.out_BT[:, loop.num_drawn - 1]
+        token_B, cache = _step(model, loop.cache, last_B, rows, n, program)
+        done_B = loop.done_B | jnp.isin(token_B, stop_ids)
+        return _Loop(cache, loop.out_BT.at[:, n].set(token_B), n + 1, done_B)
 
     def unfinished(loop: _Loop) -> jax.Array:
-        return (loop.num_drawn < options.max_new_tokens) & ~jnp.all(loop.done_B)
+        return (loop.num_drawn < program.options.max_new_tokens) & ~jnp.all(loop.done_B)
 
-    out = jnp.zeros((batch, options.max_new_tokens), jnp.int32)
-    start = _Loop(cache, logits_BV, out, jnp.int32(0), jnp.zeros((batch,), bool))
+    out_BT = jnp.zeros((len(token_B), program.options.max_new_tokens), jnp.int32)
+    start = _Loop(cache, out_BT.at[:, 0].set(token_B), jnp.int32(1), jnp.isin(token_B, stop_ids))
     end = jax.lax.while_loop(unfinished, draw_one, start)
-    return end.out_BT, end.num_drawn, end.done_B
+    # Whole on every device, so on every process.
+    return end._replace(
+        out_BT=constrain(end.out_BT, program.mesh, None, None),
+        done_B=constrain(end.done_B, program.mesh, None),
+    )
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
+def _decode_one(
+    adapter: nnx.State,
+    frozen: nnx.State,
+    cache: KVCache,
+    token_B: jax.Array,
+    rows: _Rows,
+    n: int,
+    program: _Program,
+) -> tuple[jax.Array, KVCache]:
+    model = nnx.merge(program.graphdef, adapter, frozen)
+    return _step(model, cache, token_B, rows, n, program)
+
+
+def _step(
+    model: Gemma,
+    cache: KVCache,
+    token_B: jax.Array,
+    rows: _Rows,
+    n: jax.Array | int,
+    program: _Program,
+) -> tuple[jax.Array, KVCache]:
+    """Token n of each row's answer after token n - 1."""
+    where = Tokens((rows.lengths_B + n - 1)[:, None], jnp.ones_like(token_B)[:, None])
+    hidden_BTD, cache = model.with_cache(token_B[:, None], where, cache, mesh=program.mesh)
+    return _draw(model, hidden_BTD[:, 0], rows, n, program), cache
+
+
+def _draw(
+    model: Gemma, hidden_BD: jax.Array, rows: _Rows, n: jax.Array | int, program: _Program
+) -> jax.Array:
+    def key(number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(program.options.seed), number), n
+        )
+
+    keys_B = jax.vmap(key)(rows.numbers_B)
+    return sample_token(model.logits(hidden_BD), keys_B, program.options)
 
 
 def sample_token(logits_BV: jax.Array, keys_B: jax.Array, options: EvalOptions) -> jax.Array:
@@ -159,14 +245,13 @@ def sample_token(logits_BV: jax.Array, keys_B: jax.Array, options: EvalOptions) 
     if options.temperature == 0 or options.top_k == 1:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits = logits_BV / options.temperature
-    if options.top_k:
-        kth = jax.lax.top_k(logits, options.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if options.top_p < 1:
-        # Keep a token when the likelier ones alone do not reach top_p yet.
-        descending = -jnp.sort(-logits, axis=-1)
-        probs = jax.nn.softmax(descending, axis=-1)
-        kept = jnp.cumsum(probs, axis=-1) - probs < options.top_p
-        lowest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys_B, logits).astype(jnp.int32)
+    draw = jax.vmap(jax.random.categorical)
+    if not options.top_k and options.top_p >= 1:
+        return draw(keys_B, logits).astype(jnp.int32)
+    num_tokens = logits.shape[-1]
+    best, ids = jax.lax.top_k(logits, min(options.top_k or num_tokens, num_tokens))  # descending
+    # Keep a token when the likelier ones alone do not reach top_p yet.
+    probs = jax.nn.softmax(best, axis=-1)
+    kept = jnp.cumsum(probs, axis=-1) - probs < options.top_p
+    drawn = draw(keys_B, jnp.where(kept, best, -jnp.inf))
+    return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]

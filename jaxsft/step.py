@@ -7,6 +7,7 @@ rows, with one gather of the adapter before and one reduction of its gradient af
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxsft.fused import FusedSpec, loss_and_gradients
-from jaxsft.fused import loss as fused_loss
+from jaxsft.fused import losses as fused_losses
 from jaxsft.fused_weights import group_adapter, write_adapter
-from jaxsft.loss import chunked_cross_entropy
+from jaxsft.loss import chunked_cross_entropy, chunked_token_losses
 from jaxsft.packing import Batch
 from jaxsft.sharding import (
     constrain,
@@ -89,15 +90,20 @@ def train_state_shardings(state: TrainState, spec: StepSpec) -> TrainState:
     return shardings._replace(history=jax.tree.map(lambda _: named(spec.mesh), state.history))
 
 
-def _loss_sum(
-    adapter: nnx.State, frozen: nnx.State, batch: Batch, key: jax.Array | None, spec: StepSpec
-) -> tuple[jax.Array, jax.Array]:
-    """(sum of the losses in nats, number of loss tokens) of one micro-batch [B, T]."""
+def _loss(
+    head: Callable[..., Any],
+    adapter: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    key: jax.Array | None,
+    spec: StepSpec,
+) -> Any:
+    """`head`, one of loss.py's chunked functions, of one micro-batch [B, T]."""
     model = nnx.merge(spec.graphdef, adapter, frozen)
     hidden_BTD = model(
         batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mesh=spec.mesh, dropout_key=key
     )
-    return chunked_cross_entropy(
+    return head(
         hidden_BTD,
         model.embedding[...],
         jnp.asarray(batch.targets_BT),
@@ -112,7 +118,7 @@ def _gradient_sum(
     adapter: nnx.State, frozen: nnx.State, batch: Batch, key: jax.Array | None, spec: StepSpec
 ) -> tuple[nnx.State, jax.Array, jax.Array]:
     """Gradient of the loss *sum*, that sum, and its token count, over all micro-batches."""
-    grad_fn = jax.value_and_grad(_loss_sum, has_aux=True)
+    grad_fn = jax.value_and_grad(partial(_loss, chunked_cross_entropy), has_aux=True)
     count = spec.accumulation_steps
     if count == 1:
         (loss_sum, num_tokens), grads = grad_fn(adapter, frozen, batch, key, spec)
@@ -242,27 +248,22 @@ def train_step(
 
 
 @partial(jax.jit, static_argnames="spec")
-def eval_step(
-    adapter: nnx.State, frozen: Any, batch: Batch, *, spec: StepSpec
-) -> tuple[jax.Array, jax.Array]:
-    """(loss sum in nats, number of loss tokens) of a batch [B, T], without dropout."""
+def eval_step(adapter: nnx.State, frozen: Any, batch: Batch, *, spec: StepSpec) -> jax.Array:
+    """float32 [B, T]: the loss in nats of every position, 0 where it bears none; no dropout."""
     if spec.fused is None:
-        return _loss_sum(adapter, frozen, batch, None, spec)
+        return _loss(chunked_token_losses, adapter, frozen, batch, None, spec)
     settings, rows = spec.fused, partition_spec("batch")
 
     def local(adapter, weights, batch):
         whole = jax.tree.map(lambda x: x.astype(settings.dtype), adapter)
-        grouped = group_adapter(whole, settings.layout)
-        loss_sum = fused_loss(weights, grouped, batch, settings)
-        num_tokens = jnp.sum(batch.loss_mask_BT, dtype=jnp.int32)
-        return jax.lax.psum((loss_sum, num_tokens), "data")
+        return fused_losses(weights, group_adapter(whole, settings.layout), batch, settings)
 
     whole_spec = partition_spec()
     return jax.shard_map(
         local,
         mesh=spec.mesh,
         in_specs=(whole_spec, whole_spec, rows),
-        out_specs=(whole_spec, whole_spec),
+        out_specs=rows,
         check_vma=False,
     )(adapter, frozen, batch)
 

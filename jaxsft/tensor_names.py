@@ -3,6 +3,7 @@
 Loading, merged export and PEFT adapters all go by it, in either direction.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 from jaxsft.presets import GemmaConfig
@@ -52,3 +53,18 @@ def layer_tensors(config: GemmaConfig) -> tuple[TensorName, ...]:
     """The tensors of one layer."""
     norms = _PRE_AND_POST_NORMS if config.post_norms else _PRE_NORMS
     return LINEAR_TENSORS + norms + (_QK_NORMS if config.qk_norm else ())
+
+
+def check_shapes(
+    path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    """ValueError that names every missing, extra and misshapen tensor of the weights at `path`."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise ValueError(f"{path}: tensors do not fit the config: {'; '.join(problems)}")

@@ -1,4 +1,4 @@
-"""Pretrained weights: Hugging Face safetensors and GGUF into the model's tree, and back out.
+"""Pretrained weights: safetensors, GGUF and Flax checkpoints into the model's tree, and back out.
 
 Memory: one tree leaf at a time is built on the host, block by block from a memory map, and handed
 over to its device or sharding; there never is a second copy of the model.
@@ -20,22 +20,24 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxsft.flax_io import FlaxCheckpoint, is_flax_checkpoint
 from jaxsft.gguf_io import GGUFFile, hf_config
 from jaxsft.model import Gemma, layer_location
 from jaxsft.presets import GemmaConfig, from_hf_config
 from jaxsft.safetensors_io import SafetensorsDirectory
 from jaxsft.sharding import state_shardings
-from jaxsft.tensor_names import ROOT_TENSORS, layer_tensors
+from jaxsft.tensor_names import ROOT_TENSORS, check_shapes, layer_tensors
 
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsInfo:
-    """Where weights came from. `format` is "safetensors" or "gguf".
+    """Where weights came from. `format` is "safetensors", "gguf" or "flax".
 
     `digest` (hex) tells any two sets of weights apart: the SHA-256 of a GGUF file, or the SHA-256
-    over the config and each safetensors file's name and SHA-256. Every byte is hashed, 1.5 GB/s.
+    over the config and the name and SHA-256 of each safetensors file, or of every file of a Flax
+    checkpoint. Every byte is hashed, 1.5 GB/s.
     """
 
     name: str
@@ -45,7 +47,7 @@ class WeightsInfo:
 
 
 class TensorSource(Protocol):
-    """What `GGUFFile` and `SafetensorsDirectory` have in common."""
+    """What `GGUFFile`, `SafetensorsDirectory` and `FlaxCheckpoint` have in common."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -70,7 +72,7 @@ def load_model(
     remat: str = "none",
     mesh: Mesh | None = None,
 ) -> tuple[Gemma, WeightsInfo]:
-    """A Gemma with the weights of a Hugging Face directory or a `.gguf` file.
+    """A Gemma with the weights of a Hugging Face directory, a `.gguf` file or a Flax checkpoint.
 
     Weights are cast to `param_dtype`; `dtype` and `remat` are the model's. With a mesh each leaf
     goes to the devices that its axes name, otherwise to the default device.
@@ -165,14 +167,22 @@ def _open(path: Path) -> tuple[TensorSource, WeightsInfo]:
         return gguf, WeightsInfo(config.name, "gguf", _sha256(path), config)
     if not path.is_dir():
         what = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}; give a Hugging Face model directory or a GGUF file")
-    config = from_hf_config(path / "config.json")
-    directory = SafetensorsDirectory(path)
+        raise ValueError(
+            f"{path} {what}; give a Hugging Face model directory, a GGUF file or a Flax checkpoint"
+        )
+    directory: SafetensorsDirectory | FlaxCheckpoint
+    if is_flax_checkpoint(path):
+        directory = FlaxCheckpoint(path)
+        config, kind = directory.config, "flax"
+    else:
+        config, kind = from_hf_config(path / "config.json"), "safetensors"
+        directory = SafetensorsDirectory(path)
     # The name is no part of the identity: a copy of the weights may have another one.
     identity: list[Any] = [dataclasses.asdict(dataclasses.replace(config, name=""))]
-    identity += [[file.name, _sha256(file)] for file in directory.files]
+    for file in directory.files:
+        identity.append([file.relative_to(directory.path).as_posix(), _sha256(file)])
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return directory, WeightsInfo(path.resolve().name, "safetensors", digest, config)
+    return directory, WeightsInfo(directory.path.resolve().name, kind, digest, config)
 
 
 def _sha256(path: Path) -> str:
@@ -193,20 +203,6 @@ def _leaf_parts(config: GemmaConfig, is_gguf: bool) -> dict[tuple, list[_Part]]:
             leaf_parts = parts.setdefault((group, index, *tensor.tree), [])
             leaf_parts.append(_Part(f"{name}.weight", row))
     return parts
-
-
-def check_shapes(source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:
-    """ValueError that names every missing, extra and misshapen tensor of `source`."""
-    found = source.shapes
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ValueError(f"{source.path}: tensors do not fit the config: {'; '.join(problems)}")
 
 
 def fill(source: TensorSource, name: str, target: np.ndarray, shift: float = 0.0) -> None:
@@ -234,7 +230,7 @@ def _check_tensors(
     head = "output.weight" if is_gguf else "lm_head.weight"
     if head in source.shapes:
         expected[head] = expected[embedding]
-    check_shapes(source, expected)
+    check_shapes(source.path, source.shapes, expected)
     if head in source.shapes:
         pairs = zip(source.blocks(head), source.blocks(embedding), strict=True)
         if not all(np.array_equal(a, b) for (_, a), (_, b) in pairs):

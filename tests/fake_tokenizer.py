@@ -38,12 +38,12 @@ class FakeTokenizer:
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         names = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
         data = b""
         for token in ids:
             if token < 256:
                 data += bytes([token])
-            else:
+            elif token >= 261 or not skip_special:
                 data += (names[token - 256] if token < 261 else self._words[token - 261]).encode()
         return data.decode("utf-8", errors="replace")

@@ -112,11 +112,12 @@ def test_equals_the_plain_step(name: str, overrides: dict[str, int], recompute: 
         fused = (*fused[:2], dataclasses.replace(fused[2], fused=settings))
     batch, results = batch_of(6), []
     for state, frozen, spec in (plain, fused):
-        loss_sum, num_tokens = eval_step(state.adapter, frozen, batch, spec=spec)
+        losses_BT = np.asarray(eval_step(state.adapter, frozen, batch, spec=spec))
         state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
-        assert abs(float(loss_sum) / float(num_tokens) - float(metrics["loss"])) < 1e-5
-        results.append((metrics, state))
-    (expected, state), (metrics, fused_state) = results
+        assert abs(losses_BT.sum() / batch.loss_mask_BT.sum() - float(metrics["loss"])) < 1e-5
+        results.append((metrics, state, losses_BT))
+    (expected, state, expected_losses_BT), (metrics, fused_state, losses_BT) = results
+    np.testing.assert_allclose(losses_BT, expected_losses_BT, atol=1e-4)
     assert abs(float(metrics["loss"]) - float(expected["loss"])) < 1e-5
     assert int(metrics["num_loss_tokens"]) == int(expected["num_loss_tokens"])
     assert_gradients_equal(fused_state.moments.trace, state.moments.trace)

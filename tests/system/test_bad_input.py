@@ -173,7 +173,7 @@ def replace(path: Path, text: str | None) -> None:
         ("model.safetensors", "", "model.safetensors"),
         ("model.safetensors", None, "safetensors"),
         ("tokenizer.model", LFS_POINTER, "tokenizer.model: a Git LFS pointer"),
-        ("tokenizer.model", None, "tokenizer.model: cannot be read"),
+        ("tokenizer.model", None, "has no tokenizer.model; name one"),
         ("config.json", "{", "config.json"),
         ("config.json", None, "config.json"),
         ("config.json", '{"model_type": "llama"}', "llama"),
@@ -197,7 +197,7 @@ def test_model_paths(
     # A tokenizer given on its own does not hide the model's absence.
     good = str(tiny_model_dir / "tokenizer.model")
     line = refuse("--model.path", missing, "--model.tokenizer", good)
-    assert missing in line and "does not exist" in line
+    assert missing in line and "no such file or directory" in line
     # Another Gemma's tokenizer has other ids for the same text.
     other = files / "other.model"
     other.write_bytes(tokenizer.model_bytes)

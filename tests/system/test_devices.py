@@ -177,7 +177,7 @@ def measure() -> dict[str, Any]:
             weights = jax.tree.map(jnp.copy, fuse(frozen, layout))
             placed = jax.device_put(weights, named(mesh))
         state = step.init_state(adapter, spec)
-        loss_sum, num_tokens = step.eval_step(
+        losses_BT = step.eval_step(
             state.adapter, placed, step.put_batch(batches[0], mesh), spec=spec
         )
         cache_size, history, gradients, changes = step.train_step._cache_size(), [], [], []
@@ -199,7 +199,7 @@ def measure() -> dict[str, Any]:
             "num_devices": mesh.size,
             "losses": [loss for loss, _ in history],
             "num_loss_tokens": [count for _, count in history],
-            "eval_loss": float(loss_sum) / int(num_tokens),
+            "eval_loss": float(losses_BT.sum()) / int(batches[0].loss_mask_BT.sum()),
             "gradient_differences": [
                 max(differences(ours, theirs))
                 for ours, theirs in zip(gradients, reference["gradients"], strict=True)

@@ -13,7 +13,8 @@ MAY_LOSE = {"a second signal", "fit-deadline, kill -9", "a hang", "a second trai
 SLOW = {
     *("fit-deadline, kill -9", "another rank, model, data, …", "fork", "fork of another model"),
     *("a hang", "two trainers at once", "stdout on a full disk", "directory deleted"),
-    *("disk read-only for some steps", "more steps than time"),
+    *("disk read-only for some steps", "more steps than time", "the session's end"),
+    *("loss spikes, kill -9", "a second trainer, kill -9", "disk full to the end"),
 }
 
 

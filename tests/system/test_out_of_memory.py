@@ -40,6 +40,7 @@ def train(
     return run
 
 
+@pytest.mark.slow
 def test_the_named_setting_is_one_that_fits(
     train: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

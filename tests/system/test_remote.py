@@ -39,6 +39,7 @@ def export(gcs: FakeGcs, directory: Path) -> Path:
     return directory / "runs" / "run"
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_save_goes_on_on_another_machine(gcs: FakeGcs, tmp_path: Path) -> None:
     runs = TinyRuns(tmp_path)
     runs.finish("run", *LENGTH)

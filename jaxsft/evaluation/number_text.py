@@ -1,0 +1,85 @@
+r"""The numbers in a text that a model or a data set wrote, as exact fractions.
+
+    72   -3   −3   +4   1,234.50   .5   5.   007         as they stand
+    $18   -$5   $-5   25%   72km   3 apples              the number; what it counts is not looked at
+    3/4   1 1/2   ½   1½   \frac{3}{4}                   fractions and mixed numbers
+    2.5e3   1.5×10^6   1.5 \times 10^{6}                 powers of ten, up to two digits
+    3-4   10 - 3   x-5   (2)-1                           a range or a subtraction: no signs here
+    2024-05-01   12/25/2024                              a date: no number
+    m2   H2O   v1.2.3 from its second point on           part of a name: no number
+
+A comma groups thousands or separates numbers; a point begins decimals. A percent sign doesn't
+divide by 100, and "million" doesn't multiply: both are what is counted.
+"""
+
+import re
+import unicodedata
+from fractions import Fraction
+
+_MAX_DIGITS = 100  # more is a model that repeats itself; int() itself refuses beyond 4,300
+
+_MINUS = r"\-\u2212\u2013"  # hyphen, minus sign, en dash
+_MONEY = "[$€£¥]"
+_NUMBER = re.compile(
+    rf"""
+    (?<!\d)\d{{4}}-\d\d-\d\d(?!\d) | (?<![\d/])\d{{1,2}}/\d{{1,2}}/\d{{4}}(?!\d)  # dates
+    | (?P<sign> (?<![A-Za-z0-9)\]}}%°{_MINUS}]) (?:[{_MINUS}]{_MONEY}?|{_MONEY}[{_MINUS}]) )?
+      (?<![A-Za-z0-9]) (?<!\d\.)
+      (?:
+        (?<!/) (?:(?P<whole>\d+)[ ])? (?P<over>\d+)/(?P<under>0*[1-9]\d*) (?!\d|/|\.\d)
+        | (?P<decimal>
+            (?: \d{{1,3}}(?:[,\u2009\u202f]\d{{3}})+(?!,?\d) | \d+ ) (?:\.\d*)?
+            | (?<!\.)\.\d+
+          )
+          (?: [eE](?P<e>[+-]?\d{{1,2}})(?![A-Za-z0-9])
+            | \s?(?:×|x|\*|\\times)\s?10\^(?P<brace>\{{)?(?P<ten>-?\d{{1,2}})(?(brace)\}})(?!\d)
+          )?
+      )
+    """,
+    re.VERBOSE | re.ASCII,
+)
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # ½ and its like
+_FRAC = re.compile(r"(?:(\d)\s*)?\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
+
+
+def find_numbers(text: str) -> list[Fraction]:
+    """The numbers in the text, in order; the module's docstring says what counts as one."""
+    return [number for match in _NUMBER.finditer(_plain(text)) for number in _values(match)]
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The one number that the whole text is, but for signs and marks around it; None otherwise."""
+    text = _plain(text).replace("\\boxed", "")
+    numbers = find_numbers(text)
+    is_bare = len(numbers) == 1 and not any(c.isalnum() for c in _NUMBER.sub("", text))
+    return numbers[0] if is_bare else None
+
+
+def _values(match: re.Match[str]) -> list[Fraction]:
+    """What a match of _NUMBER stands for: nothing for a date, two for a whole beside a 5/2."""
+    sign = -1 if match["sign"] else 1
+    if len(match[0]) > _MAX_DIGITS:
+        return []
+    if match["over"]:
+        fraction = Fraction(int(match["over"]), int(match["under"]))
+        if match["whole"] is None:
+            return [sign * fraction]
+        whole = int(match["whole"])
+        return [sign * (whole + fraction)] if fraction < 1 else [Fraction(sign * whole), fraction]
+    if match["decimal"]:
+        digits = re.sub(r"[^\d.]", "", match["decimal"])
+        return [sign * Fraction(digits) * Fraction(10) ** int(match["e"] or match["ten"] or 0)]
+    return []
+
+
+def _plain(text: str) -> str:
+    """The text with LaTeX's and Unicode's own ways to write numbers in plain characters."""
+    text = _VULGAR.sub(_latex_fraction, text)
+    text = text.replace("\u2044", "/").replace("\u00a0", " ").replace("{,}", ",")
+    text = text.replace("\\!", "").replace("\\$", "$").replace("\\%", "%")
+    return _FRAC.sub(lambda m: f"{m[1]} {m[2]}/{m[3]}" if m[1] else f"{m[2]}/{m[3]}", text)
+
+
+def _latex_fraction(vulgar: re.Match[str]) -> str:
+    over, under = unicodedata.normalize("NFKC", vulgar[0]).split("\u2044")
+    return f"\\frac{{{over}}}{{{under}}}"

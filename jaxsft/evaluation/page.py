@@ -1,0 +1,292 @@
+"""One or two models' answers as one page: prompt by prompt, side by side, to be filtered.
+
+Nothing is loaded from anywhere. Every text of a model, of data or of a file name goes through
+`html.escape`; whatever might come of a mistake there is forbidden by the content security policy,
+which lets no script run but the page's own, known by its hash.
+"""
+
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from html import escape
+from itertools import takewhile
+from typing import NamedTuple
+
+from jaxsft.evaluation.intervals import Difference, Estimate
+from jaxsft.evaluation.page_style import SCRIPT, STYLE
+from jaxsft.evaluation.scoring import (
+    TAGS,
+    Answer,
+    AnswerScores,
+    Comparison,
+    Metric,
+    answer_part,
+    final_number,
+    format_fault,
+    score_answer,
+    show_interval,
+    show_p_value,
+    show_value,
+)
+from jaxsft.reasoning import split_completion
+from jaxsft.text import visible
+
+_TAG = re.compile("(" + "|".join(TAGS) + ")")
+_NOTE = "In brackets: 95% intervals (of rates Wilson's, else the percentile bootstrap)."
+_PAIRED_NOTE = (
+    " p: paired permutation test by sign flips, for rates the exact McNemar test; not corrected "
+    "for the number of lines."
+)
+
+
+class _Row(NamedTuple):
+    """The answers to one prompt and their scores; `kinds` are the filters that show it."""
+
+    answers: Sequence[Answer]
+    scores: Sequence[AnswerScores]
+    kinds: frozenset[str]
+
+
+def compare_page(
+    title: str,
+    names: Sequence[str],
+    answers: Sequence[Sequence[Answer]],
+    table: Sequence[Comparison],
+    *,
+    about: str = "",
+) -> str:
+    """The whole page, as HTML in UTF-8.
+
+    Args:
+      title: of the page.
+      names: of the one or two models.
+      answers: each model's, to the same prompts in the same order.
+      table: the lines of the summary (`scoring.compare`, and losses).
+      about: a line below the title, such as the data and the decoding options.
+    """
+    assert 1 <= len(names) <= 2 and len(names) == len(answers)
+    rows = [_row(each) for each in zip(*answers, strict=True)]
+    common = _common_beginning([row.answers[0].prompt for row in rows])
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    body = [
+        f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>",
+        _table(names, table),
+        _filters(names, rows),
+    ]
+    if common:
+        body.append(
+            '<details class="card"><summary>Every prompt begins with the same '
+            f'{len(common.split()):,} words</summary><div class="text">{_shown(common)}</div>'
+            "</details>"
+        )
+    body += [_article(number, row, names, len(common)) for number, row in enumerate(rows, 1)]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _row(answers: Sequence[Answer]) -> _Row:
+    scores = [score_answer(answer) for answer in answers]
+    kinds = set()
+    match [score.correct for score in scores]:
+        case [True]:
+            kinds.add("right")
+        case [False]:
+            kinds.add("wrong")
+        case [True, True]:
+            kinds.add("both-right")
+        case [True, False]:
+            kinds.add("only-first-right")
+        case [False, True]:
+            kinds.add("only-second-right")
+        case [False, False]:
+            kinds.add("none-right")
+    if len({_said(answer, score) for answer, score in zip(answers, scores, strict=True)}) > 1:
+        kinds.add("differ")
+    if not all(score.exact_format for score in scores):
+        kinds.add("format-broken")
+    if any(score.truncated for score in scores):
+        kinds.add("cut-off")
+    return _Row(answers, scores, frozenset(kinds))
+
+
+def _said(answer: Answer, score: AnswerScores) -> Fraction | str | None:
+    """What two answers must share not to differ: the number where it counts, else the text."""
+    if score.correct is not None:
+        return final_number(answer.text)
+    part = answer_part(answer.text)
+    return answer.text if part is None else part.strip()
+
+
+def _common_beginning(prompts: Sequence[str]) -> str:
+    """The paragraphs that all prompts begin with, such as the system text; nothing for one."""
+    if len(prompts) < 2:
+        return ""
+    paragraphs = zip(*(prompt.split("\n\n")[:-1] for prompt in prompts), strict=False)
+    common = takewhile(lambda each: len(set(each)) == 1, paragraphs)
+    return "".join(f"{each[0]}\n\n" for each in common)
+
+
+def _filters(names: Sequence[str], rows: Sequence[_Row]) -> str:
+    """The form that the script listens to, each filter with its count; none that shows nothing."""
+    labels = {
+        "all": "all",
+        "right": "right",
+        "wrong": "wrong",
+        "only-first-right": f"only {names[0]} right",
+        "only-second-right": f"only {names[-1]} right",
+        "both-right": "both right",
+        "none-right": "neither right",
+        "differ": "answers differ",
+        "format-broken": "format broken",
+        "cut-off": "cut off",
+    }
+    pills = []
+    for kind, label in labels.items():
+        num = len(rows) if kind == "all" else sum(kind in row.kinds for row in rows)
+        if num:
+            checked = " checked" if kind == "all" else ""
+            pills.append(
+                f'<label><input type="radio" name="show" value="{kind}"{checked}>'
+                f"<span>{escape(label)} <b>{num:,}</b></span></label>"
+            )
+    return (
+        '<form class="filters"><fieldset><legend>Show</legend>'
+        f"{''.join(pills)}</fieldset>"
+        '<p><input type="search" id="search" placeholder="Search the texts" aria-label="Search">'
+        "<output></output><small><kbd>/</kbd> search <kbd>j</kbd> <kbd>k</kbd> next, previous "
+        "<kbd>Esc</kbd> clear</small></p></form>"
+    )
+
+
+def _table(names: Sequence[str], table: Sequence[Comparison]) -> str:
+    columns, note = list(names), _NOTE
+    if len(names) == 2:
+        columns, note = [*names, "difference", "p"], _NOTE + _PAIRED_NOTE
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    lines = []
+    for metric, estimates, difference in table:
+        cells = [
+            f'<td data-name="{escape(name)}">{_estimate(metric, each)}</td>'
+            for name, each in zip(names, estimates, strict=True)
+        ]
+        if len(names) == 2:
+            cells += _difference(metric, difference)
+        lines.append(f'<tr><th scope="row">{escape(metric.label)}</th>{"".join(cells)}</tr>')
+    return (
+        f'<section class="card"><table><thead><tr><th></th>{head}</tr></thead>'
+        f'<tbody>{"".join(lines)}</tbody></table><p class="note">{note}</p></section>'
+    )
+
+
+def _estimate(metric: Metric, estimate: Estimate) -> str:
+    """The value, its interval, and for shares both drawn on a line from 0 to 100%."""
+    shown = f"<b>{show_value(estimate.value, metric.unit)}</b>"
+    interval = f" <i>{show_interval(estimate, metric.unit)}</i>"
+    if metric.unit not in ("rate", "share") or math.isnan(estimate.value):
+        return shown + interval
+    low, high = (
+        estimate.value if math.isnan(bound) else bound for bound in (estimate.low, estimate.high)
+    )
+    return (
+        f'{shown}{interval}<span class="track">'
+        f'<span style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></span>'
+        f'<b style="left:{100 * estimate.value:.2f}%"></b></span>'
+    )
+
+
+def _difference(metric: Metric, difference: Difference | None) -> list[str]:
+    if difference is None:
+        return ['<td class="difference"></td>', '<td class="p"></td>']
+    gain = difference.value * metric.better
+    verdict = ""
+    if gain and difference.p_value < 0.05:
+        verdict = '<em class="good">better</em>' if gain > 0 else '<em class="bad">worse</em>'
+    shown = show_value(difference.value, metric.unit, signed=True)
+    interval = show_interval(difference, metric.unit, signed=True)
+    return [
+        f'<td class="difference"><b>{shown}</b> <i>{interval}</i> {verdict}</td>',
+        f'<td class="p">{escape(show_p_value(difference.p_value))}</td>',
+    ]
+
+
+def _article(number: int, row: _Row, names: Sequence[str], num_common: int) -> str:
+    first = row.answers[0]
+    parts = split_completion(first.reference)
+    expected = "The row's own answer"
+    if row.scores[0].correct is not None and parts:
+        expected = f"Expected <b>{escape(parts[1])}</b>"
+    sides = "".join(map(_side, names, row.answers, row.scores))
+    kinds = " ".join(sorted(row.kinds))
+    return (
+        f'<article id="prompt-{number}" tabindex="-1" data-kinds="{kinds}">'
+        f'<h2>{number}</h2><div class="prompt">'
+        f'<div class="text">{_shown(first.prompt[num_common:])}</div>'
+        f"<details><summary>{expected}</summary>"
+        f'<div class="text">{_coloured(first.reference)}</div></details></div>'
+        f'<div class="sides">{sides}</div></article>'
+    )
+
+
+def _side(name: str, answer: Answer, score: AnswerScores) -> str:
+    badges = []
+    if score.correct is not None:
+        number = final_number(answer.text)
+        given = "no number" if number is None else _number(number)
+        badges.append(
+            _badge("good", f"✓ {given}") if score.correct else _badge("bad", f"✗ {given}")
+        )
+        if not score.correct and score.partial:
+            badges.append(_badge("near", "within 10%"))
+        if not score.correct and score.last_number_correct:
+            badges.append(_badge("near", "last number is right"))
+    fault = format_fault(answer.text)
+    badges.append(_badge("bad", f"✗ format: {fault}") if fault else _badge("good", "✓ format"))
+    if score.truncated:
+        badges.append(_badge("bad", "✂ cut off"))
+    facts = f"{answer.num_tokens:,} tokens"
+    if score.repetition:
+        facts += f", {show_value(score.repetition, 'share')} repeated"
+    return (
+        f'<section><h3>{escape(name)}</h3><p class="badges">{"".join(badges)}<small>{facts}</small>'
+        f'</p><div class="text">{_coloured(answer.text)}</div></section>'
+    )
+
+
+def _badge(kind: str, text: str) -> str:
+    return f'<span class="badge {kind}">{escape(text)}</span>'
+
+
+def _number(number: Fraction) -> str:
+    """As a decimal where that is exact, else as a fraction."""
+    decimal = f"{float(number):.12g}"
+    return decimal if Fraction(decimal) == number else str(number)
+
+
+def _coloured(text: str) -> str:
+    """The text with its tags marked, reasoning dim, answer bright, the rest odd; escaped."""
+    parts = _TAG.split(text)
+    inside, shown = "outside" if len(parts) > 1 else "untagged", []
+    for part in parts:
+        if part in TAGS:
+            name = part.strip("</>")
+            inside = "outside" if part.startswith("</") else name
+            shown.append(f'<span class="tag {name}">{escape(part)}</span>')
+        elif part:
+            shown.append(f'<span class="{inside}">{_shown(part)}</span>')
+    return "".join(shown) or "<em>nothing</em>"
+
+
+def _shown(text: str) -> str:
+    """The text line by line, what has no shape made visible; escaped."""
+    return escape("\n".join(visible(line) for line in text.split("\n")))

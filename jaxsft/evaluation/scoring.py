@@ -1,0 +1,272 @@
+r"""What an evaluation counts in the answers that a model generated, and how two models compare.
+
+A number is looked for in two places. `final_number` takes the first one inside the answer's tags,
+as the field's GRPO demonstrations do, or the first in the last `\boxed{}` there. `last_number`
+takes the last one of the whole text, tags or none, as GSM8K is scored without a format: it is fair
+to a base model that has never seen the tags.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+from jaxsft.evaluation.intervals import Difference, Estimate, difference, mean, share
+from jaxsft.evaluation.number_text import find_numbers, parse_number
+from jaxsft.reasoning import split_completion
+
+# As the field's GRPO demonstrations test it; `is_exact_format` asks for each tag once as well.
+EXACT_FORMAT = re.compile(
+    r"^\s*<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>\s*$", re.DOTALL
+)
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+# The first <answer> that no other <answer> follows before it is closed, or before the text ends.
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", re.DOTALL)
+_NEAR = (Fraction(9, 10), Fraction(11, 10))
+_REPEATED_WORDS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A generated answer beside its prompt and the row's own completion, as text.
+
+    `num_tokens`: generated, without the stop token. `stopped`: by a stop token, not by the limit.
+    """
+
+    prompt: str
+    reference: str
+    text: str
+    num_tokens: int
+    stopped: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerScores:
+    """What one answer counts for; None where the question does not arise.
+
+    The words of the parts are None without the exact format. `repetition` is `repeated_share`.
+    `correct` (`final_number` equals `reference_number`), `partial` (it is at most 10% off) and
+    `last_number_correct` are None where the reference is no number.
+    """
+
+    exact_format: bool
+    each_tag_once: bool
+    stopped: bool
+    truncated: bool
+    num_tokens: int
+    reasoning_words: int | None
+    answer_words: int | None
+    repetition: float | None
+    correct: bool | None
+    partial: bool | None
+    last_number_correct: bool | None
+
+
+class Metric(NamedTuple):
+    """What a line of the table or a series of a plot shows.
+
+    `name` in files and TensorBoard, `label` for people. A "rate" is a share of the answers, a
+    "share" a mean of shares. `better` is 1 where more is better, -1 where less is, 0 elsewhere.
+    """
+
+    name: str
+    label: str
+    unit: Literal["rate", "share", "words", "tokens", "nats", "perplexity", "count"]
+    better: Literal[1, 0, -1]
+
+
+class Comparison(NamedTuple):
+    """A metric of one model or of two; the difference (second minus first) is on what both have."""
+
+    metric: Metric
+    estimates: Sequence[Estimate]
+    difference: Difference | None = None
+
+
+# In the order of the table, each the mean over answers of a field of AnswerScores.
+_METRICS = {
+    "exact_format": Metric("exact_format", "exact format", "rate", 1),
+    "each_tag_once": Metric("each_tag_once", "each tag once", "rate", 1),
+    "correct": Metric("accuracy", "accuracy", "rate", 1),
+    "partial": Metric("accuracy_partial", "accuracy within 10%", "rate", 1),
+    "last_number_correct": Metric("accuracy_last_number", "accuracy of last number", "rate", 1),
+    "stopped": Metric("stop_rate", "stopped by itself", "rate", 1),
+    "truncated": Metric("truncation_rate", "cut off at the limit", "rate", -1),
+    "repetition": Metric("repetition", "repeated 4-word runs", "share", -1),
+    "num_tokens": Metric("mean_tokens", "tokens", "tokens", 0),
+    "reasoning_words": Metric("mean_reasoning_words", "words of reasoning", "words", 0),
+    "answer_words": Metric("mean_answer_words", "words of answer", "words", 0),
+}
+_DISTINCT = Metric("distinct_answers", "distinct answers", "count", 0)
+ANSWER_METRICS = (*_METRICS.values(), _DISTINCT)  # in the order of a table
+_ACCURACIES = [_METRICS[field] for field in ("correct", "partial", "last_number_correct")]
+
+
+def user_text(rendered_prompt: str) -> str:
+    """The text of a decoded prompt's last user turn, the system text in front of it included."""
+    last_turn = rendered_prompt.rsplit("<start_of_turn>user\n", 1)[-1]
+    return last_turn.split("<end_of_turn>", 1)[0]
+
+
+def is_exact_format(text: str) -> bool:
+    """The whole text is <reasoning>…</reasoning>, then <answer>…</answer>, each tag once."""
+    # Counted first: over many tags the pattern's three lazy parts take cubic time.
+    return has_each_tag_once(text) and bool(EXACT_FORMAT.match(text))
+
+
+def has_each_tag_once(text: str) -> bool:
+    """Each of the four tags stands in the text once, wherever."""
+    return all(text.count(tag) == 1 for tag in TAGS)
+
+
+def format_fault(text: str) -> str | None:
+    """Why the text isn't in the exact format, in a few words; None where it is."""
+    if is_exact_format(text):
+        return None
+    missing = [tag for tag in TAGS if tag not in text]
+    if missing:
+        return "no tags" if len(missing) == len(TAGS) else f"no {', '.join(missing)}"
+    for tag in TAGS:
+        if (num := text.count(tag)) > 1:
+            return f"{num} × {tag}"
+    if sorted(TAGS, key=text.index) != list(TAGS):
+        return "tags out of order"
+    if not text.lstrip().startswith(TAGS[0]):
+        return f"text before {TAGS[0]}"
+    if not text.rstrip().endswith(TAGS[-1]):
+        return f"text after {TAGS[-1]}"
+    return "nothing between two tags"
+
+
+def answer_part(text: str) -> str | None:
+    """What stands between the answer's tags, whatever stands around them; None without <answer>.
+
+    An answer that is never closed reaches to the end of the text; of several the first counts.
+    """
+    match = _ANSWER.search(text)
+    return match[1] if match else None
+
+
+def final_number(text: str) -> Fraction | None:
+    r"""The first number of the answer part, of its last `\boxed{}` if any; None without one."""
+    numbers = find_numbers((answer_part(text) or "").rpartition("\\boxed{")[2])
+    return numbers[0] if numbers else None
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of the whole text, whatever its form; None without one."""
+    numbers = find_numbers(text)
+    return numbers[-1] if numbers else None
+
+
+def reference_number(reference: str) -> Fraction | None:
+    """The number that a row's own completion gives as its whole answer (GSM8K); None elsewhere."""
+    parts = split_completion(reference)
+    return parse_number(parts[1]) if parts else None
+
+
+def repeated_share(text: str) -> float | None:
+    """1 - distinct / all runs of four words; None in a text without four words.
+
+    This is seq-rep-4 of Welleck et al. (2019, arXiv:1908.04319, equation 8), over words between
+    white space where theirs is over tokens.
+    """
+    words = text.split()
+    num_runs = len(words) - _REPEATED_WORDS + 1
+    if num_runs < 1:
+        return None
+    runs = {tuple(words[begin : begin + _REPEATED_WORDS]) for begin in range(num_runs)}
+    return 1 - len(runs) / num_runs
+
+
+def score_answer(answer: Answer) -> AnswerScores:
+    """Scores one answer."""
+    exact = is_exact_format(answer.text)
+    parts = EXACT_FORMAT.match(answer.text) if exact else None
+    wanted, given = reference_number(answer.reference), final_number(answer.text)
+    is_number = wanted is not None
+    return AnswerScores(
+        exact_format=exact,
+        each_tag_once=has_each_tag_once(answer.text),
+        stopped=answer.stopped,
+        truncated=not answer.stopped,
+        num_tokens=answer.num_tokens,
+        reasoning_words=len(parts[1].split()) if parts else None,
+        answer_words=len(parts[2].split()) if parts else None,
+        repetition=repeated_share(answer.text),
+        correct=given == wanted if is_number else None,
+        partial=_is_near(given, wanted) if wanted is not None else None,
+        last_number_correct=last_number(answer.text) == wanted if is_number else None,
+    )
+
+
+def _is_near(given: Fraction | None, wanted: Fraction) -> bool:
+    if given is None or wanted == 0:
+        return given == wanted
+    return _NEAR[0] <= given / wanted <= _NEAR[1]
+
+
+def count_distinct(answers: Sequence[Answer]) -> int:
+    """How many different answer parts the exactly formatted answers have."""
+    texts = (answer.text for answer in answers if is_exact_format(answer.text))
+    return len({match[2].strip() for match in map(EXACT_FORMAT.match, texts) if match})
+
+
+def compare(left: Sequence[Answer], right: Sequence[Answer] | None = None) -> list[Comparison]:
+    """Every metric of one model's answers, or of two models' answers to the same prompts.
+
+    The accuracies are left out where no reference is a number. A length is NaN without any exactly
+    formatted answer; its difference is over the prompts to which both models' answers are.
+
+    Raises:
+      ValueError: there are no answers, or the two models were asked differently.
+    """
+    sides = [left] if right is None else [left, right]
+    if not all(sides):
+        raise ValueError("no answers to score")
+    if len({tuple(answer.prompt for answer in side) for side in sides}) > 1:
+        raise ValueError("the two models answered different prompts; evaluate both on the same set")
+    scores = [[score_answer(answer) for answer in side] for side in sides]
+    lines = []
+    for field, metric in _METRICS.items():
+        columns = [[getattr(score, field) for score in side] for side in scores]
+        if metric in _ACCURACIES and all(value is None for value in columns[0]):
+            continue
+        estimator = share if metric.unit == "rate" else mean
+        estimates = [estimator([x for x in column if x is not None]) for column in columns]
+        pairs = [pair for pair in zip(*columns, strict=True) if None not in pair]
+        gain = difference(*zip(*pairs, strict=True)) if right is not None and pairs else None
+        lines.append(Comparison(metric, estimates, gain))
+    distinct = [Estimate(count_distinct(side), math.nan, math.nan, len(side)) for side in sides]
+    return [*lines, Comparison(_DISTINCT, distinct)]
+
+
+def summarize(answers: Sequence[Answer]) -> dict[str, float]:
+    """The value of every metric in `compare`, and `num_answers`, by name: for files and plots."""
+    values = {line.metric.name: line.estimates[0].value for line in compare(answers)}
+    return values | {"num_answers": len(answers)}
+
+
+def show_value(value: float, unit: str, *, signed: bool = False) -> str:
+    """A value for people, such as 43.2%, – for NaN; signed a difference, such as −1.5 points."""
+    if math.isnan(value):
+        return "–"
+    is_share = unit in ("rate", "share")
+    digits = {"nats": 4, "perplexity": 2, "count": 0}.get(unit, 1)
+    number = f"{value * (100 if is_share else 1):{'+' if signed else ''},.{digits}f}"
+    return number.replace("-", "−") + ((" points" if signed else "%") if is_share else "")
+
+
+def show_interval(estimate: Estimate | Difference, unit: str, *, signed: bool = False) -> str:
+    """The interval for people, such as [38.4, 48.1] beside 43.2%; empty where there is none."""
+    if math.isnan(estimate.low):
+        return ""
+    bounds = [show_value(x, unit, signed=signed) for x in (estimate.low, estimate.high)]
+    return f"[{bounds[0]}, {bounds[1]}]".replace("%", "").replace(" points", "")
+
+
+def show_p_value(p_value: float) -> str:
+    """The p value for people, such as 0.034 or < 0.001."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,0 +1,304 @@
+"""Writes what was trained for other programs: `python -m jaxsft.export RUN --format merged`.
+
+The export loads itself again in the other library, in a process of its own, and has its logits
+compared before it gets its name. Nothing is left of one that was interrupted.
+
+Exit codes: 0 exported; 1 it drifts (kept under NAME.drifting), or writing failed; 2 bad input.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from jaxsft import __version__, lora
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, command_line, fail, parse_options
+from jaxsft.config import Dtype
+from jaxsft.exporting.card import model_card
+from jaxsft.exporting.hf_model import DTYPES, MergedWeights, write_configs, write_weights
+from jaxsft.exporting.hf_tokenizer import write_tokenizer
+from jaxsft.exporting.output import (
+    MANIFEST,
+    check_replaceable,
+    check_space,
+    digests,
+    put_in_place,
+    scratch_beside,
+    sha256,
+)
+from jaxsft.exporting.verify import (
+    LOGIT_BOUND,
+    Probe,
+    chat_problem,
+    make_probes,
+    max_difference,
+    our_logits,
+    own_versions,
+    peer_logits,
+    peer_versions,
+    rounded,
+)
+from jaxsft.flax_io import write_flax
+from jaxsft.json_file import write_json
+from jaxsft.model import Gemma
+from jaxsft.models import Origin, check_tokenizer, find_model, load, open_tokenizer
+from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig, load_adapter, save_adapter
+from jaxsft.presets import GemmaConfig
+from jaxsft.run import configure_jax
+from jaxsft.terminal import make_console
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.weights import TensorSource, WeightsInfo, load_model
+from jaxsft.weights import _open as open_weights
+
+DESCRIPTION = (
+    "Writes a run's model, an adapter or a base model for other programs, with a model card and a "
+    "manifest, and has the other library load it and compute the same logits."
+)
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+FLAX_MODEL, TUNIX_LORA = "model", "tunix-lora"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """The options of this command."""
+
+    model: str
+    """A run's directory, a PEFT adapter, or a base model (to convert it)."""
+    format: Literal["peft", "merged", "flax"] = "merged"
+    """The adapter for PEFT; a whole model for transformers; or Kaggle's Flax layout, with Tunix's
+    LoRA-only one beside it."""
+    output: str | None = None
+    """New directory to write; by default exports/NAME-FORMAT. An earlier export of the same model
+    in the same format is replaced, nothing else is."""
+    dtype: Dtype = "bfloat16"
+    """How whole models are stored. An adapter alone is always float32."""
+    max_shard_bytes: int = 2**30
+    """Largest safetensors file of a merged model."""
+    base_model: str | None = None
+    """The model that the adapter belongs to, in place of the one that it names."""
+    tokenizer: str | None = None
+    """tokenizer.model or .gguf file, in place of the model's own."""
+    no_verify: bool = False
+    """Leave out the check in the other library, and say so in the manifest."""
+
+
+class Export(NamedTuple):
+    """What an export is made from. `adapter` is None for a base model."""
+
+    options: ExportOptions
+    origin: Origin
+    tokenizer: Tokenizer
+    source: TensorSource
+    info: WeightsInfo
+    weights: MergedWeights
+    adapter: AdapterConfig | None
+    adapter_only: Gemma | None  # `without_weights`, but for the adapter
+
+
+class Check(NamedTuple):
+    """What the other library made of an export; `problem` says what is wrong with it."""
+
+    peer: str
+    difference: float
+    problem: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    console = make_console()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = parse_options("jaxsft.export", DESCRIPTION, arguments, ExportOptions)
+        configure_jax()
+        return export(options, command_line("jaxsft.export", arguments), console)
+    except ValueError as error:
+        return fail(error, EXIT_BAD_INPUT)
+    except OSError as error:
+        return fail(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing of the export is left", EXIT_INTERRUPTED)
+
+
+def export(options: ExportOptions, command: str, console: Console) -> int:
+    """Writes, checks and names the export; returns the exit code. Raises ValueError, OSError."""
+    if options.max_shard_bytes < 1:
+        raise ValueError(f"--max_shard_bytes {options.max_shard_bytes}: must be above 0")
+    given = Path(options.model.rstrip("/").partition("@")[0])
+    name = given.parent.name if given.name == "adapter" and given.parent.name else given.name
+    output = Path(options.output or Path("exports", f"{name}-{options.format}"))
+    drifting = output.with_name(f"{output.name}.drifting")
+    for path in (output, drifting):
+        check_replaceable(path, options.format, options.model)
+    origin = find_model(options.model, options.tokenizer, options.base_model, console.print)
+    if origin.adapter is None and options.format == "peft":
+        raise ValueError(f"{options.model} has no adapter; --format merged or flax export a base")
+    versions = own_versions() | ({} if options.no_verify else peer_versions())
+    made = open_export(options, origin)
+    check_space(output, needed_bytes(made))
+    with scratch_beside(output) as directory:
+        console.print(f"Writing {output} ({options.format}) …")
+        write(directory, made)
+        check = None
+        if not options.no_verify:
+            console.print("Loading it again in the other library …")
+            check = verify(directory, made)
+        manifest = describe(made, check, versions, command)
+        card = model_card(origin, made.info.config, made.adapter, manifest, output.name)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        manifest["files"] = digests(directory)
+        write_json(directory / MANIFEST, manifest)
+        if check is not None and check.problem is not None:
+            put_in_place(directory, drifting)
+            return fail(f"{check.problem}; it is kept as {drifting}, for inspection", EXIT_FAILED)
+        put_in_place(directory, output)
+    if check is None:
+        console.print(f"Exported to {output}, NOT verified.")
+    else:
+        console.print(
+            f"Exported to {output}; {check.peer} gives the same logits within "
+            f"{check.difference:.1e} (at most {LOGIT_BOUND:.0e})."
+        )
+    return 0
+
+
+def open_export(options: ExportOptions, origin: Origin) -> Export:
+    """Opens everything and reads what is small; ValueError for what does not fit together."""
+    tokenizer = open_tokenizer(origin.tokenizer)
+    source, info = open_weights(origin.base)
+    check_tokenizer(tokenizer, info.config)
+    weights = MergedWeights(source, info, origin.adapter)
+    adapter = model = None
+    if origin.adapter is not None:
+        model = without_weights(info.config)
+        found = load_adapter(origin.adapter, model)
+        adapter = dataclasses.replace(found, base_model_name=origin.name)
+    return Export(options, origin, tokenizer, source, info, weights, adapter, model)
+
+
+def without_weights(config: GemmaConfig) -> Gemma:
+    """A model to put an adapter into: its own weights are zeros that take no memory."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
+    model: Any = nnx.merge(graphdef, state)
+    return model
+
+
+def write(directory: Path, made: Export) -> None:
+    """Writes the model's files into a new directory."""
+    options, config = made.options, made.info.config
+    if options.format == "peft":
+        assert made.adapter is not None and made.adapter_only is not None
+        save_adapter(directory, made.adapter_only, made.adapter)
+    elif options.format == "merged":
+        write_configs(directory, config, made.tokenizer, options.dtype)
+        write_tokenizer(directory, made.tokenizer, config.max_positions)
+        write_weights(
+            directory, made.weights, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
+        )
+    else:
+        write_flax(directory / FLAX_MODEL, made.weights.tensors(options.dtype), config)
+        (directory / "tokenizer.model").write_bytes(made.tokenizer.model_bytes)
+        if made.adapter is not None:
+            from jaxsft.flax_io import write_tunix_lora
+
+            given = write_tunix_lora(directory / TUNIX_LORA, made.adapter_only, made.adapter)
+            write_json(directory / f"{TUNIX_LORA}.json", given)
+
+
+def verify(directory: Path, made: Export) -> Check:
+    """Compares the export, loaded elsewhere, with the model that it was made from."""
+    format, info = made.options.format, made.info
+    probes = make_probes(made.tokenizer, info.config)
+    ours, problem = reference_logits(made, probes), None
+    if format == "flax":
+        peer = "jaxsft's own reader"
+        model, _ = load_model(directory / FLAX_MODEL, dtype="float32", param_dtype="float32")
+        theirs = our_logits(model, probes)
+    elif format == "merged":
+        peer = "transformers"
+        theirs, chats = peer_logits(directory, probes, adapter=None, chats=True)
+        problem = chat_problem(made.tokenizer, chats)
+    else:
+        peer = "transformers and PEFT"
+        with base_for_peft(directory, made) as base:
+            theirs, _ = peer_logits(base, probes, adapter=directory, chats=False)
+    difference = max_difference(ours, theirs)
+    if not difference <= LOGIT_BOUND:
+        problem = (
+            f"the export drifts: {peer} computes logits {difference:.2e} apart from ours "
+            f"(at most {LOGIT_BOUND:.0e})"
+        )
+    return Check(peer, difference, problem)
+
+
+def reference_logits(made: Export, probes: Sequence[Probe]) -> list[Any]:
+    """Of the base with the adapter beside it; merged first where the result is rounded."""
+    model = load(made.origin, dtype="float32", param_dtype="float32").model
+    if made.options.format != "peft" and made.options.dtype != "float32":
+        lora.merge(model)
+        model = rounded(lora.without_adapter(model), made.options.dtype)
+    return our_logits(model, probes)
+
+
+@contextmanager
+def base_for_peft(directory: Path, made: Export) -> Iterator[Path]:
+    """The base as transformers loads it: itself, or, of another format, written anew for now."""
+    if made.info.format == "safetensors":
+        yield made.origin.base
+        return
+    with TemporaryDirectory(dir=directory.parent, prefix=".base-") as path:
+        write_configs(Path(path), made.info.config, made.tokenizer, "float32")
+        base = MergedWeights(made.source, made.info, None)
+        write_weights(Path(path), base, dtype="float32", max_shard_bytes=2**30)
+        yield Path(path)
+
+
+def describe(
+    made: Export, check: Check | None, versions: dict[str, str], command: str
+) -> dict[str, Any]:
+    """The manifest, without its files."""
+    options, origin, info = made.options, made.origin, made.info
+    adapter = None
+    if origin.adapter is not None:
+        adapter = {"digest": sha256(origin.adapter / WEIGHTS_NAME)}
+    return {
+        "format": options.format,
+        "model": options.model,
+        "dtype": "float32" if options.format == "peft" else options.dtype,
+        "verified": check is not None and check.problem is None,
+        "problem": "not checked: --no-verify" if check is None else check.problem,
+        "max_abs_logit_difference": None if check is None else check.difference,
+        "bound": LOGIT_BOUND,
+        "peer": None if check is None else check.peer,
+        "versions": versions,
+        "base": {"name": origin.name, "digest": info.digest, "revision": origin.revision},
+        "adapter": adapter,
+        "run": None if origin.run_dir is None else origin.run_dir.name,
+        "command": command,
+        "jaxsft": __version__,
+    }
+
+
+def needed_bytes(made: Export) -> int:
+    """What the export and its check take on the disk, about."""
+    options, config = made.options, made.info.config
+    model_bytes = config.num_params * np.dtype(DTYPES[options.dtype]).itemsize
+    adapter_bytes = 0
+    if made.adapter is not None:
+        adapter_bytes = 4 * config.lora_params(made.adapter.rank, made.adapter.targets)
+    if options.format == "peft":
+        needs_base = made.info.format != "safetensors" and not options.no_verify
+        model_bytes = 4 * config.num_params if needs_base else 0
+    return model_bytes + adapter_bytes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

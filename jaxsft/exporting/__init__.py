@@ -1,0 +1,1 @@
+"""What `python -m jaxsft.export` is made of: writing, checking in another library, describing."""

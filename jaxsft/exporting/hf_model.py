@@ -1,0 +1,239 @@
+"""A Hugging Face model directory, streamed: the base's tensors with an adapter's update added.
+
+A tensor passes through in blocks of rows, so that memory stays at some of them (a tensor at most,
+where a whole one is asked for), whatever the model's size.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxsft.json_file import write_json
+from jaxsft.lora import lora_scale
+from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config
+from jaxsft.presets import GLOBAL, GemmaConfig
+from jaxsft.safetensors_io import SafetensorsDirectory
+from jaxsft.tensor_names import LINEAR_TENSORS, ROOT_TENSORS, check_shapes, layer_tensors
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.weights import TensorSource, WeightsInfo
+
+DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+_STORED = {"float32": "F32", "bfloat16": "BF16"}  # safetensors' names
+_MODEL_TYPES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+WEIGHTS = "model.safetensors"
+_HEADER_ALIGNMENT = 8
+
+
+class MergedWeights:
+    """A base model, with or without an adapter added, as a `TensorSource` of Hugging Face names.
+
+    W + scale · B A is computed in float32. What no adapter touches comes as the base stores it
+    (GGUF: dequantised, norms without the 1 that it adds), so that it can be copied bit for bit.
+    """
+
+    def __init__(self, source: TensorSource, info: WeightsInfo, adapter: Path | None):
+        """`source` and `info` are the base's; raises ValueError where the adapter doesn't fit."""
+        self.path, self.config = source.path, info.config
+        self._source = source
+        self._names = _source_names(info)
+        self.shapes = {name: _shape(info.config, name) for name in self._names}
+        self._check(info.format)
+        # GGUF stores 1 + weight for the norms.
+        self._shift = np.float32(-1.0 if info.format == "gguf" else 0.0)
+        self._updates: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if adapter is not None:
+            self._add(adapter)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, [rows, in]) of a tensor in order; [n] counts as one row.
+
+        Raises ValueError for NaN and infinity.
+        """
+        is_norm = len(self.shapes[name]) == 1
+        update = self._updates.get(name)
+        for start, block in self._source.blocks(self._names[name]):
+            if is_norm and self._shift:
+                block = block + self._shift
+            if update is not None:
+                b_OR, a_RI = update
+                block = block.astype(np.float32) + b_OR[start : start + len(block)] @ a_RI
+            if not np.isfinite(block).all():
+                raise ValueError(f"{self.path}: tensor {name} holds NaN or infinity: damaged")
+            yield start, block
+
+    def tensors(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, whole array in `dtype`) of every tensor, one after the other."""
+        for name, shape in self.shapes.items():
+            array = np.empty(shape, DTYPES[dtype])
+            rows = array[None] if array.ndim == 1 else array
+            for start, block in self.blocks(name):
+                rows[start : start + len(block)] = block
+            yield name, array
+
+    def _check(self, format: str) -> None:
+        """ValueError unless the base holds these tensors and no others but a tied head."""
+        source, embedding = self._source, "model.embed_tokens.weight"
+        expected = {stored: self.shapes[name] for name, stored in self._names.items()}
+        head = "output.weight" if format == "gguf" else "lm_head.weight"
+        if head in source.shapes:
+            expected[head] = self.shapes[embedding]
+        check_shapes(source.path, source.shapes, expected)
+        if head in source.shapes:
+            pairs = zip(source.blocks(head), source.blocks(self._names[embedding]), strict=True)
+            if not all(np.array_equal(a, b) for (_, a), (_, b) in pairs):
+                raise ValueError(f"{self.path}: {head} is not the embedding: not supported")
+
+    def _add(self, adapter: Path) -> None:
+        """Reads the update of every adapted matrix: (scale · B [out, r], A [r, in])."""
+        settings = read_adapter_config(adapter)
+        scale = np.float32(lora_scale(settings.rank, settings.alpha, settings.use_rslora))
+        source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
+        expected: dict[str, tuple[int, ...]] = {}
+        matrices = []
+        for layer in range(self.config.num_layers):
+            for tensor in LINEAR_TENSORS:
+                target = tensor.tree[1]
+                if target in settings.targets:
+                    name = f"model.layers.{layer}.{tensor.hf}"
+                    in_dim, out_dim = self.config.linear_shapes[target]
+                    expected[f"base_model.model.{name}.lora_A.weight"] = (settings.rank, in_dim)
+                    expected[f"base_model.model.{name}.lora_B.weight"] = (out_dim, settings.rank)
+                    matrices.append(name)
+        check_shapes(source.path, source.shapes, expected)
+
+        def whole(key: str) -> np.ndarray:
+            return np.concatenate([block for _, block in source.blocks(key)]).astype(np.float32)
+
+        for name in matrices:
+            a_RI, b_OR = (whole(f"base_model.model.{name}.lora_{ab}.weight") for ab in "AB")
+            self._updates[f"{name}.weight"] = scale * b_OR, a_RI
+
+
+def _source_names(info: WeightsInfo) -> dict[str, str]:
+    """Hugging Face's name of every tensor -> its name in the base, in the order of `hf_tensors`."""
+    is_gguf = info.format == "gguf"
+    names = {f"{t.hf}.weight": f"{t.gguf if is_gguf else t.hf}.weight" for t in ROOT_TENSORS}
+    for layer in range(info.config.num_layers):
+        for tensor in layer_tensors(info.config):
+            hf = f"model.layers.{layer}.{tensor.hf}.weight"
+            names[hf] = f"blk.{layer}.{tensor.gguf}.weight" if is_gguf else hf
+    return names
+
+
+def _shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
+    """The shape of a tensor by its Hugging Face name; linear weights are [out, in]."""
+    module = name.split(".")[-2]
+    if module in config.linear_shapes:
+        return config.linear_shapes[module][::-1]
+    if module == "embed_tokens":
+        return config.vocab_size, config.d_model
+    return (config.head_dim if module in ("q_norm", "k_norm") else config.d_model,)
+
+
+def write_weights(
+    directory: Path, weights: MergedWeights, *, dtype: str, max_shard_bytes: int
+) -> None:
+    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` (a larger tensor gets one
+    of its own) and their index, as `save_pretrained` names them.
+
+    Format: https://huggingface.co/docs/safetensors. Its own library wants a whole file in memory.
+    """
+    item_bytes = np.dtype(DTYPES[dtype]).itemsize
+    sizes = {name: math.prod(shape) * item_bytes for name, shape in weights.shapes.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = [WEIGHTS]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        weight_map = {name: f for f, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(directory / f"{WEIGHTS}.index.json", index)
+    for file, names in zip(files, shards, strict=True):
+        _write_shard(directory / file, weights, names, dtype)
+
+
+def _write_shard(path: Path, weights: MergedWeights, names: list[str], dtype: str) -> None:
+    item_bytes = np.dtype(DTYPES[dtype]).itemsize
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name in names:
+        start, end = end, end + math.prod(weights.shapes[name]) * item_bytes
+        shape = list(weights.shapes[name])
+        header[name] = {"dtype": _STORED[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            for _, block in weights.blocks(name):
+                file.write(block.astype(DTYPES[dtype]).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_configs(directory: Path, config: GemmaConfig, tokenizer: Tokenizer, dtype: str) -> None:
+    """Writes `config.json` and `generation_config.json`; generation ends at either stop token."""
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    values = to_hf_config(config) | ids | {"eos_token_id": tokenizer.eos_id, "dtype": dtype}
+    write_json(directory / "config.json", values)
+    stops = {"eos_token_id": list(tokenizer.stop_ids)}
+    write_json(directory / "generation_config.json", ids | stops)
+
+
+def to_hf_config(config: GemmaConfig) -> dict[str, Any]:
+    """The `config.json` of a model: what `presets.from_hf_config` reads, the name apart.
+
+    Rotary bases have the names of transformers 4, which 5 understands too.
+    """
+    model_type = "gemma3_text" if config.qk_norm else "gemma2" if config.post_norms else "gemma"
+    values: dict[str, Any] = {
+        "architectures": [_MODEL_TYPES[model_type]],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta_global,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+    }
+    if model_type == "gemma":
+        return values | {"hidden_act": "gelu_pytorch_tanh"}
+    scalar = config.query_scale**-2
+    kinds = ("full_attention" if t == GLOBAL else "sliding_attention" for t in config.layer_types)
+    values |= {
+        # A whole number in every Gemma; its square root's inverse is not exact.
+        "query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar,
+        "sliding_window": config.sliding_window,
+        "layer_types": list(kinds),
+        "attn_logit_softcapping": config.attn_softcap,
+        "final_logit_softcapping": config.final_softcap,
+    }
+    if model_type == "gemma3_text":
+        values["rope_local_base_freq"] = config.rope_theta_local
+    return values

@@ -1,0 +1,54 @@
+"""An export as transformers and PEFT see it. A script for a subprocess: nothing imports it.
+
+    python transformers_worker.py MODEL PROBES.npz OUT.npz [ADAPTER]
+
+PROBES: `ids_N` (token ids [T]) and `at_N` (positions to compare) of probe N; `chats`, JSON, where
+the tokenizer is to be tried. OUT: `logits_N`, float32 [len(at), V], and `chat_N`, the ids of chats.
+The weights are taken as stored and everything is computed in float32.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main(model_dir: str, probes_path: str, out_path: str, adapter_dir: str | None = None) -> None:
+    """Loads the model, and the adapter with PEFT, and writes what they say to the probes."""
+    import torch
+    import transformers
+
+    # sdpa leaves Gemma 2's attention soft cap out.
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager"
+    )
+    if adapter_dir is not None:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapter_dir)
+    model.eval()
+    results = {}
+    with np.load(probes_path) as probes, torch.no_grad():
+        names = [name.removeprefix("ids_") for name in probes.files if name.startswith("ids_")]
+        for name in names:
+            ids = torch.tensor(probes[f"ids_{name}"][None], dtype=torch.long)
+            at = torch.tensor(probes[f"at_{name}"], dtype=torch.long)
+            found = model(ids, logits_to_keep=at, use_cache=False).logits[0]
+            results[f"logits_{name}"] = found.float().numpy()
+        chats = json.loads(str(probes["chats"])) if "chats" in probes.files else []
+    if chats:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+        for i, messages in enumerate(chats):
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+            encoded = tokenizer(text, add_special_tokens=False)  # the template has <bos>
+            results[f"chat_{i}"] = np.asarray(encoded["input_ids"])
+    with Path(out_path).open("wb") as file:
+        np.savez(file, **results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

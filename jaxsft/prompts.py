@@ -1,0 +1,82 @@
+"""Files of prompts -> the turns that a model is asked.
+
+    {prompt}, {question}, {instruction}, {text, test_list}    one user turn, as training has it
+    {messages} or {conversations}                             up to the last user turn
+    a line of a .txt file                                     one user turn
+
+What a row has besides, an answer for instance, is left out. Turns are those that `convert_row`
+makes of the same row for training.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxsft.reasoning import Rejected, Turn, convert_row
+from jaxsft.sources import read_rows
+
+_ANSWER = "-"  # `convert_row` asks for one
+
+
+class Prompt(NamedTuple):
+    """The turns before an answer, from a file's line that `where` names."""
+
+    where: str
+    turns: tuple[Turn, ...]
+
+
+def read_prompts(path: Path, system: str) -> list[Prompt]:
+    """The prompts of a .txt file, or of a file that `read_rows` takes.
+
+    `system` goes in front of those that have no system turn. ValueError names file and line.
+    """
+    rows = _read_lines(path) if path.suffix == ".txt" else read_rows(path)
+    prompts = []
+    for where, row in rows:
+        try:
+            converted = convert_row(_with_answer(row))
+            if isinstance(converted, Rejected):
+                raise ValueError(converted.detail)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        turns = converted.turns[:-1]
+        if turns[0].role != "system":
+            turns = (Turn("system", system), *turns)
+        prompts.append(Prompt(where, turns))
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts")
+    return prompts
+
+
+def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """The row up to its last prompt, and an answer."""
+    for field in ("messages", "conversations"):
+        if isinstance(messages := row.get(field), list):
+            users = [i for i, message in enumerate(messages) if _role(message) in ("user", "human")]
+            asked = messages[: users[-1] + 1] if users else messages
+            return {field: [*asked, {"role": "assistant", "content": _ANSWER}]}
+        if field in row:
+            return row
+    for field in ("prompt", "question", "instruction"):
+        if field in row:
+            return {"prompt": row[field], "completion": _ANSWER}
+    if "test_list" in row:
+        return row | {"code": _ANSWER}
+    names = ", ".join(str(name)[:40] for name in list(row)[:8]) or "none"
+    raise ValueError(f"has no prompt, question, instruction or messages (found: {names})")
+
+
+def _role(message: Any) -> Any:
+    return message.get("role", message.get("from")) if isinstance(message, dict) else None
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", {"prompt": line}

@@ -1,0 +1,198 @@
+"""What export writes, against transformers and PEFT in this process."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from lora_twins import make_peft, twin
+from safetensors.numpy import load_file
+from twins import TWINS, WINDOW
+
+from jaxsft.chat import encode_chat, encode_prompt
+from jaxsft.export import without_weights
+from jaxsft.exporting.hf_model import MergedWeights, to_hf_config, write_weights
+from jaxsft.exporting.hf_tokenizer import write_tokenizer
+from jaxsft.json_file import write_json
+from jaxsft.peft_io import load_adapter, save_adapter
+from jaxsft.reasoning import Turn
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.weights import _open as open_weights
+from jaxsft.weights import load_model
+
+pytestmark = [
+    # peft 0.21 reads it of every transformers model.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+]
+
+LOGIT_BOUND = 1e-4
+TOKENS = torch.tensor(np.random.default_rng(0).integers(4, 256, (2, 3 * WINDOW)))
+
+
+class Case:
+    """A base in a Hugging Face directory, and an adapter that PEFT made and saved."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        hf_model, self.model = twin(name)
+        self.peft_model = make_peft(hf_model, random_b=True).eval()
+        self.base, self.adapter = root / "base", root / "adapter"
+        hf_model.save_pretrained(self.base)
+        self.peft_model.save_pretrained(self.adapter)
+        self.config = self.model.config
+
+    def weights(self) -> MergedWeights:
+        return MergedWeights(*open_weights(self.base), self.adapter)
+
+    def write(self, directory: Path, dtype: str = "float32", max_shard_bytes: int = 2**30) -> None:
+        directory.mkdir()
+        write_json(directory / "config.json", to_hf_config(self.config) | {"dtype": dtype})
+        write_weights(directory, self.weights(), dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def loaded(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_merged_is_what_peft_computes(name: str, tmp_path: Path) -> None:
+    case = Case(name, tmp_path)
+    case.write(tmp_path / "out", max_shard_bytes=40_000)
+
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors" and len(shards) > 2
+    assert max(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) < 50_000
+    ours, reference = logits(loaded(tmp_path / "out")), logits(case.peft_model)
+    assert (ours - reference).abs().max() <= LOGIT_BOUND
+    with case.peft_model.disable_adapter():
+        assert (logits(case.peft_model) - reference).abs().max() > 1000 * LOGIT_BOUND
+    # It can be read here again, too: a merged model is a starting point like any other.
+    _, info = load_model(tmp_path / "out", dtype="float32", param_dtype="float32")
+    assert info.config.layer_types == case.config.layer_types
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_adapter_written_without_the_base(name: str, tmp_path: Path) -> None:
+    case = Case(name, tmp_path)
+    model = without_weights(case.config)
+    save_adapter(tmp_path / "out", model, load_adapter(case.adapter, model))
+    found = peft.PeftModel.from_pretrained(copy.deepcopy(twin(name)[0]), tmp_path / "out").eval()
+    assert (logits(found) - logits(case.peft_model)).abs().max() <= LOGIT_BOUND
+
+
+@pytest.mark.parametrize("name", ["gemma1", "gemma3-1b"])
+def test_merged_tensors(name: str, tmp_path: Path) -> None:
+    """Against float64; untouched tensors are the base's, bit for bit; unmerged it is the base."""
+    case = Case(name, tmp_path)
+    case.write(tmp_path / "out")
+    base, merged = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "out"))
+    adapter = load_file(case.adapter / "adapter_model.safetensors")
+    assert merged.keys() == base.keys() and "lm_head.weight" not in merged
+    scale, num_adapted = 7.0 / 3, 0
+    for name_, weight in merged.items():
+        key = f"base_model.model.{name_.removesuffix('.weight')}.lora_{{}}.weight"
+        if key.format("A") not in adapter:
+            assert weight.tobytes() == base[name_].tobytes(), name_
+            continue
+        num_adapted += 1
+        b, a = (adapter[key.format(ab)].astype(np.float64) for ab in "BA")
+        update = scale * (b @ a)
+        size = np.abs(base[name_]) + scale * (np.abs(b) @ np.abs(a))
+        rounding = 4 * np.finfo(np.float32).eps * size
+        assert (np.abs(weight - (base[name_] + update)) <= rounding).all(), name_
+        assert (np.abs((weight - update) - base[name_]) <= rounding).all(), name_
+    assert num_adapted == 7 * case.config.num_layers
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    """Rounded once, from the float32 sum; the embedding of a bfloat16 base stays as it is.
+
+    The logits, computed in float32, move by no more than the weights' rounding of 2^-9 does: 0.05
+    of logits up to 30 was seen.
+    """
+    case = Case("gemma2", tmp_path)
+    case.write(tmp_path / "exact")
+    case.write(tmp_path / "out", dtype="bfloat16")
+    exact, rounded = (load_file(tmp_path / d / "model.safetensors") for d in ("exact", "out"))
+    for name, weight in exact.items():
+        assert rounded[name].tobytes() == weight.astype(ml_dtypes.bfloat16).tobytes(), name
+    moved = (logits(loaded(tmp_path / "out")) - logits(case.peft_model)).abs().max()
+    assert LOGIT_BOUND < moved < 3.0
+
+    half = Case("gemma2", tmp_path / "half")
+    twin("gemma2")[0].to(torch.bfloat16).save_pretrained(half.base)
+    twin("gemma2")[0].to(torch.float32)
+    half.write(tmp_path / "again", dtype="bfloat16")
+    base, out = (load_file(d / "model.safetensors") for d in (half.base, tmp_path / "again"))
+    embedding = "model.embed_tokens.weight"
+    assert out[embedding].tobytes() == base[embedding].tobytes()
+
+
+def test_the_adapter_must_fit(tmp_path: Path) -> None:
+    case, other = Case("gemma1", tmp_path / "1"), Case("gemma2", tmp_path / "2")
+    with pytest.raises(ValueError, match=r"unexpected base_model\.model\.model\.layers\.3\."):
+        MergedWeights(*open_weights(case.base), other.adapter)
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers' tokenizer of the files that we write for the real vocabulary."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory, tokenizer, max_positions=32_768)
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def test_tokenizer_gives_our_ids(exported: Any, tokenizer: Tokenizer) -> None:
+    golden = json.loads((Path(__file__).parents[1] / "golden/tokenizer_gemma3.json").read_text())
+    texts = [case["text"] for case in golden["cases"] + golden["literal_u2581"]]
+    texts += [
+        " " * 40,
+        "\n" * 40,
+        "\t" * 50,
+        "if x:\n        return  y\n",
+        Path(__file__).read_text(),
+    ]
+    found = exported(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert [t for t, ids in zip(texts, found, strict=True) if ids != tokenizer.encode(t)] == []
+    assert exported("Hello").input_ids == [tokenizer.bos_id, *tokenizer.encode("Hello")]
+    assert (exported.eos_token_id, exported.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
+    for text in texts[:40]:
+        assert exported.decode(tokenizer.encode(text)) == text
+
+
+CHATS = [
+    [Turn("user", "Hi")],
+    [Turn("system", " Be brief.\n"), Turn("user", "\n x  = 1\n\n\n    y\t")],
+    [Turn("system", "  "), Turn("user", "{{ 7 * 7 }} <b>ß</b>")],
+    [Turn("user", "One?"), Turn("assistant", " Two. "), Turn("user", "Three\n")],
+]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_chat_template_gives_our_ids(chat: list[Turn], exported: Any, tokenizer: Tokenizer) -> None:
+    messages = [turn._asdict() for turn in chat]
+    prompt = exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt == encode_prompt(tokenizer, chat)
+    answer = Turn("assistant", "<reasoning>a</reasoning>\n<answer>b</answer>")
+    whole = exported.apply_chat_template([*messages, answer._asdict()], return_dict=False)
+    # The template ends every turn with a newline, training the last one with <end_of_turn>.
+    newline = tokenizer.encode("\n")
+    assert whole == [*encode_chat(tokenizer, [*chat, answer]).ids.tolist(), *newline]
+
+
+def test_chat_template_refuses_other_roles(exported: Any) -> None:
+    for roles in (["assistant"], ["user", "user"], ["user", "system"], ["user", "tool"]):
+        with pytest.raises(Exception, match="the roles must be"):
+            exported.apply_chat_template([{"role": role, "content": "x"} for role in roles])

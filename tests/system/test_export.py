@@ -1,0 +1,277 @@
+"""The command as a user runs it: on a tiny Gemma 3 with real tokens, and on the real 270M."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from flax import nnx
+from safetensors.numpy import load_file
+
+from jaxsft import lora
+from jaxsft.export import main, without_weights
+from jaxsft.exporting.verify import LOGIT_BOUND
+from jaxsft.lora import TARGETS
+from jaxsft.peft_io import AdapterConfig, save_adapter
+from jaxsft.presets import GemmaConfig, from_hf_config
+from jaxsft.weights import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def write_adapter(directory: Path, config: GemmaConfig, base: str, size: float) -> Path:
+    """A random adapter of rank 4, as training writes it, whose B has entries of about `size`."""
+    model = without_weights(config)
+    lora.inject(model, rank=4, alpha=6.0, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    for path, variable in nnx.to_flat_state(lora.split(model)[1]):
+        if path[-1] == "b":
+            variable[...] = jnp.asarray(rng.normal(0, size, variable.shape), jnp.float32)
+    save_adapter(directory, model, AdapterConfig(4, 6.0, 0.0, False, TARGETS, base))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run, as far as export looks at it."""
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    write_adapter(
+        directory / "adapter", from_hf_config(tiny_model_dir / "config.json"), "tiny", 0.1
+    )
+    config = {
+        "name": "tiny",
+        "model": {"path": str(tiny_model_dir)},
+        "data": {"train_files": ["/home/me/train.jsonl"], "max_length": 160},
+        "global_batch_size": 4,
+        "learning_rate": 1e-3,
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    before = {"loss": 5.25, "exact_format": 0.0, "answers": []}
+    after = {"loss": 1.125, "exact_format": 0.75, "exact_format_low": 0.5, "answers": []}
+    result = {"before": before, "after": after | {"exact_format_high": 0.875}}
+    (directory / "result.json").write_text(json.dumps(result))
+    return directory
+
+
+def manifest_of(directory: Path) -> dict[str, Any]:
+    """The manifest, after its digests were compared with the files, all of them."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    files = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
+    del files["manifest.json"]
+    assert manifest["files"] == {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()
+    }
+    return manifest
+
+
+def test_merged(
+    run_dir: Path, tiny_model_dir: Path, command_environment: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "jaxsft.export", str(run_dir), "--output", str(output)]
+    environment = command_environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*command, "--dtype", "float32", "--max-shard-bytes", "100000"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "transformers gives the same logits within" in done.stdout
+
+    manifest = manifest_of(output)
+    assert manifest["verified"] and manifest["max_abs_logit_difference"] <= LOGIT_BOUND
+    assert manifest["bound"] == LOGIT_BOUND and manifest["run"] == "tiny"
+    assert (manifest["format"], manifest["dtype"]) == ("merged", "float32")
+    assert manifest["versions"]["torch"] == torch.__version__
+    digest = load_model(tiny_model_dir, dtype="float32", param_dtype="float32")[1].digest
+    assert manifest["base"]["digest"] == digest
+    assert len(list(output.glob("model-*-of-*.safetensors"))) > 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    embedding = "model.embed_tokens.weight"
+    found = load_file(output / index["weight_map"][embedding])[embedding]
+    base = load_file(tiny_model_dir / "model.safetensors")[embedding]
+    assert found.tobytes() == base.tobytes()
+
+    settings = transformers.GenerationConfig.from_pretrained(output)
+    assert (settings.eos_token_id, settings.bos_token_id, settings.pad_token_id) == ([1, 106], 2, 0)
+    card = (output / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "gemma" and front["pipeline_tag"] == "text-generation"
+    assert "LoRA: rank 4, alpha 6 (alpha / r)" in card and "`train.jsonl`" in card
+    assert "/home/me" not in card
+    assert "| loss | 5.25 | 1.125 |" in card
+    assert "| exact format | 0 | 0.75 [0.5, 0.875] |" in card
+
+
+def test_peft(run_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert main([str(run_dir), "--format=peft", "--output", str(output)]) == 0
+    manifest = manifest_of(output)
+    assert manifest["verified"] and manifest["max_abs_logit_difference"] <= 1e-4
+    assert manifest["peer"] == "transformers and PEFT"
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model_dir)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert peft.PeftModel.from_pretrained(base, output).peft_config["default"].r == 4
+    ours, theirs = (
+        load_file(d / "adapter_model.safetensors") for d in (run_dir / "adapter", output)
+    )
+    assert all(theirs[name].tobytes() == array.tobytes() for name, array in ours.items())
+
+
+def test_a_drifting_export_is_refused(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The fault: alpha without its division by the rank, in the merge alone."""
+    monkeypatch.setattr("jaxsft.exporting.hf_model.lora_scale", lambda rank, alpha, rs: alpha)
+    assert main([str(run_dir), "--output", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the export drifts: transformers computes logits ")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.drifting"]
+    manifest = manifest_of(tmp_path / "out.drifting")
+    assert not manifest["verified"] and manifest["max_abs_logit_difference"] > 10 * LOGIT_BOUND
+    assert "DRIFTING" in (tmp_path / "out.drifting" / "README.md").read_text()
+
+
+def test_without_the_other_libraries(
+    run_dir: Path,
+    command_environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", command_environment["PYTHONPATH"])
+    command = [str(run_dir), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs torch, transformers, peft (ImportError: torch at run time)" in line
+    assert "pip install 'jaxsft[export]', or --no-verify" in line
+    assert not list(tmp_path.iterdir())
+
+    assert main([*command, "--no-verify"]) == 0
+    assert "NOT verified" in capsys.readouterr().out
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["verified"] is False and manifest["max_abs_logit_difference"] is None
+    assert manifest["problem"] == "not checked: --no-verify"
+    assert "torch" not in manifest["versions"] and manifest["dtype"] == "bfloat16"
+
+    # The same export again takes its place; another one, or foreign files beside it, do not.
+    assert main([*command, "--no-verify"]) == 0
+    assert main([*command, "--no-verify", "--format", "peft"]) == 2
+    assert "exists and is not just an earlier peft export" in capsys.readouterr().err
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert main([*command, "--no-verify"]) == 2
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_base_model_has_no_adapter(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tiny_model_dir), "--format", "peft", "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "has no adapter" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+TRAIN = """
+import sys
+from jaxsft.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["plain", "fused"])
+def test_after_training(
+    step: str, tiny_model_dir: Path, command_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Whatever layout the step keeps the weights in: train, export, load elsewhere."""
+    row = {"prompt": "Name a red fruit.", "response": "<think>I recall: Apple.</think>\nApple."}
+    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    options = {
+        "output_dir": str(tmp_path / "runs"),
+        "name": "tiny",
+        "step": step,
+        "model.path": str(tiny_model_dir),
+        "data.train_files": str(tmp_path / "train.jsonl"),
+        "data.max_length": 160,
+        "data.drop_duplicates": "false",
+        "lora.r": 4,
+        "global_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *arguments],
+        env=command_environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"train step: {step}" in done.stdout
+    for format in ("merged", "peft"):
+        output = tmp_path / format
+        assert main([str(tmp_path / "runs/tiny"), "--format", format, "--output", str(output)]) == 0
+        assert manifest_of(output)["max_abs_logit_difference"] <= LOGIT_BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("merged", "float32"), ("merged", "bfloat16"), ("peft", "float32")]
+)
+def test_real_model(format: str, dtype: str, tmp_path: Path, real_gguf: Path) -> None:
+    from jaxsft.gguf_io import GGUFFile, hf_config
+
+    config = from_hf_config(hf_config(GGUFFile(real_gguf)))
+    adapter = write_adapter(tmp_path / "adapter", config, "google/gemma-3-270m", 0.02)
+    command = [str(adapter), "--base-model", "demo", "--format", format, "--dtype", dtype]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["verified"] and manifest["max_abs_logit_difference"] <= 2e-3
+
+
+PEAK = """
+import resource
+import sys
+from jaxsft.export import main
+code = main(sys.argv[1:])
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_merged_export(tmp_path: Path, real_gguf: Path) -> None:
+    """1,072 MB of float32 tensors pass through in blocks: the base is not in memory, nor a shard.
+
+    800 MB were seen: 240 are the GGUF's pages, which the system may take back, most of the others
+    JAX and the vocabulary.
+    """
+    output = ["--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, "demo", "--no-verify", "--dtype=float32", *output],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/model.safetensors").stat().st_size > 1_070_000_000
+    peak = int(done.stdout.split("PEAK ")[1])
+    assert peak < 1_000_000_000, peak

@@ -1,0 +1,267 @@
+"""What we write as Flax checkpoints, `gemma` and Tunix load, each with its own loader and model.
+
+A virtual environment each; pip makes them on the first run (benchmarks/peer_venvs.py).
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from lora_twins import clone
+from twins import TWINS, make_twin, to_jax
+
+from benchmarks import peer_venvs
+from jaxsft.flax_io import write_flax
+from jaxsft.lora import inject, resolve_targets
+from jaxsft.model import Gemma
+from jaxsft.peft_io import AdapterConfig
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.tunix_io import write_tunix_lora
+from jaxsft.weights import hf_tensors, load_model
+
+pytestmark = pytest.mark.slow
+
+FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
+# The peers know no query scale but head_dim^-0.5.
+PEER_SCALE = {"gemma1": {}} | {name: {"query_pre_attn_scalar": 16} for name in TWINS[1:]}
+PROMPTS = [
+    "The capital of France is Paris, and the capital of Italy is Rome. The capital of Spain is",
+    "Question: What is 12 times 12? Answer: 144. Question: What is 9 times 9? Answer: 81.",
+    "import numpy as np\n\ndef mean(values):\n    return sum(values) / len(values)\n\ndef var(",
+]
+
+GEMMA_WORKER = """
+import json, sys
+import jax.numpy as jnp
+import numpy as np
+from gemma import gm
+from gemma.gm.nn import _config, _modules, _transformer
+
+kinds = {"local": _modules.AttentionType.LOCAL_SLIDING, "global": _modules.AttentionType.GLOBAL}
+for job in json.load(open(sys.argv[1])):
+    c = job["config"]
+    config = _config.TransformerConfig(
+        num_embed=c["vocab_size"] + (0 if c["qk_norm"] else 128),
+        embed_dim=c["d_model"], hidden_dim=c["d_ff"], num_heads=c["num_heads"],
+        head_dim=c["head_dim"], num_kv_heads=c["num_kv_heads"],
+        final_logit_softcap=c["final_softcap"], attn_logits_soft_cap=c["attn_softcap"],
+        use_post_attn_norm=c["post_norms"], use_post_ffw_norm=c["post_norms"],
+        attention_types=tuple(kinds[kind] for kind in c["layer_types"]),
+        sliding_window_size=c["sliding_window"], transpose_gating_einsum=c["qk_norm"],
+        use_qk_norm=c["qk_norm"], local_base_frequency=c["rope_theta_local"],
+        global_base_frequency=c["rope_theta_global"],
+    )
+    if job["preset"]:
+        assert config == gm.nn.Gemma3_270M.config
+    params = gm.ckpts.load_params(job["checkpoint"])
+    model = _transformer.Transformer(config=config, dtype=jnp.float32)
+    logits = model.apply({"params": params}, tokens=jnp.array(np.load(job["tokens"]))).logits
+    np.save(job["logits"], logits)
+    gm.ckpts.save_params(params, job["resaved"], wait_until_finished=True)
+"""
+
+TUNIX_WORKER = """
+import json, sys
+import jax, jax.numpy as jnp
+import numpy as np
+import qwix
+from flax import nnx
+from orbax import checkpoint as ocp
+from tunix.models.gemma import model as gemma, params as gemma_params
+from tunix.models.gemma3 import model as gemma3, params as gemma3_params
+from tunix.sft.checkpoint_manager import CheckpointManager
+
+kinds = {"local": gemma.AttentionType.LOCAL_SLIDING, "global": gemma.AttentionType.GLOBAL}
+for job in json.load(open(sys.argv[1])):
+    c = job["config"]
+    sizes = dict(
+        num_layers=len(c["layer_types"]), embed_dim=c["d_model"], hidden_dim=c["d_ff"],
+        num_heads=c["num_heads"], head_dim=c["head_dim"], num_kv_heads=c["num_kv_heads"],
+        sliding_window_size=c["sliding_window"],
+    )
+    if c["qk_norm"]:
+        config = gemma3.ModelConfig(
+            num_embed=c["vocab_size"], global_base_frequency=int(c["rope_theta_global"]),
+            local_base_frequency=int(c["rope_theta_local"]), param_dtype=jnp.float32, **sizes)
+        model = gemma3_params.create_model_from_checkpoint(
+            job["checkpoint"], config, dtype=jnp.float32)
+    else:
+        config = gemma.ModelConfig(
+            num_embed=c["vocab_size"] + 128, final_logit_softcap=c["final_softcap"],
+            attn_logits_soft_cap=c["attn_softcap"], use_post_attn_norm=c["post_norms"],
+            use_post_ffw_norm=c["post_norms"],
+            attention_types=[kinds[kind] for kind in c["layer_types"]], **sizes)
+        # As Gemma.from_params, which has the real sizes only.
+        model = gemma.module_from_linen_variables(
+            module_factory=lambda: gemma.Gemma(config, rngs=nnx.Rngs(params=0)),
+            variables=gemma_params.load_and_format_params(job["checkpoint"])["transformer"],
+            map_key_fn=gemma._map_linen_var_names,
+            assign_val_fn=gemma._assign_linen_params_to_nnx_state)
+
+    tokens = jnp.array(np.load(job["tokens"]))
+    def logits(model):
+        rows, length = tokens.shape
+        mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
+        positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
+        return model(tokens, positions, None, mask)[0]
+
+    np.save(job["logits"], logits(model))
+    for adapter in job["adapters"]:
+        provider = qwix.LoraProvider(**adapter["settings"])
+        tuned = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
+        manager = CheckpointManager(adapter["checkpoint"], ocp.CheckpointManagerOptions())
+        assert manager.maybe_restore(tuned, restore_only_lora_params=True) == (
+            0, adapter["settings"])
+        manager.close()
+        np.save(adapter["logits"], logits(tuned))
+        # As Tunix's notebooks do it.
+        again = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.state(again, nnx.LoRAParam))
+        nnx.update(again, ocp.StandardCheckpointer().restore(
+            adapter["checkpoint"] + "/0/model_params", target=wanted))
+        np.testing.assert_array_equal(logits(again), logits(tuned))
+"""
+
+
+def run_worker(peer: str, program: str, jobs: list[dict[str, Any]], directory: Path) -> None:
+    """Runs `program` in the environment of `peer`, with a file of `jobs`."""
+    python = peer_venvs.ensure(peer, peer_venvs.REQUIREMENTS[peer])
+    jobs_file = directory / "jobs.json"
+    jobs_file.write_text(json.dumps(jobs))
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    result = subprocess.run(
+        [str(python), "-c", program, str(jobs_file)],
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef: nnx.GraphDef, state: nnx.State, tokens_BT: jax.Array) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return model.logits(model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
+
+
+def our_logits(model: Gemma, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(_logits(*nnx.split(model), jnp.asarray(tokens)))
+
+
+def with_random_adapter(
+    model: Gemma, targets: str, *, use_rslora: bool
+) -> tuple[Gemma, AdapterConfig]:
+    """A copy of `model` with an adapter of rank 3 whose update is not zero."""
+    config = AdapterConfig(3, 7.0, 0.0, use_rslora, resolve_targets(targets), None)
+    adapted = clone(model)
+    inject(adapted, rank=3, alpha=7.0, use_rslora=use_rslora, targets=targets, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(nnx.state(adapted, nnx.LoRAParam)):
+        if path[-1] == "b":
+            variable[...] = jnp.asarray(0.1 * rng.standard_normal(variable.shape, np.float32))
+    return adapted, config
+
+
+class Case:
+    """A model, its Flax checkpoint, its logits, and the job that makes a peer compute theirs."""
+
+    def __init__(self, model: Gemma, tokens: np.ndarray, directory: Path, *, preset: bool = False):
+        directory.mkdir(parents=True)
+        self.model, self.tokens, self.directory = model, tokens, directory
+        write_flax(directory / "checkpoint", hf_tensors(model), model.config)
+        np.save(directory / "tokens.npy", tokens)
+        self.job: dict[str, Any] = {
+            "config": dataclasses.asdict(model.config),
+            "preset": preset,
+            "checkpoint": str(directory / "checkpoint"),
+            "tokens": str(directory / "tokens.npy"),
+            "logits": str(directory / "logits.npy"),
+            "resaved": str(directory / "resaved"),
+            "adapters": [],
+        }
+        self.adapted: list[Gemma] = []
+
+    def add_adapter(self, targets: str, *, use_rslora: bool) -> None:
+        adapted, config = with_random_adapter(self.model, targets, use_rslora=use_rslora)
+        directory = self.directory / f"adapter{len(self.adapted)}"
+        settings = write_tunix_lora(directory, adapted, config)
+        self.adapted.append(adapted)
+        logits = str(directory.with_suffix(".npy"))
+        job = {"settings": settings, "checkpoint": str(directory), "logits": logits}
+        self.job["adapters"].append(job)
+
+    def check(self, bound: float) -> None:
+        """Their logits, on the vocabulary's tokens, are ours, of the adapters too."""
+        models = [self.model, *self.adapted]
+        files = [self.job["logits"], *(adapter["logits"] for adapter in self.job["adapters"])]
+        for model, file in zip(models, files, strict=True):
+            ours, theirs = our_logits(model, self.tokens), np.load(file)
+            num_tokens = ours.shape[-1]
+            assert np.abs(ours - theirs[..., :num_tokens]).max() <= bound, file
+            if theirs.shape[-1] > num_tokens:
+                # No token of the padding is ever likelier than <pad>.
+                assert theirs.shape[-1] == num_tokens + 128
+                np.testing.assert_allclose(
+                    theirs[..., num_tokens:], theirs[..., :1].repeat(128, -1), atol=1e-5
+                )
+
+
+def tiny_cases(directory: Path) -> list[Case]:
+    tokens = np.random.default_rng(0).integers(1, 256, (2, 24))
+    cases = []
+    for name in TWINS:
+        hf_model, _ = make_twin(name, **PEER_SCALE[name])
+        cases.append(Case(to_jax(hf_model, directory / name), tokens, directory / name / "flax"))
+        hf_model.config.save_pretrained(directory / name / "flax" / "config")
+    return cases
+
+
+def real_case(model: Gemma, tokenizer: Tokenizer, directory: Path) -> Case:
+    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:12] for prompt in PROMPTS]
+    return Case(model, np.array(rows), directory / "real", preset=True)
+
+
+def test_gemma_package(real_model: Gemma, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tiny, real = tiny_cases(tmp_path), real_case(real_model, tokenizer, tmp_path)
+    run_worker("gemma", GEMMA_WORKER, [case.job for case in [*tiny, real]], tmp_path)
+    for case in tiny:
+        case.check(1e-4)
+        # And in: what gemma itself writes, as a tree of other keys.
+        resaved = Path(case.job["resaved"])
+        config = case.directory / "config" / "config.json"
+        (resaved / "config.json").write_bytes(config.read_bytes())
+        assert_equal_weights(load_model(resaved, **FLOAT32)[0], case.model)
+    real.check(2e-3)
+    loaded, info = load_model(real.job["resaved"], **FLOAT32)
+    assert (info.format, info.config.name) == ("flax", "gemma-3-270m")
+    assert_equal_weights(loaded, real_model)
+
+
+def test_tunix(real_model: Gemma, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tiny, real = tiny_cases(tmp_path), real_case(real_model, tokenizer, tmp_path)
+    for case in tiny:
+        case.add_adapter("all-linear", use_rslora=True)
+        case.add_adapter("q_proj,v_proj", use_rslora=False)
+        assert [a["settings"]["rank"] for a in case.job["adapters"]] == [6, 3]
+        assert case.job["adapters"][1]["settings"]["alpha"] == 7.0
+    real.add_adapter("all-linear", use_rslora=False)
+    run_worker("tunix", TUNIX_WORKER, [case.job for case in [*tiny, real]], tmp_path)
+    for case in tiny:
+        case.check(1e-4)
+    real.check(2e-3)
+
+
+def assert_equal_weights(model: Gemma, expected: Gemma) -> None:
+    for (name, array), (_, other) in zip(hf_tensors(model), hf_tensors(expected), strict=True):
+        np.testing.assert_array_equal(array, other, err_msg=name)

@@ -1,0 +1,272 @@
+"""The command that asks a model: a prompt, a file, and a chat over a pipe and on a terminal."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_run import make_run
+
+from jaxsft import lora
+from jaxsft.chat import encode_prompt
+from jaxsft.config import EvalOptions
+from jaxsft.generate import main
+from jaxsft.models import find_model, load
+from jaxsft.reasoning import Turn
+from jaxsft.sample import generate
+from jaxsft.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+NUM_NEW = 8
+SHORT = ("--max_new_tokens", str(NUM_NEW), "--batch_size", "2")
+SYSTEM = "Be brief."
+# A person at a terminal of its own: what is written to the first process is typed there.
+ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    return make_run(directory, tiny_model_dir, data__system_prompt=SYSTEM)
+
+
+@pytest.fixture
+def ask(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """The command in this process: (stdout, stderr)."""
+
+    def run(*arguments: Any, code: int = 0) -> tuple[str, str]:
+        assert main([str(argument) for argument in arguments]) == code, capfd.readouterr()
+        return capfd.readouterr()
+
+    return run
+
+
+def answers(run_dir: Path, chats: Sequence[Sequence[Turn]], with_adapter: bool = True) -> list[str]:
+    """What `sample.generate` says to each."""
+    mesh, origin = make_mesh(1, 1, jax.devices()), find_model(str(run_dir))
+    dtypes = {"dtype": "float32", "param_dtype": "float32"}
+    loaded = load(origin, **dtypes, mesh=mesh, with_adapter=with_adapter)
+    prompts = [encode_prompt(loaded.tokenizer, turns) for turns in chats]
+    options = EvalOptions(batch_size=2, max_new_tokens=NUM_NEW)
+    stop_ids = loaded.tokenizer.stop_ids
+    generations = generate(
+        *lora.split(loaded.model), prompts, options=options, stop_ids=stop_ids, mesh=mesh
+    )
+    return [loaded.tokenizer.decode(generation.ids) for generation in generations]
+
+
+def asked(*texts: str, system: str = SYSTEM) -> list[Turn]:
+    """A chat: system, user, assistant, user, …"""
+    roles: Any = ("system", *("user", "assistant") * len(texts))
+    return [Turn(role, text) for role, text in zip(roles, (system, *texts), strict=False)]
+
+
+def test_a_file_of_prompts_and_the_base_model(
+    run_dir: Path, ask: Callable[..., tuple[str, str]], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    texts = ["Name a red fruit.", "Which animal barks at the moon? ", "What is 2 + 3?"]
+    file, output = write(*({"prompt": text} for text in texts)), tmp_path / "answers.jsonl"
+    asking = (run_dir, "--prompts", file, *SHORT, "--base")
+    assert ask(*asking, "--output", output) == ("", "")
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    chats = [asked(text.strip()) for text in texts]
+    tuned, base = answers(run_dir, chats), answers(run_dir, chats, with_adapter=False)
+    assert [(row["prompt"], row["text"]) for row in rows] == [
+        (text.strip(), answer) for text, answer in zip(texts, tuned, strict=True)
+    ]
+    assert [row["base"]["text"] for row in rows] == base and base != tuned
+    assert {row["num_tokens"] for row in rows if not row["stopped"]} <= {NUM_NEW}
+    assert {row["reasoning"] for row in rows} == {None}  # not the form
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", file.name]
+    # What goes to a terminal is ASCII, as no control character of Unicode is then.
+    printed, _ = ask(*asking)
+    assert printed.isascii() and list(map(json.loads, printed.splitlines())) == rows
+
+
+def test_one_prompt_and_the_base_model(
+    run_dir: Path, ask: Callable[..., tuple[str, str]], tiny_model_dir: Path
+) -> None:
+    question = "What do bees make?"
+    (tuned,) = answers(run_dir, [asked(question)])
+    (base,) = answers(run_dir, [asked(question)], with_adapter=False)
+    (other,) = answers(run_dir, [asked(question, system="")], with_adapter=False)
+    out, err = ask(run_dir, "--prompt", question, *SHORT, "--base")
+    assert out == f"{run_dir}:\n{tuned}\n{tiny_model_dir}, untrained:\n{base}\n"
+    assert err == "(cut off after --max_new_tokens 8)\n" * 2
+    assert ask(tiny_model_dir, "--prompt", question, *SHORT, "--system", "")[0] == f"{other}\n"
+
+
+def test_mistakes(
+    run_dir: Path,
+    ask: Callable[..., tuple[str, str]],
+    tiny_model_dir: Path,
+    write: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    good, bad = write({"prompt": "a"}), write({"prompt": "a"}, {"prompt": 1}, name="bad.jsonl")
+    long = write({"prompt": "a"}, {"prompt": "a " * 480}, name="long.jsonl")
+    for arguments, line in (
+        ([tmp_path / "nothing"], "nothing: no such file or directory; give"),
+        ([run_dir, "--prompts", bad], 'bad.jsonl:2: "prompt" is a int'),
+        ([run_dir, "--prompts", long, *SHORT], "long.jsonl:2: the prompt has 496 tokens, which"),
+        ([run_dir, "--prompt", "a " * 480, *SHORT], "error: the prompt has 496 tokens, which"),
+        ([run_dir, "--prompt", "a", "--prompts", good], "--prompt and --prompts: give one of"),
+        ([run_dir, "--prompt", "a", "--output", "b"], "--output is for the answers to --prompts"),
+        ([run_dir, "--prompts", good, "--output", tmp_path], "is a directory"),
+        ([run_dir, "--temperature", "-1"], "--temperature is -1.0, but must be 0 or above"),
+        ([run_dir, "--top_k", "5"], "--top_k and --top_p do nothing at --temperature 0"),
+        ([run_dir, "--promt", "a"], "did you mean --prompt"),
+        ([tiny_model_dir, "--base", "--prompt", "a"], "has no adapter, it is a base model"),
+    ):
+        out, err = ask(*arguments, code=2)
+        assert line in err and err.startswith("error: ") and err.count("\n") == 1 and not out
+
+
+def test_a_chat_over_a_pipe(run_dir: Path, command_environment: dict[str, str]) -> None:
+    """Each answer follows from all that was said; the whole text goes into the next turn."""
+    (first,) = answers(run_dir, [asked("One?")])
+    (second,) = answers(run_dir, [asked("One?", first, "Two?")])
+    said = "One?\n\nTwo?\n/reset\nOne?\n/quit\nnever read\n"
+    command = [sys.executable, "-m", "jaxsft.generate", str(run_dir), *SHORT]
+    result = subprocess.run(
+        command, env=command_environment, input=said, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, f"{first}\n\n{second}\n\n{first}\n\n")
+    assert result.stderr == "(cut off after --max_new_tokens 8)\n" * 3
+    assert first.strip() and second != first
+
+
+@pytest.fixture(scope="module")
+def chain(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[list[str]], Path]:
+    """Makes a model that says the given pieces after "model\\n", and then the last for ever.
+
+    All its layers add nothing, so that a token's embedding decides the next token. That of piece k
+    is 3^k (e_k + e_(k+1)), whose product with the next is 3/2 times that with itself.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    def make(pieces: list[str]) -> Path:
+        directory = tmp_path_factory.mktemp("chain")
+        shutil.copytree(tiny_model_dir, directory, dirs_exist_ok=True)
+        proto = ModelProto.FromString((directory / "tokenizer.model").read_bytes())
+        ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+        for i, piece in enumerate(piece for piece in pieces if piece not in ids):
+            ids[piece] = 3000 + i  # in place of an ordinary one
+            proto.pieces[3000 + i].piece = piece
+        (directory / "tokenizer.model").write_bytes(proto.SerializeToString())
+        tensors = load_file(directory / "model.safetensors")
+        tensors = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
+        for k, piece in enumerate(["\n", *pieces]):
+            tensors["model.embed_tokens.weight"][ids[piece], k : k + 2] = 3.0**k
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        config = json.loads((directory / "config.json").read_text())
+        config |= {"max_position_embeddings": 20_000}
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+class Person:
+    """Somebody who types at the terminal of a command and reads what it shows."""
+
+    def __init__(self, environment: dict[str, str], *arguments: object):
+        command = [sys.executable, "-c", ON_A_TERMINAL, sys.executable, "-m", "jaxsft.generate"]
+        self.process = subprocess.Popen(
+            [*command, *map(str, arguments)],
+            env=environment | {"TERM": "xterm-256color"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.seen = ""
+        self._has_more = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        while data := self.process.stdout.read1(4096):  # type: ignore[attr-defined]
+            with self._has_more:
+                self.seen += data.decode()
+                self._has_more.notify()
+
+    def reads(self, pattern: str) -> str:
+        """Waits for the pattern; returns what was shown up to its end, which is read then."""
+        with self._has_more:
+            assert self._has_more.wait_for(lambda: re.search(pattern, self.seen), 120), self.seen
+            end = re.search(pattern, self.seen).end()  # type: ignore[union-attr]
+            text, self.seen = self.seen[:end], self.seen[end:]
+        return text.replace("\r\n", "\n")
+
+    def types(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def leaves(self) -> int:
+        """The exit code, when the command has ended."""
+        with self.process as process:
+            return process.wait(120)
+
+
+def test_a_chat_on_a_terminal(
+    chain: Callable[[list[str]], Path], command_environment: dict[str, str]
+) -> None:
+    """Reasoning dim, the answer bold, one character of it in two tokens, and a control character
+    that stays one to look at."""
+    thought, answer = ["▁hm", "\x1b[31m"], ["5", "<0xC3>", "<0xA9>"]
+    tagged = ["<reasoning>", *thought, "</reasoning>", "<answer>", *answer, "</answer>"]
+    model = chain([*tagged, "<end_of_turn>"])
+    environment = {k: v for k, v in command_environment.items() if k != "NO_COLOR"}
+    person = Person(environment, model)
+    assert "/reset forgets what was said" in person.reads("> ")
+    for _ in range(2):
+        person.types("What is 2 + 3?\n")
+        shown = person.reads(r"</answer>[^>]*> ")
+        grey = "\x1b[90m"
+        assert (
+            f"{grey}<reasoning>{PLAIN}{DIM} hm{PLAIN}{DIM}\\u{{1b}}[31m{PLAIN}"
+            f"{grey}</reasoning>{PLAIN}{grey}<answer>{PLAIN}{BOLD}5{PLAIN}{BOLD}é{PLAIN}"
+            f"{grey}</answer>{PLAIN}\n\n"
+        ) in shown, shown
+    person.types("/nothing\n")
+    person.reads("/nothing: no such command")
+    person.reads("> ")
+    person.types("a " * 30_000 + "\n")
+    assert "tokens, which with --max_new_tokens" in person.reads("error: [^\n]*\n")
+    person.reads("> ")
+    person.types("\x04")
+    assert person.leaves() == 0
+
+
+def test_control_c_stops_the_answer_alone(
+    chain: Callable[[list[str]], Path], command_environment: dict[str, str]
+) -> None:
+    model = chain(["<answer>", "5"])
+    plain = command_environment | {"NO_COLOR": "1"}
+    person = Person(plain, model, "--max_new_tokens", "19000")
+    person.reads("> ")
+    person.types("\x03")  # with no answer under way it says what to do
+    person.reads("Ctrl-D ends")
+    for _ in range(2):
+        person.reads("> ")
+        person.types("Count.\n")
+        assert "<answer>555" in person.reads("555")
+        person.types("\x03")
+        shown = person.reads(r"\(stopped\)\n*")
+        assert re.fullmatch(r"5*(\^C)?5*\s*\(stopped\)\s*", shown), shown
+    person.types("/quit\n")
+    assert person.leaves() == 0 and "\x1b[2m" not in person.seen

@@ -1,0 +1,35 @@
+"""A run as it lies there after training, made without any: its options and a random adapter."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsft import lora
+from jaxsft.cli import parse_config
+from jaxsft.peft_io import AdapterConfig, save_adapter
+from jaxsft.weights import load_model
+
+TARGETS = ("q_proj",)
+
+
+def make_run(run_dir: Path, model_dir: Path, **options: str) -> Path:
+    """config.yaml, adapter/ and adapter-best/ in `run_dir`, which is returned.
+
+    `options` are the config's, dots as two underscores. The adapter changes what the model says.
+    """
+    model, _ = load_model(model_dir, dtype="float32", param_dtype="float32")
+    lora.inject(model, rank=2, alpha=4, targets=TARGETS, rngs=nnx.Rngs(0))
+    for i, (path, leaf) in enumerate(nnx.to_flat_state(lora.split(model)[1])):
+        if path[-1] == "b":
+            shape = leaf.get_value().shape
+            leaf.set_value(jax.random.normal(jax.random.key(i), shape, jnp.float32))
+    config = AdapterConfig(2, 4.0, 0.0, False, TARGETS, str(model_dir))
+    for name in ("adapter", "adapter-best"):
+        save_adapter(run_dir / name, model, config)
+    named = {"model.path": model_dir, "data.train_files": "rows.jsonl", "name": run_dir.name}
+    named |= {name.replace("__", "."): value for name, value in options.items()}
+    arguments = [f"--{name}={value}" for name, value in named.items()]
+    (run_dir / "config.yaml").write_text(parse_config("jaxsft.train", "", arguments)[1])
+    return run_dir

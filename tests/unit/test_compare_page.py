@@ -1,0 +1,188 @@
+"""The page of answers as HTML: well formed, self-contained, every foreign text inert."""
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from jaxsft.evaluation.page import compare_page
+from jaxsft.evaluation.scoring import Answer, compare
+from jaxsft.reasoning import completion_text
+
+EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(1)>\" onclick='x' &amp;"
+SYSTEM = "Think.\n\nThen answer.\n\n"
+VOID = {"meta", "input"}
+
+
+class Tree(HTMLParser):
+    """Elements as (tag, attributes, text of all that is inside)."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self._open: list[tuple[str, list[str]]] = []
+        self.feed(html)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        text: list[str] = []
+        self.elements.append((tag, dict(attrs), text))
+        if tag not in VOID:
+            self._open.append((tag, text))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        for _, text in self._open:
+            text.append(data)
+
+    def texts(self, tag: str, **wanted: str) -> list[str]:
+        """The texts of the elements with these attributes, `class_` for class."""
+        wanted = {name.rstrip("_"): value for name, value in wanted.items()}
+        return [
+            "".join(text)
+            for each, attributes, text in self.elements
+            if each == tag and wanted.items() <= attributes.items()
+        ]
+
+
+def answers(*texts: str, reference: str = completion_text("So.", "7")) -> list[Answer]:
+    return [
+        Answer(f"{SYSTEM}Question {number}?", reference, text, 5, text != "cut")
+        for number, text in enumerate(texts, 1)
+    ]
+
+
+GOOD, BAD = completion_text("So.", "7"), completion_text("Hm.", "7.5")
+LEFT = answers("The last is 7", GOOD, EVIL, "a\rb\x1b[31m\u202e\x00c")
+RIGHT = answers(GOOD, BAD, "cut", "")
+
+
+def page(*sides: list[Answer]) -> str:
+    names = ["base", "tuned"][: len(sides)]
+    return compare_page("Title", names, sides, compare(*sides), about="greedy")
+
+
+def test_each_prompt_has_a_row_with_both_answers() -> None:
+    tree = Tree(page(LEFT, RIGHT))
+    rows = [attributes for tag, attributes, _ in tree.elements if tag == "article"]
+    assert [row["id"] for row in rows] == ["prompt-1", "prompt-2", "prompt-3", "prompt-4"]
+    assert [(row["data-kinds"] or "").split() for row in rows] == [
+        ["differ", "format-broken", "only-second-right"],
+        ["differ", "only-first-right"],
+        ["cut-off", "format-broken", "none-right"],
+        ["format-broken", "none-right"],
+    ]
+    assert tree.texts("h3") == ["base", "tuned"] * 4
+    badges = [re.sub(r"\s+", " ", text) for text in tree.texts("p", class_="badges")]
+    assert badges[:4] == [
+        "✗ no numberlast number is right✗ format: no tags5 tokens",
+        "✓ 7✓ format5 tokens",
+        "✓ 7✓ format5 tokens",
+        "✗ 7.5within 10%✓ format5 tokens",
+    ]
+    assert badges[5] == "✗ no number✗ format: no tags✂ cut off5 tokens"
+
+
+def test_what_all_prompts_begin_with_is_there_once() -> None:
+    tree = Tree(page(LEFT, RIGHT))
+    texts = tree.texts("div", class_="text")
+    assert texts[0] == SYSTEM
+    assert [text for text in texts if text.startswith("Question")] == [
+        f"Question {number}?" for number in (1, 2, 3, 4)
+    ]
+    alone = Tree(page(LEFT[:1], RIGHT[:1]))
+    assert alone.texts("div", class_="text")[0] == f"{SYSTEM}Question 1?"
+    same = [LEFT[0], LEFT[0]]
+    assert Tree(page(same)).texts("div", class_="text")[:2] == [SYSTEM, "Question 1?"]
+
+
+def test_tags_are_marked_and_parts_too() -> None:
+    tree = Tree(page(answers(f"Sure! {GOOD}"), answers("<reasoning>no end")))
+    sides = "".join(tree.texts("div", class_="sides"))
+    assert f"Sure! {GOOD}" in sides and "<reasoning>no end" in sides
+    assert tree.texts("span", class_="outside") == ["\n", "Sure! ", "\n"]
+    assert tree.texts("span", class_="reasoning") == ["So.", "So.", "no end"]
+    assert tree.texts("span", class_="answer") == ["7", "7"]
+    assert set(tree.texts("span", class_="tag answer")) == {"<answer>", "</answer>"}
+
+
+def test_foreign_text_is_inert() -> None:
+    evil = [Answer(EVIL, EVIL, EVIL, 5, True)]
+    html = compare_page(EVIL, [EVIL, EVIL], [evil, evil], compare(evil, evil), about=EVIL)
+    tree = Tree(html)
+    plain = Tree(page(answers("7"), answers("7")))
+    assert {tag for tag, _, _ in tree.elements} == {tag for tag, _, _ in plain.elements}
+    names = {name for _, attributes, _ in tree.elements for name in attributes}
+    assert names == {name for _, attributes, _ in plain.elements for name in attributes}
+    assert tree.texts("title") == tree.texts("h1") == [EVIL]
+    assert tree.texts("div", class_="text").count(EVIL) == 4  # prompt, reference, two answers
+    assert [a["data-name"] for _, a, _ in tree.elements if "data-name" in a][:2] == [EVIL, EVIL]
+
+
+def test_what_has_no_shape_is_visible() -> None:
+    texts = Tree(page(LEFT, RIGHT)).texts("div", class_="text")
+    assert "a\\u{d}b\\u{1b}[31m\\u{202e}\\u{0}c" in texts
+    html = page(answers("one\ntwo\tthree"))
+    assert "one\ntwo⇥\tthree" in Tree(html).texts("div", class_="text")
+
+
+def test_page_asks_for_nothing_and_runs_its_own_script_alone() -> None:
+    html = page(LEFT, RIGHT)
+    tree = Tree(html)
+    (script,) = tree.texts("script")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policies = [a["content"] for tag, a, _ in tree.elements if "http-equiv" in a]
+    assert policies == [
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    ]
+    names = {name for _, attributes, _ in tree.elements for name in attributes}
+    assert not names & {"src", "href", "srcset", "action"}
+    assert not [name for name in names if name.startswith("on")]
+    (style,) = tree.texts("style")
+    assert "url(" not in style and "@import" not in style
+
+
+def test_table_has_a_line_for_each_metric() -> None:
+    table = compare(LEFT, RIGHT)
+    tree = Tree(page(LEFT, RIGHT))
+    assert tree.texts("th", scope="col") == ["base", "tuned", "difference", "p"]
+    assert tree.texts("th", scope="row") == [line.metric.label for line in table]
+    cells = [" ".join(text.split()) for text in tree.texts("td")]
+    exact = cells[:4]
+    # 1 and 2 of 4: Wilson's intervals; of the gains 1, 0, 0, 0 a p value of 1.
+    assert exact[:2] == ["25.0% [4.6, 69.9]", "50.0% [15.0, 85.0]"]
+    assert exact[2].startswith("+25.0 points [+0.0, +") and exact[3] == "1.000"
+
+
+@pytest.mark.parametrize(
+    ("better", "verdict"), [(GOOD, "better"), ("It is 7.", "")], ids=["differ", "alike"]
+)
+def test_a_difference_is_judged_only_where_it_is_sure(better: str, verdict: str) -> None:
+    left = answers(*["It is 7."] * 8)
+    tree = Tree(page(left, answers(*[better] * 8)))
+    exact = tree.texts("td", class_="difference")[0]
+    assert ("better" in exact) is bool(verdict)
+    assert tree.texts("td", class_="p")[0] == ("0.008" if verdict else "1.000")  # 2 / 2^8
+
+
+def test_one_model_alone() -> None:
+    tree = Tree(page(LEFT))
+    assert tree.texts("th", scope="col") == ["base"]
+    assert tree.texts("h3") == ["base"] * 4
+    shown = [a["value"] for tag, a, _ in tree.elements if a.get("type") == "radio"]
+    assert shown == ["all", "right", "wrong", "format-broken"]
+    assert "McNemar" not in "".join(tree.texts("p"))
+
+
+def test_answers_without_a_number_are_not_judged() -> None:
+    left = answers(GOOD, BAD, reference="A story.")
+    tree = Tree(page(left, left))
+    badges = "".join(tree.texts("p", class_="badges"))
+    assert "✗" not in badges and "✓ 7" not in badges
+    kinds = [a["data-kinds"] for _, a, _ in tree.elements if "data-kinds" in a]
+    assert kinds == ["", ""]

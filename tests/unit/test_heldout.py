@@ -1,0 +1,129 @@
+"""From samples to prompts, completions and their parts; losses of samples added up by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_tokenizer import FakeTokenizer
+
+from jaxsft.chat import encode_chat, encode_prompt
+from jaxsft.evaluation import heldout
+from jaxsft.evaluation.heldout import (
+    answer_mask,
+    compare_losses,
+    held_out_losses,
+    read_prompts,
+    split_prompt,
+    with_examples,
+)
+from jaxsft.evaluation.scoring import user_text
+from jaxsft.packing import Batch, PackedRows
+from jaxsft.reasoning import Turn
+
+GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
+
+TURNS = {
+    "one turn": [Turn("user", "Why?")],
+    "system": [Turn("system", "Think."), Turn("user", "Why?")],
+    "several turns": [
+        Turn("system", "Think."),
+        Turn("user", "Who?"),
+        Turn("assistant", "I."),
+        Turn("user", "Why?"),
+    ],
+    "turn tokens as text": [Turn("user", "What does <end_of_turn> mean?")],
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_split_prompt_is_where_generation_begins(name: str) -> None:
+    tokenizer, turns = FakeTokenizer(), TURNS[name]
+    sample = encode_chat(tokenizer, [*turns, Turn("assistant", GOOD)])
+    prompt, completion = split_prompt(sample)
+    assert prompt == encode_prompt(tokenizer, turns)
+    assert completion == [*tokenizer.encode(GOOD), tokenizer.end_of_turn_id]
+    assert all(type(token) is int for token in prompt + completion)
+    assert prompt + completion == sample.ids.tolist()
+    assert np.array_equal(np.flatnonzero(sample.loss_mask)[-len(completion) :][0], len(prompt))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("one turn", "Why?"), ("system", "Think.\n\nWhy?"), ("several turns", "Why?")],
+)
+def test_user_text_is_the_last_user_turn(name: str, text: str) -> None:
+    tokenizer = FakeTokenizer()
+    assert user_text(tokenizer.decode(encode_prompt(tokenizer, TURNS[name]))) == text
+
+
+def test_examples_are_the_turns_before() -> None:
+    tokenizer = FakeTokenizer()
+    system, question = Turn("system", "Think."), Turn("user", "What is 2 + 2?")
+    examples = [(Turn("user", f"Question {i}"), Turn("assistant", GOOD)) for i in range(2)]
+    samples = [encode_chat(tokenizer, turns) for turns in ((system, *examples[0]), examples[1])]
+    (sample,) = [encode_chat(tokenizer, [question, Turn("assistant", "<answer>4</answer>")])]
+    (prompt,) = with_examples(read_prompts([sample], tokenizer, None), samples, tokenizer)
+    turns = [system, *examples[0], *examples[1], question]
+    assert prompt.ids == encode_prompt(tokenizer, turns)
+    assert (prompt.text, prompt.reference) == ("What is 2 + 2?", "<answer>4</answer>")
+    (same,) = with_examples(read_prompts([sample], tokenizer, None), [], tokenizer)
+    assert same.ids == encode_prompt(tokenizer, [question])
+
+
+def test_the_system_text_is_not_shown() -> None:
+    tokenizer = FakeTokenizer()
+    sample = encode_chat(tokenizer, [*TURNS["system"], Turn("assistant", GOOD)])
+    (prompt,) = read_prompts([sample], tokenizer, "Think.")
+    assert prompt.text == "Why?"
+
+
+def packed(texts: list[str], bins: list[list[int]]) -> tuple[PackedRows, FakeTokenizer]:
+    tokenizer = FakeTokenizer()
+    samples = [encode_chat(tokenizer, [Turn("user", "Q"), Turn("assistant", t)]) for t in texts]
+    length = max(sum(len(samples[i].ids) for i in row) for row in bins)
+    return PackedRows.from_samples(samples, bins, length), tokenizer
+
+
+def test_answer_begins_with_its_tag() -> None:
+    rows, tokenizer = packed([GOOD, "No tags.", "<answer>4</answer>"], [[0], [1], [2]])
+    mask = answer_mask(rows, tokenizer)
+    parts = []
+    for sample in range(3):
+        low, high = rows.sample_offsets[sample : sample + 2]
+        is_reasoning = rows.loss_mask_N[low:high] & ~mask[low:high]
+        assert not (mask[low:high] & ~rows.loss_mask_N[low:high]).any()
+        parts.append(tokenizer.decode(rows.tokens_N[low:high][is_reasoning].tolist()))
+    assert parts == ["<reasoning>Two and two.</reasoning>\n", "", ""]
+
+
+def test_losses_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token loses its own id: sums that the rows themselves give."""
+
+    def eval_step(adapter: Any, frozen: Any, batch: Batch, *, spec: Any) -> np.ndarray:
+        return (batch.targets_BT * batch.loss_mask_BT).astype(np.float32)
+
+    monkeypatch.setattr(heldout, "eval_step", eval_step)
+    monkeypatch.setattr(heldout, "put_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr(heldout, "on_host", lambda array: array)
+    rows, tokenizer = packed([GOOD, "No tags.", GOOD[1:], "x"], [[0, 2], [3], [1]])
+    mask, batches = answer_mask(rows, tokenizer), []
+    found = held_out_losses(
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        rows,
+        mask,
+        spec=type("Spec", (), {"mesh": None}),  # type: ignore[arg-type]
+        batch_size=2,
+        on_batch=lambda: batches.append(1),
+    )
+    assert len(batches) == 2
+    tokens, labels = rows.tokens_N.astype(float), rows.loss_mask_N
+    for name, of_part in (("all", labels), ("answer", labels & mask)):
+        pieces = np.split(np.where(of_part, tokens, 0), rows.sample_offsets[1:-1])
+        assert found[name].sums_S.tolist() == [piece.sum() for piece in pieces]
+    assert len(found["reasoning"].sums_S) == 2  # the other two have none
+    assert found["reasoning"].sums_S.sum() == tokens[labels & ~mask].sum()
+    overall, reasoning, answer = compare_losses(found)
+    assert overall.estimates[0].value == pytest.approx(tokens[labels].mean())
+    assert reasoning.estimates[0].value == pytest.approx(tokens[labels & ~mask].mean())
+    assert answer.estimates[0].num == 4

@@ -1,0 +1,317 @@
+"""What the name of a model means: every kind, every mistake, and the hub's, pinned and offline."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_hub import FakeHub, running_hub
+from flax import nnx
+from huggingface_hub import constants
+from tiny_run import make_run
+
+from jaxsft import lora, models
+from jaxsft.models import DEMO_NAME, Origin, base_path, find_model, find_tokenizer, load
+from jaxsft.tokenizer import Tokenizer
+from jaxsft.weights import load_model
+
+TOKEN = "hf_" + "Canary" * 6
+REPO = "google/gemma-tiny"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny", tiny_model_dir)
+
+
+@pytest.fixture
+def adapter_dir(run_dir: Path, tmp_path: Path) -> Callable[[str | None], Path]:
+    """An adapter on its own that names a base."""
+
+    def make(base: str | None) -> Path:
+        directory = tmp_path / "adapter"
+        shutil.copytree(run_dir / "adapter", directory)
+        path = directory / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": base}
+        path.write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+def refused(*arguments: Any, **options: Any) -> str:
+    """The one line with which `find_model` refuses."""
+    with pytest.raises(ValueError) as caught:
+        find_model(*map(str, arguments), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_directory_and_a_gguf_file(tiny_model_dir: Path, real_gguf: Path) -> None:
+    name = str(tiny_model_dir)
+    tokenizer = tiny_model_dir / "tokenizer.model"
+    expected = Origin(tiny_model_dir, None, None, tokenizer, name, None)
+    assert find_model(name) == expected and base_path(name) == tiny_model_dir
+    found = find_model(str(real_gguf), tokenizer=name)
+    assert (found.base, found.tokenizer) == (real_gguf, tokenizer)
+    assert find_model(str(real_gguf)).tokenizer == real_gguf
+    demo = find_model("demo")
+    assert (demo.base.name, demo.name, demo.revision) == (real_gguf.name, DEMO_NAME, None)
+
+
+def test_a_run_and_its_adapters(run_dir: Path, tiny_model_dir: Path) -> None:
+    found = find_model(str(run_dir))
+    tokenizer = tiny_model_dir / "tokenizer.model"
+    assert found == Origin(
+        tiny_model_dir, run_dir / "adapter", run_dir, tokenizer, str(tiny_model_dir), None
+    )
+    assert find_model(str(run_dir / "adapter")) == found
+    best = find_model(str(run_dir / "adapter-best"))
+    assert best == dataclasses.replace(found, adapter=run_dir / "adapter-best")
+
+
+def test_a_run_keeps_its_tokenizer_but_not_with_another_model(
+    run_dir: Path, tiny_model_dir: Path, real_gguf: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("tokenizer: null", f"tokenizer: {real_gguf}"))
+    assert find_model(str(tmp_path / "run")).tokenizer == real_gguf
+    moved = find_model(str(tmp_path / "run"), base=str(tiny_model_dir))
+    assert moved.tokenizer == tiny_model_dir / "tokenizer.model"
+
+
+def test_an_adapter_and_its_base(
+    adapter_dir: Callable[[str | None], Path], tiny_model_dir: Path, real_gguf: Path
+) -> None:
+    adapter = adapter_dir(DEMO_NAME)
+    said: list[str] = []
+    found = find_model(str(adapter), say=said.append)
+    assert found.base.name == real_gguf.name and found.name == DEMO_NAME and len(said) == 1
+    assert (found.adapter, found.run_dir) == (adapter, None)
+    assert find_model(str(adapter), base=str(tiny_model_dir)).base == tiny_model_dir
+
+
+def test_a_flax_checkpoint_has_its_tokenizer_beside_it(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "2b").mkdir()
+    monkeypatch.setattr(models, "is_flax_checkpoint", lambda path: Path(path).name == "2b")
+    assert "has no tokenizer.model" in refused(tmp_path / "2b")
+    shutil.copy(tiny_model_dir / "tokenizer.model", tmp_path)
+    assert find_model(str(tmp_path / "2b")).tokenizer == tmp_path / "tokenizer.model"
+    # Elsewhere what lies beside the model is none of its files.
+    assert "has no tokenizer.model" in refused_tokenizer(tmp_path / "2b", tmp_path / "3b")
+
+
+def refused_tokenizer(model: Path, tokenizer: Path) -> str:
+    tokenizer.mkdir()
+    with pytest.raises(ValueError) as caught:
+        find_tokenizer(model, str(tokenizer))
+    return str(caught.value)
+
+
+def test_load(run_dir: Path, tiny_model_dir: Path) -> None:
+    origin = find_model(str(run_dir))
+    tuned = load(origin, dtype="float32", param_dtype="float32")
+    base = load(origin, dtype="float32", param_dtype="float32", with_adapter=False)
+    assert tuned.adapter is not None and tuned.adapter.rank == 2 and base.adapter is None
+    assert tuned.tokenizer.vocab_size == tuned.info.config.vocab_size
+    assert lora.split(tuned.model)[1] and not lora.split(base.model)[1]
+    alone = nnx.to_flat_state(
+        lora.split(load_model(tiny_model_dir, dtype="float32", param_dtype="float32")[0])[2]
+    )
+    for (_, a), (_, b) in zip(nnx.to_flat_state(lora.split(base.model)[2]), alone, strict=True):
+        np.testing.assert_array_equal(a.get_value(), b.get_value())
+
+
+def test_a_tokenizer_of_another_model(tiny_model_dir: Path, real_gguf: Path) -> None:
+    origin = find_model(str(tiny_model_dir), tokenizer=str(real_gguf))
+    with pytest.raises(ValueError, match=r"has 262144 ids, the model's embedding \d+ rows; use"):
+        load(origin, dtype="float32", param_dtype="float32")
+
+
+def test_mistakes(
+    run_dir: Path,
+    adapter_dir: Callable[[str | None], Path],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    for name in ("./nothing", "no.gguf", "a/b/c", "/x/y", "plain"):
+        assert f"{name}: no such file or directory; give a Hugging Face" in refused(name)
+    for address in ("gs://bucket/runs/demo", "https://example.org/model"):
+        assert refused(address) == f"{address}: is not on this machine; copy it here first"
+    assert "nothing of this name in runs/; did you mean runs/demo? runs/dmo@main" in refused(
+        "runs/dmo"
+    )
+    assert "runs/demo: holds neither config.json, adapter_config.json" in refused("runs/demo")
+    assert "is neither a directory nor a .gguf file" in refused(file)
+    assert "is no adapter, so there is no other base" in refused(tiny_model_dir, base="demo")
+    assert "tokenizer none: no such file" in refused(tiny_model_dir, tokenizer="none")
+    with pytest.raises(ValueError, match="is a run's directory, and here a whole model is needed"):
+        base_path(str(run_dir))
+
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text((run_dir / "config.yaml").read_text())
+    assert "the run has no adapter/ yet" in refused(unfinished)
+    (unfinished / "config.yaml").write_text("max_stepz: 3\n")
+    shutil.copytree(run_dir / "adapter", unfinished / "adapter")
+    assert f"{unfinished / 'config.yaml'}: unknown option 'max_stepz'" in refused(unfinished)
+
+    adapter = adapter_dir("gone/base/model")
+    line = refused(adapter)
+    assert line.startswith(f"{adapter}: its base model: gone/base/model: no such file")
+    assert line.endswith("; --base_model names another")
+    assert "a PEFT adapter, and here a whole model" in refused(
+        adapter, base=str(run_dir / "adapter")
+    )
+    shutil.rmtree(adapter)
+    assert "adapter_config.json names none" in refused(adapter_dir(None))
+
+
+@pytest.fixture
+def hub(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with the tiny model, which is the one that is asked, with a token."""
+    with running_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        hub.add(REPO, repository(tiny_model_dir))
+        yield hub
+
+
+def repository(model: Path) -> dict[str, bytes]:
+    """The model's files among others that nobody reads."""
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    more = ("README.md", "pytorch_model.bin", "tf/model.safetensors")
+    return files | {name: b"not asked for" for name in more}
+
+
+def holding(directory: Path, text: str) -> list[Path]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return [path for path in files if text.encode() in path.read_bytes()]
+
+
+def test_the_hub_s_model_is_fetched_once_and_stays(
+    hub: FakeHub, tiny_model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    found = find_model(REPO, say=said.append)
+    commit = hub.main[REPO]
+    assert (found.name, found.revision, found.adapter) == (REPO, commit, None)
+    asked = {name for name, _ in hub.downloads()}
+    assert asked == {"config.json", "tokenizer.model", "model.safetensors"}
+    assert {path.name for path in found.base.iterdir()} == asked | {"manifest.json"}
+    for name in asked:
+        assert (found.base / name).read_bytes() == (tiny_model_dir / name).read_bytes()
+    assert len(said) == 1 and commit in said[0] and str(found.base) in said[0]
+
+    # "main" moves on; whoever continues a run gets what it began with, and asks nobody.
+    new = hub.add(REPO, repository(tiny_model_dir) | {"config.json": b"{}"})
+    hub.log.clear()
+    assert find_model(REPO, say=said.append) == found
+    assert (
+        find_model(f"{REPO}@{commit}", say=said.append) == found and base_path(REPO) == found.base
+    )
+    assert hub.log == [] and len(said) == 1
+    other = find_model(f"{REPO}@{new}", say=said.append)
+    assert (other.base / "config.json").read_bytes() == b"{}" and other.revision == new
+
+    hubs = [request for request in hub.log if REPO in request.path]
+    assert {r.authorization for r in hubs if r.server == "hub"} == {f"Bearer {TOKEN}"}
+    assert {r.authorization for r in hubs if r.server == "cdn"} == {None}
+    assert holding(tmp_path, commit) and holding(tmp_path, TOKEN) == []
+    assert TOKEN not in "".join(said) + "".join(capfd.readouterr())
+
+
+def test_without_a_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    line = refused(REPO)
+    assert f"{REPO}: no such directory here" in line and "HF_HUB_OFFLINE is set" in line
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    found = find_model(REPO, say=lambda line: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert find_model(REPO) == found
+    # A copy that is damaged is none.
+    weights = found.base / "model.safetensors"
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    assert "no whole copy of the hub's" in refused(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.log.clear()
+    assert find_model(REPO, say=lambda line: None) == found
+    assert [name for name, _ in hub.downloads()] == ["model.safetensors"]
+
+
+def test_an_interrupted_download_goes_on_with_its_commit(
+    hub: FakeHub, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.main[REPO]
+    monkeypatch.setattr("jaxsft.hub_retry.Tries.failed", give_up)
+    hub.faults += [("cdn .*safetensors", "cut")]
+    with pytest.raises(ConnectionError, match="goes on where it stopped"):
+        find_model(REPO, say=lambda line: None)
+    hub.add(REPO, repository(tiny_model_dir) | {"config.json": b"{}"})
+    hub.log.clear()
+    found = find_model(REPO, say=lambda line: None)
+    assert found.revision == commit
+    ((name, part),) = hub.downloads()
+    assert name == "model.safetensors" and not str(part).startswith("bytes=0-")
+
+
+def give_up(self: Any, error: Exception) -> None:
+    from jaxsft.hub_retry import HubError
+
+    raise HubError(f"{self.what}: the connection was cut off; gave up")
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+@pytest.mark.parametrize("where", ["hub /api/models", "hub .*/resolve/"])
+def test_gated(hub: FakeHub, where: str, status: str, tmp_path: Path) -> None:
+    hub.faults += [(where, status)]
+    line = refused(REPO, say=lambda line: None)
+    assert line.startswith(f"{REPO}: ") and "accept the terms" in line and "set HF_TOKEN" in line
+    assert TOKEN not in line and holding(tmp_path, TOKEN) == [] and not hub.faults
+
+
+def test_what_the_hub_has_not(hub: FakeHub, tiny_model_dir: Path) -> None:
+    assert "is not on the hub, or is private" in refused("google/no-such")
+    assert refused(f"{REPO}@v7") == f"{REPO}: has no revision 'v7'"
+    files = repository(tiny_model_dir)
+    hub.add("some/gguf", {"model.gguf": b""})
+    assert refused("some/gguf").startswith("some/gguf: holds no config.json; it must be")
+    del files["tokenizer.model"]
+    hub.add("some/bare", files)
+    hub.log.clear()
+    assert "some/bare: has no tokenizer.model; name one" in refused("some/bare")
+    assert hub.downloads() == []
+    bare = find_model("some/bare", tokenizer=str(tiny_model_dir), say=lambda line: None)
+    assert bare.tokenizer == tiny_model_dir / "tokenizer.model"
+
+
+def test_shards_and_adapters_of_the_hub(hub: FakeHub, run_dir: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    files = dict.fromkeys([*shards, "config.json", "tokenizer.model"], b"{}")
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    hub.add("some/sharded", files)
+    found = find_model("some/sharded", say=lambda line: None)
+    assert {path.name for path in found.base.iterdir()} == {*files, "manifest.json"}
+
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    hub.add("some/lora", {name: (run_dir / "adapter" / name).read_bytes() for name in names})
+    tuned = find_model("some/lora", base=REPO, say=lambda line: None)
+    assert (tuned.name, tuned.revision) == (REPO, hub.main[REPO]) and tuned.adapter is not None
+    assert Tokenizer.from_file(tuned.tokenizer).vocab_size > 4000

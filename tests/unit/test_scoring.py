@@ -1,0 +1,290 @@
+"""Scores of answers, read off by hand: 40 answers to one question, and the numbers in texts."""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import pytest
+
+from jaxsft.evaluation.number_text import find_numbers, parse_number
+from jaxsft.evaluation.scoring import (
+    Answer,
+    compare,
+    final_number,
+    format_fault,
+    has_each_tag_once,
+    is_exact_format,
+    last_number,
+    reference_number,
+    repeated_share,
+    score_answer,
+    show_interval,
+    show_p_value,
+    show_value,
+    summarize,
+)
+from jaxsft.reasoning import completion_text, convert_row
+
+GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
+
+
+def answer(text: str, reference: str = "r", *, stopped: bool = True) -> Answer:
+    return Answer(prompt="p", reference=reference, text=text, num_tokens=9, stopped=stopped)
+
+
+def wrapped(text: str) -> str:
+    return f"<reasoning>Hm.</reasoning>\n<answer>{text}</answer>"
+
+
+# (expected, text, exact format, correct, within 10%, last number correct)
+T, F = True, False
+HAND_MADE = [
+    ("72", wrapped("72"), T, T, T, T),
+    ("72", wrapped("72."), T, T, T, T),
+    ("72", wrapped("\n 72 \n"), T, T, T, T),
+    ("72", wrapped("72 clips"), T, T, T, T),
+    ("72", wrapped("72km, in 3 days"), T, T, T, F),
+    ("72", wrapped("The answer is **72**."), T, T, T, T),
+    ("72", wrapped("$72.00"), T, T, T, T),
+    ("72", wrapped("75"), T, F, T, F),
+    ("72", wrapped("79.2"), T, F, T, F),  # 1.1 times 72, exactly
+    ("72", wrapped("79.21"), T, F, F, F),
+    ("72", wrapped("64.8"), T, F, T, F),
+    ("72", wrapped("-72"), T, F, F, F),
+    ("72", wrapped("seventy-two"), T, F, F, F),
+    ("72", wrapped("48 + 24 = 72"), T, F, F, T),  # the first number counts
+    ("72", wrapped(r"48 + 24 = \boxed{72}"), T, T, T, T),
+    ("72", wrapped(r"\boxed{24}, no: \boxed{72} of 80"), T, T, T, F),
+    ("72", wrapped("72%"), T, T, T, T),
+    ("72", wrapped("It is on 12/25/2024: 72"), T, T, T, T),
+    ("72", wrapped("70-72"), T, F, T, T),
+    ("1,234.50", wrapped("1,234.50"), T, T, T, T),
+    ("1,234.50", wrapped("$1234.5 in all"), T, T, T, T),
+    ("1,080", wrapped("1080"), T, T, T, T),
+    ("-3", wrapped("-3"), T, T, T, T),
+    ("-3", wrapped("\u22123"), T, T, T, T),
+    ("-3", wrapped("-$3"), T, T, T, T),
+    ("-3", wrapped("3"), T, F, F, F),
+    ("0.75", wrapped("3/4"), T, T, T, T),
+    ("0.75", wrapped(r"\frac{3}{4} cups"), T, T, T, T),
+    ("1 1/2", wrapped("1½"), T, T, T, T),
+    ("0", wrapped(".1"), T, F, F, F),  # no ratio to zero
+    # The form is broken; a number in the answer counts all the same.
+    ("72", f"Sure! {wrapped('72')}", F, T, T, T),
+    ("72", f"{wrapped('72')} I hope this helps.", F, T, T, T),
+    ("72", "<reasoning>Hm.</reasoning>\n<answer>72", F, T, T, T),
+    ("72", "<reasoning>Hm.\n<answer>72</answer>", F, T, T, T),
+    ("72", f"{wrapped('70')}\n<answer>72</answer>", F, F, T, T),  # the first answer counts
+    ("72", "<reasoning>Hm.</reasoning><answer><answer>72</answer></answer>", F, T, T, T),
+    ("72", "<reasoning>The <answer> tag: 1.</reasoning>\n<answer>72</answer>", F, T, T, T),
+    ("72", "<reasoning>So 72.</reasoning>", F, F, F, T),
+    ("72", "48/2 = 24. 48 + 24 = 72. The answer is 72.", F, F, F, T),
+    ("72", "", F, F, F, F),
+]
+
+
+@pytest.mark.parametrize(("expected", "text", "exact", "correct", "partial", "last"), HAND_MADE)
+def test_hand_made_answers(
+    expected: str, text: str, exact: bool, correct: bool, partial: bool, last: bool
+) -> None:
+    scores = score_answer(answer(text, completion_text("Because.", expected)))
+    found = (scores.exact_format, scores.correct, scores.partial, scores.last_number_correct)
+    assert found == (exact, correct, partial, last)
+
+
+def test_there_are_forty() -> None:
+    assert len(HAND_MADE) == len(set(HAND_MADE)) == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("72, -3, \u22123, \u20133 and +4", [72, -3, -3, -3, 4]),
+        (".5 5. 0.50 007", ["1/2", 5, "1/2", 7]),
+        ("1,234.50 1,080 10\u202f000 1{,}000 10,\\!000", ["1234.5", 1080, 10000, 1000, 10000]),
+        ("1,2,3 and 1,234,5 and 1,2345", [1, 2, 3, 1, 234, 5, 1, 2345]),
+        ("$18 -$5 $-5 \\$7 £1,000 US$4 25% 25\\%", [18, -5, -5, 7, 1000, 4, 25, 25]),
+        ("3/4 -3/4 1 1/2 -1 1/2", ["3/4", "-3/4", "3/2", "-3/2"]),
+        ("\u00bd 1\u00bd \u2153 1\u20442", ["1/2", "3/2", "1/3", "1/2"]),
+        (r"\frac{3}{4} -\dfrac{3}{4} 1\frac{1}{2}", ["3/4", "-3/4", "3/2"]),
+        ("48/2=24, 2 5/2, 1/2/3, 5/0, 0.5/2", [24, 24, 2, "5/2", 1, 2, 3, 5, 0, "1/2", 2]),
+        (r"2.5e3 1.5×10^6 3 \times 10^{-2} 4x10^2", [2500, 1500000, "3/100", 400]),
+        ("3-4 3--4 10 - 3 x-5 (2)-1 $3-$5 20%-30%", [3, 4, 3, 4, 10, 3, 5, 2, 1, 3, 5, 20, 30]),
+        ("2024-05-01, 12/25/2024", []),
+        ("m2 H2O v1.2.3 x1", []),
+        ("1.2.3", ["1.2"]),
+        ("72km, 3rd, 5\u00b2, \u662f72\u4e2a, _7_, **8**", [72, 3, 5, 72, 7, 8]),
+        ("3:30 and \u0663", [3, 30]),  # ASCII digits only
+        ("0" * 10_000 + " 7", [7]),  # int() itself would refuse
+    ],
+)
+def test_numbers_in_a_text(text: str, numbers: list[int | str]) -> None:
+    assert find_numbers(text) == [Fraction(number) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("72", 72), (" $1,234.50. ", "1234.5"), ("-3", -3), ("**72**", 72), ("50%", 50)),
+        *(("1 1/2", "3/2"), (r"\boxed{\frac{3}{4}}", "3/4"), ("(72)", 72)),
+        *(("72 clips", None), ("3-4", None), ("7, 8", None), ("seven", None), ("", None)),
+        *(("5\u00b2", None), ("2024-05-01", None), ("2 5/2", None)),
+    ],
+)
+def test_a_text_that_is_one_number(text: str, number: int | str | None) -> None:
+    assert parse_number(text) == (None if number is None else Fraction(number))
+
+
+def test_reference_is_read_as_the_converter_writes_it() -> None:
+    row = {"question": "How many?", "answer": "1000 + 80 = <<1000+80=1080>>1080\n#### 1,080"}
+    conversation = convert_row(row)
+    assert reference_number(conversation.turns[-1].content) == 1080
+    assert reference_number(completion_text("So.", "There are 1,080.")) is None
+    assert reference_number("1080") is None
+
+
+def test_without_tags_only_the_last_number_is_there() -> None:
+    assert (final_number("It is 72."), last_number("3 or 72.")) == (None, 72)
+    assert last_number("none") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (GOOD, None),
+        ("<reasoning>a</reasoning><answer>b</answer>", None),
+        # White space around the whole, newlines inside the parts, text between the parts.
+        (f" \n{GOOD}\n ", None),
+        ("<reasoning>a\n\nb</reasoning>\n<answer>1.\n2.\n</answer>", None),
+        ("<reasoning>a</reasoning>\nThus:\n<answer>b</answer>", None),
+        ("<reasoning>x < y and y > z</reasoning>\n<answer><b>4</b></answer>", None),
+        # Text in front of, or after, the whole.
+        (f"Sure! {GOOD}", "text before <reasoning>"),
+        (f"{GOOD} I hope this helps.", "text after </answer>"),
+        (f"{GOOD}<end_of_turn>", "text after </answer>"),
+        # Something is missing.
+        ("", "no tags"),
+        ("Four.", "no tags"),
+        ("<reasoning>a</reasoning>\nb", "no <answer>, </answer>"),
+        ("<answer>b</answer>", "no <reasoning>, </reasoning>"),
+        ("a</reasoning>\n<answer>b</answer>", "no <reasoning>"),
+        ("<reasoning>a\n<answer>b</answer>", "no </reasoning>"),
+        ("<reasoning>a</reasoning>\n<answer>b", "no </answer>"),
+        ("<reasoning>a</reasoning>\nb</answer>", "no <answer>"),
+        ("<reasoning></reasoning>\n<answer>b</answer>", "nothing between two tags"),
+        ("<reasoning>a</reasoning>\n<answer></answer>", "nothing between two tags"),
+        # Tags twice, nested, in the wrong order, spelt otherwise.
+        (f"{GOOD}\n{GOOD}", "2 × <reasoning>"),
+        ("<reasoning>a<reasoning>b</reasoning>\n<answer>c</answer>", "2 × <reasoning>"),
+        ("<reasoning>a</reasoning>b</reasoning>\n<answer>c</answer>", "2 × </reasoning>"),
+        ("<reasoning>a</reasoning>\n<answer>b<answer>c</answer>", "2 × <answer>"),
+        ("<reasoning>a</reasoning>\n<answer>b</answer>\n<answer>c</answer>", "2 × <answer>"),
+        ("<reasoning>use <answer> here</reasoning>\n<answer>c</answer>", "2 × <answer>"),
+        ("<answer>b</answer>\n<reasoning>a</reasoning>", "tags out of order"),
+        ("<reasoning>a<answer>b</answer></reasoning>", "tags out of order"),
+        ("<Reasoning>a</Reasoning>\n<answer>b</answer>", "no <reasoning>, </reasoning>"),
+        ("<think>a</think>\n<answer>b</answer>", "no <reasoning>, </reasoning>"),
+        ("<reasoning >a</reasoning>\n<answer>b</answer>", "no <reasoning>"),
+    ],
+)
+def test_exact_format_and_what_breaks_it(text: str, fault: str | None) -> None:
+    assert is_exact_format(text) is (fault is None)
+    assert format_fault(text) == fault
+
+
+def test_each_tag_once_is_in_any_order() -> None:
+    assert has_each_tag_once("<answer>b</answer>\n<reasoning>a</reasoning>")
+    assert not has_each_tag_once("<reasoning>a</reasoning>\n<answer>b")
+    assert not has_each_tag_once(f"{GOOD}<answer>")
+
+
+def test_what_training_teaches_is_exact() -> None:
+    assert is_exact_format(completion_text("Because.\nAnd so.", "Four."))
+
+
+def test_repetition_is_the_share_of_runs_seen_before() -> None:
+    assert repeated_share("a b c") is None
+    assert repeated_share("a b c d") == 0
+    # Runs: abca bcab cabc abca bcab, of which three are different.
+    assert repeated_share("a b c a b c a b") == 1 - 3 / 5
+    assert repeated_share("no " * 103) == 0.99
+
+
+ANSWERS = [
+    answer("<reasoning>one two three</reasoning>\n<answer>four</answer>"),
+    # The same answer but for white space around it, and not stopped.
+    answer("<reasoning>one\ntwo </reasoning>\n<answer> four\n</answer>", stopped=False),
+    answer("<reasoning>one two three four</reasoning>\n<answer>five six</answer>"),
+    # Not in the form: its words are counted nowhere.
+    answer("seven eight nine ten", stopped=False),
+]
+
+
+def test_rates_means_and_counts() -> None:
+    assert summarize(ANSWERS) == {
+        "exact_format": 0.75,
+        "each_tag_once": 0.75,
+        "stop_rate": 0.5,
+        "truncation_rate": 0.5,
+        "repetition": 0,
+        "mean_tokens": 9,
+        "mean_reasoning_words": 3,
+        "mean_answer_words": pytest.approx(4 / 3),
+        "distinct_answers": 2,
+        "num_answers": 4,
+    }
+
+
+def test_accuracies_are_over_rows_with_a_number() -> None:
+    seven = completion_text("So.", "7")
+    texts = [(seven, seven), (wrapped("7.5"), seven), ("It is 7", seven), ("7", "no number")]
+    summary = summarize([answer(text, reference) for text, reference in texts])
+    assert summary["accuracy"] == 1 / 3
+    assert summary["accuracy_partial"] == 2 / 3
+    assert summary["accuracy_last_number"] == 2 / 3
+
+
+def test_nothing_in_the_form_has_no_mean_length() -> None:
+    summary = summarize([answer("no"), answer("tags")])
+    assert (summary["exact_format"], summary["stop_rate"], summary["distinct_answers"]) == (0, 1, 0)
+    assert math.isnan(summary["mean_reasoning_words"]) and math.isnan(summary["repetition"])
+
+
+def test_two_models_are_compared_on_what_both_have() -> None:
+    other = [dataclasses.replace(each, text=GOOD, num_tokens=12, stopped=True) for each in ANSWERS]
+    lines = {line.metric.name: line for line in compare(ANSWERS, other)}
+    rate = lines["exact_format"]
+    assert [each.value for each in rate.estimates] == [0.75, 1]
+    assert rate.difference is not None
+    assert (rate.difference.value, rate.difference.num, rate.difference.p_value) == (0.25, 4, 1)
+    stops = lines["stop_rate"].difference
+    assert stops is not None and (stops.value, stops.p_value) == (0.5, 0.5)  # 2 of 2 one way
+    words = lines["mean_reasoning_words"]
+    assert [each.num for each in words.estimates] == [3, 4]
+    assert words.difference is not None and (words.difference.value, words.difference.num) == (0, 3)
+    assert lines["distinct_answers"].difference is None
+    assert "accuracy" not in lines
+    none = compare([answer("no")], [answer(GOOD)])
+    assert {line.metric.name: line.difference for line in none}["mean_answer_words"] is None
+
+
+def test_what_cannot_be_scored() -> None:
+    with pytest.raises(ValueError, match="no answers"):
+        summarize([])
+    with pytest.raises(ValueError, match="different prompts"):
+        compare(ANSWERS, ANSWERS[:3])
+    with pytest.raises(ValueError, match="different prompts"):
+        compare([ANSWERS[0]], [dataclasses.replace(ANSWERS[0], prompt="another")])
+
+
+def test_numbers_for_people() -> None:
+    exact, words = compare(ANSWERS)[0], compare(ANSWERS)[-2]
+    assert show_value(exact.estimates[0].value, "rate") == "75.0%"
+    # Wilson, 3 of 4.
+    assert show_interval(exact.estimates[0], "rate") == "[30.1, 95.4]"
+    assert show_value(-0.125, "rate", signed=True) == "−12.5 points"
+    assert show_value(words.estimates[0].value, "words") == "1.3"
+    assert (show_value(1.23456, "nats"), show_value(1234, "count")) == ("1.2346", "1,234")
+    assert show_value(math.nan, "words") == "–"
+    assert show_interval(compare(ANSWERS)[-1].estimates[0], "count") == ""
+    assert (show_p_value(0.0341), show_p_value(1e-9)) == ("0.034", "< 0.001")
