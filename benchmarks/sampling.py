@@ -1,4 +1,4 @@
-"""Generation beside transformers' `generate`: `python -m benchmarks.sampling [--rounds N] [--json FILE]`.
+"""Generation beside transformers' `generate`: `python -m benchmarks.sampling`.
 
 Both answer the same prompts, of different lengths, with the pretrained Gemma 3 270M in float32 on
 the same cores: greedy, with a cache, the same number of new tokens, stop tokens ignored;

@@ -115,8 +115,7 @@ def command(argv: Sequence[str], console: Console) -> int:
     if other is not None:
         assert options.compare is not None
         gc.collect()  # the first model's weights
-        is_base = options.compare == BASE
-        name = other.name if is_base else options.compare
+        name = other.name if options.compare == BASE else options.compare
         measured.append(measure(name, other, rows, tokenizer, options, console))
     lines = compare_losses(*(each.losses for each in measured))
     if options.eval.num_prompts:

@@ -14,16 +14,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 
-from jaxsft import __version__, lora
+from jaxsft import __version__
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, command_line, fail, parse_options
 from jaxsft.config import Dtype
 from jaxsft.exporting.card import model_card
-from jaxsft.exporting.hf_model import DTYPES, MergedWeights, write_configs, write_weights
+from jaxsft.exporting.hf_model import (
+    DTYPES,
+    MergedWeights,
+    to_hf_config,
+    write_configs,
+    write_weights,
+)
 from jaxsft.exporting.hf_tokenizer import write_tokenizer
 from jaxsft.exporting.output import (
     MANIFEST,
@@ -40,23 +44,24 @@ from jaxsft.exporting.verify import (
     chat_problem,
     make_probes,
     max_difference,
+    merged,
     our_logits,
     own_versions,
     peer_logits,
     peer_versions,
-    rounded,
+    without_weights,
 )
 from jaxsft.flax_io import write_flax
 from jaxsft.json_file import write_json
 from jaxsft.model import Gemma
 from jaxsft.models import Origin, check_tokenizer, find_model, load, open_tokenizer
 from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig, load_adapter, save_adapter
-from jaxsft.presets import GemmaConfig
+from jaxsft.presets import PRESETS
 from jaxsft.run import configure_jax
 from jaxsft.terminal import make_console
 from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import TensorSource, WeightsInfo, load_model
-from jaxsft.weights import _open as open_weights
+from jaxsft.tunix_io import write_tunix_lora
+from jaxsft.weights import TensorSource, WeightsInfo, load_model, open_weights
 
 DESCRIPTION = (
     "Writes a run's model, an adapter or a base model for other programs, with a model card and a "
@@ -140,7 +145,8 @@ def export(options: ExportOptions, command: str, console: Console) -> int:
     origin = find_model(options.model, options.tokenizer, options.base_model, console.print)
     if origin.adapter is None and options.format == "peft":
         raise ValueError(f"{options.model} has no adapter; --format merged or flax export a base")
-    versions = own_versions() | ({} if options.no_verify else peer_versions())
+    needs_peers = not options.no_verify and options.format != "flax"
+    versions = own_versions() | (peer_versions() if needs_peers else {})
     made = open_export(options, origin)
     check_space(output, needed_bytes(made))
     with scratch_beside(output) as directory:
@@ -148,7 +154,7 @@ def export(options: ExportOptions, command: str, console: Console) -> int:
         write(directory, made)
         check = None
         if not options.no_verify:
-            console.print("Loading it again in the other library …")
+            console.print("Loading it again …")
             check = verify(directory, made)
         manifest = describe(made, check, versions, command)
         card = model_card(origin, made.info.config, made.adapter, manifest, output.name)
@@ -183,14 +189,6 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
     return Export(options, origin, tokenizer, source, info, weights, adapter, model)
 
 
-def without_weights(config: GemmaConfig) -> Gemma:
-    """A model to put an adapter into: its own weights are zeros that take no memory."""
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0))))
-    state = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
-    model: Any = nnx.merge(graphdef, state)
-    return model
-
-
 def write(directory: Path, made: Export) -> None:
     """Writes the model's files into a new directory."""
     options, config = made.options, made.info.config
@@ -205,10 +203,11 @@ def write(directory: Path, made: Export) -> None:
         )
     else:
         write_flax(directory / FLAX_MODEL, made.weights.tensors(options.dtype), config)
+        presets = [dataclasses.replace(preset, name=config.name) for preset in PRESETS.values()]
+        if config not in presets:  # its shapes don't tell what it is
+            write_json(directory / FLAX_MODEL / "config.json", to_hf_config(config))
         (directory / "tokenizer.model").write_bytes(made.tokenizer.model_bytes)
-        if made.adapter is not None:
-            from jaxsft.flax_io import write_tunix_lora
-
+        if made.adapter is not None and made.adapter_only is not None:
             given = write_tunix_lora(directory / TUNIX_LORA, made.adapter_only, made.adapter)
             write_json(directory / f"{TUNIX_LORA}.json", given)
 
@@ -219,7 +218,8 @@ def verify(directory: Path, made: Export) -> Check:
     probes = make_probes(made.tokenizer, info.config)
     ours, problem = reference_logits(made, probes), None
     if format == "flax":
-        peer = "jaxsft's own reader"
+        # `gemma` and Tunix need another JAX than this, so an environment each.
+        peer = f"jaxsft's own reader ({FLAX_MODEL}/ alone)"
         model, _ = load_model(directory / FLAX_MODEL, dtype="float32", param_dtype="float32")
         theirs = our_logits(model, probes)
     elif format == "merged":
@@ -243,8 +243,7 @@ def reference_logits(made: Export, probes: Sequence[Probe]) -> list[Any]:
     """Of the base with the adapter beside it; merged first where the result is rounded."""
     model = load(made.origin, dtype="float32", param_dtype="float32").model
     if made.options.format != "peft" and made.options.dtype != "float32":
-        lora.merge(model)
-        model = rounded(lora.without_adapter(model), made.options.dtype)
+        model = merged(model, made.options.dtype)
     return our_logits(model, probes)
 
 
@@ -266,9 +265,6 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest, without its files."""
     options, origin, info = made.options, made.origin, made.info
-    adapter = None
-    if origin.adapter is not None:
-        adapter = {"digest": sha256(origin.adapter / WEIGHTS_NAME)}
     return {
         "format": options.format,
         "model": options.model,
@@ -280,7 +276,7 @@ def describe(
         "peer": None if check is None else check.peer,
         "versions": versions,
         "base": {"name": origin.name, "digest": info.digest, "revision": origin.revision},
-        "adapter": adapter,
+        "adapter": origin.adapter and {"digest": sha256(origin.adapter / WEIGHTS_NAME)},
         "run": None if origin.run_dir is None else origin.run_dir.name,
         "command": command,
         "jaxsft": __version__,
@@ -295,8 +291,7 @@ def needed_bytes(made: Export) -> int:
     if made.adapter is not None:
         adapter_bytes = 4 * config.lora_params(made.adapter.rank, made.adapter.targets)
     if options.format == "peft":
-        needs_base = made.info.format != "safetensors" and not options.no_verify
-        model_bytes = 4 * config.num_params if needs_base else 0
+        model_bytes = 4 * config.num_params if made.info.format != "safetensors" else 0
     return model_bytes + adapter_bytes
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jaxsft.flax_names import (
     EMBEDDING,
     PADDING_ROWS,
     FlaxTensor,
+    flax_name,
     flax_tensors,
     like_found,
     preset_of,
@@ -155,6 +157,7 @@ def write_flax(
     num_rows = config.vocab_size + (0 if is_gemma3 else PADDING_ROWS)
     wanted = flax_tensors(config, num_rows, "FD" if is_gemma3 else "DF")
     by_part = {part: tensor for tensor in wanted for part in tensor.parts}
+    missing = {tensor.name for tensor in wanted}
     waiting: dict[str, np.ndarray] = {}
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
@@ -168,18 +171,29 @@ def write_flax(
                 continue
             parts = [tensor.from_hf(waiting.pop(part)) for part in tensor.parts]
             whole = np.stack(parts) if len(parts) > 1 else parts[0]
-            _write(kvstore, tensor, whole, transaction)
+            missing.remove(tensor.name)
             num_bytes += whole.nbytes
-            if num_bytes > _COMMIT_BYTES:
-                transaction.commit_sync()
-                transaction, num_bytes = ts.Transaction(), 0
-        transaction.commit_sync()
+            with _os_errors(directory):
+                _write(kvstore, tensor, whole, transaction)
+                if num_bytes > _COMMIT_BYTES:
+                    transaction.commit_sync()
+                    transaction, num_bytes = ts.Transaction(), 0
+        assert not missing, missing
+        with _os_errors(directory):
+            transaction.commit_sync()
         _write_tree(partial, wanted)
         partial.replace(directory)
-    except ValueError as error:  # TensorStore's, whose text names file and cause
-        raise OSError(f"{directory}: can't be written: {_first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _os_errors(directory: Path) -> Iterator[None]:
+    """TensorStore says with a ValueError that the disk is full."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(f"{directory}: can't be written: {_first_line(error)}") from error
 
 
 def _find(path: Path) -> Path | None:
@@ -188,8 +202,8 @@ def _find(path: Path) -> Path | None:
     def is_checkpoint(directory: Path) -> bool:
         return any((directory / name).is_file() for name in (_OCDBT_FILE, _TREE_FILE))
 
-    if not path.is_dir() or is_checkpoint(path):
-        return path if path.is_dir() else None
+    if path.is_dir() and is_checkpoint(path):
+        return path
     if not (path / "tokenizer.model").is_file():
         return None
     found = [each for each in path.iterdir() if is_checkpoint(each)]
@@ -222,7 +236,7 @@ def _open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
             stored = key.decode().removesuffix(end)
             if stored == key.decode():
                 continue
-            name = _name(stored)
+            name = flax_name(stored)
             if name in pending:
                 raise ValueError(f"{name} is there twice")
             spec = {"driver": driver}
@@ -236,12 +250,6 @@ def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
     return tuple(side or 1 for side in shape or ())
 
 
-def _name(stored: str) -> str:
-    """The name in `flax_names`: Kaggle's, or that of a tree that `gemma` itself saved."""
-    name = stored.replace(".", "/").removeprefix("transformer/")
-    return f"{name}/w" if name.endswith(("/mlp/gating_einsum", "/mlp/linear")) else name
-
-
 def _write(
     kvstore: ts.KvStore, tensor: FlaxTensor, array: np.ndarray, transaction: ts.Transaction
 ) -> None:
@@ -250,10 +258,9 @@ def _write(
     for axis in range(len(chunk)):
         rest = math.prod(chunk[axis + 1 :]) * array.dtype.itemsize
         chunk[axis] = min(chunk[axis], max(1, _CHUNK_BYTES // rest))
-    # Kaggle's trees have two levels: {"transformer/layer_0/attn/q_einsum": {"w": …}}.
     store = ts.open(
         {"driver": "zarr", "metadata": {"chunks": chunk, "compressor": {"id": "zstd", "level": 1}}},
-        kvstore=kvstore / f"{'.'.join(_tree_path(tensor))}/",
+        kvstore=kvstore / f"{'.'.join(tensor.tree_path)}/",
         create=True,
         dtype=ts.dtype(array.dtype),
         shape=tensor.shape,
@@ -265,20 +272,14 @@ def _write(
         store[num_rows:] = array[:1]
 
 
-def _tree_path(tensor: FlaxTensor) -> tuple[str, str]:
-    module, _, leaf = f"transformer/{tensor.name}".rpartition("/")
-    return module, leaf
-
-
 def _write_tree(directory: Path, tensors: list[FlaxTensor]) -> None:
     """What Orbax needs beside the arrays: the tree that they are the leaves of."""
     value = {"value_type": "np.ndarray", "skip_deserialize": False}
     tree = {}
     for tensor in tensors:
-        path = _tree_path(tensor)
         # 2 is orbax.checkpoint's KeyType.DICT.
-        keys = [{"key": key, "key_type": 2} for key in path]
-        tree[str(path)] = {"key_metadata": keys, "value_metadata": value}
+        keys = [{"key": key, "key_type": 2} for key in tensor.tree_path]
+        tree[str(tensor.tree_path)] = {"key_metadata": keys, "value_metadata": value}
     write_json(
         directory / _TREE_FILE,
         {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False, "custom_metadata": None},

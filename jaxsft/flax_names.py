@@ -28,6 +28,12 @@ class FlaxTensor(NamedTuple):
     layout: str
 
     @property
+    def tree_path(self) -> tuple[str, str]:
+        """Kaggle's trees have two levels: {"transformer/layer_0/attn/q_einsum": {"w": …}}."""
+        module, _, leaf = f"transformer/{self.name}".rpartition("/")
+        return module, leaf
+
+    @property
     def part_shape(self) -> tuple[int, ...]:
         """The shape of one part in the checkpoint."""
         return self.shape[1:] if len(self.parts) > 1 else self.shape
@@ -73,6 +79,12 @@ def flax_tensors(config: GemmaConfig, num_rows: int, gating_layout: str) -> list
     for layer in range(config.num_layers):
         tensors += _linears(config, layer, gating_layout) + _norms(config, layer)
     return tensors
+
+
+def flax_name(stored: str) -> str:
+    """A FlaxTensor's name from that in a checkpoint: Kaggle's, or of a tree that `gemma` saved."""
+    name = stored.replace(".", "/").removeprefix("transformer/")
+    return f"{name}/w" if name.endswith(("/mlp/gating_einsum", "/mlp/linear")) else name
 
 
 def like_found(config: GemmaConfig, shapes: dict[str, tuple[int, ...]]) -> list[FlaxTensor]:

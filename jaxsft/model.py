@@ -186,8 +186,7 @@ class Gemma(nnx.Module):
     def with_cache(
         self, tokens_BT: jax.Array, where: Tokens, cache: KVCache, *, mesh: Mesh | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """Prefill (T tokens a row) and decoding (T = 1): hidden states [B, T, D] after the final
-        norm, and the cache with the tokens in its next T slots.
+        """Hidden states [B, T, D] of the next T tokens (decoding: one), and the cache with them.
 
         Rows are padded on their left, by tokens of segment 0: a window's tokens are neighbours.
         """

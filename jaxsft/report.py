@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 from rich.console import Console
@@ -16,8 +15,7 @@ from rich.text import Text
 
 from jaxsft.build import Setup, num_adapter_params
 from jaxsft.evaluation.heldout import METRICS
-from jaxsft.evaluation.intervals import Estimate
-from jaxsft.evaluation.scoring import Metric, show_interval, show_value
+from jaxsft.evaluation.table import metric_cell
 from jaxsft.preflight import Preflight
 from jaxsft.session import Clock, duration
 
@@ -152,7 +150,7 @@ def show_result(console: Console, run_dir: Path) -> None:
     table = Table("held-out rows", "before", "after", title="Before and after training")
     for metric in METRICS:
         if metric.name in after:
-            table.add_row(metric.label, *(_cell(side, metric) for side in (before, after)))
+            table.add_row(metric.label, *(metric_cell(side, metric) for side in (before, after)))
     console.print(table)
     if not after.get("answers"):
         return
@@ -164,18 +162,6 @@ def show_result(console: Console, run_dir: Path) -> None:
     old = answers[index]["text"] if index < len(answers) else "–"
     sides.add_row(Text(old), Text(answer["text"]))
     console.print(sides)
-
-
-def _cell(measured: Mapping[str, Any], metric: Metric) -> str:
-    """A metric's value with its 95% interval."""
-    value = measured.get(metric.name)
-    if value is None:
-        return "–"
-    low, high = measured.get("intervals", {}).get(metric.name) or (None, None)
-    interval = ""
-    if low is not None and high is not None:
-        interval = show_interval(Estimate(value, low, high, 0), metric.unit)
-    return f"{show_value(value, metric.unit)} {interval}".strip()
 
 
 def _number(value: float | None, form: str) -> str:

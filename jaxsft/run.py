@@ -20,7 +20,7 @@ from jaxsft.config import TrainConfig
 from jaxsft.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from jaxsft.hosts import from_first
 from jaxsft.json_file import write_json
-from jaxsft.measure import losses, measure, values, write_before
+from jaxsft.measure import losses, measure, values, write_before, write_samples
 from jaxsft.metrics import MetricsWriter, last_step_of
 from jaxsft.peft_io import save_adapter
 from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
@@ -151,6 +151,22 @@ def evaluated(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -
     run.clock.measure_s = max(run.clock.measure_s, time.monotonic() - began_s)
     writer.log(step, {f"eval/{name}": value for name, value in found.items()})
     return found["loss"]
+
+
+def write_results(run: Run, setup: Setup, after: dict[str, Any]) -> None:
+    """samples.jsonl, and result.json with all that a finished run is known by."""
+    assert run.before is not None
+    write_samples(run.path / "samples.jsonl", run.before, after)
+    report, heldout = run.data.train.report, run.data.heldout
+    data = {
+        "rows_read": report.rows_read,
+        "samples": report.samples,
+        "tokens": report.num_tokens,
+        "loss_tokens": report.num_loss_tokens,
+        "heldout_samples": 0 if heldout is None else heldout.report.samples,
+    }
+    result = {"before": run.before, "after": after, "data": data, "command": run.command}
+    write_json(run.path / "result.json", result | {"program_hash": setup.program_hash})
 
 
 def catch_up(

@@ -6,7 +6,7 @@ tokens into the same slots of the cache, and a batch of any lengths runs a progr
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,11 @@ class _Program(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A batch of prompts. `numbers` are their places among all: what their draws depend on."""
+    """A batch of prompts, int32. `numbers` are their places among all: on these draws depend."""
 
-    tokens_BT: np.ndarray  # int32, padded on the left
-    lengths_B: np.ndarray  # int32
-    numbers_B: np.ndarray  # int32
+    tokens_BT: jax.Array  # padded on the left
+    lengths_B: jax.Array
+    numbers_B: jax.Array
 
 
 class _Loop(NamedTuple):
@@ -85,6 +85,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     num_devices = 1 if mesh is None else mesh.size
     batch_size = num_devices * -(-min(options.batch_size, len(order)) // num_devices)
+    stops = np.array(stop_ids, np.int32)
     answers: dict[int, Generation] = {}
     for low in range(0, len(order), max(batch_size, 1)):
         on_batch()
@@ -92,15 +93,10 @@ def generate(
         # A short last batch is filled up by repeating its first prompt: no other shape to compile.
         rows = _pad(prompts, indices + [indices[0]] * (batch_size - len(indices)))
         token_B, cache = _prefill(adapter, frozen, rows, program)
-        stops = np.array(stop_ids, np.int32)
         end = _decode(adapter, frozen, cache, token_B, rows, stops, program)
-        out_BT, num_drawn, done_B = (
-            np.asarray(end.out_BT),
-            int(end.num_drawn),
-            np.asarray(end.done_B),
-        )
-        for i, ids, done in zip(indices, out_BT[:, :num_drawn], done_B, strict=False):
-            length = int(np.argmax(np.isin(ids, stop_ids))) if done else num_drawn
+        out_BT, done_B = np.asarray(end.out_BT)[:, : int(end.num_drawn)], np.asarray(end.done_B)
+        for i, ids, done in zip(indices, out_BT, done_B, strict=False):
+            length = int(np.argmax(np.isin(ids, stop_ids))) if done else len(ids)
             answers[i] = Generation(ids[:length].tolist(), stopped=bool(done))
     return [answers[i] for i in range(len(prompts))]
 
@@ -144,12 +140,12 @@ def _check_length(what: str, prompt: Sequence[int], options: EvalOptions, limit:
 
 
 def _pad(prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> _Rows:
-    lengths = np.array([len(prompts[i]) for i in numbers], np.int32)
-    bucket = max(MIN_PROMPT_BUCKET, 1 << int(lengths.max() - 1).bit_length())
-    tokens = np.zeros((len(numbers), bucket), np.int32)
-    for row, i in zip(tokens, numbers, strict=True):
-        row[bucket - len(prompts[i]) :] = prompts[i]
-    return _Rows(tokens, lengths, np.array(numbers, np.int32))
+    lengths = [len(prompts[i]) for i in numbers]
+    bucket = max(MIN_PROMPT_BUCKET, 1 << (max(lengths) - 1).bit_length())
+    padded = [[0] * (bucket - len(prompts[i])) + list(prompts[i]) for i in numbers]
+    # NumPy's arrays, which are no process's own: several may share a mesh.
+    arrays: list[Any] = [np.array(each, np.int32) for each in (padded, lengths, numbers)]
+    return _Rows(*arrays)
 
 
 @partial(jax.jit, static_argnames="program")

@@ -33,8 +33,7 @@ from jaxsft.data import batches
 from jaxsft.device_errors import check_device, explain_out_of_memory
 from jaxsft.fork import ADAPTER, START, as_begun
 from jaxsft.hosts import join_hosts, reached_preemption
-from jaxsft.json_file import write_json
-from jaxsft.measure import load_before, measured_of, write_samples
+from jaxsft.measure import load_before, measured_of
 from jaxsft.metrics import MetricsWriter, Throughput
 from jaxsft.packing import batch_hash
 from jaxsft.peft_io import save_adapter
@@ -63,6 +62,7 @@ from jaxsft.run import (
     save_vanished,
     say,
     watch_metrics,
+    write_results,
 )
 from jaxsft.run_dir import RunDir, check_free_space
 from jaxsft.saver import Saver
@@ -216,9 +216,7 @@ def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_o
             show_stopped(console, setup, str(stop), clock, run.files.shown, run.command)
             return EXIT_INTERRUPTED
     say(console, writer.problem and f"WARNING: metrics are incomplete: {writer.problem}")
-    write_samples(run.path / "samples.jsonl", run.before, after)
-    result = {"before": run.before, "after": after, "program_hash": setup.program_hash}
-    write_json(run.path / "result.json", result)
+    write_results(run, setup, after)
     if problem := run.files.push():
         return fail(problem, EXIT_FAILED)
     show_result(console, run.path)

@@ -81,7 +81,7 @@ def load_model(
     pointers; every missing, extra or misshapen tensor by name; an `lm_head` that is not the
     embedding; NaN or infinity; a mesh that does not divide a dimension.
     """
-    source, info = _open(Path(path))
+    source, info = open_weights(path)
     config, is_gguf = info.config, info.format == "gguf"
 
     def build() -> Gemma:
@@ -160,7 +160,13 @@ def demo_model_path(cache_dir: Path | str | None = None) -> Path:
     return target
 
 
-def _open(path: Path) -> tuple[TensorSource, WeightsInfo]:
+def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
+    """The tensors under `path`, to be read one by one, and where they came from.
+
+    GGUF's have its own names and 1 + weight for the norms, all others Hugging Face's. Raises
+    ValueError as `load_model` does for what is no model, unsupported, or not whole.
+    """
+    path = Path(path)
     if path.suffix == ".gguf":
         gguf = GGUFFile(path)
         config = from_hf_config(hf_config(gguf), str(path))

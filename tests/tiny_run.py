@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft import lora
 from jaxsft.cli import parse_config
+from jaxsft.layers import LoRA
 from jaxsft.peft_io import AdapterConfig, save_adapter
 from jaxsft.weights import load_model
 
-TARGETS = ("q_proj",)
+TARGETS = ("o_proj",)
 
 
 def make_run(run_dir: Path, model_dir: Path, **options: str) -> Path:
@@ -21,10 +21,9 @@ def make_run(run_dir: Path, model_dir: Path, **options: str) -> Path:
     """
     model, _ = load_model(model_dir, dtype="float32", param_dtype="float32")
     lora.inject(model, rank=2, alpha=4, targets=TARGETS, rngs=nnx.Rngs(0))
-    for i, (path, leaf) in enumerate(nnx.to_flat_state(lora.split(model)[1])):
-        if path[-1] == "b":
-            shape = leaf.get_value().shape
-            leaf.set_value(jax.random.normal(jax.random.key(i), shape, jnp.float32))
+    for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, LoRA):  # whose b begins as zero
+            module.b[...] = jax.random.normal(jax.random.key(0), module.b[...].shape)
     config = AdapterConfig(2, 4.0, 0.0, False, TARGETS, str(model_dir))
     for name in ("adapter", "adapter-best"):
         save_adapter(run_dir / name, model, config)

@@ -1,7 +1,8 @@
 """What an evaluation found, as a table in the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -50,3 +51,15 @@ def show_comparison(title: str, names: Sequence[str], lines: Sequence[Comparison
             cells += [f"{value} {interval}".strip(), show_p_value(difference.p_value)]
         table.add_row(metric.label, *cells)
     return table
+
+
+def metric_cell(measured: Mapping[str, Any], metric: Metric) -> str:
+    """A metric's value with its 95% interval, of what train's result.json keeps."""
+    value = measured.get(metric.name)
+    if value is None:
+        return "–"
+    low, high = measured.get("intervals", {}).get(metric.name) or (None, None)
+    interval = ""
+    if low is not None and high is not None:
+        interval = show_interval(Estimate(value, low, high, 0), metric.unit)
+    return f"{show_value(value, metric.unit)} {interval}".strip()

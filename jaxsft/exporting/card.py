@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxsft.config import TrainConfig
+from jaxsft.evaluation.heldout import METRICS
+from jaxsft.evaluation.table import metric_cell
 from jaxsft.json_file import read_json
 from jaxsft.metrics import last_step_of
 from jaxsft.models import Origin, run_config
@@ -35,7 +37,8 @@ def model_card(
 ) -> str:
     """The card of the export that `manifest` describes, called `name`."""
     sections = [_front_matter(origin, manifest["format"], has_adapter=adapter is not None)]
-    what = f"{_TITLES[manifest['format']]}, made from {_quoted(origin.name)}"
+    base = origin.name if _is_on_hub(origin) else Path(origin.name).name
+    what = f"{_TITLES[manifest['format']]}, made from {_quoted(base)}"
     sections.append(f"# {visible_line(name)}\n\nGemma, {what} with jaxsft {manifest['jaxsft']}.")
     if adapter is not None:
         sections.append(_training(origin.run_dir, adapter))
@@ -72,6 +75,8 @@ def _training(run_dir: Path | None, adapter: AdapterConfig) -> str:
     ]
     if run_dir is not None:
         lines += _recipe(run_config(run_dir), last_step_of(run_dir))
+        command = _result(run_dir).get("command")
+        lines += [f"- trained with {_quoted(str(command))}"] if command else []
     return "\n".join(lines)
 
 
@@ -94,53 +99,39 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
         f"clipped at {config.max_grad_norm:g}, seed {config.seed}",
         f"- base weights in {config.model.param_dtype}, activations in {config.model.dtype}, "
         "adapter in float32",
-        "- trained with `python -m jaxsft.train --config config.yaml`, the run's own file",
     ]
     if data.system_prompt:
         lines.append(f"- system prompt: {_quoted(data.system_prompt)}")
     return lines
 
 
+def _result(run_dir: Path) -> dict[str, Any]:
+    """What a finished run is known by; {} of one that isn't."""
+    path = run_dir / "result.json"
+    return read_json(path) if path.exists() else {}
+
+
 def _results(run_dir: Path) -> list[str]:
     """The run's measurements before and after, if it has them."""
-    path = run_dir / "result.json"
-    if not path.exists():
-        return []
-    result = read_json(path)
-    sections = []
+    result, sections = _result(run_dir), []
     if isinstance(data := result.get("data"), dict) and data:
-        counts = "\n".join(f"- {_label(key)}: {_shown(data, key)}" for key in data)
+        counts = "\n".join(
+            f"- {visible_line(key.replace('_', ' '))}: {visible_line(str(data[key]))}"
+            for key in data
+        )
         sections.append(f"## Data\n\n{counts}")
     before, after = result.get("before") or {}, result.get("after") or {}
-    keys = [
-        key
-        for key, value in after.items()
-        if isinstance(value, int | float) and not re.search(r"_(low|high)$|^seconds$", key)
+    rows = [
+        f"| {metric.label} | {metric_cell(before, metric)} | {metric_cell(after, metric)} |"
+        for metric in METRICS
+        if metric.name in after
     ]
-    if keys:
-        rows = [f"| {_label(key)} | {_shown(before, key)} | {_shown(after, key)} |" for key in keys]
+    if rows:
         table = "\n".join(["| | before | after |", "|---|---|---|", *rows])
         sections.append(
             f"## Results\n\nOn the held-out rows; intervals, in brackets, are of 95%.\n\n{table}"
         )
     return sections
-
-
-def _label(key: str) -> str:
-    return visible_line(key.replace("_", " "))
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    """A number, with its interval where `key`_low and `key`_high are there too."""
-    ends = [values.get(f"{key}_{end}") for end in ("low", "high")]
-    text = _number(values.get(key))
-    return text if None in ends else f"{text} [{_number(ends[0])}, {_number(ends[1])}]"
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else visible_line(str(value))
 
 
 def _use_in_flax(has_adapter: bool) -> str:

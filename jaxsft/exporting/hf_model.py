@@ -38,8 +38,9 @@ _HEADER_ALIGNMENT = 8
 class MergedWeights:
     """A base model, with or without an adapter added, as a `TensorSource` of Hugging Face names.
 
-    W + scale · B A is computed in float32. What no adapter touches comes as the base stores it
-    (GGUF: dequantised, norms without the 1 that it adds), so that it can be copied bit for bit.
+    W + scale · B A is computed in float64: the order of summation then has no part in which way it
+    is rounded to bfloat16. What no adapter touches comes as the base stores it (GGUF: dequantised,
+    norms without the 1 that it adds), so that it can be copied bit for bit.
     """
 
     def __init__(self, source: TensorSource, info: WeightsInfo, adapter: Path | None):
@@ -66,8 +67,9 @@ class MergedWeights:
             if is_norm and self._shift:
                 block = block + self._shift
             if update is not None:
-                b_OR, a_RI = update
-                block = block.astype(np.float32) + b_OR[start : start + len(block)] @ a_RI
+                b_OR, a_RI = (each.astype(np.float64) for each in update)
+                b_rows = self._scale * b_OR[start : start + len(block)]
+                block = block.astype(np.float64) + b_rows @ a_RI
             if not np.isfinite(block).all():
                 raise ValueError(f"{self.path}: tensor {name} holds NaN or infinity: damaged")
             yield start, block
@@ -95,9 +97,9 @@ class MergedWeights:
                 raise ValueError(f"{self.path}: {head} is not the embedding: not supported")
 
     def _add(self, adapter: Path) -> None:
-        """Reads the update of every adapted matrix: (scale · B [out, r], A [r, in])."""
+        """Reads what is added to every adapted matrix: B [out, r] and A [r, in]."""
         settings = read_adapter_config(adapter)
-        scale = np.float32(lora_scale(settings.rank, settings.alpha, settings.use_rslora))
+        self._scale = lora_scale(settings.rank, settings.alpha, settings.use_rslora)
         source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
         expected: dict[str, tuple[int, ...]] = {}
         matrices = []
@@ -113,11 +115,11 @@ class MergedWeights:
         check_shapes(source.path, source.shapes, expected)
 
         def whole(key: str) -> np.ndarray:
-            return np.concatenate([block for _, block in source.blocks(key)]).astype(np.float32)
+            return np.concatenate([block for _, block in source.blocks(key)])
 
         for name in matrices:
             a_RI, b_OR = (whole(f"base_model.model.{name}.lora_{ab}.weight") for ab in "AB")
-            self._updates[f"{name}.weight"] = scale * b_OR, a_RI
+            self._updates[f"{name}.weight"] = b_OR, a_RI
 
 
 def _source_names(info: WeightsInfo) -> dict[str, str]:

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsft import lora
 from jaxsft.chat import encode_prompt
+from jaxsft.layers import Linear
 from jaxsft.model import Gemma
 from jaxsft.presets import GemmaConfig
 from jaxsft.reasoning import Turn
@@ -98,9 +100,28 @@ def _hidden(graphdef: nnx.GraphDef, state: nnx.State, tokens_BT: jax.Array) -> j
     return nnx.merge(graphdef, state)(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
 
 
-def rounded(model: nnx.Module, dtype: str) -> Gemma:
-    """The model with its weights as `dtype` keeps them, and in float32 again."""
-    graphdef, state = nnx.split(model)
+def without_weights(config: GemmaConfig) -> Gemma:
+    """A model to put an adapter into: its own weights are zeros that take no memory."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
+    model: Any = nnx.merge(graphdef, state)
+    return model
+
+
+def merged(model: Gemma, dtype: str) -> Gemma:
+    """The model with its adapter merged in float64 and all rounded to `dtype`, kept in float32.
+
+    Changes `model`. Not `lora.merge`: its float32 sums would be rounded to the other neighbour in
+    bfloat16 here and there.
+    """
+    for _, linear in list(nnx.iter_modules(model)):
+        if isinstance(linear, Linear) and linear.lora is not None:
+            leaves = (linear.kernel, linear.lora.a, linear.lora.b)
+            kernel, a, b = (np.asarray(leaf[...], np.float64) for leaf in leaves)
+            linear.kernel[...] = jnp.asarray(
+                (kernel + linear.lora.scale * (a @ b)).astype(jnp.dtype(dtype))
+            )
+    graphdef, state = nnx.split(lora.without_adapter(model))
     state = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), state)
     result: Any = nnx.merge(graphdef, state)
     return result

@@ -16,15 +16,14 @@ from safetensors.numpy import load_file
 from twins import TWINS, WINDOW
 
 from jaxsft.chat import encode_chat, encode_prompt
-from jaxsft.export import without_weights
 from jaxsft.exporting.hf_model import MergedWeights, to_hf_config, write_weights
 from jaxsft.exporting.hf_tokenizer import write_tokenizer
+from jaxsft.exporting.verify import without_weights
 from jaxsft.json_file import write_json
 from jaxsft.peft_io import load_adapter, save_adapter
 from jaxsft.reasoning import Turn
 from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import _open as open_weights
-from jaxsft.weights import load_model
+from jaxsft.weights import load_model, open_weights
 
 pytestmark = [
     # peft 0.21 reads it of every transformers model.

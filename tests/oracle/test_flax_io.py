@@ -1,4 +1,4 @@
-"""Flax checkpoints of all four architectures, in and out, against transformers; and damaged ones."""
+"""Flax checkpoints of all four architectures, in and out, and what is wrong with others."""
 
 import json
 import os
@@ -226,8 +226,10 @@ def test_preset_by_its_shapes(name: str) -> None:
         },
     }
     assert preset_of(Path(), expected[name]) is PRESETS[name]
-    gating = {"layer_0/mlp/gating_einsum/w": s for n, s in expected[name].items() if "gating" in n}
-    tensors = like_found(PRESETS[name], expected[name] | gating)
+    gating = [shape for key, shape in expected[name].items() if "gating" in key]
+    tensors = like_found(
+        PRESETS[name], {**expected[name], "layer_0/mlp/gating_einsum/w": gating[0]}
+    )
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     assert shapes | expected[name] == shapes
     assert {"layer_0/attn/_query_norm/scale" in shapes} == {PRESETS[name].qk_norm}
@@ -304,7 +306,7 @@ def test_damaged_files(small: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
     directory = tmp_path / "copy"
     shutil.copytree(small[0], directory)
     files = [file for file in FlaxCheckpoint(directory).files if file.name != "_METADATA"]
-    assert len(files) >= 4
+    assert {file.name for file in files} > {"config.json", "manifest.ocdbt"}
     rng = np.random.default_rng(0)
     num_refused = 0
     for file in files:

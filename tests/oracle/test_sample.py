@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 from flax import nnx
@@ -19,7 +20,7 @@ from twins import TWINS, WINDOW, make_twin, to_jax
 from jaxsft import lora, sample
 from jaxsft.config import EvalOptions
 from jaxsft.model import Gemma
-from jaxsft.sample import Generation, generate, sample_token
+from jaxsft.sample import Generation, generate, sample_token, stream
 from jaxsft.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -138,6 +139,19 @@ def test_batch_size_and_company_change_nothing(one: Split, drawn: list[Generatio
     assert answers(3, [PROMPTS[0], other, PROMPTS[2]])[::2] == drawn[:3:2]
 
 
+@pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_stream_is_generates_answer(one: Split, options: EvalOptions) -> None:
+    prompt = PROMPTS[1]
+    whole = generate(*one, [prompt], options=options, stop_ids=NEVER)[0].ids
+    tokens = stream(*one, prompt, options=options, stop_ids=NEVER)
+    assert [next(tokens), next(tokens)] == whole[:2] and list(tokens) == whole[2:]
+    # The tokens end before a stop token, be it the first of all.
+    middle = whole[NUM_NEW_TOKENS // 2]
+    for stop in (middle, whole[0]):
+        ended = list(stream(*one, prompt, options=options, stop_ids=(9999, stop)))
+        assert ended == whole[: whole.index(stop)]
+
+
 def test_no_prompts_give_no_answers(one: Split) -> None:
     assert generate(*one, [], options=GREEDY, stop_ids=NEVER) == []
 
@@ -183,6 +197,8 @@ def test_prompts_out_of_range_are_refused(prompt: list[int], one: Split) -> None
     options = dataclasses.replace(GREEDY, max_new_tokens=4)
     with pytest.raises(ValueError, match=f"prompt 1 has {len(prompt)} tokens.*at most 128"):
         generate(*one, [[5], prompt], options=options, stop_ids=NEVER)
+    with pytest.raises(ValueError, match=f"the prompt has {len(prompt)} tokens.*at most 128"):
+        next(stream(*one, prompt, options=options, stop_ids=NEVER))
 
 
 def test_the_last_position_can_be_reached(one: Split) -> None:
@@ -195,6 +211,9 @@ def test_the_last_position_can_be_reached(one: Split) -> None:
 
 def keys(num_rows: int, seed: int = 0) -> jax.Array:
     return jax.vmap(jax.random.key)(seed * 100_000 + jnp.arange(num_rows))
+
+
+NUM_DRAWS = 20_000
 
 
 def random_logits(num_rows: int) -> np.ndarray:
@@ -233,28 +252,19 @@ def test_draws_are_from_transformers_distribution(
     temperature: float, top_k: int, top_p: float
 ) -> None:
     options = EvalOptions(temperature=temperature, top_k=top_k, top_p=top_p)
-    logits = random_logits(4096)
-    scores = warped(logits, options)
-    # The same key on the same distribution gives the same token: one token more or less would not.
-    expected = np.asarray(jax.vmap(jax.random.categorical)(keys(4096), jnp.asarray(scores)))
-    drawn = np.asarray(sample_token(jnp.asarray(logits), keys(4096), options))
-    assert np.array_equal(drawn, expected)
-    if top_k or top_p < 1:
-        assert np.isneginf(scores).any() or top_k == 64
-    # And these are draws: except where one token is nearly all that is left, not the best ones.
-    if top_p > 0.01:
-        assert np.mean(drawn != logits.argmax(-1)) > 0.02
-
-
-def test_draws_follow_the_probabilities() -> None:
-    options = EvalOptions(temperature=1.0, top_k=0)
-    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
-    num_draws = 20_000
-    logits = jnp.tile(jnp.log(jnp.asarray(probabilities, jnp.float32)), (num_draws, 1))
-    drawn = np.asarray(sample_token(logits, keys(num_draws), options))
-    shares = np.bincount(drawn, minlength=4) / num_draws
-    deviation = np.sqrt(probabilities * (1 - probabilities) / num_draws)
-    assert (np.abs(shares - probabilities) < 4 * deviation).all()
+    logits = random_logits(1)
+    scores = torch.tensor(warped(logits, options)[0], dtype=torch.float64)
+    expected = NUM_DRAWS * torch.softmax(scores, dim=-1).numpy()
+    tiled = jnp.tile(jnp.asarray(logits), (NUM_DRAWS, 1))
+    counts = np.bincount(sample_token(tiled, keys(NUM_DRAWS), options), minlength=64)
+    # What they leave out is never drawn, and nothing that is to be seen is left out.
+    assert not counts[expected == 0].any() and counts[expected > 20].all()
+    # Pearson's test holds from five expected draws on; the rarer tokens count as one.
+    rare = expected < 5
+    observed, wanted = ([*x[~rare], x[rare].sum()] for x in (counts, expected))
+    pairs = [(o, w) for o, w in zip(observed, wanted, strict=True) if w > 0]
+    if len(pairs) > 1:
+        assert scipy.stats.chisquare(*zip(*pairs, strict=True)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -299,21 +309,57 @@ REAL_PROMPTS = [
     "Question: What is 12 times 12? Answer: 144. Question: What is 9 times 9? Answer:",
     "水は地球上で最も重要な物質の一つであり、",
     "In economics, inflation is a general increase in",
+    "The three laws of thermodynamics are",
+    "SELECT name, COUNT(*) FROM customers",
+    "Roses are red, violets are blue,",
+    "La photosynthèse est le processus par lequel les plantes",
+    "User: How do I boil an egg so that the yolk stays soft?\nAssistant:",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "The meeting has been moved from Tuesday to",
+    "The",
 ]
 
 
-def test_real_model_greedy(real_model: Gemma, hf_real_model: Any, tokenizer: Tokenizer) -> None:
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in REAL_PROMPTS]
-    assert len({len(prompt) for prompt in prompts}) > 4
-    options = EvalOptions(batch_size=8, max_new_tokens=32)
-    answers = generate(*lora.split(real_model), prompts, options=options, stop_ids=NEVER)
-    # transformers' choice after our tokens: where all are equal, its greedy continuation is ours.
+def assert_greedy(hf_model: Any, prompts: list[list[int]], answers: list[Generation]) -> None:
+    """Each token is transformers' choice after those before it, or within NEAR_TIE of it: while
+    all are equal, its greedy answer is ours, and where one is not the best two were that close."""
+    num_ties = 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert len(answer.ids) == 32 and not answer.stopped
         tokens = torch.tensor([prompt + answer.ids])
         with torch.no_grad():
-            logits = hf_real_model(tokens, logits_to_keep=33).logits[0, :-1]
-        behind = logits.max(-1).values - logits[torch.arange(32), tokens[0, len(prompt) :]]
-        assert (behind <= NEAR_TIE).all(), (tokenizer.decode(prompt), behind)
-        assert (behind > 0).float().mean() < 0.1
-    assert len({token for answer in answers for token in answer.ids}) > 50
+            logits = hf_model(tokens, logits_to_keep=len(answer.ids) + 1).logits[0, :-1]
+        chosen = logits[torch.arange(len(answer.ids)), tokens[0, len(prompt) :]]
+        behind = logits.max(-1).values - chosen
+        assert (behind <= NEAR_TIE).all(), (prompt, behind)
+        num_ties += int((behind > 0).sum())
+    assert num_ties <= 0.01 * sum(len(answer.ids) for answer in answers)
+
+
+@pytest.fixture
+def real_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in REAL_PROMPTS]
+
+
+def test_real_model_greedy(
+    real_model: Gemma, hf_real_model: Any, real_prompts: list[list[int]]
+) -> None:
+    assert len(real_prompts) == 16 and len({len(prompt) for prompt in real_prompts}) > 6
+    options = EvalOptions(batch_size=16, max_new_tokens=64)
+    answers = generate(*lora.split(real_model), real_prompts, options=options, stop_ids=NEVER)
+    assert all(len(answer.ids) == 64 and not answer.stopped for answer in answers)
+    assert len({token for answer in answers for token in answer.ids}) > 100
+    assert_greedy(hf_real_model, real_prompts, answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_real_model_in_other_batches(
+    batch_size: int, real_model: Gemma, hf_real_model: Any, real_prompts: list[list[int]]
+) -> None:
+    # One prompt is longer than the window, one reaches it while it is answered.
+    assert real_model.config.sliding_window == 512
+    text = [token for prompt in real_prompts for token in prompt[1:]] * 4
+    prompts = [[2, *text[:700]], *real_prompts, [2, *text[:490]]]
+    options = EvalOptions(batch_size=batch_size, max_new_tokens=40)
+    answers = generate(*lora.split(real_model), prompts, options=options, stop_ids=NEVER)
+    assert_greedy(hf_real_model, prompts, answers)

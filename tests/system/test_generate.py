@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 NUM_NEW = 8
 SHORT = ("--max_new_tokens", str(NUM_NEW), "--batch_size", "2")
 SYSTEM = "Be brief."
+QUESTIONS = ["Which animal barks?", "What is 2 + 3?", "Name a fruit."]
 # A person at a terminal of its own: what is written to the first process is typed there.
 ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -39,6 +40,17 @@ DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 def run_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "tiny"
     return make_run(directory, tiny_model_dir, data__system_prompt=SYSTEM)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs(command_environment: dict[str, str]) -> Iterator[None]:
+    """Compiled once for this process and those of the commands."""
+    name = "JAX_COMPILATION_CACHE_DIR"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, command_environment[name])
+        jax.config.update("jax_compilation_cache_dir", command_environment[name])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        yield
 
 
 @pytest.fixture
@@ -53,58 +65,66 @@ def ask(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
 
 
 def answers(run_dir: Path, chats: Sequence[Sequence[Turn]], with_adapter: bool = True) -> list[str]:
-    """What `sample.generate` says to each."""
+    """What `sample.generate` says to each, in batches of two: one program for all tests."""
     mesh, origin = make_mesh(1, 1, jax.devices()), find_model(str(run_dir))
     dtypes = {"dtype": "float32", "param_dtype": "float32"}
     loaded = load(origin, **dtypes, mesh=mesh, with_adapter=with_adapter)
-    prompts = [encode_prompt(loaded.tokenizer, turns) for turns in chats]
+    prompts = [encode_prompt(loaded.tokenizer, turns) for turns in [*chats, chats[0]]]
     options = EvalOptions(batch_size=2, max_new_tokens=NUM_NEW)
     stop_ids = loaded.tokenizer.stop_ids
     generations = generate(
         *lora.split(loaded.model), prompts, options=options, stop_ids=stop_ids, mesh=mesh
     )
-    return [loaded.tokenizer.decode(generation.ids) for generation in generations]
+    return [loaded.tokenizer.decode(generation.ids) for generation in generations[:-1]]
 
 
-def asked(*texts: str, system: str = SYSTEM) -> list[Turn]:
-    """A chat: system, user, assistant, user, …"""
+def asked(*texts: str) -> list[Turn]:
+    """A chat: user, assistant, user, … after the run's system text."""
     roles: Any = ("system", *("user", "assistant") * len(texts))
-    return [Turn(role, text) for role, text in zip(roles, (system, *texts), strict=False)]
+    return [Turn(role, text) for role, text in zip(roles, (SYSTEM, *texts), strict=False)]
+
+
+@pytest.fixture(scope="module")
+def tuned_and_base(run_dir: Path) -> tuple[list[str], list[str]]:
+    """The answers to QUESTIONS with and without the adapter."""
+    chats = [asked(question) for question in QUESTIONS]
+    tuned, base = answers(run_dir, chats), answers(run_dir, chats, with_adapter=False)
+    assert all(a != b for a, b in zip(tuned, base, strict=True))
+    return tuned, base
 
 
 def test_a_file_of_prompts_and_the_base_model(
-    run_dir: Path, ask: Callable[..., tuple[str, str]], write: Callable[..., Path], tmp_path: Path
+    run_dir: Path,
+    tuned_and_base: tuple[list[str], list[str]],
+    ask: Callable[..., tuple[str, str]],
+    write: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    texts = ["Name a red fruit.", "Which animal barks at the moon? ", "What is 2 + 3?"]
-    file, output = write(*({"prompt": text} for text in texts)), tmp_path / "answers.jsonl"
+    file, output = write(*({"prompt": text} for text in QUESTIONS)), tmp_path / "answers.jsonl"
     asking = (run_dir, "--prompts", file, *SHORT, "--base")
     assert ask(*asking, "--output", output) == ("", "")
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    chats = [asked(text.strip()) for text in texts]
-    tuned, base = answers(run_dir, chats), answers(run_dir, chats, with_adapter=False)
-    assert [(row["prompt"], row["text"]) for row in rows] == [
-        (text.strip(), answer) for text, answer in zip(texts, tuned, strict=True)
-    ]
-    assert [row["base"]["text"] for row in rows] == base and base != tuned
-    assert {row["num_tokens"] for row in rows if not row["stopped"]} <= {NUM_NEW}
-    assert {row["reasoning"] for row in rows} == {None}  # not the form
+    told = [(row["prompt"], row["text"], row["base"]["text"]) for row in rows]
+    assert told == list(zip(QUESTIONS, *tuned_and_base, strict=True))
+    assert all(row["stopped"] or row["num_tokens"] == NUM_NEW for row in rows)
+    assert {(row["reasoning"], row["answer"]) for row in rows} == {(None, None)}  # not the form
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", file.name]
-    # What goes to a terminal is ASCII, as no control character of Unicode is then.
-    printed, _ = ask(*asking)
-    assert printed.isascii() and list(map(json.loads, printed.splitlines())) == rows
+    # What goes to a terminal is ASCII: no control character of Unicode is.
+    printed, _ = ask(*asking[:-1])
+    tuned = [{key: row[key] for key in row if key != "base"} for row in rows]
+    assert printed.isascii() and list(map(json.loads, printed.splitlines())) == tuned
 
 
 def test_one_prompt_and_the_base_model(
-    run_dir: Path, ask: Callable[..., tuple[str, str]], tiny_model_dir: Path
+    run_dir: Path,
+    tuned_and_base: tuple[list[str], list[str]],
+    ask: Callable[..., tuple[str, str]],
+    tiny_model_dir: Path,
 ) -> None:
-    question = "What do bees make?"
-    (tuned,) = answers(run_dir, [asked(question)])
-    (base,) = answers(run_dir, [asked(question)], with_adapter=False)
-    (other,) = answers(run_dir, [asked(question, system="")], with_adapter=False)
-    out, err = ask(run_dir, "--prompt", question, *SHORT, "--base")
+    (tuned, *_), (base, *_) = tuned_and_base
+    out, err = ask(run_dir, "--prompt", QUESTIONS[0], *SHORT, "--base")
     assert out == f"{run_dir}:\n{tuned}\n{tiny_model_dir}, untrained:\n{base}\n"
-    assert err == "(cut off after --max_new_tokens 8)\n" * 2
-    assert ask(tiny_model_dir, "--prompt", question, *SHORT, "--system", "")[0] == f"{other}\n"
+    assert err == f"(cut off after --max_new_tokens {NUM_NEW})\n" * 2
 
 
 def test_mistakes(
@@ -115,12 +135,12 @@ def test_mistakes(
     tmp_path: Path,
 ) -> None:
     good, bad = write({"prompt": "a"}), write({"prompt": "a"}, {"prompt": 1}, name="bad.jsonl")
-    long = write({"prompt": "a"}, {"prompt": "a " * 480}, name="long.jsonl")
+    long = write({"prompt": "a"}, {"prompt": "a " * 500}, name="long.jsonl")
     for arguments, line in (
         ([tmp_path / "nothing"], "nothing: no such file or directory; give"),
         ([run_dir, "--prompts", bad], 'bad.jsonl:2: "prompt" is a int'),
-        ([run_dir, "--prompts", long, *SHORT], "long.jsonl:2: the prompt has 496 tokens, which"),
-        ([run_dir, "--prompt", "a " * 480, *SHORT], "error: the prompt has 496 tokens, which"),
+        ([run_dir, "--prompts", long, *SHORT], "long.jsonl:2: the prompt has 516 tokens, which"),
+        ([run_dir, "--prompt", "a " * 500, *SHORT], "error: the prompt has 516 tokens, which"),
         ([run_dir, "--prompt", "a", "--prompts", good], "--prompt and --prompts: give one of"),
         ([run_dir, "--prompt", "a", "--output", "b"], "--output is for the answers to --prompts"),
         ([run_dir, "--prompts", good, "--output", tmp_path], "is a directory"),
@@ -133,17 +153,20 @@ def test_mistakes(
         assert line in err and err.startswith("error: ") and err.count("\n") == 1 and not out
 
 
-def test_a_chat_over_a_pipe(run_dir: Path, command_environment: dict[str, str]) -> None:
+def test_a_chat_over_a_pipe(
+    run_dir: Path, tiny_model_dir: Path, command_environment: dict[str, str]
+) -> None:
     """Each answer follows from all that was said; the whole text goes into the next turn."""
-    (first,) = answers(run_dir, [asked("One?")])
-    (second,) = answers(run_dir, [asked("One?", first, "Two?")])
+    (first,) = answers(run_dir, [asked("One?")], with_adapter=False)
+    (second,) = answers(run_dir, [asked("One?", first, "Two?")], with_adapter=False)
     said = "One?\n\nTwo?\n/reset\nOne?\n/quit\nnever read\n"
-    command = [sys.executable, "-m", "jaxsft.generate", str(run_dir), *SHORT]
+    command = [sys.executable, "-m", "jaxsft.generate", str(tiny_model_dir), *SHORT]
+    command += ["--system", SYSTEM]
     result = subprocess.run(
         command, env=command_environment, input=said, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (0, f"{first}\n\n{second}\n\n{first}\n\n")
-    assert result.stderr == "(cut off after --max_new_tokens 8)\n" * 3
+    assert result.stderr == f"(cut off after --max_new_tokens {NUM_NEW})\n" * 3
     assert first.strip() and second != first
 
 

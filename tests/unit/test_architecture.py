@@ -78,6 +78,7 @@ ORDER = [
     "flax_io",
     "weights",
     "peft_io",
+    "tunix_io",
     "optimizer",
     "step",
     "sample",
@@ -103,6 +104,7 @@ ORDER = [
     "planning.search",
     # L5
     "terminal",
+    "evaluation.table",
     "cli",
     "session",
     "hub_models",
@@ -141,7 +143,6 @@ ORDER = [
     "exporting.card",
     "export",
     "evaluation.options",
-    "evaluation.table",
     "evaluate",
     "prompts",
     "answer_style",
@@ -218,7 +219,7 @@ UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code", "shell"}
 NETWORK_SIDE = frozenset(
     {"hub", "hub_retry", "remote", "metrics", "download_sft_datasets", "peer_trl"}
 )
-TOKEN_READERS = ("download_sft_datasets", "models")
+TOKEN_READERS = ("download_sft_datasets", "models", "hub_models")  # and none writes it
 NETWORK_MODULES = frozenset(
     {"socket", "ssl", "http", "urllib.request", "requests", "httpx", "httpx2", "aiohttp", "ftplib"}
     | {"huggingface_hub", "datasets", "gcsfs"}

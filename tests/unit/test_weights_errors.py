@@ -73,7 +73,8 @@ def test_the_valid_directory_loads(tmp_path: Path) -> None:
 
 def test_paths_that_are_no_model(tmp_path: Path) -> None:
     assert error(tmp_path / "none") == (
-        f"{tmp_path}/none does not exist; give a Hugging Face model directory or a GGUF file"
+        f"{tmp_path}/none does not exist; "
+        "give a Hugging Face model directory, a GGUF file or a Flax checkpoint"
     )
     (tmp_path / "file.bin").write_bytes(b"x")
     assert "is neither a directory nor a .gguf file" in error(tmp_path / "file.bin")

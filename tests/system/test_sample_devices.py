@@ -1,0 +1,93 @@
+"""Eight simulated devices give the answers of one, greedy and drawn, with the weights split.
+
+XLA's devices are fixed when it starts, so the cases run in a child process: this file as a script.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CASES = {"one": None, "eight": (4, 2)}
+
+
+def test_eight_devices_give_the_answers_of_one() -> None:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the time to compile
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-W", "error", __file__]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    report = json.loads(child.stdout)
+    assert report["eight"] == report["one"]
+    greedy, drawn = report["one"]
+    assert len(greedy) == len(drawn) == 11 and greedy != drawn
+    assert {len(ids) for ids in greedy} == {12}
+
+
+def measure() -> dict[str, Any]:
+    """(greedy, drawn) answers by case; the drawn ones end at a stop token."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from jaxsft import lora, sample
+    from jaxsft.config import EvalOptions
+    from jaxsft.model import Gemma
+    from jaxsft.presets import GLOBAL, LOCAL, PRESETS
+    from jaxsft.sharding import make_mesh, state_shardings
+
+    config = dataclasses.replace(
+        PRESETS["gemma-3-1b"],
+        vocab_size=96,
+        d_model=16,
+        d_ff=24,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        layer_types=(LOCAL, GLOBAL, LOCAL),  # a scanned pair and a tail
+        max_positions=64,
+        sliding_window=6,
+    )
+    model = Gemma(config, rngs=nnx.Rngs(0))
+    lora.inject(model, rank=3, alpha=7.0, rngs=nnx.Rngs(1))
+    graphdef, adapter, frozen = lora.split(model)
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), adapter)
+    # Eleven prompts in batches of five, which eight devices make eight.
+    prompts = [rng.integers(4, 96, length).tolist() for length in rng.integers(1, 32, 11)]
+    greedy = EvalOptions(batch_size=5, max_new_tokens=12)
+    drawn = dataclasses.replace(greedy, temperature=1.0, top_k=20, top_p=0.9)
+    report = {}
+    for case, shape in CASES.items():
+        mesh, placed = None, (adapter, frozen)
+        if shape is not None:
+            mesh = make_mesh(*shape)
+            placed = tuple(jax.device_put(x, state_shardings(x, mesh)) for x in placed)
+        report[case] = [
+            [
+                answer.ids
+                for answer in sample.generate(
+                    graphdef, *placed, prompts, options=options, stop_ids=stop_ids, mesh=mesh
+                )
+            ]
+            for options, stop_ids in ((greedy, (96,)), (drawn, (5, 6, 7)))
+        ]
+        if mesh is not None:
+            rows = sample._pad(prompts, range(8))
+            program = sample._Program(graphdef, greedy, mesh)
+            _, cache = sample._prefill(*placed, rows, program)
+            (shard, *_), kv = cache.kv_L2BSKH.addressable_shards, cache.kv_L2BSKH
+            assert 8 * shard.data.size == kv.size and shard.data.shape[2] == 1
+    return report
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))

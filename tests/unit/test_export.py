@@ -1,0 +1,115 @@
+"""Parts of export that need no model: configs, the output directory, the model card."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxsft.exporting.card import model_card
+from jaxsft.exporting.hf_model import to_hf_config
+from jaxsft.exporting.output import check_replaceable, check_space, put_in_place, scratch_beside
+from jaxsft.exporting.verify import max_difference
+from jaxsft.models import Origin
+from jaxsft.peft_io import AdapterConfig
+from jaxsft.presets import PRESETS, from_hf_config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_round_trip(name: str) -> None:
+    preset = PRESETS[name]
+    written = to_hf_config(preset)
+    assert dataclasses.replace(from_hf_config(written), name=name) == preset
+    assert json.loads(json.dumps(written)) == written
+
+
+def test_largest_difference() -> None:
+    one, other = np.array([[1.0, 2.0]]), np.array([[1.0, 2.5]])
+    assert max_difference([one, one], [one, other]) == 0.5
+    assert max_difference([one], [one[:, :1]]) == np.inf
+    assert max_difference([one], [np.array([[1.0, np.nan]])]) == np.inf
+
+
+def test_only_its_like_is_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    check_replaceable(output, "peft", "runs/a")
+    output.mkdir()
+    check_replaceable(output, "peft", "runs/a")
+    manifest = {"format": "peft", "model": "runs/a", "files": {"README.md": "", "model/d": ""}}
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    (output / "README.md").touch()
+    (output / "model").mkdir()
+    (output / "model" / "d").touch()
+    check_replaceable(output, "peft", "runs/a")
+    for other in (("merged", "runs/a"), ("peft", "runs/b")):
+        with pytest.raises(ValueError, match="exists and is not just an earlier"):
+            check_replaceable(output, *other)
+    (output / "model" / "mine").touch()
+    with pytest.raises(ValueError, match="exists and is not just an earlier"):
+        check_replaceable(output, "peft", "runs/a")
+
+
+def test_directory_appears_whole(tmp_path: Path) -> None:
+    output = tmp_path / "exports" / "out"
+    with pytest.raises(KeyError), scratch_beside(output) as directory:
+        (directory / "half").touch()
+        raise KeyError
+    assert not list(output.parent.iterdir())
+    for content in ("first", "second"):
+        with scratch_beside(output) as directory:
+            (directory / content).touch()
+            put_in_place(directory, output)
+        assert [path.name for path in output.iterdir()] == [content]
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_room_on_the_disk(tmp_path: Path) -> None:
+    check_space(tmp_path / "new" / "out", 1000)
+    with pytest.raises(ValueError, match=r"MiB are free there and 1,048,640 needed"):
+        check_space(tmp_path / "new" / "out", 2**40)
+
+
+def card(format: str, name: str, preset: str, **changes: Any) -> str:
+    adapter = AdapterConfig(8, 16.0, 0.0, True, ("q_proj", "v_proj"), name)
+    origin = Origin(Path("base"), Path("adapter"), None, Path("t"), name, None)
+    manifest = {
+        "format": format,
+        "verified": True,
+        "problem": None,
+        "max_abs_logit_difference": 2.5e-5,
+        "bound": 2e-3,
+        "peer": "transformers",
+        "versions": {"jax": "0.10.2"},
+        "command": "python -m jaxsft.export adapter",
+        "jaxsft": "0.1.0",
+    }
+    return model_card(origin, PRESETS[preset], adapter, manifest | changes, "out")
+
+
+def test_card() -> None:
+    text = card("peft", "google/gemma-2-2b", "gemma-2-2b")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front == {
+        "license": "gemma",
+        "library_name": "peft",
+        "base_model": "google/gemma-2-2b",
+        "pipeline_tag": "text-generation",
+        "tags": ["gemma", "jax", "jaxsft", "lora", "sft"],
+    }
+    assert "rank 8, alpha 16 (alpha / sqrt(r)), dropout 0, on q_proj, v_proj" in text
+    assert "no logit was further than 2.5e-05 from jaxsft's" in text
+    assert 'attn_implementation="eager"' in text and "PeftModel.from_pretrained(model" in text
+
+    text = card("merged", "/home/me/models/gemma", "gemma-3-1b")
+    assert "base_model" not in yaml.safe_load(text.split("---\n")[1])
+    assert "made from `gemma`" in text and "/home/me" not in text
+    assert "eager" not in text and "PeftModel" not in text
+    unchecked = {"verified": False, "max_abs_logit_difference": None}
+    assert "Not checked in another library" in card("flax", "demo", "gemma-3-1b", **unchecked)
+    drifting = {"verified": False, "problem": "the export drifts"}
+    assert "DRIFTING, not to be used: the export drifts." in card(
+        "flax", "d", "gemma-2b", **drifting
+    )
