@@ -10,8 +10,6 @@ Exit codes: 0 done; 1 out of memory; 2 bad input; 130 interrupted.
 
 import dataclasses
 import gc
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +20,16 @@ from typing import NamedTuple
 import jax
 import optax
 from rich.console import Console
+from rich.text import Text
 
 from jaxsft import lora
 from jaxsft.bins import pack
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail, parse_options
 from jaxsft.config import DataOptions
 from jaxsft.data import as_list
+from jaxsft.device_errors import check_device
 from jaxsft.evaluation.heldout import (
     Prompt,
-    SampleLosses,
     answer_mask,
     answer_prompts,
     compare_losses,
@@ -38,14 +37,15 @@ from jaxsft.evaluation.heldout import (
     read_prompts,
     with_examples,
 )
-from jaxsft.evaluation.options import BASE, EvaluateOptions, check, run_defaults
-from jaxsft.evaluation.page import compare_page
-from jaxsft.evaluation.scoring import Answer, Comparison, compare
+from jaxsft.evaluation.options import BASE, EvaluateOptions, check, is_adapter, run_defaults
+from jaxsft.evaluation.results import Measured, describe, output_directory, write_results
+from jaxsft.evaluation.scoring import compare
 from jaxsft.evaluation.table import show_comparison, with_perplexity
-from jaxsft.json_file import write_json
 from jaxsft.models import Origin, find_model, load, open_tokenizer
 from jaxsft.packing import PackedRows, Sample
+from jaxsft.peft_io import read_adapter_config
 from jaxsft.prepare import all_samples, load_heldout
+from jaxsft.program import architecture
 from jaxsft.run import configure_jax
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec
@@ -60,22 +60,16 @@ DESCRIPTION = (
 )
 _CHUNK_TOKENS = 512  # loss positions per device that meet the vocabulary at once
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128  # a TPU's lanes; shorter rows pack badly
+_ANY_LENGTH = 1 << 24  # tokens
 _LINE_EVERY_S = 30.0  # where there is no terminal
 
 
 class Rows(NamedTuple):
-    """What models are measured on."""
+    """What models are measured on; `about` says so in a line."""
 
     heldout: PackedRows
     prompts: list[Prompt]
-
-
-class Measured(NamedTuple):
-    """What one model did."""
-
-    name: str
-    losses: dict[str, SampleLosses]
-    answers: list[Answer]
+    about: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,10 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = make_console()
     try:
         return command(list(sys.argv[1:] if argv is None else argv), console)
+    except ConnectionError as error:
+        return fail(error, EXIT_FAILED)
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", EXIT_INTERRUPTED)
+        return fail("interrupted; the same command begins anew", EXIT_INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -96,82 +92,78 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(argv: Sequence[str], console: Console) -> int:
     """Measures what `argv` asks for. ValueError and OSError are bad input."""
     options = parse_options("jaxsft.evaluate", DESCRIPTION, argv, EvaluateOptions)
-    origin = find_model(options.model, options.tokenizer, options.base_model)
+    origin = find(options, options.model)
     if origin.run_dir is not None:
         defaults = run_defaults(origin.run_dir)
         options = parse_options("jaxsft.evaluate", DESCRIPTION, argv, EvaluateOptions, defaults)
-    check(options, origin)
+    check(options)
     output = output_directory(options, origin)
+    check_device()
     configure_jax()
-    other = find_other(options, origin)
+    sides = [(options.model, origin)]
+    if options.compare == BASE:
+        sides.append((origin.name, dataclasses.replace(origin, adapter=None)))
+    elif options.compare is not None:
+        sides.append((options.compare, find(options, options.compare)))
     tokenizer = open_tokenizer(origin.tokenizer)
-    if other is not None and open_tokenizer(other.tokenizer).digest != tokenizer.digest:
+    if open_tokenizer(sides[-1][1].tokenizer).digest != tokenizer.digest:
         raise ValueError(
             f"{options.compare}: has another tokenizer than {options.model}: losses per token "
             "would not compare; evaluate each by itself"
         )
     rows = read_rows(options, tokenizer)
-    measured = [measure(options.model, origin, rows, tokenizer, options, console)]
-    if other is not None:
-        assert options.compare is not None
-        gc.collect()  # the first model's weights
-        name = other.name if options.compare == BASE else options.compare
-        measured.append(measure(name, other, rows, tokenizer, options, console))
-    lines = compare_losses(*(each.losses for each in measured))
-    if options.eval.num_prompts:
-        lines += compare(*(each.answers for each in measured))
-    lines = with_perplexity(lines)
-    about = describe(options, rows)
-    names = [each.name for each in measured]
-    console.print(show_comparison(about, names, lines))
-    write_results(output, options, about, measured, lines)
+    for name, side in sides:  # before an hour goes into the first
+        check_positions(name, side, rows, options)
+    measured: list[Measured] = []
+    for name, side in sides:
+        gc.collect()  # the other model's weights
+        measured.append(measure(name, side, rows, tokenizer, options, console))
+        lines = compare_losses(*(each.losses for each in measured))
+        if options.eval.num_prompts:
+            lines += compare(*(each.answers for each in measured))
+        lines = with_perplexity(lines)
+        write_results(output, options, rows.about, measured, lines)
+    console.print(show_comparison(rows.about, [each.name for each in measured], lines))
     console.print(f"The numbers, the answers and a page with them are in {output}.")
     return 0
 
 
-def find_other(options: EvaluateOptions, origin: Origin) -> Origin | None:
-    """The model to compare with, if any."""
-    if options.compare is None:
-        return None
-    if options.compare == BASE:
-        return dataclasses.replace(origin, adapter=None)
-    base = options.base_model if origin.adapter is not None else None
-    return find_model(options.compare, options.tokenizer, base)
-
-
-def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
-    """Where results go; made now, so that it can't fail after the work."""
-    if options.output is not None:
-        directory = Path(options.output)
-    elif origin.run_dir is not None:
-        directory = origin.run_dir / "evaluation"
-    else:
-        directory = Path(f"evaluation-{Path(options.model).name}")
-    directory.mkdir(parents=True, exist_ok=True)
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ValueError(f"--output {directory}: is not writable")
-    return directory
+def find(options: EvaluateOptions, name: str) -> Origin:
+    """The model of this name, on the base that the options give, where it is an adapter."""
+    return find_model(name, options.tokenizer, options.base_model if is_adapter(name) else None)
 
 
 def read_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
     """The rows to measure on and their prompts, with the examples in front."""
     data = DataOptions(system_prompt=options.system_prompt, max_length=options.max_length)
-    bare = dataclasses.replace(data, system_prompt=None)
     files, root = as_list(options.files), cache_dir("prepared")
-    samples = all_samples(load_heldout(files, tokenizer, data, root))
-    first = samples[: options.eval.num_prompts]
-    if not options.few_shot:
-        return Rows(pack_tightly(samples), read_prompts(first, tokenizer, options.system_prompt))
-    examples = []
-    for variant in (data, bare):
-        found = load_heldout(as_list(options.few_shot_files), tokenizer, variant, root)
-        examples.append(all_samples(found)[: options.few_shot])
-    if len(examples[0]) < options.few_shot:
-        raise ValueError(f"few_shot_files: {len(examples[0])} rows, few_shot {options.few_shot}")
-    turns = examples[0][:1] + examples[1][1:]
-    first = all_samples(load_heldout(files, tokenizer, bare, root))[: options.eval.num_prompts]
-    prompts = with_examples(read_prompts(first, tokenizer, None), turns, tokenizer)
-    return Rows(pack_tightly(samples), prompts)
+    heldout = load_heldout(files, tokenizer, data, root)
+    samples = all_samples(heldout)
+
+    def whole(files: list[Path], system_prompt: str | None) -> list[Sample]:
+        # Of any length: a prompt needs no room for the row's own answer.
+        all_of_it = DataOptions(system_prompt=system_prompt, max_length=_ANY_LENGTH)
+        return all_samples(load_heldout(files, tokenizer, all_of_it, root))
+
+    shots, examples = options.few_shot, []
+    if shots:
+        example_files = as_list(options.few_shot_files)
+        # The system text is the first turn's alone.
+        examples = whole(example_files, options.system_prompt)[:1]
+        examples += whole(example_files, None)[1:shots]
+        if len(examples) < shots:
+            raise ValueError(f"few_shot_files: {len(examples)} rows, few_shot {shots}")
+    system_prompt = None if shots else options.system_prompt
+    found = whole(files, system_prompt)[: options.eval.num_prompts]
+    prompts = read_prompts(found, tokenizer, system_prompt)
+    seen = {each.text for each in read_prompts(examples, tokenizer, options.system_prompt)}
+    if shared := [prompt.text for prompt in prompts if prompt.text in seen]:
+        raise ValueError(f"few_shot_files: {shared[0][:80]!r} is among the rows measured on")
+    return Rows(
+        pack_tightly(samples),
+        with_examples(prompts, examples, tokenizer),
+        describe(options, heldout.report, len(prompts)),
+    )
 
 
 def pack_tightly(samples: Sequence[Sample]) -> PackedRows:
@@ -179,6 +171,21 @@ def pack_tightly(samples: Sequence[Sample]) -> PackedRows:
     lengths = [len(sample.ids) for sample in samples]
     row_length = -(-max(*lengths, _MIN_ROW_LENGTH) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     return PackedRows.from_samples(samples, pack(lengths, row_length), row_length)
+
+
+def check_positions(name: str, origin: Origin, rows: Rows, options: EvaluateOptions) -> None:
+    """ValueError where a model has too few positions, or its adapter's settings can't be read."""
+    config, _ = architecture(str(origin.base))
+    if origin.adapter is not None:
+        read_adapter_config(origin.adapter)
+    longest = max((len(prompt.ids) for prompt in rows.prompts), default=0)
+    most = max(longest + options.eval.max_new_tokens, rows.heldout.row_length)
+    if most > config.max_positions:
+        raise ValueError(
+            f"{name} has {config.max_positions} positions; the longest prompt has {longest} "
+            f"tokens, eval.max_new_tokens is {options.eval.max_new_tokens}, the longest row "
+            f"{rows.heldout.row_length}"
+        )
 
 
 def measure(
@@ -192,18 +199,10 @@ def measure(
     """Loads a model and measures it."""
     mesh = make_mesh(jax.device_count())
     loaded = load(origin, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
-    config = loaded.info.config
-    longest = max((len(prompt.ids) for prompt in rows.prompts), default=0)
-    room = config.max_positions - options.eval.max_new_tokens
-    if longest > room or options.max_length > config.max_positions:
-        raise ValueError(
-            f"{name} has {config.max_positions} positions; the longest prompt has {longest} "
-            f"tokens, eval.max_new_tokens is {options.eval.max_new_tokens}, max_length "
-            f"{options.max_length}"
-        )
     graphdef, adapter, frozen = lora.split(loaded.model)
     nothing = optax.identity(), optax.constant_schedule(0.0)
-    spec = StepSpec(graphdef, *nothing, mesh, config.final_softcap, _CHUNK_TOKENS)
+    cap = loaded.info.config.final_softcap
+    spec = StepSpec(graphdef, *nothing, mesh, cap, _CHUNK_TOKENS)
     batch_size = min(options.eval.batch_size, len(rows.heldout))
     batch_size = -(-batch_size // mesh.size) * mesh.size
     with counting(console, name, "rows", len(rows.heldout), batch_size) as on_batch:
@@ -216,7 +215,8 @@ def measure(
             batch_size=batch_size,
             on_batch=on_batch,
         )
-    with counting(console, name, "answers", len(rows.prompts), batch_size) as on_batch:
+    num_prompts = len(rows.prompts)
+    with counting(console, name, "answers", num_prompts, options.eval.batch_size) as on_batch:
         answers = answer_prompts(
             adapter,
             frozen,
@@ -236,64 +236,18 @@ def counting(
     """Yields what is to be called before each batch: a live line on a terminal, else a line now
     and then."""
     num_begun, last_s = 0, time.monotonic()
-    with console.status(f"{name}: {what} …") as status:
+    with console.status(Text(f"{name}: {what} …")) as status:
 
         def on_batch() -> None:
             nonlocal num_begun, last_s
             line = f"{name}: {num_begun:,} of {total:,} {what}"
-            status.update(line)
+            status.update(Text(line))
             if not console.is_terminal and time.monotonic() - last_s >= _LINE_EVERY_S:
                 last_s = time.monotonic()
                 console.print(line)
-            num_begun += batch_size
+            num_begun = min(num_begun + batch_size, total)
 
         yield on_batch
-
-
-def describe(options: EvaluateOptions, rows: Rows) -> str:
-    """The data and the decoding in a line."""
-    files = ", ".join(file.name for file in as_list(options.files))
-    decoding = "greedy"
-    if options.eval.temperature > 0:
-        limits = {"top-k": options.eval.top_k, "top-p": options.eval.top_p}
-        used = {"top-k": options.eval.top_k > 0, "top-p": options.eval.top_p < 1}
-        parts = [f"temperature {options.eval.temperature:g}", f"seed {options.eval.seed}"]
-        decoding = ", ".join([*parts, *(f"{k} {limits[k]:g}" for k in limits if used[k])])
-    shots = f", {options.few_shot} examples in front" if options.few_shot else ""
-    return (
-        f"{files}: {rows.heldout.num_samples:,} rows, {len(rows.prompts):,} answers{shots}; "
-        f"{decoding}, at most {options.eval.max_new_tokens:,} new tokens; {options.dtype}"
-    )
-
-
-def write_results(
-    directory: Path,
-    options: EvaluateOptions,
-    about: str,
-    measured: Sequence[Measured],
-    lines: Sequence[Comparison],
-) -> None:
-    """evaluation.json, answers.jsonl and page.html, in place of what an earlier one left there."""
-    names = [each.name for each in measured]
-    metrics = {
-        line.metric.name: {
-            "models": [estimate._asdict() for estimate in line.estimates],
-            "difference": line.difference and line.difference._asdict(),
-        }
-        for line in lines
-    }
-    told = {"models": names, "about": about, "options": dataclasses.asdict(options)}
-    write_json(directory / "evaluation.json", told | {"metrics": metrics})
-    answers = [
-        {"prompt": each[0].prompt, "reference": each[0].reference}
-        | {"answers": {name: answer.text for name, answer in zip(names, each, strict=True)}}
-        for each in zip(*(each.answers for each in measured), strict=True)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
-    (directory / "answers.jsonl").write_text(text, encoding="utf-8")
-    title = " and ".join(names)
-    page = compare_page(title, names, [each.answers for each in measured], lines, about=about)
-    (directory / "page.html").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def answer_prompts(
 ) -> list[Answer]:
     """Generates an answer to each prompt; `on_batch` as in `held_out_losses`.
 
-    It ends where the model begins another turn, too: a base model goes on with the next question.
+    An answer is cut where the model begins another turn, as a base model does that goes on with
+    questions of its own; such a one did not stop by itself.
     """
     generations = generate(
         spec.graphdef,
@@ -186,17 +187,14 @@ def answer_prompts(
         frozen,
         [prompt.ids for prompt in prompts],
         options=options,
-        stop_ids=(*tokenizer.stop_ids, tokenizer.start_of_turn_id),
+        stop_ids=tokenizer.stop_ids,
         on_batch=on_batch,
         mesh=spec.mesh,
     )
-    return [
-        Answer(
-            prompt=prompt.text,
-            reference=prompt.reference,
-            text=tokenizer.decode(generation.ids),
-            num_tokens=len(generation.ids),
-            stopped=generation.stopped,
-        )
-        for prompt, generation in zip(prompts, generations, strict=True)
-    ]
+    answers = []
+    for prompt, (ids, stopped) in zip(prompts, generations, strict=True):
+        if tokenizer.start_of_turn_id in ids:
+            ids, stopped = ids[: ids.index(tokenizer.start_of_turn_id)], False
+        text = tokenizer.decode(ids)
+        answers.append(Answer(prompt.text, prompt.reference, text, len(ids), stopped))
+    return answers

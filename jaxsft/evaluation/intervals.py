@@ -114,9 +114,12 @@ def sign_flip_p_value(gains: Sequence[float], *, seed: int = 0) -> float:
     share of sign patterns whose sum is at least as far from 0 as the one seen. It asks nothing of
     the distribution, so one test serves shares, lengths and losses; for right and wrong answers it
     is the exact McNemar test. Exact where gains are few, or all of one size; else the share among
-    NUM_RESAMPLES random patterns and the one seen (Phipson & Smyth 2010). 1.0 without any gain.
+    NUM_RESAMPLES random patterns and the one seen (Phipson & Smyth 2010). 1.0 without any gain,
+    NaN where one is not finite.
     """
     gains_N = np.asarray([gain for gain in gains if gain], np.float64)
+    if not np.isfinite(gains_N).all():  # NaN is above nothing: every pattern would count as near
+        return math.nan
     num = len(gains_N)
     if num and num > _MAX_ENUMERATED and np.ptp(np.abs(gains_N)) == 0:
         fewer = min(int((gains_N > 0).sum()), int((gains_N < 0).sum()))

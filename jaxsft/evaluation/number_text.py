@@ -1,8 +1,8 @@
 r"""The numbers in a text that a model or a data set wrote, as exact fractions.
 
-    72   -3   −3   +4   1,234.50   .5   5.   007         as they stand
+    72   -3   −3   +4   1,234.50   1\,234   .5   5.       as they stand
     $18   -$5   $-5   25%   72km   3 apples              the number; what it counts is not looked at
-    3/4   1 1/2   ½   1½   \frac{3}{4}                   fractions and mixed numbers
+    3/4   1 1/2   ½   1½   \frac{3}{4}   \frac34         fractions and mixed numbers
     2.5e3   1.5×10^6   1.5 \times 10^{6}                 powers of ten, up to two digits
     3-4   10 - 3   x-5   (2)-1                           a range or a subtraction: no signs here
     2024-05-01   12/25/2024                              a date: no number
@@ -23,10 +23,11 @@ _MONEY = "[$€£¥]"
 _NUMBER = re.compile(
     rf"""
     (?<!\d)\d{{4}}-\d\d-\d\d(?!\d) | (?<![\d/])\d{{1,2}}/\d{{1,2}}/\d{{4}}(?!\d)  # dates
-    | (?P<sign> (?<![A-Za-z0-9)\]}}%°{_MINUS}]) (?:[{_MINUS}]{_MONEY}?|{_MONEY}[{_MINUS}]) )?
+    | (?P<sign> (?<![A-Za-z0-9)\]}}%°{_MINUS}])
+        (?: [{_MINUS}](?:{_MONEY}[ ]?)? | {_MONEY}[{_MINUS}] ) )?
       (?<![A-Za-z0-9]) (?<!\d\.)
       (?:
-        (?<!/) (?:(?P<whole>\d+)[ ])? (?P<over>\d+)/(?P<under>0*[1-9]\d*) (?!\d|/|\.\d)
+        (?<!/) (?:(?P<whole>\d{{1,3}})[ ])? (?P<over>\d+)/(?P<under>0*[1-9]\d*) (?!\d|/|\.\d)
         | (?P<decimal>
             (?: \d{{1,3}}(?:[,\u2009\u202f]\d{{3}})+(?!,?\d) | \d+ ) (?:\.\d*)?
             | (?<!\.)\.\d+
@@ -39,7 +40,8 @@ _NUMBER = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # ½ and its like
-_FRAC = re.compile(r"(?:(\d)\s*)?\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
+_FRAC = re.compile(r"(?:(\d)\s*)?\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))", re.ASCII)
+_THIN_SPACE = re.compile(r"(?<=\d)\\,(?=\d{3})", re.ASCII)
 
 
 def find_numbers(text: str) -> list[Fraction]:
@@ -77,7 +79,12 @@ def _plain(text: str) -> str:
     text = _VULGAR.sub(_latex_fraction, text)
     text = text.replace("\u2044", "/").replace("\u00a0", " ").replace("{,}", ",")
     text = text.replace("\\!", "").replace("\\$", "$").replace("\\%", "%")
-    return _FRAC.sub(lambda m: f"{m[1]} {m[2]}/{m[3]}" if m[1] else f"{m[2]}/{m[3]}", text)
+    return _FRAC.sub(_slashed, _THIN_SPACE.sub("", text))
+
+
+def _slashed(match: re.Match[str]) -> str:
+    whole = f"{match[1]} " if match[1] else ""
+    return f"{whole}{match[2] or match[4]}/{match[3] or match[5]}"
 
 
 def _latex_fraction(vulgar: re.Match[str]) -> str:

@@ -1,13 +1,14 @@
 """The options of `python -m jaxsft.evaluate`, and what a run gives for defaults."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
-from jaxsft.config import SYSTEM_PROMPT, Dtype, EvalOptions
-from jaxsft.data import as_list
-from jaxsft.models import Origin, run_config
+from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig
+from jaxsft.fork import ADAPTER
+from jaxsft.models import run_config
+from jaxsft.peft_io import CONFIG_NAME
+from jaxsft.validation import validate
 
 BASE = "base"
 
@@ -38,8 +39,8 @@ class EvaluateOptions:
     """Activations, matmuls and weights."""
     eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)
     output: str | None = None
-    """Directory for evaluation.json, answers.jsonl and page.html; by default evaluation/ in the
-    run's directory, elsewhere evaluation-NAME here."""
+    """Directory for evaluation.json, answers.jsonl and page.html, those of an earlier evaluation
+    are replaced; by default evaluation/ in the run's directory, elsewhere evaluation-NAME here."""
 
 
 def run_defaults(run_dir: Path) -> dict[str, Any]:
@@ -54,23 +55,26 @@ def run_defaults(run_dir: Path) -> dict[str, Any]:
     } | {f"eval.{name}": value for name, value in dataclasses.asdict(config.eval).items()}
 
 
-def check(options: EvaluateOptions, origin: Origin) -> None:
+def check(options: EvaluateOptions) -> None:
     """ValueError for options that can't be, together or alone."""
     if not options.files:
         raise ValueError("no rows to measure on: give --files ROWS (JSONL or Parquet)")
-    if options.few_shot < 0 or options.eval.num_prompts < 0:
-        raise ValueError("few_shot and eval.num_prompts must be 0 or more")
+    if options.few_shot < 0:
+        raise ValueError(f"few_shot is {options.few_shot}, but must be 0 or more")
     if options.few_shot and not options.few_shot_files:
         raise ValueError("few_shot needs --few_shot_files, other rows than those measured on")
-    shared = {*map(os.path.abspath, as_list(options.few_shot_files))}
-    shared &= {*map(os.path.abspath, as_list(options.files))}
-    if options.few_shot and shared:
-        raise ValueError(f"few_shot_files: {shared.pop()} is among the rows measured on")
-    if options.compare == BASE and origin.adapter is None:
+    if options.compare == options.model:
+        raise ValueError(f"compare: {options.compare} is the model itself")
+    sides = [options.model, options.compare]
+    if options.base_model and not any(side and is_adapter(side) for side in sides):
+        raise ValueError("base_model is for adapters and runs, and none is given")
+    if options.compare == BASE and not is_adapter(options.model):
         raise ValueError(f"compare: {options.model} has no adapter, it is the base itself")
-    for name in ("max_length", "eval.batch_size", "eval.max_new_tokens"):
-        value: Any = options
-        for part in name.split("."):
-            value = getattr(value, part)
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be 1 or more")
+    data = DataOptions(train_files=["none"], max_length=options.max_length)
+    validate(TrainConfig(eval=options.eval, data=data))
+
+
+def is_adapter(name: str) -> bool:
+    """Does a base model go with it: is it an adapter's or a run's directory?"""
+    path = Path(name)
+    return any((path / part / CONFIG_NAME).is_file() for part in ("", ADAPTER))

@@ -268,5 +268,7 @@ def show_interval(estimate: Estimate | Difference, unit: str, *, signed: bool = 
 
 
 def show_p_value(p_value: float) -> str:
-    """The p value for people, such as 0.034 or < 0.001."""
+    """The p value for people, such as 0.034 or < 0.001; – for NaN."""
+    if math.isnan(p_value):
+        return "–"
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

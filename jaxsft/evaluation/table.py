@@ -15,6 +15,7 @@ from jaxsft.evaluation.scoring import (
     show_value,
 )
 
+_MAX_LOSS = 700.0  # nats: the exponential of 710 is beyond float64
 _PERPLEXITY = Metric("perplexity", "perplexity per completion token", "perplexity", -1)
 
 
@@ -25,11 +26,15 @@ def with_perplexity(lines: Sequence[Comparison]) -> list[Comparison]:
         found.append(line)
         if line.metric.name == "loss":
             estimates = [
-                Estimate(math.exp(each.value), math.exp(each.low), math.exp(each.high), each.num)
+                Estimate(_exp(each.value), _exp(each.low), _exp(each.high), each.num)
                 for each in line.estimates
             ]
             found.append(Comparison(_PERPLEXITY, estimates, None))
     return found
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if not loss > _MAX_LOSS else math.inf
 
 
 def show_comparison(title: str, names: Sequence[str], lines: Sequence[Comparison]) -> Table:

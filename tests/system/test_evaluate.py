@@ -114,11 +114,14 @@ def test_two_models_side_by_side(
         ((), "no rows to measure on: give --files"),
         (("--files", "missing.jsonl"), "missing.jsonl"),
         (("--files", "ROWS", "--few-shot", "2"), "few_shot needs --few_shot_files"),
-        (("--files", "ROWS", "--few-shot", "1", "--few_shot_files", "ROWS"), "among the rows"),
         (("--files", "ROWS", "--few-shot", "3", "--few_shot_files", "SHOTS"), "1 rows"),
         (("--files", "ROWS", "--compare", "base"), "has no adapter"),
         (("--files", "ROWS", "--eval.batch_size", "0"), "eval.batch_size is 0"),
-        (("--files", "ROWS", "--max_length", "600"), "has 512 positions"),
+        (("--files", "ROWS", "--eval.temperature", "-1"), "eval.temperature is -1"),
+        (("--files", "ROWS", "--eval.top_p", "0.9"), "do nothing at eval.temperature 0"),
+        (("--files", "ROWS", "--base_model", "demo"), "base_model is for adapters"),
+        (("--files", "ROWS", "--few-shot", "1", "--few_shot_files", "SAME"), "is among the rows"),
+        (("--files", "ROWS", "--eval.max_new_tokens", "500"), "has 512 positions"),
         (("--files", "ROWS", "--eval.temperatur", "1"), "did you mean --eval.temperature"),
     ],
 )
@@ -132,7 +135,9 @@ def test_bad_input_is_one_line(
 ) -> None:
     shots = tmp_path / "shots.jsonl"
     shots.write_text(rows.read_text().splitlines()[1].replace("And", "Is"))
-    places = {"ROWS": str(rows), "SHOTS": str(shots)}
+    same = tmp_path / "same.jsonl"
+    same.write_text(rows.read_text())
+    places = {"ROWS": str(rows), "SHOTS": str(shots), "SAME": str(same)}
     arguments = [places.get(argument, argument) for argument in arguments]
     assert main([str(tiny_model_dir), *arguments, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

@@ -143,6 +143,7 @@ ORDER = [
     "exporting.card",
     "export",
     "evaluation.options",
+    "evaluation.results",
     "evaluate",
     "prompts",
     "answer_style",

@@ -138,3 +138,7 @@ def test_difference_is_of_pairs() -> None:
     per_token = difference([10.0, 40.0], [20.0, 20.0], [10, 20])
     assert per_token[:3] == (pytest.approx(-10 / 30), -1.0, 1.0)
     assert per_token.p_value == 1  # of ±10 ± 20 all are at least as far from 0 as -10
+
+
+def test_a_loss_that_is_not_finite_proves_nothing() -> None:
+    assert math.isnan(difference([1.0] * 20, [math.nan] * 20).p_value)

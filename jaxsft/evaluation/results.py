@@ -1,0 +1,106 @@
+"""What an evaluation leaves: its numbers, its answers and a page, in a directory of its own."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxsft.data import DataReport, as_list
+from jaxsft.evaluation.heldout import SampleLosses
+from jaxsft.evaluation.options import EvaluateOptions
+from jaxsft.evaluation.page import compare_page
+from jaxsft.evaluation.scoring import Answer, Comparison
+from jaxsft.json_file import write_json
+from jaxsft.models import Origin
+
+NUMBERS, ANSWERS, PAGE = "evaluation.json", "answers.jsonl", "page.html"
+
+
+class Measured(NamedTuple):
+    """What one model did."""
+
+    name: str
+    losses: dict[str, SampleLosses]
+    answers: list[Answer]
+
+
+def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
+    """Where results go; made now, so that it can't fail after the work."""
+    if options.output is not None:
+        directory = Path(options.output)
+    elif origin.run_dir is not None:
+        directory = origin.run_dir / "evaluation"
+    else:
+        directory = Path(f"evaluation-{Path(options.model).resolve().name}")
+    directory.mkdir(parents=True, exist_ok=True)
+    foreign = [
+        each.name for each in directory.iterdir() if each.name not in (NUMBERS, ANSWERS, PAGE)
+    ]
+    if foreign:
+        raise ValueError(f"--output {directory}: holds {foreign[0]}; name a directory of its own")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {directory}: is not writable")
+    return directory
+
+
+def describe(options: EvaluateOptions, report: DataReport, num_prompts: int) -> str:
+    """The data and the decoding in a line."""
+    files = ", ".join(file.name for file in as_list(options.files))
+    parts = [f"{files}: {report.samples:,} rows, {num_prompts:,} answers"]
+    if report.num_rejected or report.shortened:
+        parts += [
+            f"{report.num_rejected:,} rows left out of the loss, {report.shortened:,} shortened"
+        ]
+    if options.few_shot:
+        parts += [f"{options.few_shot} examples in front"]
+    decoding = options.eval
+    if decoding.temperature > 0:
+        parts += [f"temperature {decoding.temperature:g}, seed {decoding.seed}"]
+        parts += [f"top-k {decoding.top_k}"] if decoding.top_k else []
+        parts += [f"top-p {decoding.top_p:g}"] if decoding.top_p < 1 else []
+    else:
+        parts += ["greedy"]
+    return "; ".join([*parts, f"at most {decoding.max_new_tokens:,} new tokens", options.dtype])
+
+
+def write_results(
+    directory: Path,
+    options: EvaluateOptions,
+    about: str,
+    measured: Sequence[Measured],
+    lines: Sequence[Comparison],
+) -> None:
+    """Writes the three files, each whole or not at all."""
+    names = [each.name for each in measured]
+    answers = [
+        {"prompt": each[0].prompt, "reference": each[0].reference}
+        | {"answers": {name: answer.text for name, answer in zip(names, each, strict=True)}}
+        for each in zip(*(each.answers for each in measured), strict=True)
+    ]
+    _write(
+        directory / ANSWERS,
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers),
+    )
+    title = " and ".join(names)
+    page = compare_page(title, names, [each.answers for each in measured], lines, about=about)
+    _write(directory / PAGE, page)
+    metrics = {
+        line.metric.name: {
+            "models": [estimate._asdict() for estimate in line.estimates],
+            "difference": line.difference and line.difference._asdict(),
+        }
+        for line in lines
+    }
+    told = {"models": names, "about": about, "options": dataclasses.asdict(options)}
+    write_json(directory / NUMBERS, told | {"metrics": metrics})
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
