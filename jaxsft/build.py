@@ -93,7 +93,7 @@ def build(
         mesh=mesh,
     )
     _check_fit(config, data, info)
-    adapter_config = add_adapter(config, model)
+    adapter_config = add_adapter(config, model, info, path, say)
     graphdef, adapter, frozen = lora.split(model)
     model_weights = jax.eval_shape(lambda: frozen)
     spec = make_spec(config, info.config, graphdef, mesh, steps)

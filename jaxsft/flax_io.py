@@ -41,8 +41,10 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def is_flax_checkpoint(path: Path | str) -> bool:
-    """Does an Orbax checkpoint lie in this directory, or one alone beside its tokenizer?"""
-    return _find(Path(path)) is not None
+    """Is there an Orbax checkpoint, or one alone beside its tokenizer, but no safetensors model?"""
+    path = Path(path)
+    is_hf = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    return not is_hf and _find(path) is not None
 
 
 class _Place(NamedTuple):

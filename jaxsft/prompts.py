@@ -18,14 +18,14 @@ from jaxsft.sources import read_rows
 _ANSWER = "-"  # `convert_row` asks for one
 
 
-class Prompt(NamedTuple):
+class FilePrompt(NamedTuple):
     """The turns before an answer, from a file's line that `where` names."""
 
     where: str
     turns: tuple[Turn, ...]
 
 
-def read_prompts(path: Path, system: str) -> list[Prompt]:
+def read_prompt_file(path: Path, system: str) -> list[FilePrompt]:
     """The prompts of a .txt file, or of a file that `read_rows` takes.
 
     `system` goes in front of those that have no system turn. ValueError names file and line.
@@ -42,7 +42,7 @@ def read_prompts(path: Path, system: str) -> list[Prompt]:
         turns = converted.turns[:-1]
         if turns[0].role != "system":
             turns = (Turn("system", system), *turns)
-        prompts.append(Prompt(where, turns))
+        prompts.append(FilePrompt(where, turns))
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts

@@ -182,16 +182,18 @@ def _use_in_torch(
 
 def _check(manifest: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    if manifest["verified"]:
+    if manifest["max_abs_logit_difference"] is None:
+        found = "Not checked in another library (`--no-verify`)."
+    elif manifest["problem"] is not None:
+        found = f"DRIFTING, not to be used: {manifest['problem']}."
+    else:
         found = (
             f"Loaded again by {manifest['peer']}: over all positions of the test prompts no logit "
             f"was further than {manifest['max_abs_logit_difference']:.1e} from jaxsft's, in "
             f"float32 (allowed: {manifest['bound']:.0e})."
         )
-    else:
-        found = "Not checked in another library (`--no-verify`)."
-        if manifest["max_abs_logit_difference"] is not None:
-            found = f"DRIFTING, not to be used: {manifest['problem']}."
+        if manifest["not_checked"] is not None:
+            found += f" Not verified: {manifest['not_checked']}."
     return (
         f"## How it was made\n\n    {manifest['command']}\n\n{found} Versions: {versions}; "
         "digests of all files are in `manifest.json`."

@@ -9,7 +9,9 @@ import math
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ml_dtypes
@@ -197,6 +199,22 @@ def write_configs(directory: Path, config: GemmaConfig, tokenizer: Tokenizer, dt
     write_json(directory / "config.json", values)
     stops = {"eos_token_id": list(tokenizer.stop_ids)}
     write_json(directory / "generation_config.json", ids | stops)
+
+
+@contextmanager
+def base_for_peft(
+    source: TensorSource, info: WeightsInfo, tokenizer: Tokenizer, scratch: Path
+) -> Iterator[Path]:
+    """The base as transformers loads it: itself, or, of another format, written anew for now."""
+    if info.format == "safetensors":
+        yield source.path
+        return
+    with TemporaryDirectory(dir=scratch, prefix=".base-") as name:
+        path = Path(name)
+        write_configs(path, info.config, tokenizer, "float32")
+        base = MergedWeights(source, info, None)
+        write_weights(path, base, dtype="float32", max_shard_bytes=2**30)
+        yield path
 
 
 def to_hf_config(config: GemmaConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,39 @@ MANIFEST = "manifest.json"
 _SPARE_BYTES = 64 * 2**20  # tokenizer, card
 
 
-def check_replaceable(path: Path, format: str, model: str) -> None:
-    """ValueError unless `path` is free, or holds an earlier export of this and nothing else."""
+def default_output(model: str, format: str) -> Path:
+    """exports/NAME-FORMAT; NAME is a run's, a model's, or the hub's without owner and revision."""
+    if Path(model).exists():
+        path = Path(os.path.abspath(model))  # what . means has a name
+        name = path.parent.name if path.name == "adapter" and path.parent.name else path.name
+    else:
+        name = Path(model.partition("@")[0]).name
+    return Path("exports", f"{name}-{format}")
+
+
+def check_replaceable(path: Path, identity: Mapping[str, Any]) -> None:
+    """ValueError, saying what is in the way, unless `path` is free or an earlier, untouched export.
+
+    Such a one has these values in its manifest, files as its digests say, and no others.
+    """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    known: dict[str, Any] = {}
-    if (path / MANIFEST).is_file():
-        known = read_json(path / MANIFEST)
-    same = (known.get("format"), known.get("model")) == (format, model)
-    files = {*known.get("files", ()), MANIFEST}
-    if not same or any(file not in files for file in digests(path, contents=False)):
+    advice = "remove it or choose another --output"
+    known = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+    files = known.get("files")
+    if not isinstance(files, dict) or any(known.get(k) != v for k, v in identity.items()):
         raise ValueError(
-            f"{path} exists and is not just an earlier {format} export of {model}; "
-            "remove it or choose another --output"
+            f"{path} exists and is not an earlier {identity['format']} export of the same weights; "
+            f"{advice}"
         )
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if name == MANIFEST or (file.is_dir() and not file.is_symlink()):
+            continue
+        if name not in files:
+            raise ValueError(f"{file} is not from the export that would be replaced; {advice}")
+        if not file.is_file() or sha256(file) != files[name]:
+            raise ValueError(f"{file} was changed after it was exported; {advice}")
 
 
 def check_space(output: Path, num_bytes: int) -> None:
@@ -55,20 +74,24 @@ def scratch_beside(output: Path) -> Iterator[Path]:
 
 
 def put_in_place(directory: Path, output: Path) -> None:
-    """Gives the complete directory its name; an earlier one makes room."""
+    """Gives the complete directory its name; an earlier one makes room, or stays if that fails."""
     earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
-    if output.exists():
+    is_replaced = output.exists()
+    if is_replaced:
         os.replace(output, earlier)
-    os.replace(directory, output)
+    try:
+        os.replace(directory, output)
+    except OSError:
+        if is_replaced:
+            os.replace(earlier, output)
+        raise
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def digests(directory: Path, contents: bool = True) -> dict[str, str]:
-    """File name, from `directory` on, -> SHA-256 in hex ("" without `contents`)."""
+def digests(directory: Path) -> dict[str, str]:
+    """File name, from `directory` on, -> SHA-256 in hex."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
-    return {
-        path.relative_to(directory).as_posix(): sha256(path) if contents else "" for path in files
-    }
+    return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
 
 
 def sha256(path: Path) -> str:

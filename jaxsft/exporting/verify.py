@@ -8,6 +8,7 @@ in other places, would be so far apart that a wrong tensor could hide.
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsft import lora
 from jaxsft.chat import encode_prompt
 from jaxsft.layers import Linear
 from jaxsft.model import Gemma
+from jaxsft.models import Origin, load
 from jaxsft.presets import GemmaConfig
 from jaxsft.reasoning import Turn
 from jaxsft.tokenizer import Tokenizer
@@ -63,6 +64,16 @@ class Peer(NamedTuple):
 
     logits: list[np.ndarray]
     chats: list[list[int]]
+
+
+class Check(NamedTuple):
+    """What the peer made of an export; `problem` says what is wrong with it, `gap` what no other
+    library has looked at."""
+
+    peer: str
+    difference: float
+    problem: str | None
+    gap: str | None
 
 
 def make_probes(tokenizer: Tokenizer, config: GemmaConfig) -> list[Probe]:
@@ -108,23 +119,38 @@ def without_weights(config: GemmaConfig) -> Gemma:
     return model
 
 
-def merged(model: Gemma, dtype: str) -> Gemma:
-    """The model with its adapter merged in float64 and all rounded to `dtype`, kept in float32.
+def reference_logits(
+    origin: Origin, merged_dtype: str, probes: Sequence[Probe]
+) -> list[np.ndarray]:
+    """`our_logits` of the base with the adapter beside it, in float32.
 
-    Changes `model`. Not `lora.merge`: its float32 sums would be rounded to the other neighbour in
-    bfloat16 here and there.
+    Where weights are stored in less than float32, `merged_dtype`, the adapter is merged and all is
+    rounded first. In memory are the model in float32, 4 bytes a parameter, and a copy of its
+    largest leaf; nothing of it is left at the end.
+    """
+    model = load(origin, dtype="float32", param_dtype="float32").model
+    if merged_dtype != "float32":
+        merge_and_round(model, merged_dtype)
+    return our_logits(model, probes)
+
+
+def merge_and_round(model: Gemma, dtype: str) -> None:
+    """Merges the adapter in float64 and rounds all weights to `dtype`, kept in float32; in place.
+
+    Not `lora.merge`: its float32 sums would be rounded to the other neighbour in bfloat16 here and
+    there.
     """
     for _, linear in list(nnx.iter_modules(model)):
         if isinstance(linear, Linear) and linear.lora is not None:
-            leaves = (linear.kernel, linear.lora.a, linear.lora.b)
-            kernel, a, b = (np.asarray(leaf[...], np.float64) for leaf in leaves)
-            linear.kernel[...] = jnp.asarray(
-                (kernel + linear.lora.scale * (a @ b)).astype(jnp.dtype(dtype))
-            )
-    graphdef, state = nnx.split(lora.without_adapter(model))
-    state = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), state)
-    result: Any = nnx.merge(graphdef, state)
-    return result
+            a, b = (np.asarray(leaf[...], np.float64) for leaf in (linear.lora.a, linear.lora.b))
+            kernel = np.array(linear.kernel[...])
+            for layer in np.ndindex(kernel.shape[:-2]):  # float64 is twice as large: one at a time
+                total = kernel[layer] + linear.lora.scale * (a[layer] @ b[layer])
+                kernel[layer] = total.astype(jnp.dtype(dtype))
+            linear.kernel[...] = jnp.asarray(kernel)
+            linear.lora = nnx.data(None)
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        variable[...] = variable[...].astype(dtype).astype(jnp.float32)
 
 
 def peer_versions() -> dict[str, str]:
@@ -145,8 +171,8 @@ def peer_logits(
 ) -> Peer:
     """What transformers computes for the model in `directory`, with PEFT's `adapter` if given.
 
-    Raises ValueError where a library cannot be imported, ChildProcessError, with what it said last,
-    where it cannot load the export.
+    Raises ValueError where a library cannot be imported, MemoryError where its process has not
+    enough, ChildProcessError, with what it said last, where it cannot load the export.
     """
     with TemporaryDirectory(prefix="jaxsft-export-") as scratch:
         given, result = Path(scratch, "probes.npz"), Path(scratch, "logits.npz")
@@ -176,6 +202,23 @@ def max_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> 
     return worst
 
 
+def drift(peer: str, difference: float) -> str | None:
+    """What is wrong with logits that differ so much, if anything."""
+    if difference <= LOGIT_BOUND:
+        return None
+    return (
+        f"the export drifts: {peer} computes logits {difference:.2e} apart from ours "
+        f"(at most {LOGIT_BOUND:.0e})"
+    )
+
+
+def summary(check: Check) -> str:
+    """What a person is told of an export that is not refused."""
+    gap = f". NOT verified: {check.gap}" if check.gap else ""
+    found = f"{check.difference:.1e} (at most {LOGIT_BOUND:.0e})"
+    return f"; {check.peer} gives the same logits within {found}{gap}"
+
+
 def chat_problem(tokenizer: Tokenizer, theirs: Sequence[Sequence[int]]) -> str | None:
     """What is wrong with the ids of the chats that the export's own tokenizer gave, if anything."""
     for chat, ids in zip(_CHATS, theirs, strict=True):
@@ -201,8 +244,12 @@ def _run_worker(*arguments: str) -> None:
         capture_output=True,
         text=True,
     )
+    if done.returncode == -signal.SIGKILL:
+        raise MemoryError("the other library's process was killed, as the system does")
     if done.returncode:
         line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         if line.startswith(("ImportError", "ModuleNotFoundError")):
             raise _missing(line)
+        if line.startswith("MemoryError") or "can't allocate memory" in line:  # NumPy's, torch's
+            raise MemoryError(line)
         raise ChildProcessError(f"the other library cannot load the export: {line}")

@@ -14,13 +14,21 @@ import pytest
 import torch
 from flax import nnx
 from lora_twins import clone, twin
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from twins import TWINS, WINDOW
 
 from jaxsft import lora
 from jaxsft.lora import TARGETS
 from jaxsft.model import Gemma
-from jaxsft.peft_io import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig, load_adapter, save_adapter
+from jaxsft.peft_io import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -30,6 +38,7 @@ pytestmark = [
 
 LOGIT_BOUND = 1e-4
 TOKENS_BT = np.random.default_rng(0).integers(4, 256, (2, 3 * WINDOW))
+DIGEST = "0123456789abcdef" * 4
 RANK, ALPHA = 3, 7.0  # alpha / rank is not 1, and differs from alpha / sqrt(rank)
 # Targets and rsLoRA cover one another; "gemma3-1b" has layers outside the stack.
 CASES = [
@@ -78,6 +87,8 @@ def save(directory: Path, model: Gemma, targets: tuple[str, ...], use_rslora: bo
         use_rslora=use_rslora,
         targets=targets,
         base_model_name="google/twin",
+        base_digest=DIGEST,
+        base_revision="v1",
     )
     save_adapter(directory, model, config)
 
@@ -112,6 +123,7 @@ def test_ours_loads_in_peft(
     assert (config.r, config.lora_alpha, config.lora_dropout) == (RANK, ALPHA, 0.05)
     assert (config.use_rslora, config.target_modules) == (use_rslora, set(targets))
     assert (config.task_type, config.base_model_name_or_path) == ("CAUSAL_LM", "google/twin")
+    assert config.revision == "v1"
 
 
 @pytest.mark.parametrize(("name", "targets", "use_rslora"), CASES)
@@ -149,12 +161,38 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     save(tmp_path, model, TARGETS, False)
     other = clone(twin("gemma3-1b")[1])
     config = load_adapter(tmp_path, other)
-    assert config == AdapterConfig(RANK, ALPHA, 0.05, False, TARGETS, "google/twin")
+    expected = AdapterConfig(RANK, ALPHA, 0.05, False, TARGETS, "google/twin", DIGEST, "v1")
+    assert config == expected
     ours, loaded = (dict(nnx.to_flat_state(lora.split(m)[1])) for m in (model, other))
     assert ours.keys() == loaded.keys()
     for path, variable in ours.items():
         np.testing.assert_array_equal(variable[...], loaded[path][...])
         assert loaded[path][...].dtype == jnp.float32
+
+
+def test_the_same_adapter_has_the_same_bytes(tmp_path: Path) -> None:
+    model, contents = injected("gemma1", ("q_proj",), False), set()
+    for _ in range(10):  # the library puts two entries of metadata in either order
+        save(tmp_path, model, ("q_proj",), False)
+        contents.add((tmp_path / WEIGHTS_NAME).read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / WEIGHTS_NAME, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt", "base_digest": DIGEST}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "revision"), [({"base_digest": "\x1b[31m" * 16}, 3), (None, None), ({}, "")]
+)
+def test_a_base_that_is_noted_badly_is_not_noted(
+    metadata: Any, revision: Any, adapter: tuple[dict, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    config, tensors = adapter
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {"revision": revision}))
+    save_file(tensors, tmp_path / WEIGHTS_NAME, metadata)
+    found = read_adapter_config(tmp_path)
+    assert (found.base_digest, found.base_revision) == (None, None)
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"damaged")
+    assert read_adapter_config(tmp_path).base_digest is None
 
 
 def test_half_precision_adapter(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from safetensors.numpy import load_file
 from jaxsft import lora
 from jaxsft.export import main
 from jaxsft.exporting.verify import LOGIT_BOUND, without_weights
+from jaxsft.exporting.verify_flax import flax_problem
 from jaxsft.lora import TARGETS
+from jaxsft.models import find_model, open_tokenizer
 from jaxsft.peft_io import AdapterConfig, save_adapter
 from jaxsft.presets import GemmaConfig, from_hf_config
 from jaxsft.weights import load_model
@@ -51,14 +53,16 @@ def run_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     config = {
         "name": "tiny",
         "model": {"path": str(tiny_model_dir)},
+        "lora": {"r": 4},
         "data": {"train_files": ["/home/me/train.jsonl"], "max_length": 160},
         "global_batch_size": 4,
         "learning_rate": 1e-3,
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
-    before = {"loss": 5.25, "exact_format": 0.0, "answers": []}
-    after = {"loss": 1.125, "exact_format": 0.75, "exact_format_low": 0.5, "answers": []}
-    result = {"before": before, "after": after | {"exact_format_high": 0.875}}
+    before = {"loss": 5.25, "exact_format": 0.0, "intervals": {}, "answers": []}
+    intervals = {"loss": [None, None], "exact_format": [0.5, 0.875]}
+    after = {"loss": 1.125, "exact_format": 0.75, "intervals": intervals, "answers": []}
+    result = {"before": before, "after": after, "data": {"rows_read": 9}, "command": "the command"}
     (directory / "result.json").write_text(json.dumps(result))
     return directory
 
@@ -111,8 +115,9 @@ def test_merged(
     assert front["license"] == "gemma" and front["pipeline_tag"] == "text-generation"
     assert "LoRA: rank 4, alpha 6 (alpha / r)" in card and "`train.jsonl`" in card
     assert "/home/me" not in card
-    assert "| loss | 5.25 | 1.125 |" in card
-    assert "| exact format | 0 | 0.75 [0.5, 0.875] |" in card
+    assert "completion token | 5.2500 | 1.1250 |" in card
+    assert "| exact format | 0.0% | 75.0% [50.0, 87.5] |" in card
+    assert "- rows read: 9" in card and "trained with `the command`" in card
 
 
 def test_peft(run_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -129,6 +134,43 @@ def test_peft(run_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
         load_file(d / "adapter_model.safetensors") for d in (run_dir / "adapter", output)
     )
     assert all(theirs[name].tobytes() == array.tobytes() for name, array in ours.items())
+
+
+def test_flax_is_not_called_verified(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_dir), "--format=flax", "--output", str(tmp_path / "out")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    manifest = manifest_of(tmp_path / "out")
+    gap = "read again by jaxsft's own reader only; model/, tunix-lora/ and tokenizer.model not"
+    assert manifest["not_checked"].startswith(gap) and f"NOT verified: {gap}" in said
+    assert gap in (tmp_path / "out" / "README.md").read_text()
+    assert manifest["verified"] is False and manifest["problem"] is None
+    assert manifest["max_abs_logit_difference"] <= 1e-4
+
+    # Another adapter's LoRA-only checkpoint is noticed.
+    origin = find_model(str(run_dir))
+    config = from_hf_config(origin.base / "config.json")
+    other = write_adapter(tmp_path / "other", config, "tiny", 0.2)
+    tokenizer = open_tokenizer(origin.tokenizer)
+    found = flax_problem(tmp_path / "out", tokenizer, other)
+    assert found is not None and found.startswith("tunix-lora/ has another update for ")
+
+
+def test_out_of_memory_is_one_line(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A worker that is killed, as the system does where memory runs out."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr("jaxsft.exporting.verify._WORKER", worker)
+    assert main([str(run_dir), "--output", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory") and "--no-verify" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["worker.py"]
 
 
 def test_a_drifting_export_is_refused(
@@ -167,13 +209,13 @@ def test_without_the_other_libraries(
     assert "NOT verified" in capsys.readouterr().out
     manifest = manifest_of(tmp_path / "out")
     assert manifest["verified"] is False and manifest["max_abs_logit_difference"] is None
-    assert manifest["problem"] == "not checked: --no-verify"
+    assert manifest["problem"] is None and manifest["not_checked"] == "not checked: --no-verify"
     assert "torch" not in manifest["versions"] and manifest["dtype"] == "bfloat16"
 
     # The same export again takes its place; another one, or foreign files beside it, do not.
     assert main([*command, "--no-verify"]) == 0
     assert main([*command, "--no-verify", "--format", "peft"]) == 2
-    assert "exists and is not just an earlier peft export" in capsys.readouterr().err
+    assert "exists and is not an earlier peft export of the same weights" in capsys.readouterr().err
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert main([*command, "--no-verify"]) == 2
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"

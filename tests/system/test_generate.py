@@ -144,6 +144,7 @@ def test_mistakes(
         ([run_dir, "--prompt", "a", "--prompts", good], "--prompt and --prompts: give one of"),
         ([run_dir, "--prompt", "a", "--output", "b"], "--output is for the answers to --prompts"),
         ([run_dir, "--prompts", good, "--output", tmp_path], "is a directory"),
+        ([run_dir, "--prompts", good, "--output", good], f"{good}: is there already; name a new"),
         ([run_dir, "--temperature", "-1"], "--temperature is -1.0, but must be 0 or above"),
         ([run_dir, "--top_k", "5"], "--top_k and --top_p do nothing at --temperature 0"),
         ([run_dir, "--promt", "a"], "did you mean --prompt"),

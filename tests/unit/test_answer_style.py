@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsft.answer_style import Part, parts_of_text, printable, text_of_tokens
-from jaxsft.prompts import read_prompts
+from jaxsft.prompts import read_prompt_file
 from jaxsft.reasoning import Turn
 from jaxsft.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
         {"messages": [user, {"role": "assistant", "content": ""}]},
         {"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": ""}]},
     )
-    prompts = read_prompts(path, "S")
+    prompts = read_prompt_file(path, "S")
     own, asked = Turn("system", "S"), [prompt.turns[-1].content for prompt in prompts]
     mbpp = "Write f.\nYour code should pass these tests:\n\nassert f() == 1"
     assert asked == ["a", "How many?", "Do.", mbpp, "b", "b", "c"]
@@ -110,7 +110,7 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
 
     lines = path.with_suffix(".txt")
     lines.write_bytes(b"\xef\xbb\xbfone\r\n\r\n two \n")
-    assert [(p.where, p.turns) for p in read_prompts(lines, "S")] == [
+    assert [(p.where, p.turns) for p in read_prompt_file(lines, "S")] == [
         (f"{lines}:1", (own, Turn("user", "one"))),
         (f"{lines}:3", (own, Turn("user", "two"))),
     ]
@@ -131,7 +131,7 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
 )
 def test_rows_that_are_no_prompts(row: Any, line: str, write: Callable[..., Path]) -> None:
     with pytest.raises(ValueError) as caught:
-        read_prompts(write(row), "")
+        read_prompt_file(write(row), "")
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -140,6 +140,6 @@ def test_texts_that_are_no_prompts(tmp_path: Path) -> None:
     for content, line in ((b"\xff", "is not UTF-8"), (b"\n \n", "holds no prompts")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=line):
-            read_prompts(path, "")
+            read_prompt_file(path, "")
     with pytest.raises(ValueError, match=r"none.txt: cannot be read \(No such file"):
-        read_prompts(tmp_path / "none.txt", "")
+        read_prompt_file(tmp_path / "none.txt", "")

@@ -137,6 +137,7 @@ ORDER = [
     "inspect",
     "exporting.transformers_worker",
     "exporting.verify",
+    "exporting.verify_flax",
     "exporting.hf_tokenizer",
     "exporting.hf_model",
     "exporting.output",

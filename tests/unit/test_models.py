@@ -12,13 +12,19 @@ import pytest
 from fake_hub import FakeHub, running_hub
 from flax import nnx
 from huggingface_hub import constants
+from safetensors.numpy import load_file, save_file
 from tiny_run import make_run
 
 from jaxsft import lora, models
+from jaxsft.cli import parse_config
+from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
+from jaxsft.fork import add_adapter
 from jaxsft.models import DEMO_NAME, Origin, base_path, find_model, find_tokenizer, load
+from jaxsft.peft_io import load_adapter, read_adapter_config, save_adapter
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import load_model
 
+FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
 TOKEN = "hf_" + "Canary" * 6
 REPO = "google/gemma-tiny"
 
@@ -117,14 +123,11 @@ def refused_tokenizer(model: Path, tokenizer: Path) -> str:
 
 def test_load(run_dir: Path, tiny_model_dir: Path) -> None:
     origin = find_model(str(run_dir))
-    tuned = load(origin, dtype="float32", param_dtype="float32")
-    base = load(origin, dtype="float32", param_dtype="float32", with_adapter=False)
+    tuned, base = load(origin, **FLOAT32), load(origin, **FLOAT32, with_adapter=False)
     assert tuned.adapter is not None and tuned.adapter.rank == 2 and base.adapter is None
     assert tuned.tokenizer.vocab_size == tuned.info.config.vocab_size
     assert lora.split(tuned.model)[1] and not lora.split(base.model)[1]
-    alone = nnx.to_flat_state(
-        lora.split(load_model(tiny_model_dir, dtype="float32", param_dtype="float32")[0])[2]
-    )
+    alone = nnx.to_flat_state(lora.split(load_model(tiny_model_dir, **FLOAT32)[0])[2])
     for (_, a), (_, b) in zip(nnx.to_flat_state(lora.split(base.model)[2]), alone, strict=True):
         np.testing.assert_array_equal(a.get_value(), b.get_value())
 
@@ -132,7 +135,82 @@ def test_load(run_dir: Path, tiny_model_dir: Path) -> None:
 def test_a_tokenizer_of_another_model(tiny_model_dir: Path, real_gguf: Path) -> None:
     origin = find_model(str(tiny_model_dir), tokenizer=str(real_gguf))
     with pytest.raises(ValueError, match=r"has 262144 ids, the model's embedding \d+ rows; use"):
-        load(origin, dtype="float32", param_dtype="float32")
+        load(origin, **FLOAT32)
+
+
+def test_an_adapter_is_not_put_on_other_weights(
+    run_dir: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_model_dir, base)
+    shutil.copytree(run_dir, run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(tiny_model_dir), str(base)))
+    model, info = load_model(base, **FLOAT32)
+    settings = load_adapter(run / "adapter", model)
+    save_adapter(run / "adapter", model, dataclasses.replace(settings, base_digest=info.digest))
+    assert load(find_model(str(run)), **FLOAT32).adapter == read_adapter_config(run / "adapter")
+
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    for name in (run, run / "adapter"):
+        with pytest.raises(ValueError) as caught:
+            load(find_model(str(name)), **FLOAT32)
+        line = str(caught.value)
+        assert line.startswith(f"{run / 'adapter'}: was trained on other weights (SHA-256")
+        assert "give its own as --base_model, or these" in line and "\n" not in line
+        assert f"{info.digest:.12}" in line and info.digest not in line
+    assert load(find_model(str(run)), **FLOAT32, with_adapter=False).adapter is None
+    for place in (tiny_model_dir, base):  # it's the user who knows
+        found = find_model(str(run), base=str(place))
+        assert found.is_named_base and load(found, **FLOAT32).adapter is not None
+
+
+def test_a_run_notes_what_it_trains(
+    run_dir: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, info = load_model(tiny_model_dir, **FLOAT32)
+    options = {"data": DataOptions(train_files=["rows"]), "lora": LoraOptions(r=2)}
+    config = TrainConfig(model=ModelOptions(path=f"{REPO}@v1"), **options)
+    said: list[str] = []
+    made = add_adapter(config, model, info, Path("models", "c" * 40), said.append)
+    assert (made.base_digest, made.base_revision) == (info.digest, "c" * 40)
+    assert (made.base_model_name, said) == (REPO, [])
+
+    shape = LoraOptions(r=2, alpha=4, target_modules="o_proj")
+    here = ModelOptions(path=str(tiny_model_dir))
+    config = dataclasses.replace(config, model=here, lora=shape, fork_from=str(run_dir / "adapter"))
+    trained_on = dataclasses.replace(made, base_digest="d" * 64, rank=2, alpha=4.0)
+    trained_on = dataclasses.replace(trained_on, targets=("o_proj",))
+    monkeypatch.setattr("jaxsft.fork.load_adapter", lambda *_: trained_on)
+    made = add_adapter(config, model, info, tiny_model_dir, said.append)
+    assert (made.base_digest, made.base_revision) == (info.digest, None)
+    assert len(said) == 1 and "that adapter was trained on other weights" in said[0]
+
+
+def test_what_only_looks_like_a_run_or_a_flax_checkpoint(
+    run_dir: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model, project = tmp_path / "model", tmp_path / "project"
+    shutil.copytree(tiny_model_dir, model)
+    # A run's own too: where there is a model, it is the model that is meant.
+    shutil.copy(run_dir / "config.yaml", model)
+    (model / "manifest.ocdbt").write_bytes(b"left behind")
+    found = find_model(str(model))
+    assert (found.base, found.adapter, found.run_dir) == (model, None, None)
+    assert load_model(model, **FLOAT32)[1].format == "safetensors"
+
+    project.mkdir()
+    (project / "config.yaml").write_text("base_model: x\nadapter: lora\nlora_r: 8\n")
+    assert "holds neither config.json" in refused(project)
+    shutil.copytree(run_dir / "adapter", project / "adapter")
+    alone = find_model(str(project / "adapter"))
+    assert (alone.base, alone.run_dir) == (tiny_model_dir, None)
+    shutil.copy(run_dir / "config.yaml", project)
+    assert find_model(str(project / "adapter")).run_dir == project
+    (project / "adapter").rename(project / "other")
+    assert find_model(str(project / "other")).run_dir is None
 
 
 def test_mistakes(
@@ -164,7 +242,8 @@ def test_mistakes(
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text((run_dir / "config.yaml").read_text())
     assert "the run has no adapter/ yet" in refused(unfinished)
-    (unfinished / "config.yaml").write_text("max_stepz: 3\n")
+    with (unfinished / "config.yaml").open("a") as file:
+        file.write("max_stepz: 3\n")
     shutil.copytree(run_dir / "adapter", unfinished / "adapter")
     assert f"{unfinished / 'config.yaml'}: unknown option 'max_stepz'" in refused(unfinished)
 
@@ -235,6 +314,23 @@ def test_the_hub_s_model_is_fetched_once_and_stays(
     assert {r.authorization for r in hubs if r.server == "cdn"} == {None}
     assert holding(tmp_path, commit) and holding(tmp_path, TOKEN) == []
     assert TOKEN not in "".join(said) + "".join(capfd.readouterr())
+
+
+def test_an_adapter_s_base_on_the_hub_is_the_one_that_it_was_trained_on(
+    hub: FakeHub, adapter_dir: Callable[[str | None], Path], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    commit = hub.main[REPO]
+    hub.add(REPO, repository(tiny_model_dir) | {"config.json": b"{}"})
+    adapter = adapter_dir(REPO)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": commit}))
+    found = find_model(str(adapter), say=lambda line: None)
+    assert (found.name, found.revision, found.is_named_base) == (REPO, commit, False)
+    # A run says no more than the name, or a branch that has moved.
+    config = parse_config("jaxsft.train", "", [f"--model.path={REPO}@main", "--name=x"])[1]
+    (tmp_path / "config.yaml").write_text(config)
+    assert find_model(str(tmp_path)) == dataclasses.replace(found, run_dir=tmp_path)
+    assert find_model(str(tmp_path), base=REPO, say=lambda line: None).revision == hub.main[REPO]
 
 
 def test_without_a_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

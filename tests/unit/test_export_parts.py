@@ -11,8 +11,16 @@ import yaml
 
 from jaxsft.exporting.card import model_card
 from jaxsft.exporting.hf_model import to_hf_config
-from jaxsft.exporting.output import check_replaceable, check_space, put_in_place, scratch_beside
+from jaxsft.exporting.output import (
+    check_replaceable,
+    check_space,
+    default_output,
+    digests,
+    put_in_place,
+    scratch_beside,
+)
 from jaxsft.exporting.verify import max_difference
+from jaxsft.json_file import write_json
 from jaxsft.models import Origin
 from jaxsft.peft_io import AdapterConfig
 from jaxsft.presets import PRESETS, from_hf_config
@@ -34,22 +42,47 @@ def test_largest_difference() -> None:
 
 
 def test_only_its_like_is_replaced(tmp_path: Path) -> None:
+    output, model = tmp_path / "out", tmp_path / "out" / "model" / "d"
+    identity = {"format": "peft", "base": {"digest": "a"}}
+    check_replaceable(output, identity)
+    model.parent.mkdir(parents=True)
+    (output / "README.md").write_text("card")
+    model.touch()
+    with pytest.raises(ValueError, match="exists and is not an earlier peft export"):
+        check_replaceable(output, identity)
+    for files in (None, digests(output)):
+        write_json(output / "manifest.json", identity | {"files": files})
+        if files is None:
+            with pytest.raises(ValueError, match="exists and is not an earlier peft export"):
+                check_replaceable(output, identity)
+    check_replaceable(output, identity)
+    for other in ({"format": "merged"}, {"base": {"digest": "b"}}):
+        with pytest.raises(ValueError, match="exists and is not an earlier"):
+            check_replaceable(output, identity | other)
+    (output / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"README\.md was changed after it was exported"):
+        check_replaceable(output, identity)
+    (output / "README.md").unlink()
+    (model.parent / "mine").touch()
+    with pytest.raises(ValueError, match="mine is not from the export"):
+        check_replaceable(output, identity)
+
+
+def test_an_earlier_one_stays_where_renaming_fails(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    check_replaceable(output, "peft", "runs/a")
     output.mkdir()
-    check_replaceable(output, "peft", "runs/a")
-    manifest = {"format": "peft", "model": "runs/a", "files": {"README.md": "", "model/d": ""}}
-    (output / "manifest.json").write_text(json.dumps(manifest))
-    (output / "README.md").touch()
-    (output / "model").mkdir()
-    (output / "model" / "d").touch()
-    check_replaceable(output, "peft", "runs/a")
-    for other in (("merged", "runs/a"), ("peft", "runs/b")):
-        with pytest.raises(ValueError, match="exists and is not just an earlier"):
-            check_replaceable(output, *other)
-    (output / "model" / "mine").touch()
-    with pytest.raises(ValueError, match="exists and is not just an earlier"):
-        check_replaceable(output, "peft", "runs/a")
+    (output / "first").touch()
+    with pytest.raises(OSError):
+        put_in_place(tmp_path / "missing", output)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a@b" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a@b")
+    for name in (".", "adapter", str(tmp_path / "a@b"), "../a@b/"):
+        assert default_output(name, "peft") == Path("exports/a@b-peft")
+    assert default_output("google/gemma-2b@main", "flax") == Path("exports/gemma-2b-flax")
 
 
 def test_directory_appears_whole(tmp_path: Path) -> None:
@@ -79,6 +112,7 @@ def card(format: str, name: str, preset: str, **changes: Any) -> str:
         "format": format,
         "verified": True,
         "problem": None,
+        "not_checked": None,
         "max_abs_logit_difference": 2.5e-5,
         "bound": 2e-3,
         "peer": "transformers",

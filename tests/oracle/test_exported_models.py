@@ -31,6 +31,8 @@ pytestmark = [
 ]
 
 LOGIT_BOUND = 1e-4
+DEFAULT = ("gemma2", "gemma3-1b")
+CASES = [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in TWINS]
 TOKENS = torch.tensor(np.random.default_rng(0).integers(4, 256, (2, 3 * WINDOW)))
 
 
@@ -65,7 +67,7 @@ def loaded(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     ).eval()
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", CASES)
 def test_merged_is_what_peft_computes(name: str, tmp_path: Path) -> None:
     case = Case(name, tmp_path)
     case.write(tmp_path / "out", max_shard_bytes=40_000)
@@ -82,7 +84,7 @@ def test_merged_is_what_peft_computes(name: str, tmp_path: Path) -> None:
     assert info.config.layer_types == case.config.layer_types
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", CASES)
 def test_adapter_written_without_the_base(name: str, tmp_path: Path) -> None:
     case = Case(name, tmp_path)
     model = without_weights(case.config)
