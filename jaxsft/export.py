@@ -2,8 +2,8 @@
 
 The export loads itself again in the other library, in a process of its own, and has its logits
 compared before it gets its name; a Flax one is read by jaxsft alone, and not called verified.
-Nothing is left of one that was interrupted. The check takes 4 bytes a parameter, here and then in
-the other library; writing takes a tensor.
+Nothing is left of one that was interrupted. The check holds the whole model in float32, here and
+then in the other library; writing holds a tensor.
 
 Exit codes: 0 exported; 1 drifting (kept as NAME.drifting), not written, no memory; 2 bad input.
 """
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and parse_shortage(str(error)) is None:
             raise
         first, _, _ = str(error).partition("\n")
-        advice = "the check takes 4 bytes a parameter, --no-verify goes without it"
+        advice = "the check holds the model in float32, --no-verify goes without it"
         return fail(f"out of memory: {advice} ({first})", EXIT_FAILED)
     except KeyboardInterrupt:
         return fail("interrupted; nothing of the export is left", EXIT_INTERRUPTED)

@@ -125,8 +125,8 @@ def reference_logits(
     """`our_logits` of the base with the adapter beside it, in float32.
 
     Where weights are stored in less than float32, `merged_dtype`, the adapter is merged and all is
-    rounded first. In memory are the model in float32, 4 bytes a parameter, and a copy of its
-    largest leaf; nothing of it is left at the end.
+    rounded first. The whole model is in memory in float32: with Gemma 3 270M, 1.07 GB, the peak of
+    the process went from 0.9 to 3.4 GiB.
     """
     model = load(origin, dtype="float32", param_dtype="float32").model
     if merged_dtype != "float32":
