@@ -252,6 +252,7 @@ def test_after_training(
         "global_batch_size": 4,
         "max_steps": 4,
         "learning_rate": 1e-2,
+        "warmup_steps": 0,
     }
     arguments = [f"--{name}={value}" for name, value in options.items()]
     done = subprocess.run(
