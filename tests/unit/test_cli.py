@@ -57,8 +57,9 @@ def field_docs() -> dict[str, str]:
     return options("TrainConfig", "")
 
 
-def test_recipes_are_the_four_of_the_project() -> None:
-    assert recipe_names() == ["demo", "single_session", "single_session_packed", "unrestricted"]
+def test_recipes_are_those_of_the_project() -> None:
+    of_a_tpu = ["single_session", "single_session_packed", "unrestricted"]
+    assert recipe_names() == ["demo", "gsm8k", *of_a_tpu]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -72,7 +73,7 @@ def test_every_recipe_is_valid(name: str) -> None:
     assert config.data.system_prompt == config_module.SYSTEM_PROMPT
     assert not config.data.loss_on_prompt
     # Every batch splits over the eight chips that the big recipes are for.
-    check_devices(config, 1 if name == "demo" else 8)
+    check_devices(config, 1 if name in ("demo", "gsm8k") else 8)
 
 
 def test_no_config_means_the_demo() -> None:
