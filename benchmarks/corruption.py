@@ -100,10 +100,14 @@ class Sweep:
         self._runs, self._seed = runs, seed
         runs.finish("whole")
         self._source = runs.path("whole") / "checkpoints"
-        steps = Checkpoints(self._source, save_total_limit=2).steps()
+        checkpoints = Checkpoints(self._source, save_total_limit=2)
+        steps = checkpoints.steps()
         assert len(steps) == 2, f"{steps}: a step to damage, and one to go back to"
         self.older, self.newest = steps
         self._arrays = {step: checkpoint_arrays(self._source / str(step)) for step in steps}
+        whole = checkpoints.restore(self._arrays[self.newest], {}, partly=True)
+        assert whole is not None
+        self._fingerprint = whole.metadata["fingerprint"]
         self.damages = list(damages(self._source / str(self.newest), seed))
 
     def restore_each(self) -> list[Outcome]:
@@ -126,7 +130,7 @@ class Sweep:
         try:
             with Checkpoints(directory, save_total_limit=2) as checkpoints:
                 like = self._arrays[self.newest]
-                restored = checkpoints.restore(like, None, on_event=events.append)
+                restored = checkpoints.restore(like, self._fingerprint, on_event=events.append)
         except Exception as error:  # whatever it is, the older step is good
             return MISSED, f"{type(error).__name__}: {error}"
         if restored is None:
