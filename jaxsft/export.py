@@ -41,7 +41,6 @@ from jaxsft.exporting.output import (
     digests,
     put_in_place,
     scratch_beside,
-    sha256,
 )
 from jaxsft.exporting.verify import (
     LOGIT_BOUND,
@@ -70,7 +69,7 @@ from jaxsft.run import configure_jax
 from jaxsft.terminal import make_console
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.tunix_io import write_tunix_lora
-from jaxsft.weights import TensorSource, WeightsInfo, load_model, open_weights
+from jaxsft.weights import TensorSource, WeightsInfo, file_sha256, load_model, open_weights
 
 DESCRIPTION = (
     "Writes a run's model, an adapter or a base model for other programs, with a model card and a "
@@ -278,7 +277,7 @@ def identity(made: Export) -> dict[str, Any]:
     return {
         "format": made.options.format,
         "base": {"digest": made.info.digest},
-        "adapter": adapter and {"digest": sha256(adapter / WEIGHTS_NAME)},
+        "adapter": adapter and {"digest": file_sha256(adapter / WEIGHTS_NAME)},
     }
 
 

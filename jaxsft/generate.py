@@ -10,7 +10,6 @@ Exit codes: 0 done; 1 out of memory, or the hub did not deliver; 2 bad input; 13
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, check_output, fail, parse_op
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, ModelOptions, TrainConfig
 from jaxsft.device_errors import check_device
 from jaxsft.dialogue import Session, Voice, answer, chat, encode
+from jaxsft.json_file import write_text
 from jaxsft.models import Loaded, Origin, find_model, load, run_config
 from jaxsft.out_of_memory import parse_shortage
 from jaxsft.prompts import FilePrompt, read_prompt_file
@@ -231,12 +231,7 @@ def write_lines(rows: Sequence[dict[str, Any]], output: str | None) -> None:
     if output is None:
         print(text, end="", flush=True)
         return
-    partial = Path(f"{output}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(Path(output), text)
 
 
 if __name__ == "__main__":

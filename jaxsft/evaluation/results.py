@@ -12,7 +12,7 @@ from jaxsft.evaluation.heldout import SampleLosses
 from jaxsft.evaluation.options import EvaluateOptions
 from jaxsft.evaluation.page import compare_page
 from jaxsft.evaluation.scoring import Answer, Comparison
-from jaxsft.json_file import write_json
+from jaxsft.json_file import write_json, write_text
 from jaxsft.models import Origin
 
 NUMBERS, ANSWERS, PAGE = "evaluation.json", "answers.jsonl", "page.html"
@@ -79,13 +79,13 @@ def write_results(
         | {"answers": {name: answer.text for name, answer in zip(names, each, strict=True)}}
         for each in zip(*(each.answers for each in measured), strict=True)
     ]
-    _write(
+    write_text(
         directory / ANSWERS,
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers),
     )
     title = " and ".join(names)
     page = compare_page(title, names, [each.answers for each in measured], lines, about=about)
-    _write(directory / PAGE, page)
+    write_text(directory / PAGE, page)
     metrics = {
         line.metric.name: {
             "models": [estimate._asdict() for estimate in line.estimates],
@@ -95,12 +95,3 @@ def write_results(
     }
     told = {"models": names, "about": about, "options": dataclasses.asdict(options)}
     write_json(directory / NUMBERS, told | {"metrics": metrics})
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

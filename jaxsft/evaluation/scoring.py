@@ -243,12 +243,6 @@ def compare(left: Sequence[Answer], right: Sequence[Answer] | None = None) -> li
     return [*lines, Comparison(_DISTINCT, distinct)]
 
 
-def summarize(answers: Sequence[Answer]) -> dict[str, float]:
-    """The value of every metric in `compare`, and `num_answers`, by name: for files and plots."""
-    values = {line.metric.name: line.estimates[0].value for line in compare(answers)}
-    return values | {"num_answers": len(answers)}
-
-
 def show_value(value: float, unit: str, *, signed: bool = False) -> str:
     """A value for people, such as 43.2%, – for NaN; signed a difference, such as −1.5 points."""
     if math.isnan(value):

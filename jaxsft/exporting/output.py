@@ -1,6 +1,5 @@
 """The directory of an export: it gets its name when it is complete, and replaces only its like."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsft.json_file import read_json
+from jaxsft.weights import file_sha256
 
 MANIFEST = "manifest.json"
 _SPARE_BYTES = 64 * 2**20  # tokenizer, card
@@ -45,7 +45,7 @@ def check_replaceable(path: Path, identity: Mapping[str, Any]) -> None:
             continue
         if name not in files:
             raise ValueError(f"{file} is not from the export that would be replaced; {advice}")
-        if not file.is_file() or sha256(file) != files[name]:
+        if not file.is_file() or file_sha256(file) != files[name]:
             raise ValueError(f"{file} was changed after it was exported; {advice}")
 
 
@@ -91,10 +91,4 @@ def put_in_place(directory: Path, output: Path) -> None:
 def digests(directory: Path) -> dict[str, str]:
     """File name, from `directory` on, -> SHA-256 in hex."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
-    return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.relative_to(directory).as_posix(): file_sha256(path) for path in files}

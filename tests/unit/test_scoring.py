@@ -21,11 +21,16 @@ from jaxsft.evaluation.scoring import (
     show_interval,
     show_p_value,
     show_value,
-    summarize,
 )
 from jaxsft.reasoning import completion_text, convert_row
 
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
+
+
+def summarize(answers: list[Answer]) -> dict[str, float]:
+    """The value of every metric, and the number of answers."""
+    values = {metric.name: estimates[0].value for metric, estimates, _ in compare(answers)}
+    return values | {"num_answers": len(answers)}
 
 
 def answer(text: str, reference: str = "r", *, stopped: bool = True) -> Answer:
