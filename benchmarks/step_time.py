@@ -42,8 +42,8 @@ from jaxsft.planning.pricing import CHIPS
 from jaxsft.planning.report import show_plan
 from jaxsft.planning.run_plan import RunPlan, model_flops
 from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, CompilerError
-from jaxsft.preflight import CHIP_NAMES
 from jaxsft.program import architecture
+from jaxsft.sharding import CHIP_NAMES
 
 DESCRIPTION = (
     "Estimates, or with --measure times, the train step; --peer tunix and --scaling print tables. "

@@ -204,7 +204,7 @@ def _metric_differences(run_dir: Path, reference: Path) -> Iterator[str]:
 
 
 def _file_differences(run_dir: Path, reference: Path) -> Iterator[str]:
-    for path in [reference / "samples.jsonl", *sorted(reference.glob("adapter*/*"))]:
+    for path in sorted([*reference.glob("samples.jsonl"), *reference.glob("adapter*/*")]):
         ours = run_dir / path.relative_to(reference)
         if not ours.exists() or ours.read_bytes() != path.read_bytes():
             yield f"{path.relative_to(reference)} is missing or differs"

@@ -94,7 +94,7 @@ class EvalOptions:
     """Measuring on held-out rows before, during and after training."""
 
     num_prompts: int = 16
-    """Held-out prompts to answer before and after training; 0 for none."""
+    """Held-out prompts to answer at each measurement; 0 for none."""
     batch_size: int = 8
     """Global rows per evaluation and generation batch."""
     max_new_tokens: int = 768
@@ -159,7 +159,7 @@ class TrainConfig:
     logging_steps: int = 1
     """Steps between metrics."""
     eval_steps: int | None = None
-    """Steps between held-out losses; by default only before and after."""
+    """Steps between measurements on held-out rows; by default only before and after."""
     save_steps: int = 500
     """Steps between checkpoints."""
     save_total_limit: int = 2

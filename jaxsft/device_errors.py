@@ -16,7 +16,7 @@ import jax
 
 from jaxsft.cli import DEFAULT_RECIPE
 from jaxsft.out_of_memory import Shortage, parse_shortage
-from jaxsft.preflight import CHIP_NAMES
+from jaxsft.sharding import CHIP_NAMES
 
 SEARCH_SECONDS = 600.0
 GENERAL_ADVICE = (

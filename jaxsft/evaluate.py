@@ -41,12 +41,12 @@ from jaxsft.evaluation.options import BASE, EvaluateOptions, check, is_adapter, 
 from jaxsft.evaluation.results import Measured, describe, output_directory, write_results
 from jaxsft.evaluation.scoring import compare
 from jaxsft.evaluation.table import show_comparison, with_perplexity
+from jaxsft.jax_settings import configure_jax
 from jaxsft.models import Origin, find_model, load, open_tokenizer
 from jaxsft.packing import PackedRows, Sample
 from jaxsft.peft_io import read_adapter_config
 from jaxsft.prepare import all_samples, load_heldout
 from jaxsft.program import architecture
-from jaxsft.run import configure_jax
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec
 from jaxsft.terminal import make_console

@@ -59,13 +59,13 @@ from jaxsft.exporting.verify import (
 )
 from jaxsft.exporting.verify_flax import TUNIX_LORA, flax_problem
 from jaxsft.flax_io import write_flax
+from jaxsft.jax_settings import configure_jax
 from jaxsft.json_file import write_json
 from jaxsft.model import Gemma
 from jaxsft.models import Origin, check_tokenizer, find_model, open_tokenizer
 from jaxsft.out_of_memory import parse_shortage
 from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig, load_adapter, save_adapter
 from jaxsft.presets import PRESETS
-from jaxsft.run import configure_jax
 from jaxsft.terminal import make_console
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.tunix_io import write_tunix_lora

@@ -24,12 +24,12 @@ from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, check_output, fail, parse_op
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, ModelOptions, TrainConfig
 from jaxsft.device_errors import check_device
 from jaxsft.dialogue import Session, Voice, answer, chat, encode
+from jaxsft.jax_settings import configure_jax
 from jaxsft.json_file import write_text
 from jaxsft.models import Loaded, Origin, find_model, load, run_config
 from jaxsft.out_of_memory import parse_shortage
 from jaxsft.prompts import FilePrompt, read_prompt_file
 from jaxsft.reasoning import Turn, split_completion
-from jaxsft.run import configure_jax
 from jaxsft.sample import Generation, generate
 from jaxsft.sharding import make_mesh
 from jaxsft.terminal import make_console

@@ -1,8 +1,8 @@
-"""A run's measurements on held-out rows, before and after training, kept so that they compare."""
+"""A run's measurements on held-out rows, before, during and after training."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxsft.evaluation.heldout import (
     held_out_losses,
     read_prompts,
 )
-from jaxsft.evaluation.scoring import Comparison, compare, is_exact_format
+from jaxsft.evaluation.scoring import compare, is_exact_format
 from jaxsft.json_file import write_json
 from jaxsft.metrics import MetricsWriter
 
@@ -66,29 +66,6 @@ def load_before(
     )
 
 
-def losses(
-    config: TrainConfig, data: Data, setup: Setup, on_batch: Callable[[], None]
-) -> list[Comparison]:
-    """Held-out losses, of all and by part. `on_batch` is called before each batch and may raise."""
-    assert data.heldout is not None
-    rows = data.heldout.rows
-    found = held_out_losses(
-        setup.state.adapter,
-        setup.frozen,
-        rows,
-        answer_mask(rows, data.tokenizer),
-        spec=setup.spec,
-        batch_size=config.eval.batch_size,
-        on_batch=on_batch,
-    )
-    return compare_losses(found)
-
-
-def values(lines: Sequence[Comparison]) -> dict[str, float]:
-    """The (first) model's value of each metric, by name."""
-    return {metric.name: estimates[0].value for metric, estimates, _ in lines}
-
-
 def measure(
     config: TrainConfig,
     data: Data,
@@ -99,15 +76,26 @@ def measure(
 ) -> dict[str, Any]:
     """Held-out losses, and what the answers to the first held-out prompts are worth.
 
+    `on_batch` is called before each batch and may raise.
+
     Returns:
       Values by metric, "intervals" (95%, [low, high] by metric) and "answers"; {} without held-out
-      files. `on_batch` as in `losses`.
+      files.
     """
     if data.heldout is None:
         return {}
-    step, samples = int(setup.state.step), data.heldout_samples
+    step, samples, rows = int(setup.state.step), data.heldout_samples, data.heldout.rows
     console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
-    lines = losses(config, data, setup, on_batch)
+    losses = held_out_losses(
+        setup.state.adapter,
+        setup.frozen,
+        rows,
+        answer_mask(rows, data.tokenizer),
+        spec=setup.spec,
+        batch_size=config.eval.batch_size,
+        on_batch=on_batch,
+    )
+    lines = compare_losses(losses)
     answers: list[dict[str, Any]] = []
     if config.eval.num_prompts:
         prompts = read_prompts(
@@ -124,25 +112,13 @@ def measure(
         )
         lines += compare(generated)
         for i, answer in enumerate(generated):
-            writer.text(step, f"sample/{i}", f"{answer.prompt}\n\n{answer.text}")
             flags = {"exact_format": is_exact_format(answer.text)}
             answers.append(dataclasses.asdict(answer) | flags)
-    scores = values(lines)
+            writer.sample(step, i, answers[-1])
+    scores = {metric.name: estimates[0].value for metric, estimates, _ in lines}
     writer.log(step, {f"eval/{name}": value for name, value in scores.items()})
     intervals = {
         metric.name: [estimates[0].low, estimates[0].high] for metric, estimates, _ in lines
     }
     counts = {"num_answers": len(answers)} if answers else {}
     return scores | counts | {"intervals": intervals, "answers": answers}
-
-
-def write_samples(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """One JSON line a held-out prompt: prompt, reference, and the answers before and after."""
-    new, old = after.get("answers", []), before.get("answers", [])
-    lines = [
-        {key: answer[key] for key in ("prompt", "reference")}
-        | {"before": old[i]["text"] if i < len(old) else None, "after": answer["text"]}
-        for i, answer in enumerate(new)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")

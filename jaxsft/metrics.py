@@ -1,4 +1,4 @@
-"""What a run measures, on disk: metrics.jsonl for programs, TensorBoard events for people.
+"""What a run measures, on disk: JSON lines for programs, TensorBoard events for people.
 
 Also the arithmetic of speed: tokens a second and time left, from clock readings handed in.
 """
@@ -23,7 +23,7 @@ from jaxsft.append_file import AppendFile
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl and skipped.jsonl (one object a line) and tensorboard/ in `run_dir`.
+    """Writes metrics.jsonl, samples.jsonl, skipped.jsonl (an object a line) and tensorboard/.
 
     Each call writes at once, in this thread: a killed run keeps its lines. None fails for want of a
     disk: what cannot be written waits (see AppendFile), training goes on and `problem` says so.
@@ -32,8 +32,8 @@ class MetricsWriter:
 
     Args:
         run_dir: a local directory; made if missing.
-        resume_step: the step that the run goes on from (0: it starts again). Lines of later steps
-            are dropped and hidden in TensorBoard, so that each step is there once. None keeps all
+        resume_step: the step that the run goes on from (-1: from before anything was measured).
+            Lines of later steps are dropped and hidden in TensorBoard, so that each step is there once. None keeps all
             of them, to add to a finished run. A line that a killed process left torn is dropped
             either way.
 
@@ -44,12 +44,17 @@ class MetricsWriter:
     def __init__(self, run_dir: str | os.PathLike[str], resume_step: int | None = None) -> None:
         run_dir = Path(run_dir)
         last_step = math.inf if resume_step is None else resume_step
-        lines = _lines_up_to(run_dir / "metrics.jsonl", last_step)
+        there = {
+            name: _lines_up_to(run_dir / f"{name}.jsonl", last_step)
+            for name in ("metrics", "samples", "skipped")
+        }
         # A measurement is made again where the run was killed before it was kept elsewhere.
-        self._kept = {line for line in lines if _step_of(line) == resume_step}
-        self._metrics = AppendFile(run_dir / "metrics.jsonl", lines)
-        skipped = _lines_up_to(run_dir / "skipped.jsonl", last_step)
-        self._skipped = AppendFile(run_dir / "skipped.jsonl", skipped)
+        self._kept = {
+            line for lines in there.values() for line in lines if _step_of(line) == resume_step
+        }
+        self._metrics, self._samples, self._skipped = (
+            AppendFile(run_dir / f"{name}.jsonl", lines) for name, lines in there.items()
+        )
         log_dir = run_dir / "tensorboard"
         num_files = len(list(log_dir.iterdir())) if log_dir.exists() else 0
         # The count is there for quick restarts, within a second: they'd overwrite the last file.
@@ -74,7 +79,7 @@ class MetricsWriter:
     @property
     def problem(self) -> str | None:
         """Which file cannot be written, and why, in one line; None when all is written."""
-        files = (self._metrics, self._skipped, self._events)
+        files = (self._metrics, self._samples, self._skipped, self._events)
         return next((file.problem for file in files if file.problem), None)
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
@@ -117,14 +122,23 @@ class MetricsWriter:
         line = {"step": step, "reason": reason, **finite, "rows": list(rows)}
         self._skipped.append(_line(line))
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Writes a text (a sample, the config) to TensorBoard, literally: not as Markdown."""
-        literal = "".join(f"    {line}\n" for line in text.splitlines())  # a Markdown code block
-        self._add_event(Event(step=step, summary=summary.text(tag, literal)))
+    def sample(self, step: int, number: int, answer: Mapping[str, Any]) -> None:
+        """Writes the answer to held-out prompt `number`; not again what the step resumed from has.
+
+        samples.jsonl gets {"step": step, **answer}, TensorBoard the "prompt" and "text" of it,
+        literally: not as Markdown.
+        """
+        line = json.dumps({"step": step, **answer}, ensure_ascii=False).encode() + b"\n"
+        if line in self._kept:
+            return
+        self._samples.append(line)
+        texts = [*answer["prompt"].splitlines(), "", *answer["text"].splitlines()]
+        literal = "".join(f"    {text}\n" for text in texts)  # a Markdown code block
+        self._add_event(Event(step=step, summary=summary.text(f"sample/{number}", literal)))
 
     def close(self) -> None:
         """Tries once more to write what waits; what is missing then is in `problem`."""
-        for file in (self._metrics, self._skipped, self._events):
+        for file in (self._metrics, self._samples, self._skipped, self._events):
             file.flush()
 
     def _add_event(self, event: Event) -> None:

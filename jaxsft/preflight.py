@@ -20,12 +20,10 @@ from jaxsft.agreement import Difference, compare_ways
 from jaxsft.build import Setup
 from jaxsft.config import TrainConfig
 from jaxsft.hosts import from_first
+from jaxsft.sharding import CHIP_NAMES
 from jaxsft.step import TrainState, put_batch, train_step
 
 NUM_TIMED_STEPS = 20
-
-# What plan calls the chips, by JAX's device_kind.
-CHIP_NAMES = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 
 
 class Memory(NamedTuple):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from jaxsft.config import TrainConfig
 from jaxsft.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from jaxsft.hosts import from_first
 from jaxsft.json_file import write_json
-from jaxsft.measure import losses, measure, values, write_before, write_samples
+from jaxsft.measure import measure, write_before
 from jaxsft.metrics import MetricsWriter, last_step_of
 from jaxsft.peft_io import save_adapter
 from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
@@ -67,14 +66,6 @@ class Run:
             write_before(self.path, self.before, self.measured_of)
         if self.num_steps is not None:
             write_json(self.path / SCHEDULE, {"num_steps": self.num_steps})
-
-
-def configure_jax() -> None:
-    """What holds for the whole process."""
-    # float32 means float32 on accelerators too; their default is bfloat16 passes.
-    jax.config.update("jax_default_matmul_precision", "highest")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restart compiles nothing again
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir("compiled")))
 
 
 def is_on_tpu(setup: Setup) -> bool:
@@ -135,28 +126,28 @@ def preflight(run: Run, setup: Setup, session: Session) -> tuple[Setup, TimedSte
 
 
 def measured(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -> dict[str, Any]:
-    """What `measure` says; the clock learns how long that took."""
+    """What `measure` says; the clock learns how long that took.
+
+    Raises StopNow where a signal came or there is no time for it.
+    """
     began_s = time.monotonic()
     doing = f"measuring at step {int(setup.state.step)}"
-    found = measure(run.config, run.data, setup, writer, run.console, lambda: session.go_on(doing))
-    return found and found | {"seconds": time.monotonic() - began_s}
-
-
-def evaluated(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -> float:
-    """The held-out loss. Raises StopNow where a signal came or there is no time for it."""
-    step, began_s = int(setup.state.step), time.monotonic()
-    doing = f"measuring at step {step}"
     session.go_on(doing, more_s=run.clock.measure_s)
-    found = values(losses(run.config, run.data, setup, lambda: session.go_on(doing)))
-    run.clock.measure_s = max(run.clock.measure_s, time.monotonic() - began_s)
-    writer.log(step, {f"eval/{name}": value for name, value in found.items()})
-    return found["loss"]
+    found = measure(run.config, run.data, setup, writer, run.console, lambda: session.go_on(doing))
+    if not found:
+        return {}
+    seconds = time.monotonic() - began_s
+    run.clock.measure_s = max(run.clock.measure_s, seconds)
+    said = [f"held-out loss {found['loss']:.4f}"]
+    if "exact_format" in found:
+        said.append(f"exact format {found['exact_format']:.0%} of {found['num_answers']} answers")
+    run.console.print(f"  {', '.join(said)}")
+    return found | {"seconds": seconds}
 
 
 def write_results(run: Run, setup: Setup, after: dict[str, Any]) -> None:
-    """samples.jsonl, and result.json with all that a finished run is known by."""
+    """result.json, with all that a finished run is known by."""
     assert run.before is not None
-    write_samples(run.path / "samples.jsonl", run.before, after)
     report, heldout = run.data.train.report, run.data.heldout
     data = {
         "rows_read": report.rows_read,
@@ -172,11 +163,11 @@ def write_results(run: Run, setup: Setup, after: dict[str, Any]) -> None:
 def catch_up(
     run: Run, setup: Setup, checkpoints: Checkpoints, writer: MetricsWriter, session: Session
 ) -> None:
-    """Evaluates the step that a run goes on from, where the stop came before that was done."""
+    """Measures the step that a run goes on from, where the stop came before that was done."""
     step, every = int(setup.state.step), run.config.eval_steps
     is_due = every and step and step % every == 0 and step < len(setup.step_batches)
     if is_due and not writer.has("eval/loss"):
-        checkpoints.add_eval_loss(step, evaluated(run, setup, writer, session))
+        checkpoints.add_eval_loss(step, measured(run, setup, writer, session)["loss"])
 
 
 def check_not_lost(run_dir: Path, save_steps: int) -> None:

@@ -37,7 +37,7 @@ class Clock:
     def __init__(self, end_s: float):
         self.end_s = end_s
         self.save_s = 0.0  # the last save, from its start until it was on disk
-        self.measure_s = 0.0  # the last measurement of held-out rows
+        self.measure_s = 0.0  # the longest measurement of held-out rows
         self._step_s: deque[float] = deque(maxlen=_WINDOW)
 
     def left_s(self) -> float:

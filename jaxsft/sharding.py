@@ -11,6 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp")
+# What Cloud TPU calls the chips, by JAX's device_kind.
+CHIP_NAMES = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 
 # Logical axis -> mesh axes. Each parameter declares its logical axes where it is created.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {

@@ -33,6 +33,7 @@ from jaxsft.data import batches
 from jaxsft.device_errors import check_device, explain_out_of_memory
 from jaxsft.fork import ADAPTER, START, as_begun
 from jaxsft.hosts import join_hosts, reached_preemption
+from jaxsft.jax_settings import configure_jax
 from jaxsft.measure import load_before, measured_of
 from jaxsft.metrics import MetricsWriter, Throughput
 from jaxsft.packing import batch_hash
@@ -51,8 +52,6 @@ from jaxsft.run import (
     Run,
     catch_up,
     check_not_lost,
-    configure_jax,
-    evaluated,
     is_best,
     is_on_tpu,
     measured,
@@ -189,7 +188,8 @@ def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_o
                 setup, timed, code = preflight(run, setup, session)
                 if preflight_only or code:
                     return code
-            with checkpoints, MetricsWriter(run.path, int(setup.state.step)) as writer:
+            resume_step = -1 if run.before is None else int(setup.state.step)
+            with checkpoints, MetricsWriter(run.path, resume_step) as writer:
                 if run.before is None:
                     run.before = measured(run, setup, writer, session)
                     run.write_files()
@@ -277,7 +277,7 @@ def train(
             if config.eval_steps and step % config.eval_steps == 0:
                 now = dataclasses.replace(setup, state=state, frozen=frozen)
                 try:
-                    loss = evaluated(run, now, writer, session)
+                    loss = measured(run, now, writer, session)["loss"]
                 except StopNow:
                     break
                 throughput.restart_clock(time.monotonic())

@@ -1,5 +1,6 @@
 """The adapter of the lowest held-out loss, wherever the run is stopped and whatever is damaged."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jaxsft.train import EXIT_INTERRUPTED, main
 OPTIONS = (
     *("--learning_rate", "20", "--lr_scheduler_type", "constant", "--data.stop", "8"),
     *("--max_steps", "30", "--eval_steps", "5", "--save_total_limit", "1"),
+    *("--eval.num_prompts", "2"),
 )
 
 
@@ -37,6 +39,9 @@ def test_a_stop_at_the_best_step_does_not_lose_it(
 ) -> None:
     (best,) = {path.name for path in (whole / "checkpoints").iterdir()} - {"30"}
     assert (whole / "adapter-best").is_dir() and 0 < int(best) < 30
+    lines = (whole / "samples.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [step for step in range(0, 31, 5) for _ in range(2)]  # both prompts, each time
     stopped = runs.path("stopped")
     with monkeypatch.context() as patch:
         # As a signal in that step: before its evaluation.

@@ -238,12 +238,18 @@ def test_answers_before_and_after_are_kept(finished: tuple[Runs, str]) -> None:
     lines = (runs.path("whole") / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line) for line in lines]
     questions = list(FACTS)[NUM_TRAIN : NUM_TRAIN + 2]
-    assert [answer["prompt"] for answer in answers] == questions
-    for answer, question in zip(answers, questions, strict=True):
+    assert [answer["prompt"] for answer in answers] == [*questions, *questions]
+    assert [answer["step"] for answer in answers] == [0, 0, NUM_STEPS, NUM_STEPS]
+    for answer, question in zip(answers, [*questions, *questions], strict=True):
         assert answer["reference"].endswith(f"<answer>{FACTS[question]}.</answer>")
-        assert answer["before"] and answer["before"] != answer["after"]
-    for when in ("before", "after"):
-        assert runs.result("whole")[when]["num_answers"] == 2
+    for before, after in zip(answers[:2], answers[2:], strict=True):
+        assert before["text"] and before["text"] != after["text"]
+    for when, step in (("before", 0), ("after", NUM_STEPS)):
+        found = runs.result("whole")[when]
+        assert found["num_answers"] == 2
+        assert [{"step": step, **each} for each in found["answers"]] == [
+            answer for answer in answers if answer["step"] == step
+        ]
 
 
 def test_a_finished_run_is_left_alone(finished: tuple[Runs, str]) -> None:

@@ -11,6 +11,8 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxsft import append_file
 from jaxsft.metrics import MetricsWriter, Throughput
 
+ANSWER = {"prompt": "Why?", "text": "<answer>*1*</answer>\nend ü", "exact_format": False}
+
 
 def read_jsonl(run_dir, name="metrics.jsonl"):
     """Its whole lines; a file that ends in a torn one fails."""
@@ -57,7 +59,7 @@ def test_lines_are_flushed_and_null_stands_for_what_json_lacks(tmp_path):
 def test_tensorboard_gets_scalars_and_literal_text(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.log(3, {"train/loss": 2.5, "bad": math.nan, "train/batch_hash": "0fc2"})
-        writer.text(4, "sample", "<answer>*1*</answer>\nend")
+        writer.sample(4, 0, ANSWER)
     values = [
         (event.step, value) for event in read_events(tmp_path) for value in event.summary.value
     ]
@@ -70,7 +72,7 @@ def test_tensorboard_gets_scalars_and_literal_text(tmp_path):
         (step, value.tensor.string_val[0]) for step, value in values if value.HasField("tensor")
     ]
     assert scalars == [(3, "train/loss", 2.5)]
-    assert texts == [(4, b"    <answer>*1*</answer>\n    end\n")]
+    assert texts == [(4, b"    Why?\n    \n    <answer>*1*</answer>\n    end \xc3\xbc\n")]
     line = {"step": 3, "train/loss": 2.5, "bad": None, "train/batch_hash": "0fc2"}
     assert read_jsonl(tmp_path) == [line]
     assert read_events(tmp_path)[0].file_version == "brain.Event:2"
@@ -98,9 +100,20 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
 def test_a_measurement_made_again_is_there_once(tmp_path):
     for loss in (3.0, 3.0, 4.0):
         with MetricsWriter(tmp_path, resume_step=2) as writer:
+            writer.sample(2, 0, ANSWER)
             writer.log(2, {"eval/loss": loss})
     assert [line["eval/loss"] for line in read_jsonl(tmp_path)] == [3.0, 4.0]
-    assert event_steps(tmp_path) == [2, 2]
+    assert read_jsonl(tmp_path, "samples.jsonl") == [{"step": 2, **ANSWER}]
+    assert event_steps(tmp_path) == [2, 2, 2]
+
+
+def test_a_run_measured_anew_keeps_nothing_of_before(tmp_path):
+    for resume_step in (0, -1):
+        with MetricsWriter(tmp_path, resume_step) as writer:
+            writer.sample(0, 0, ANSWER | {"text": str(resume_step)})
+            writer.log(0, {"eval/loss": resume_step})
+    assert [line["eval/loss"] for line in read_jsonl(tmp_path)] == [-1]
+    assert [line["text"] for line in read_jsonl(tmp_path, "samples.jsonl")] == ["-1"]
 
 
 def test_without_resume_step_lines_are_added(tmp_path):
