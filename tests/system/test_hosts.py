@@ -202,7 +202,7 @@ def test_checkpoints_of_two_processes_are_one(said: tuple[Path, dict[str, Any]])
 def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
     """Stopped by a signal to one of them, at one step, and continued."""
     runs = TinyRuns(tmp_path)
-    options = ("--max_steps", "8", "--step", "fused")
+    options = ("--max_steps", "8", "--step", "fused", "--eval_steps", "4", "--eval.num_prompts", "3")
     runs.finish("one", *options)
 
     def start(stack: ExitStack) -> list[Child]:
@@ -229,6 +229,8 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
         assert f"Continuing from step {stopped_at}." in first.out
         assert "step" not in second.out  # one of them speaks
 
+    samples = [(runs.path(name) / "samples.jsonl").read_text() for name in ("two", "one")]
+    assert samples[0] == samples[1] and samples[0].count("\n") == 3 * 3  # at steps 0, 4 and 8
     ours, expected = (train_metrics(runs.path(name)) for name in ("two", "one"))
     assert [line["step"] for line in ours] == [*range(1, 9)]
     for name in ("train/loss", "train/grad_norm"):
