@@ -42,7 +42,7 @@ SCENARIOS: Mapping[str, tuple[str, ...]] = {
     ),
     "saves and measures at epoch ends": (
         *("--num_train_epochs", "4", "--save_steps", "15", "--eval_steps", "15"),
-        *("--learning_rate", "0.03"),
+        *("--eval.num_prompts", "2", "--learning_rate", "0.03"),
     ),
 }
 MIN_SAVE_SHARE = 0.25
