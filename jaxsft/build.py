@@ -68,9 +68,10 @@ def check_early(config: TrainConfig) -> Path:
     return path
 
 
-def abstract_state(config: TrainConfig) -> TrainState:
-    """The shapes of a run's state, without its weights: in a fraction of a second."""
-    model_config, _ = architecture(config.model.path)
+def abstract_state(config: TrainConfig, path: Path) -> TrainState:
+    """The shapes of a run's state with the model at `path`, without its weights: in a fraction of a
+    second."""
+    model_config, _ = architecture(str(path))
     return abstract_setup(config, model_config, jax.devices(), config.warmup_steps + 1).state
 
 
@@ -157,11 +158,12 @@ def num_adapter_params(state: TrainState) -> int:
 
 def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
     check_tokenizer(data.tokenizer, info.config)
-    longest = max((len(s.ids) for s in data.heldout_samples[: config.eval.num_prompts]), default=0)
+    asked = data.heldout_samples[: config.eval.num_prompts]
+    longest = max((sample.completion_start for sample in asked), default=0)
     if longest + config.eval.max_new_tokens > info.config.max_positions and longest:
         raise ValueError(
-            f"eval.max_new_tokens {config.eval.max_new_tokens} after a prompt is beyond the "
-            f"model's {info.config.max_positions} positions"
+            f"eval.max_new_tokens {config.eval.max_new_tokens} after a prompt of {longest} tokens "
+            f"is beyond the model's {info.config.max_positions} positions"
         )
     num_ids = info.config.vocab_size
     if config.eval.top_k > num_ids:

@@ -128,7 +128,7 @@ def shorten(
     todo: dict[int, int] = {}  # index -> completion tokens to keep in front of the closing part
     for index, closing in enumerate(tokenizer.encode_many(closings)):
         if chats[index][0].reasoning is not None:
-            todo[index] = max_length - _completion_start(chats[index][1]) - len(closing) - 1
+            todo[index] = max_length - chats[index][1].completion_start - len(closing) - 1
     while todo:
         shorter: dict[int, Conversation] = {}
         for index, keep in todo.items():
@@ -138,7 +138,7 @@ def shorten(
         again: dict[int, int] = {}
         for (index, conversation), completion in zip(shorter.items(), encoded, strict=True):
             sample = chats[index][1]
-            start = _completion_start(sample)
+            start = sample.completion_start
             ids = np.concatenate([sample.ids[:start], completion, sample.ids[-1:]])
             if len(ids) > max_length:  # the tokens next to the cut merged in another way
                 again[index] = todo[index] - (len(ids) - max_length)
@@ -149,15 +149,10 @@ def shorten(
     return results
 
 
-def _completion_start(sample: Sample) -> int:
-    """Where the last turn's text begins: the labels at the end, as "model\\n" has none."""
-    return int(np.flatnonzero(~sample.loss_mask)[-1]) + 1
-
-
 def _head(tokenizer: Tokenizer, conversation: Conversation, sample: Sample, keep: int) -> str:
     """The reasoning's head within the first `keep` tokens of the completion."""
     assert conversation.reasoning is not None
-    rest = tokenizer.decode(sample.ids[_completion_start(sample) + keep : -1].tolist())
+    rest = tokenizer.decode(sample.ids[sample.completion_start + keep : -1].tolist())
     if rest.startswith("\ufffd"):  # one character of several byte tokens, cut in two
         rest = "\ufffd" + rest.lstrip("\ufffd")
     limit = len(conversation.turns[-1].content) - len(rest) - _OPEN_CHARS

@@ -7,17 +7,19 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from jaxsft.config import TrainConfig
+from jaxsft.out_of_memory import parse_shortage
 from jaxsft.text import visible_line
 from jaxsft.validation import validate
 
@@ -25,6 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo"
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 T = TypeVar("T")
 
@@ -34,6 +37,37 @@ def fail(error: object, code: int) -> int:
     with contextlib.suppress(OSError):  # stderr may be on the disk that is full
         print(f"error: {visible_line(str(error))}", file=sys.stderr, flush=True)
     return code
+
+
+def run_command(
+    body: Callable[[], int],
+    *,
+    interrupted: str = "the same command begins anew",
+    memory_advice: str = "free some memory",
+) -> int:
+    """What `body` returns; what it raises for a user becomes one line and an exit code.
+
+    130 for Ctrl-C, 1 where memory ran out, else `failure_code`. Other errors are ours, and raised.
+    """
+    try:
+        return body()
+    except (ValueError, OSError) as error:
+        return fail(error, failure_code(error))
+    except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
+        if not isinstance(error, MemoryError) and parse_shortage(str(error)) is None:
+            raise
+        first, _, _ = str(error).partition("\n")
+        return fail(f"out of memory{first and f' ({first})'}: {memory_advice}", EXIT_FAILED)
+    except KeyboardInterrupt:
+        return fail(f"interrupted; {interrupted}", EXIT_INTERRUPTED)
+
+
+def failure_code(error: ValueError | OSError) -> int:
+    """2 for bad input; 1 for a network, a disk or a child process that failed."""
+    failed = isinstance(error, ConnectionError | ChildProcessError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    )
+    return EXIT_FAILED if failed else EXIT_BAD_INPUT
 
 
 def cache_dir(name: str) -> Path:

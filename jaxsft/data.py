@@ -236,7 +236,7 @@ def _encode(tokenizer: Tokenizer, chunk: Sequence[_Row], options: DataOptions) -
     for i, (sample, _) in enumerate(outcomes):
         if not isinstance(sample, Sample):
             continue
-        num_last = len(sample.ids) - int(np.flatnonzero(~sample.loss_mask)[-1]) - 1
+        num_last = len(sample.ids) - sample.completion_start
         if num_last < options.min_completion_tokens:
             detail = f"{num_last} tokens of completion, {options.min_completion_tokens} at least"
             outcomes[i] = _Outcome(Rejected("too_short", detail))

@@ -7,7 +7,6 @@ Exit codes: 0 every sample is as it must be; 1 some are not (each is named); 2 b
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, check_output, fail, parse_config
+from jaxsft.cli import EXIT_FAILED, check_output, parse_config, run_command
 from jaxsft.config import TrainConfig
 from jaxsft.inspect_html import page
 from jaxsft.inspect_report import legend, show_checks, show_counts, show_row
 from jaxsft.inspect_rows import survey
 from jaxsft.inspect_tokens import RowReader
+from jaxsft.json_file import write_text
 from jaxsft.prepare import load_data, load_tokenizer, model_path
 from jaxsft.prepared import Prepared, open_prepared
 from jaxsft.tokenizer import Tokenizer
@@ -47,24 +47,24 @@ class InspectOptions(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: command(argv), memory_advice="shorter lines take less")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Shows and checks what `argv` asks for. ValueError and OSError are bad input."""
     width = None if sys.stdout.isatty() else _LOG_WIDTH
     console = Console(highlight=False, markup=False, emoji=False, width=width)
-    try:
-        options, rest = parse_options(sys.argv[1:] if argv is None else argv)
-        config, _ = parse_config("jaxsft.inspect", DESCRIPTION, rest)
-        prepared, tokenizer = find_rows(config, options, console)
-        indices = chosen_rows(options, len(prepared.rows))
-        with console.status("checking every sample …"):
-            found = survey(prepared, tokenizer)
-        reader = RowReader(prepared, tokenizer)
-        rows = [reader.view(index) for index in indices]
-        if options.html is not None:
-            text = page(prepared, found, rows, show_ids=options.ids)
-            partial = options.html.with_name(options.html.name + ".tmp")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, options.html)
-    except (ValueError, OSError) as error:
-        return fail(error, EXIT_BAD_INPUT)
+    options, rest = parse_options(argv)
+    config, _ = parse_config("jaxsft.inspect", DESCRIPTION, rest)
+    prepared, tokenizer = find_rows(config, options, console)
+    indices = chosen_rows(options, len(prepared.rows))
+    with console.status("checking every sample …"):
+        found = survey(prepared, tokenizer)
+    reader = RowReader(prepared, tokenizer)
+    rows = [reader.view(index) for index in indices]
+    if options.html is not None:
+        write_text(options.html, page(prepared, found, rows, show_ids=options.ids))
     if rows:
         console.print(legend(), "", sep="\n", soft_wrap=True)
     for row in rows:

@@ -33,9 +33,9 @@ class MetricsWriter:
     Args:
         run_dir: a local directory; made if missing.
         resume_step: the step that the run goes on from (-1: from before anything was measured).
-            Lines of later steps are dropped and hidden in TensorBoard, so that each step is there once. None keeps all
-            of them, to add to a finished run. A line that a killed process left torn is dropped
-            either way.
+            Lines of later steps are dropped and hidden in TensorBoard, so that each step is there
+            once. None keeps all of them, to add to a finished run. A line that a killed process
+            left torn is dropped either way.
 
     Raises:
         OSError: what lies there cannot be read.

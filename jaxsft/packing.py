@@ -28,6 +28,11 @@ class Sample(NamedTuple):
     ids: Int32Array
     loss_mask: BoolArray
 
+    @property
+    def completion_start(self) -> int:
+        """Index of the first token of the last completion, behind everything that isn't a label."""
+        return int(np.flatnonzero(~self.loss_mask)[-1]) + 1
+
 
 class Batch(NamedTuple):
     """Packed rows as the model and the loss take them, each [B, T] (one row: [T]).

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxsft import lora
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail, parse_config
+from jaxsft.cli import EXIT_FAILED, cache_dir, fail, parse_config, run_command
 from jaxsft.config import TrainConfig
 from jaxsft.json_file import write_json
 from jaxsft.planning.estimate import StepEstimate, estimate_step, num_chips
@@ -57,32 +57,36 @@ DESCRIPTION = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    width = None if sys.stdout.isatty() else 120  # logs have room, whatever the terminal has
-    console = Console(highlight=False, markup=False, width=width)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        options, rest = parse_options(sys.argv[1:] if argv is None else argv)
-        config, _ = parse_config("jaxsft.plan", DESCRIPTION, rest, DEFAULT_RECIPE)
-        lora.resolve_targets(config.lora.target_modules)
-        # As train does: the default on accelerators is bfloat16 passes for float32 matmuls.
-        jax.config.update("jax_default_matmul_precision", "highest")
-        if options.topology == LOCAL:
-            return plan_local(config, options, console)
-        prepare_compiler()
-        plan, from_cache = make_plan(config, options, console)
-        show_plan(console, plan, from_cache=from_cache)
-        values = plan.as_dict()
-        if not plan.estimate.fits:
-            values["nearest"] = show_way_out(plan, console)
-        if options.search:
-            values["search"] = search(plan, console)
-        if options.plot:
-            plot_plan(plan, Path(options.plot))
-        if options.json:
-            write_json(Path(options.json), values)
-    except (ValueError, OSError) as error:
-        return fail(error, EXIT_BAD_INPUT)
+        return run_command(lambda: command(argv))
     except CompilerError as error:
         return fail(error, EXIT_FAILED)
+
+
+def command(argv: Sequence[str]) -> int:
+    """Plans what `argv` asks for. ValueError and OSError are bad input."""
+    width = None if sys.stdout.isatty() else 120  # logs have room, whatever the terminal has
+    console = Console(highlight=False, markup=False, width=width)
+    options, rest = parse_options(argv)
+    config, _ = parse_config("jaxsft.plan", DESCRIPTION, rest, DEFAULT_RECIPE)
+    lora.resolve_targets(config.lora.target_modules)
+    # As train does: the default on accelerators is bfloat16 passes for float32 matmuls.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if options.topology == LOCAL:
+        return plan_local(config, options, console)
+    prepare_compiler()
+    plan, from_cache = make_plan(config, options, console)
+    show_plan(console, plan, from_cache=from_cache)
+    values = plan.as_dict()
+    if not plan.estimate.fits:
+        values["nearest"] = show_way_out(plan, console)
+    if options.search:
+        values["search"] = search(plan, console)
+    if options.plot:
+        plot_plan(plan, Path(options.plot))
+    if options.json:
+        write_json(Path(options.json), values)
     return EXIT_DOES_NOT_FIT if plan.is_over_budget or not plan.estimate.fits else 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxsft.cli import EXIT_BAD_INPUT, cache_dir, fail, parse_config
+from jaxsft.cli import cache_dir, parse_config, run_command
 from jaxsft.config import DataOptions, TrainConfig
 from jaxsft.data import DataReport, as_list
 from jaxsft.models import base_path, find_tokenizer, open_tokenizer
@@ -26,7 +26,6 @@ from jaxsft.prepared import Prepared
 from jaxsft.sources import num_rows
 from jaxsft.tokenizer import Tokenizer
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DESCRIPTION = (
     "Reads, converts, filters, tokenises and packs the rows that a config names and keeps them for "
     "jaxsft.train. Takes the options of jaxsft.train; those of data, and the model's tokenizer, "
@@ -131,16 +130,16 @@ def _num_rows(options: DataOptions) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: command(argv), memory_advice="shorter lines take less")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Prepares the rows that `argv` asks for. ValueError and OSError are bad input."""
     # No markup: file names may hold brackets.
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-    try:
-        arguments = sys.argv[1:] if argv is None else argv
-        config, _ = parse_config("jaxsft.prepare", DESCRIPTION, arguments)
-        data = load_data(config, model_path(config), console)
-    except (ValueError, OSError) as error:
-        return fail(error, EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        return fail("interrupted; nothing is left, the same command begins anew", EXIT_INTERRUPTED)
+    config, _ = parse_config("jaxsft.prepare", DESCRIPTION, argv)
+    data = load_data(config, model_path(config), console)
     show_data(console, data.train, data.heldout)
     for prepared in filter(None, (data.train, data.heldout)):
         console.print(f"in {prepared.directory}")

@@ -20,6 +20,7 @@ ROWS_KIND = "jaxsft rows"  # in the manifest of a directory of rows
 
 _CHUNK_ROWS = 256  # of Parquet, made Python objects at once
 _UTF8_BOM = b"\xef\xbb\xbf"
+_MAX_LINE_BYTES = 64 * 2**20  # of JSONL; the longest published traces have under 1 MiB
 
 
 @functools.cache
@@ -111,8 +112,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     are passed over.
 
     Raises:
-      ValueError: no such file, a directory that holds no rows, an empty file, a line that is not
-        UTF-8 or not one JSON object, a repeated key, NaN or Infinity, too deep nesting.
+      ValueError: no such file, a directory that holds no rows, an empty file, a line that is over
+        64 MiB, not UTF-8 or not one JSON object, a repeated key, NaN or Infinity, too deep nesting.
     """
     for file, _ in row_files(path):
         yield from _read_file(file)
@@ -134,11 +135,15 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        number = 0
+        while line := file.readline(_MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > _MAX_LINE_BYTES:
+                raise ValueError(f"{where}: over 64 MiB; is this JSONL, one object a line?")
             if number == 1:
                 line = line.removeprefix(_UTF8_BOM)
             if line.strip():
-                where = f"{path}:{number}"
                 try:
                     yield where, _parse_line(line.rstrip(b"\r\n"))
                 except ValueError as error:

@@ -21,16 +21,16 @@ from rich.console import Console
 from jaxsft.build import Setup, abstract_state, build, check_early, restore, split_of, trained_model
 from jaxsft.checkpoint import Checkpoints, state_bytes
 from jaxsft.cli import (
-    EXIT_BAD_INPUT,
     EXIT_FAILED,
     command_line,
     fail,
+    failure_code,
     parse_config,
     parse_preflight,
 )
 from jaxsft.config import TrainConfig
 from jaxsft.data import batches
-from jaxsft.device_errors import check_device, explain_out_of_memory
+from jaxsft.device_errors import GENERAL_ADVICE, check_device, explain_out_of_memory
 from jaxsft.fork import ADAPTER, START, as_begun
 from jaxsft.hosts import join_hosts, reached_preemption
 from jaxsft.jax_settings import configure_jax
@@ -79,7 +79,7 @@ from jaxsft.step import put_batch, train_step
 from jaxsft.terminal import make_console
 from jaxsft.watchdog import Watchdog
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 DESCRIPTION = (
     "Fine-tunes a Gemma with LoRA on reasoning traces. Without options: the demo. --preflight "
@@ -102,9 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(
             f"Interrupted, nothing is lost. To go on: {command_line('jaxsft.train', argv)}"
         )
-        return EXIT_INTERRUPTED
+        return EXIT_STOPPED
     except (ValueError, OSError) as error:
-        return fail(error, EXIT_BAD_INPUT)
+        return fail(error, failure_code(error))
+    except MemoryError as error:
+        return fail(f"out of memory: {error}; {GENERAL_ADVICE}", EXIT_FAILED)
     except jax.errors.JaxRuntimeError as error:
         line = explain_out_of_memory(error, argv)
         if line is None:
@@ -152,7 +154,7 @@ def start(
         checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
         num_missing = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
         if not is_remote(config.output_dir):
-            check_free_space(path, state_bytes(abstract_state(config)), max(num_missing, 0))
+            check_free_space(path, state_bytes(abstract_state(config, model)), max(num_missing, 0))
         watchdog.beat("reading rows")
         data = load_data(config, model, console, lambda: watchdog.beat("reading rows"))
         show_data(console, data.train, data.heldout)
@@ -214,7 +216,7 @@ def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_o
         except StopNow as stop:
             run.push()
             show_stopped(console, setup, str(stop), clock, run.files.shown, run.command)
-            return EXIT_INTERRUPTED
+            return EXIT_STOPPED
     say(console, writer.problem and f"WARNING: metrics are incomplete: {writer.problem}")
     write_results(run, setup, after)
     if problem := run.files.push():

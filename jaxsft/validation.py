@@ -10,11 +10,13 @@ from jaxsft.config import TrainConfig
 
 def validate(config: TrainConfig) -> None:
     """Raises ValueError that names every option out of range or in contradiction."""
-    problems = [
-        f"{name} is {_get(config, name)!r}, but must be {rule}"
-        for name, ok, rule in _CHECKS
-        if not ok(_get(config, name))
-    ]
+    problems = []
+    for name, is_right, rule in _CHECKS:
+        value = _get(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name} is {value}, but must be a finite number")
+        elif not is_right(value):
+            problems.append(f"{name} is {value!r}, but must be {rule}")
     if config.global_batch_size % max(config.gradient_accumulation_steps, 1):
         problems.append(
             f"global_batch_size {config.global_batch_size} is not a multiple of "
@@ -82,6 +84,7 @@ def _get(config: Any, dotted: str) -> Any:
 
 _POSITIVE = (lambda x: x > 0, "above 0")
 _NOT_NEGATIVE = (lambda x: x >= 0, "0 or above")
+_POSITIVE_OR_NULL = (lambda x: x is None or x > 0, "above 0, or null")
 _SHARE = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 _SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
 _CHECKS = (
@@ -97,19 +100,19 @@ _CHECKS = (
     ("global_batch_size", *_POSITIVE),
     ("gradient_accumulation_steps", *_POSITIVE),
     ("num_train_epochs", *_POSITIVE),
-    ("max_steps", lambda x: x is None or x > 0, "above 0, or null"),
+    ("max_steps", *_POSITIVE_OR_NULL),
     ("fsdp", *_POSITIVE),
     ("loss_chunk_tokens", *_POSITIVE),
     ("logging_steps", *_POSITIVE),
-    ("eval_steps", lambda x: x is None or x > 0, "above 0, or null"),
+    ("eval_steps", *_POSITIVE_OR_NULL),
     ("save_steps", *_POSITIVE),
     ("save_total_limit", *_POSITIVE),
     ("max_nonfinite_steps", *_POSITIVE),
-    ("skip_spikes_sigmas", lambda x: x is None or x > 0, "above 0, or null"),
-    ("max_seconds", lambda x: x is None or x > 0, "above 0, or null"),
+    ("skip_spikes_sigmas", *_POSITIVE_OR_NULL),
+    ("max_seconds", *_POSITIVE_OR_NULL),
     ("hang_seconds", lambda x: x is None or 0 < x <= 1e6, "above 0 and at most 1e6, or null"),
     ("num_workers", *_NOT_NEGATIVE),
-    ("budget_hours", lambda x: x is None or x > 0, "above 0, or null"),
+    ("budget_hours", *_POSITIVE_OR_NULL),
     ("seed", *_SEED),
     ("eval.seed", *_SEED),
     ("lora.r", *_POSITIVE),

@@ -149,8 +149,8 @@ def read_prompts(
 
 def split_prompt(sample: Sample) -> tuple[list[int], list[int]]:
     """(prompt ids, completion ids) of a sample, cut where its last assistant turn begins."""
-    last_unlabelled = int(np.flatnonzero(~sample.loss_mask)[-1])
-    return sample.ids[: last_unlabelled + 1].tolist(), sample.ids[last_unlabelled + 1 :].tolist()
+    start = sample.completion_start
+    return sample.ids[:start].tolist(), sample.ids[start:].tolist()
 
 
 def with_examples(

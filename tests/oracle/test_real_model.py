@@ -16,27 +16,12 @@ from jaxsft.model import Gemma
 from jaxsft.tokenizer import Tokenizer
 
 LOGIT_BOUND = 2e-3
-# Where the best two tokens are closer than this, either may be chosen.
-NEAR_TIE = 1e-2
-NUM_NEW_TOKENS = 32
-PROMPT_LENGTH = 16
 LONG_LENGTH = 768  # beyond the window of 512
 
 PROMPTS = [
     "The committee met on Tuesday to discuss how the old library should be used.",
     "<start_of_turn>user\nWhat is a sonnet?<end_of_turn>\n<start_of_turn>model\n",
     "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return",
-]
-# Each is cut to the same number of tokens, so that transformers decodes them without padding.
-CONTINUED = [
-    "The capital of France is Paris, and the capital of Italy is Rome. The capital of Spain is",
-    "Once upon a time there was a little girl who lived in a village near the forest with her",
-    "To make bread you need flour, water, salt and yeast. First you mix the flour with the rest",
-    "Die Hauptstadt von Deutschland ist Berlin. Die Stadt hat mehr als drei Millionen Einwohner",
-    "import numpy as np\n\ndef mean(values):\n    return sum(values) / len(values)\n\ndef var(",
-    "Question: What is 12 times 12? Answer: 144. Question: What is 9 times 9? Answer: 81.",
-    "水は地球上で最も重要な物質の一つであり、生物が生きるために欠かせない。人間の体の約",
-    "In economics, inflation is a general increase in the prices of goods and services in an",
 ]
 
 
@@ -92,32 +77,3 @@ def test_logits_beyond_the_window(
     ours = our_logits(real_model, tokens_BT, at)
     assert ours.shape == (1, len(at), real_model.config.vocab_size)
     assert np.abs(ours - their_logits(hf_real_model, tokens_BT, at)).max() <= LOGIT_BOUND
-
-
-@pytest.fixture(scope="module")
-def continuations(hf_real_model: Any, tokenizer: Tokenizer) -> np.ndarray:
-    """int [8, 16 + 32]: prompts and transformers' greedy tokens, decoded with its cache."""
-    prompts = [encode(tokenizer, text)[:PROMPT_LENGTH] for text in CONTINUED]
-    assert {len(prompt) for prompt in prompts} == {PROMPT_LENGTH}
-    tokens = step = torch.tensor(prompts)
-    cache = None
-    with torch.no_grad():
-        for _ in range(NUM_NEW_TOKENS):
-            out = hf_real_model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, step = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, step], dim=1)
-    return tokens.numpy()
-
-
-def test_greedy_continuation(real_model: Gemma, continuations: np.ndarray) -> None:
-    # On transformers' own tokens: after a near tie decided otherwise nothing could be compared.
-    at = np.arange(PROMPT_LENGTH - 1, PROMPT_LENGTH + NUM_NEW_TOKENS - 1)
-    logits_BTV = our_logits(real_model, continuations[:, :-1], at)
-    theirs = continuations[:, PROMPT_LENGTH:]
-    chosen_BT = np.take_along_axis(logits_BTV, theirs[..., None], axis=-1)[..., 0]
-    differs = logits_BTV.argmax(-1) != theirs
-    behind = logits_BTV.max(-1) - chosen_BT
-    assert (behind[differs] <= NEAR_TIE).all(), behind[differs]
-    assert differs.mean() < 0.02
-    # The comparison means something: the continuations are not one token over and over.
-    assert len(np.unique(theirs)) > 50

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 import jaxsft.prepare
+from jaxsft.cli import EXIT_BAD_INPUT
 from jaxsft.tokenizer import Tokenizer
-from jaxsft.train import EXIT_BAD_INPUT, main
+from jaxsft.train import main
 
 GOOD_ROW = {"prompt": "Why?", "response": "<think>It has to be so.</think>\nBecause."}
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 241000000\n"

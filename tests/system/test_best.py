@@ -9,7 +9,7 @@ import pytest
 import jaxsft.train
 from benchmarks.tiny_run import TinyRuns, differences
 from jaxsft.metrics import last_step_of
-from jaxsft.train import EXIT_INTERRUPTED, main
+from jaxsft.train import EXIT_STOPPED, main
 
 # The loss has its minimum on the way: eight rows, far too high a learning rate.
 OPTIONS = (
@@ -47,7 +47,7 @@ def test_a_stop_at_the_best_step_does_not_lose_it(
         # As a signal in that step: before its evaluation.
         interrupted = lambda: last_step_of(stopped) >= int(best)  # noqa: E731
         patch.setattr(jaxsft.train, "catch_signals", lambda: nullcontext(interrupted))
-        assert run(runs, "stopped") == EXIT_INTERRUPTED
+        assert run(runs, "stopped") == EXIT_STOPPED
     assert (stopped / "checkpoints" / best).is_dir()
     assert run(runs, "stopped") == 0
     assert differences(stopped, whole) == []

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from benchmarks.tiny_run import TinyRuns, train_metrics
-from jaxsft.train import EXIT_INTERRUPTED
+from jaxsft.train import EXIT_STOPPED
 
 NUM_STEPS = 30
 # Devices, and the step whose line is answered with SIGTERM; None runs to the end.
@@ -34,7 +34,7 @@ def test_the_number_of_devices_may_change(runs: TinyRuns, step: str) -> None:
                 child.wait_for(f"step {last}/")
                 child.send(signal.SIGTERM)
             code = child.wait()
-        assert code == (0 if last is None else EXIT_INTERRUPTED), child.out + child.err
+        assert code == (0 if last is None else EXIT_STOPPED), child.out + child.err
         found = re.search(r"^Continuing from step (\d+)\.", child.out, re.MULTILINE)
         assert (int(found[1]) if found else 0) == stopped_at
         stopped_at = len(train_metrics(runs.path(f"{step}-many")))

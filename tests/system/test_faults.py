@@ -15,6 +15,7 @@ SLOW = {
     *("a hang", "two trainers at once", "stdout on a full disk", "directory deleted"),
     *("disk read-only for some steps", "more steps than time", "the session's end"),
     *("loss spikes, kill -9", "a second trainer, kill -9", "disk full to the end"),
+    "SIGTERM, SIGINT, SIGHUP",
 }
 
 

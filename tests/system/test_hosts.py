@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from benchmarks.tiny_run import Child, TinyRuns, train_metrics
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.hosts import any_of, array_from_first, from_first, reached_preemption
-from jaxsft.train import EXIT_INTERRUPTED
+from jaxsft.train import EXIT_STOPPED
 
 PROGRAM = """
 import json, sys
@@ -202,7 +202,16 @@ def test_checkpoints_of_two_processes_are_one(said: tuple[Path, dict[str, Any]])
 def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
     """Stopped by a signal to one of them, at one step, and continued."""
     runs = TinyRuns(tmp_path)
-    options = ("--max_steps", "8", "--step", "fused", "--eval_steps", "4", "--eval.num_prompts", "3")
+    options = (
+        "--max_steps",
+        "8",
+        "--step",
+        "fused",
+        "--eval_steps",
+        "4",
+        "--eval.num_prompts",
+        "3",
+    )
     runs.finish("one", *options)
 
     def start(stack: ExitStack) -> list[Child]:
@@ -218,7 +227,7 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
         first, second = start(stack)
         first.wait_for("step 2/")
         second.send(signal.SIGTERM)
-        assert first.wait() == second.wait() == EXIT_INTERRUPTED, first.err + second.err
+        assert first.wait() == second.wait() == EXIT_STOPPED, first.err + second.err
     stopped_at = train_metrics(runs.path("two"))[-1]["step"]
     checkpoints = runs.path("two") / "checkpoints"
     assert 2 <= stopped_at < 8 and (checkpoints / str(stopped_at)).is_dir()

@@ -117,7 +117,10 @@ def test_plan_of_a_real_compilation(plan: Callable[..., Any], tmp_path: Path) ->
     assert "train logs another hash" in " ".join(screen.split())
 
 
-@pytest.mark.parametrize(("step", "formulation"), [("auto", "fused"), ("plain", "plain")])
+@pytest.mark.parametrize(
+    ("step", "formulation"),
+    [("auto", "fused"), pytest.param("plain", "plain", marks=pytest.mark.slow)],
+)
 def test_rows_of_384_and_the_plain_step_by_part(
     plan: Callable[..., Any], step: str, formulation: str
 ) -> None:

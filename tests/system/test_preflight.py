@@ -26,7 +26,7 @@ from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, parse_config
 from jaxsft.prepare import load_data
 from jaxsft.step import put_batch
 from jaxsft.tokenizer import Tokenizer
-from jaxsft.train import EXIT_INTERRUPTED, main
+from jaxsft.train import EXIT_STOPPED, main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -146,7 +146,7 @@ def test_a_signal_stops_the_preflight(
     argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jaxsft.train, "catch_signals", lambda: nullcontext(lambda: True))
-    assert main([*argv, "--preflight"]) == EXIT_INTERRUPTED
+    assert main([*argv, "--preflight"]) == EXIT_STOPPED
     assert capsys.readouterr().out.splitlines()[-1].startswith("To go on, run the same")
 
 

@@ -256,6 +256,7 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
         (["--learning_rate", "-1e-3"], "learning_rate is -0.001, but must be above 0"),
         (["--learning_rate", "fast"], "learning_rate.*fast"),
         (["--learning_rate", "nan"], "learning_rate.*nan"),
+        (["--num_train_epochs", "1e400"], "num_train_epochs is inf, but must be a finite number"),
         (["--budget_hours", "soon"], "budget_hours.*: expected a number or null, got 'soon'$"),
         (["--max_steps", "1.5"], "max_steps.*: expected a whole number or null, got '1.5'$"),
         (["--learning_rate"], "learning_rate: expected one argument"),

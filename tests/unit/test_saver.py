@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from jaxsft.remote import ReplacedError
 from jaxsft.run_dir import RunDir
 from jaxsft.saver import Saver
 from jaxsft.session import Clock, Session
@@ -226,5 +227,5 @@ def test_another_trainer_that_took_the_directory_ends_this_one(tmp_path: Path) -
     with RunDir(path) as run_dir:
         bench = Bench(run_dir)
         path.rename(tmp_path / "elsewhere")
-        with RunDir(path), pytest.raises(ValueError, match="another process trains here"):
+        with RunDir(path), pytest.raises(ReplacedError, match="another process trains here"):
             bench.steps(1, 1)

@@ -80,6 +80,15 @@ def test_bad_files(tmp_path, write):
         list(read_rows(write(json.dumps(GOOD).encode("utf-16"))))
 
 
+def test_a_line_without_an_end(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"prompt": "a"}\n{')
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: over 64 MiB; is this JSONL"):
+        list(read_rows(path))
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "rows.parquet"
     parquet.write_table(arrow.Table.from_pylist([GOOD, MORE]), path)
