@@ -1,4 +1,6 @@
-"""Files -> raw rows, one at a time: JSONL, Parquet, and the directories that the download makes.
+"""Files -> raw rows, one at a time: JSONL, Parquet, and directories of them.
+
+A directory is one that the download made or that `Dataset.save_to_disk` of Hugging Face left.
 
 Reading is strict and names file:line. Nothing is held but a chunk of rows.
 """
@@ -17,6 +19,8 @@ from jaxsft.json_file import read_json
 
 MANIFEST = "manifest.json"
 ROWS_KIND = "jaxsft rows"  # in the manifest of a directory of rows
+_SAVED = "state.json"  # of Dataset.save_to_disk, which names its Arrow files
+_SAVED_SPLITS = "dataset_dict.json"  # of DatasetDict.save_to_disk
 
 _CHUNK_ROWS = 256  # of Parquet, made Python objects at once
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -40,16 +44,21 @@ def row_files(path: str | Path) -> list[RowFile]:
     """The files that `path` stands for: itself, or those that a directory's manifest lists.
 
     Raises:
-      ValueError: a directory without a manifest of rows, or a file of it that is missing or has
-        another size than the manifest says.
+      ValueError: a directory that is neither downloaded nor saved by `datasets`, or a file of it
+        that is missing or has another size than the manifest says.
     """
     path = Path(path)
     if not path.is_dir():
         return [RowFile(path)]
+    if (path / _SAVED).is_file():
+        return _saved_files(path)
+    if (path / _SAVED_SPLITS).is_file():
+        splits = ", ".join(sorted(each.parent.name for each in path.glob(f"*/{_SAVED}")))
+        raise ValueError(f"{path}: holds several splits; name one of them: {splits}")
     if not (path / MANIFEST).is_file():
         raise ValueError(
-            f"{path}: is a directory without {MANIFEST}; name a .jsonl or .parquet file in it, or "
-            "let data/download_sft_datasets.py finish it"
+            f"{path}: is a directory without {MANIFEST} or {_SAVED}; name a .jsonl or .parquet "
+            "file in it, or let data/download_sft_datasets.py finish it"
         )
     manifest = read_json(path / MANIFEST)
     if manifest.get("kind") != ROWS_KIND:
@@ -64,6 +73,17 @@ def row_files(path: str | Path) -> list[RowFile]:
     except (LookupError, TypeError):
         raise ValueError(f"{path / MANIFEST}: damaged; delete {path}, download again") from None
     return files
+
+
+def _saved_files(path: Path) -> list[RowFile]:
+    try:
+        names = [Path(entry["filename"]).name for entry in read_json(path / _SAVED)["_data_files"]]
+    except (LookupError, TypeError):
+        raise ValueError(f"{path / _SAVED}: damaged; save the data set again") from None
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise ValueError(f"{path / missing[0]}: is missing; save the data set again")
+    return [RowFile(path / name) for name in names]
 
 
 def _not_as_downloaded(file: Path) -> ValueError:
@@ -106,7 +126,7 @@ def stamp(file: Path) -> list[int]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", row) from JSONL, ("file:row n", row) from .parquet, of all `row_files`.
+    """Yields ("file:line", row) from JSONL, ("file:row n", row) from others, of all `row_files`.
 
     JSONL is read line by line: UTF-8, with or without a byte order mark, LF or CRLF; blank lines
     are passed over.
@@ -120,7 +140,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    readers = {".parquet": _read_parquet, ".arrow": _read_arrow}
+    rows = readers.get(path.suffix, _read_jsonl)(path)
     empty = True
     try:
         for row in rows:
@@ -198,4 +219,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: not a complete Parquet file after row {number} ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets  # slow to import, and only what it saved needs it
+
+    number = 0
+    try:
+        for row in datasets.Dataset.from_file(str(path)):
+            number += 1
+            yield f"{path}:row {number}", row
+    except (ValueError, OSError, KeyError, TypeError) as error:  # Arrow's, and of odd metadata
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: not a complete Arrow file after row {number} ({reason}); save it again"
         ) from None

@@ -136,6 +136,7 @@ ORDER = [
     "inspect_report",
     "inspect",
     "exporting.transformers_worker",
+    "exporting.tunix_worker",
     "exporting.verify",
     "exporting.verify_flax",
     "exporting.hf_tokenizer",
@@ -190,8 +191,9 @@ BANNED_NNX = frozenset(
 )
 
 CLI_MODULES = frozenset({"argparse", "jsonargparse", "rich", "click"})
-ORACLES = frozenset({"torch", "transformers", "peft", "tokenizers"})
-PEER_WORKER = "exporting.transformers_worker"  # a script for another process, imported by nobody
+ORACLES = frozenset({"torch", "transformers", "peft", "tokenizers", "tunix", "qwix"})
+# Scripts for another process, imported by nobody.
+PEER_WORKERS = ("exporting.transformers_worker", "exporting.tunix_worker")
 UNSAFE_MODULES = frozenset(
     {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "jinja2", "joblib"}
 )
@@ -217,9 +219,10 @@ UNSAFE_CALLS = {
 UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code", "shell"}
 
 # After the download there is no network: these modules alone know of one. (`remote` is for run
-# directories on gs://, `metrics` takes the host's name from socket, TRL wants a `Dataset`.)
+# directories on gs://, `metrics` takes the host's name from socket, TRL wants a `Dataset`, and
+# `sources` reads one from a disk.)
 NETWORK_SIDE = frozenset(
-    {"hub", "hub_retry", "remote", "metrics", "download_sft_datasets", "peer_trl"}
+    {"hub", "hub_retry", "remote", "metrics", "sources", "download_sft_datasets", "peer_trl"}
 )
 TOKEN_READERS = ("download_sft_datasets", "models", "hub_models")  # and none writes it
 NETWORK_MODULES = frozenset(
@@ -431,7 +434,7 @@ def nothing_unsafe(module: Module):
         full = f"{target}.{name}"
         if below(target, UNSAFE_MODULES):
             yield f"{module.where(line)}: imports {target}; it runs code from data"
-        elif below(target, ORACLES) and not (module.is_benchmark or module.name == PEER_WORKER):
+        elif below(target, ORACLES) and not (module.is_benchmark or module.name in PEER_WORKERS):
             yield f"{module.where(line)}: imports {target}; it is a test oracle, not a dependency"
         elif full in UNSAFE_CALLS:
             yield f"{module.where(line)}: {full}: {UNSAFE_CALLS[full]}"

@@ -2,6 +2,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
@@ -96,6 +97,25 @@ def test_parquet(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"rows.parquet: not a complete Parquet file after row 0"):
         list(read_rows(path))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_data_set_saved_by_hugging_face(tmp_path):
+    saved = datasets.Dataset.from_list([GOOD, MORE, GOOD]).shuffle(seed=1)
+    saved.save_to_disk(tmp_path / "saved", num_shards=2)
+    first, second = (tmp_path / "saved" / f"data-0000{i}-of-00002.arrow" for i in range(2))
+    places = [f"{first}:row 1", f"{first}:row 2", f"{second}:row 1"]
+    assert list(read_rows(tmp_path / "saved")) == list(zip(places, saved, strict=True))
+    assert num_rows(tmp_path / "saved") is None
+    second.write_bytes(second.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"00001-of-00002.arrow: not a complete Arrow file after"):
+        list(read_rows(tmp_path / "saved"))
+    second.unlink()
+    with pytest.raises(ValueError, match=r"00001-of-00002.arrow: is missing; save the data set"):
+        list(read_rows(tmp_path / "saved"))
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match=r"splits: holds several splits; .* them: test, train$"):
+        list(read_rows(tmp_path / "splits"))
 
 
 @pytest.fixture
