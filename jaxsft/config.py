@@ -55,8 +55,8 @@ class DataOptions:
     """Training and held-out rows."""
 
     train_files: list[str] | str = dataclasses.field(default_factory=list)
-    """Files of rows, JSONL or Parquet (prompt/response with <think>, messages, …), or directories that
-    the download or `datasets` saved."""
+    """Files of rows, JSONL or Parquet (prompt/response with <think>, messages, …), or directories
+    that the download or `datasets` saved."""
     eval_files: list[str] | str = dataclasses.field(default_factory=list)
     """Held-out rows for the loss and the generated answers; may be empty."""
     start: int = 0
