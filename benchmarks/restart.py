@@ -22,7 +22,8 @@ import jax
 from rich.console import Console
 
 from jaxsft.build import build, check_early
-from jaxsft.checkpoint import Checkpoints, state_bytes
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.checkpoint_files import state_bytes
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.data import batches

@@ -32,14 +32,11 @@ from jaxsft.checkpoint_files import (
     flatten,
     read_arrays,
     read_record,
-    state_bytes,
     to_devices,
     to_host,
     write_step,
 )
 from jaxsft.hosts import any_of, from_first
-
-__all__ = ["Checkpoints", "Fingerprint", "Restored", "state_bytes"]
 
 
 class Restored(NamedTuple):

@@ -27,11 +27,23 @@ _MIN_LOOP_CHARS = 200  # shorter text has no room for a loop that is worth the n
 _MAX_COMPRESSION = 6.0
 _FILLERS = frozenset(
     {
-        *("i hope this helps", "hope this helps", "i hope that helps", "hope that helps"),
-        *("let me know if you have any questions", "let me know if you need anything else"),
-        *("feel free to ask", "is there anything else i can help you with"),
-        *("sure", "of course", "certainly", "done", "ok", "okay", "here you go", "thank you"),
-        *("i hope this helps let me know if you have any questions",),
+        "i hope this helps",
+        "i hope this helps let me know if you have any questions",
+        "hope this helps",
+        "i hope that helps",
+        "hope that helps",
+        "let me know if you have any questions",
+        "let me know if you need anything else",
+        "feel free to ask",
+        "is there anything else i can help you with",
+        "sure",
+        "of course",
+        "certainly",
+        "done",
+        "ok",
+        "okay",
+        "here you go",
+        "thank you",
     }
 )
 _WORD = re.compile(r"\w+")

@@ -1,4 +1,4 @@
-"""Gemma architectures: constants, Hugging Face `config.json` parsing, FLOPs and bytes formulas.
+"""Gemma architectures: constants, Hugging Face `config.json` parsing, formulas of FLOPs.
 
 Constants are those of google-deepmind/gemma and of the Hugging Face configs; a test compares the
 parameter counts with transformers' own models.

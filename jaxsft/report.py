@@ -80,10 +80,12 @@ def progress(
 
     def line(step: int, metrics: Mapping[str, float], eta_s: float) -> str:
         eta = "--:--" if math.isnan(eta_s) else str(timedelta(seconds=int(eta_s)))
+        tokens_per_s = metrics["tokens_per_s"]
+        speed = "–" if math.isnan(tokens_per_s) else f"{tokens_per_s:,.0f}"
         return (
             f"step {step}/{last_step}  loss {metrics['loss']:.4f}  "
             f"lr {metrics['learning_rate']:.2e}  "
-            f"{_number(metrics['tokens_per_s'], '{:,.0f}')} tokens/s  ETA {eta}"
+            f"{speed} tokens/s  ETA {eta}"
         )
 
     if not console.is_terminal:
@@ -162,7 +164,3 @@ def show_result(console: Console, run_dir: Path) -> None:
     old = answers[index]["text"] if index < len(answers) else "–"
     sides.add_row(Text(old), Text(answer["text"]))
     console.print(sides)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None or math.isnan(value) else form.format(value)

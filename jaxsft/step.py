@@ -73,6 +73,7 @@ def init_state(adapter: nnx.State, spec: StepSpec) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         history = None if spec.spike_sigmas is None else empty_history()
         moments = spec.transform.init(adapter)
+        # Donation wants distinct buffers: a zero each.
         return TrainState(zero, jnp.zeros((), jnp.int32), adapter, moments, history)
 
     shardings = train_state_shardings(jax.eval_shape(init, adapter), spec)

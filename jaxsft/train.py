@@ -19,15 +19,9 @@ import jax
 from rich.console import Console
 
 from jaxsft.build import Setup, abstract_state, build, check_early, restore, split_of, trained_model
-from jaxsft.checkpoint import Checkpoints, state_bytes
-from jaxsft.cli import (
-    EXIT_FAILED,
-    command_line,
-    fail,
-    failure_code,
-    parse_config,
-    parse_preflight,
-)
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.checkpoint_files import state_bytes
+from jaxsft.cli import EXIT_FAILED, command_line, fail, failure_code, parse_config, parse_preflight
 from jaxsft.config import TrainConfig
 from jaxsft.data import batches
 from jaxsft.device_errors import GENERAL_ADVICE, check_device, explain_out_of_memory
@@ -41,13 +35,7 @@ from jaxsft.peft_io import save_adapter
 from jaxsft.prepare import load_data
 from jaxsft.prepare_report import show_data
 from jaxsft.remote import ReplacedError, RunFiles, is_remote
-from jaxsft.report import (
-    progress,
-    show_finished,
-    show_result,
-    show_setup,
-    show_stopped,
-)
+from jaxsft.report import progress, show_finished, show_result, show_setup, show_stopped
 from jaxsft.run import (
     Run,
     catch_up,

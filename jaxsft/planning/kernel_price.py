@@ -4,8 +4,8 @@ HLO says nothing about the time of a Pallas call. Each distinct kernel is compil
 subprocess, for its static schedule (module `llo_schedule`), which is cached. A kernel costs the
 larger of the schedule's cycles over the clock and its DMAs' bytes over HBM bandwidth. Operands
 stand in the memory (HBM or VMEM) where the program has them; prefetched operands that are constants
-of the program, such as the block masks of splash attention, decide how often conditional regions
-run. Waits of single DMAs, the first and last ones of a grid for instance, are not modelled.
+of the program decide how often conditional regions run. Waits of single DMAs, the first and last
+ones of a grid for instance, are not modelled.
 """
 
 import gzip

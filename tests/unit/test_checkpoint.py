@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from jaxsft import checkpoint, checkpoint_directory, checkpoint_files
-from jaxsft.checkpoint import Checkpoints, state_bytes
+from jaxsft.checkpoint import Checkpoints
+from jaxsft.checkpoint_files import state_bytes
 
 FINGERPRINT = {"model": "gemma3-270m", "lora_r": 8, "learning_rate": 2e-5, "seed": 0}
 
