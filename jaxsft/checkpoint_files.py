@@ -205,8 +205,8 @@ def _checkpointer(path: epath.Path) -> ocp.Checkpointer:
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     modes = ocp.options.AtomicityMode
     mode = modes.COMMIT_FILE if is_object_store(path) else modes.ATOMIC_RENAME
-    # zstd would take six times as long for 8% fewer bytes of random float32.
     _say_errors_once()
+    # zstd would take six times as long for 8% fewer bytes of random float32.
     arrays = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
     options = ocp.CompositeOptions(multiprocessing_options=alone)
     return ocp.Checkpointer(
