@@ -72,5 +72,8 @@ def parts_of_text(texts: Iterable[str]) -> Iterator[Part]:
 
 
 def printable(text: str) -> str:
-    """The text with only lines and tabs left of what could move the cursor; see `visible`."""
-    return re.sub(r"[^\n\t]+", lambda run: visible(run[0]), text)
+    """The text with only lines and tabs left of what could move the cursor; see `visible`.
+
+    Joiners (U+200C and U+200D) stay as well: Persian words and many emoji are spelt with them.
+    """
+    return re.sub(r"[^\n\t\u200c\u200d]+", lambda run: visible(run[0]), text)

@@ -149,7 +149,11 @@ def parse_options(
         parsed = parser.parse_args(args)
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_explain(str(error), parser)) from None
-    return options(**vars(parser.instantiate(parsed)))
+    # The parser reads a text that may be null as YAML, where "# 1" and "~" are null as well.
+    texts = _options_of_type(options, str | None)
+    given = [arg[2:].partition("=") for arg in args]
+    as_given = {name: text for name, _, text in given if name in texts and text != "null"}
+    return options(**vars(parser.instantiate(parsed)) | as_given)
 
 
 def _make_parser(command: str, usage: str, description: str) -> ArgumentParser:
@@ -164,28 +168,40 @@ def _make_parser(command: str, usage: str, description: str) -> ArgumentParser:
     )
 
 
+_OPTION = re.compile(r"--\w[\w.-]*(?:=|$)")
+
+
 def _spelt_out(argv: Sequence[str], options: type) -> list[str]:
-    """--fit-deadline becomes --fit_deadline=true: dashes as in other programs, and switches."""
-    switches, args = _switches(options), []
-    for i, arg in enumerate(argv):
+    """--fit-deadline becomes --fit_deadline=true: dashes as in other programs, and switches.
+
+    A text that may begin with a dash becomes part of its option: --prompt=-1.
+    """
+    switches, texts = (_options_of_type(options, each) for each in (bool, str | None))
+    args, rest = [], list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not _OPTION.match(arg):
+            args.append(arg)
+            continue
         name, equals, value = arg.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-            is_last = i + 1 == len(argv) or argv[i + 1].startswith("--")
-            if name[2:] in switches and not equals and is_last:
-                equals, value = "=", "true"
+        name = name.replace("-", "_").replace("__", "--", 1)
+        has_value = bool(equals) or (rest and not _OPTION.match(rest[0]))
+        if name[2:] in switches and not has_value:
+            equals, value = "=", "true"
+        elif name[2:] in texts and has_value:
+            equals, value = "=", value if equals else rest.pop(0)
         args.append(name + equals + value)
     return args
 
 
-def _switches(options: type, prefix: str = "") -> set[str]:
-    """Dotted names of the options that are true or false."""
+def _options_of_type(options: type, kind: Any, prefix: str = "") -> set[str]:
+    """Dotted names of the options of this type."""
     found = set()
     for field in dataclasses.fields(options):
-        if field.type is bool:
+        if field.type == kind:
             found.add(prefix + field.name)
         elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            found |= _switches(field.type, f"{prefix}{field.name}.")
+            found |= _options_of_type(field.type, kind, f"{prefix}{field.name}.")
     return found
 
 

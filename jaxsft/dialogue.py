@@ -58,7 +58,8 @@ class Answer(NamedTuple):
 def chat(voices: Sequence[Voice], session: Session, system: str) -> None:
     """Answers the lines of stdin, each with what was said before, until it ends.
 
-    Raises ValueError for a line that can't be answered, unless a person types them.
+    Unless a person types them, a line that can't be answered raises ValueError, and Ctrl-C
+    KeyboardInterrupt.
     """
     console, start = session.console, [Turn("system", system)]
     has_person = sys.stdin.isatty()
@@ -71,12 +72,16 @@ def chat(voices: Sequence[Voice], session: Session, system: str) -> None:
     while True:
         try:
             text = input("> " if is_terminal else "").strip()
+            text.encode()  # in some locales other bytes come as lone surrogates
         except EOFError:
+            show(console, "\n" if is_terminal else "")
             return
         except KeyboardInterrupt:
+            if not has_person:
+                raise
             show(console, f"\n{CHAT_HELP}\n", "dim")
             continue
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise ValueError("the input is not UTF-8 text") from None
         if text == "/quit":
             return
@@ -93,12 +98,14 @@ def chat(voices: Sequence[Voice], session: Session, system: str) -> None:
             except ValueError as error:
                 if not has_person:
                     raise
-                fail(error, EXIT_BAD_INPUT)
+                fail(f"{error} (/reset forgets what was said)", EXIT_BAD_INPUT)
 
 
 def reply(voice: Voice, turns: list[Turn], session: Session) -> list[Turn]:
     """The turns with the answer to the last one; without both where nothing was said."""
-    text = answer(voice, turns, session).text
+    text, is_whole = answer(voice, turns, session)
+    if not is_whole and not sys.stdin.isatty():
+        raise KeyboardInterrupt
     show(session.console, "\n")
     return [*turns, Turn("assistant", text)] if text.strip() else turns[:-1]
 

@@ -4,12 +4,16 @@ MODEL is whatever models.py knows: a run, an adapter, a model directory, a name 
 One prompt, a file of prompts (answers as JSONL, in the file's order), or else a chat in which
 /reset forgets what was said, Ctrl-C stops an answer, and /quit or Ctrl-D ends.
 
-Exit codes: 0 done; 1 out of memory, or the hub did not deliver; 2 bad input; 130 interrupted.
+Exit codes: 0 done; 1 out of memory, the hub did not deliver, or nobody takes the answers (a full
+disk, a pipe whose reader has gone); 2 bad input; 130 interrupted.
 """
 
 import dataclasses
+import errno
+import io
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +27,7 @@ from jaxsft import lora
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, check_output, fail, parse_options
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, ModelOptions, TrainConfig
 from jaxsft.device_errors import check_device
-from jaxsft.dialogue import Session, Voice, answer, chat, encode
+from jaxsft.dialogue import Session, Voice, answer, chat, encode, show
 from jaxsft.jax_settings import configure_jax
 from jaxsft.json_file import write_text
 from jaxsft.models import Loaded, Origin, find_model, load, run_config
@@ -36,6 +40,7 @@ from jaxsft.terminal import make_console
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.validation import validate
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what a disk says that takes no answers
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DESCRIPTION = (
     "Asks a model, with its adapter: one prompt, a file of prompts, or, without either, a chat in "
@@ -92,10 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return command(parse_options("jaxsft.generate", DESCRIPTION, argv, GenerateOptions))
-    except ConnectionError as error:
-        return fail(error, EXIT_FAILED)
     except (ValueError, OSError) as error:
-        return fail(error, EXIT_BAD_INPUT)
+        has_failed = isinstance(error, ConnectionError) or getattr(error, "errno", None) in _FULL
+        return fail(error, EXIT_FAILED if has_failed else EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         return fail("interrupted", EXIT_INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
@@ -130,11 +134,13 @@ def command(options: GenerateOptions) -> int:
         mesh=mesh,
     )
     voices = voices_of(options, origin, loaded)
-    session = Session(
-        loaded.tokenizer, loaded.info.config.max_positions, options.decoding, make_console()
-    )
+    console = make_console()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    console.file = sys.stdout  # which fails where nobody reads any more, and that ends the work
+    session = Session(loaded.tokenizer, loaded.info.config.max_positions, options.decoding, console)
     if options.prompts is not None:
-        write_lines(answer_prompts(prompts, voices, session, mesh), options.output)
+        write_lines(answer_prompts(prompts, voices, session, mesh), options.output, console)
         return 0
     if options.prompt is None:
         chat(voices, session, system)
@@ -148,6 +154,13 @@ def check(options: GenerateOptions) -> None:
     """ValueError for options that are wrong or do not go together."""
     if options.prompt is not None and options.prompts is not None:
         raise ValueError("--prompt and --prompts: give one of them")
+    for name, text in (("--prompt", options.prompt), ("--system", options.system)):
+        if re.search("[\ud800-\udfff]", text or ""):  # as Python has other bytes
+            raise ValueError(f"{name} is not UTF-8 text")
+    if options.prompt is not None and not options.prompt.strip():
+        raise ValueError("--prompt is empty; without the option a chat begins")
+    if (options.prompt, options.prompts, sys.stdin) == (None, None, None):
+        raise ValueError("there is no stdin to chat over; give --prompt or --prompts")
     if options.output is not None:
         if options.prompts is None:
             raise ValueError("--output is for the answers to --prompts FILE")
@@ -224,14 +237,14 @@ def answer_row(tokenizer: Tokenizer, generation: Generation) -> dict[str, Any]:
     }
 
 
-def write_lines(rows: Sequence[dict[str, Any]], output: str | None) -> None:
+def write_lines(rows: Sequence[dict[str, Any]], output: str | None, console: Console) -> None:
     """Prints the rows as JSONL, or writes the file whole."""
     # What goes to a terminal is ASCII: no control characters.
     text = "".join(json.dumps(row, ensure_ascii=output is None) + "\n" for row in rows)
     if output is None:
-        print(text, end="", flush=True)
-        return
-    write_text(Path(output), text)
+        show(console, text)
+    else:
+        write_text(Path(output), text)
 
 
 if __name__ == "__main__":

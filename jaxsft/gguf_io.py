@@ -198,19 +198,32 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, GGUFTensor]:
     return name, GGUFTensor(shape, quantization, offset, num_bytes)
 
 
-def hf_config(file: GGUFFile) -> dict[str, Any]:
-    """The Hugging Face `config.json`, as a dict, of the Gemma in a GGUF file.
-
-    What llama.cpp leaves to its code is filled in as there: query scale, layer pattern, the base of
-    local rotary positions. Raises ValueError for other architectures and missing keys.
-    """
+def _architecture(file: GGUFFile) -> str:
+    """gemma, gemma2 or gemma3; ValueError for others and for what is no whole model."""
     metadata = file.metadata
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ValueError(f"{file.path}: holds no whole model, its general.type is {kind!r}")
+    if (num_parts := metadata.get("split.count", 1)) != 1:
+        raise ValueError(
+            f"{file.path}: one of {num_parts} parts of a model; join them with llama.cpp's "
+            "llama-gguf-split --merge"
+        )
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise ValueError(
             f"{file.path}: architecture {architecture!r} is not supported; supported are "
             f"{', '.join(_ARCHITECTURES)} (Gemma 1, 2 and 3 text models)"
         )
+    return architecture
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """The Hugging Face `config.json`, as a dict, of the Gemma in a GGUF file.
+
+    What llama.cpp leaves to its code is filled in as there: query scale, layer pattern, the base of
+    local rotary positions. Raises ValueError for other architectures and missing keys.
+    """
+    metadata, architecture = file.metadata, _architecture(file)
 
     def get(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)

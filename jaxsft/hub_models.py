@@ -3,8 +3,9 @@
     google--gemma-2-2b-it/revision.json    the commit that "main" meant at first, and stays
     google--gemma-2-2b-it/COMMIT/          its files, and manifest.json, written last
 
-Only what is read is fetched: config.json, tokenizer.model and the weights, or a PEFT adapter. A
-whole copy needs no network; each time it is used its files are compared with their digests.
+Only what is read is fetched: config.json, tokenizer.model and the weights, a PEFT adapter, or both
+where a repository has both. A whole copy needs no network; each time it is used its files are
+compared with their digests.
 """
 
 import fcntl
@@ -16,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxsft.cli import cache_dir
 from jaxsft.hub import HubFile, Snapshot, fetch_files, look_up
 from jaxsft.hub_retry import Hub, HubError, NoNetworkError
 from jaxsft.json_file import read_json, write_json
 from jaxsft.peft_io import CONFIG_NAME, WEIGHTS_NAME
+from jaxsft.presets import from_hf_config
+from jaxsft.safetensors_io import INDEX_NAME, MODEL_NAME, pickle_hint
 from jaxsft.sources import MANIFEST
 from jaxsft.weights import file_sha256
 
@@ -27,24 +31,25 @@ PIN = "revision.json"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LINE_EVERY_S = 15.0
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def fetch_model(
-    hub: Hub, repo: str, revision: str, root: Path, *, needs_tokenizer: bool
+    repo: str, revision: str, say: Callable[[str], None], *, needs_tokenizer: bool
 ) -> tuple[Path, str]:
     """(directory, commit) of the model or adapter `repo`; downloaded unless a whole copy is there.
 
     Args:
       revision: branch, tag or commit. What a branch or tag means is looked up once and kept.
-      root: the directory of all such copies.
+      say: hears of what is downloaded, and where to.
       needs_tokenizer: a model without tokenizer.model is refused before anything is fetched.
 
     Raises:
-      ValueError: no such repository or revision, no access, none of the kinds of files above, no
-        network and no copy, no room.
+      ValueError: no such repository or revision, no access, none of the kinds of files above, a
+        config of another model, no network and no copy, no room.
       ConnectionError: the hub did not deliver in spite of the retries.
     """
+    hub = Hub(os.environ.get("HF_TOKEN", "").strip() or None, note=say)
+    root = cache_dir("models")
     home = root / repo.replace("/", "--")
     if (kept := _whole_copy(home, repo, revision)) is not None:
         return kept
@@ -77,6 +82,9 @@ def _download(
         directory.mkdir(parents=True, exist_ok=True)
         # Before the files: an interrupted download goes on with the same commit.
         write_json(home / PIN, pins | {"commits": pins["commits"] | {revision: found.revision}})
+        if config := tuple(file for file in files if file.path == "config.json"):
+            fetch_files(hub, found._replace(files=config), ["*"], directory)
+            from_hf_config(directory / "config.json")  # refused before gigabytes have come
         num_bytes = sum(file.size for file in files)
         hub.note(f"{repo} at {found.revision}: {num_bytes / 1e9:.2f} GB, to {directory}")
         report = _reporter(repo, num_bytes, hub.note)
@@ -88,7 +96,7 @@ def _download(
         if "HF_TOKEN" in line:  # without a token the hub doesn't always tell gated from missing
             line += "; Gemma's are gated: accept the terms on the model's page, then set HF_TOKEN"
         raise ValueError(f"{repo}: {line}") from None
-    digests = {file.path: file_sha256(directory / file.path) for file in files}
+    digests = {f.path: f.sha256 or file_sha256(directory / f.path) for f in files}  # as checked
     write_json(directory / MANIFEST, {"repo": repo, "revision": found.revision, "files": digests})
     return directory, found.revision
 
@@ -96,17 +104,21 @@ def _download(
 def _needed(found: Snapshot) -> list[HubFile]:
     """The files to fetch; ValueError where the repository is neither a model nor an adapter."""
     files = {file.path: file for file in found.files if "/" not in file.path}
-    if CONFIG_NAME in files and "config.json" not in files:
-        names = [CONFIG_NAME, WEIGHTS_NAME]
-    else:
-        shards = [_INDEX, *sorted(name for name in files if name.endswith(".safetensors"))]
-        names = ["config.json", *([_SINGLE] if _SINGLE in files else shards)]
-        if "tokenizer.model" in files:
-            names.insert(1, "tokenizer.model")  # what is small comes first
+    is_model = MODEL_NAME in files or INDEX_NAME in files
+    names = []  # what is small comes first
+    if CONFIG_NAME in files and (WEIGHTS_NAME in files or not is_model):
+        names += [CONFIG_NAME, WEIGHTS_NAME]
+    if is_model or not names:
+        names += ["config.json", *({"tokenizer.model"} & files.keys())]
+        if INDEX_NAME in files and MODEL_NAME not in files:
+            shards = {name for name in files if name.endswith(".safetensors")} - {WEIGHTS_NAME}
+            names += [INDEX_NAME, *sorted(shards)]
+        else:
+            names.append(MODEL_NAME)
     if missing := [name for name in names if name not in files]:
         raise ValueError(
             f"holds no {missing[0]}; it must be a Hugging Face model or a PEFT adapter, in "
-            "safetensors"
+            f"safetensors{pickle_hint(files)}"
         )
     return [files[name] for name in names]
 

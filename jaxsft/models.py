@@ -8,6 +8,7 @@
     runs/demo/adapter        a PEFT adapter, with the base that it names
     runs/demo                a run: its adapter and the model that it was trained on
 
+Where there are both an adapter and a whole model, the adapter is meant, on the base that it names.
 HF_TOKEN goes to the hub, if it is set, and nowhere else.
 """
 
@@ -23,12 +24,13 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxsft.cli import cache_dir, parse_config
+from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.flax_io import is_flax_checkpoint
 from jaxsft.model import Gemma
-from jaxsft.peft_io import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
+from jaxsft.peft_io import AdapterConfig, holds_adapter, load_adapter, read_adapter_config
 from jaxsft.presets import GemmaConfig
+from jaxsft.safetensors_io import holds_model
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import WeightsInfo, demo_model_path, load_model
 
@@ -111,14 +113,17 @@ def find_model(
             raise ValueError(f"{name}: is no adapter, so there is no other base model to name")
         _check_base(found)
     else:
+        config = read_adapter_config(adapter)
+        if holds_model(found.path):
+            say(f"{name} holds an adapter and a whole model; the adapter is taken")
         if base is None and run_dir is not None:
             options = run_config(run_dir).model
             tokenizer = tokenizer or options.tokenizer
             # The hub's may have moved since; the adapter knows the commit.
-            has_commit = is_on_hub(options.path) and read_adapter_config(adapter).base_revision
+            has_commit = is_on_hub(options.path) and config.base_revision
             base = None if has_commit else options.path
         try:
-            found = _find(base or _named_base(adapter, say), say, tokenizer is None)
+            found = _find(base or _named_base(config, say), say, tokenizer is None)
             _check_base(found)
         except ValueError as error:
             raise ValueError(
@@ -181,7 +186,7 @@ def find_tokenizer(model: Path, tokenizer: str | None) -> Path:
         return source.parent / "tokenizer.model"
     raise ValueError(
         f"{source}: has no tokenizer.model; name one, or a .gguf file, with --tokenizer "
-        "(--model.tokenizer of train)"
+        "(--model.tokenizer of train): a tokenizer.json is not read"
     )
 
 
@@ -230,24 +235,20 @@ def _find(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Foun
             "the model on the hub"
         )
     from jaxsft.hub_models import fetch_model  # slow to import, and only the hub's need it
-    from jaxsft.hub_retry import Hub
 
-    hub = Hub(os.environ.get("HF_TOKEN", "").strip() or None, note=say)
-    directory, commit = fetch_model(
-        hub, repo, revision or "main", cache_dir("models"), needs_tokenizer=needs_tokenizer
-    )
+    directory, commit = fetch_model(repo, revision or "main", say, needs_tokenizer=needs_tokenizer)
     return _Found(directory, repo, commit)
 
 
 def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
     """(adapter, run directory) if there is one at `path`."""
-    if (path / CONFIG_NAME).is_file():
+    if holds_adapter(path):
         is_runs = path.name in RUN_ADAPTERS and _is_run(path.parent)
         return path, path.parent if is_runs else None
     if (path / "config.json").is_file() or not _is_run(path):
         return None, None
     adapter = path / RUN_ADAPTERS[0]
-    if not (adapter / CONFIG_NAME).is_file():
+    if not holds_adapter(adapter):
         raise ValueError(
             f"{name}: the run has no {adapter.name}/ yet, which it writes when it ends or is "
             "stopped; continue it, or give the model that it trains"
@@ -262,12 +263,11 @@ def _is_run(path: Path) -> bool:
     return {line.partition(" ")[0] for line in text.splitlines()} >= _RUN_OPTIONS
 
 
-def _named_base(adapter: Path, say: Callable[[str], None]) -> str:
+def _named_base(config: AdapterConfig, say: Callable[[str], None]) -> str:
     """What the adapter calls its base; the demo's own name is the demo, where it is installed."""
-    config = read_adapter_config(adapter)
     name, revision = config.base_model_name, config.base_revision
     if not name:
-        raise ValueError(f"{adapter / CONFIG_NAME} names none")
+        raise ValueError("the adapter names none")
     if Path(name).exists():
         return name
     if revision is not None and _HUB_NAME.fullmatch(name):
@@ -285,15 +285,15 @@ def _check_base(found: _Found) -> None:
         if path.suffix != ".gguf":
             raise ValueError(f"{path}: is neither a directory nor a .gguf file; give {KINDS}")
         return
-    if (path / "config.json").is_file() or is_flax_checkpoint(path):
+    is_adapter = holds_adapter(path) and not holds_model(path)
+    if is_flax_checkpoint(path) or (not is_adapter and (path / "config.json").is_file()):
         return
-    is_adapter = (path / CONFIG_NAME).is_file()
     if is_adapter or _is_run(path):
         kind = "a PEFT adapter" if is_adapter else "a run's directory"
         raise ValueError(
             f"{path}: is {kind}, and here a whole model is needed; train takes it as fork_from"
         )
     raise ValueError(
-        f"{path}: holds neither config.json, {CONFIG_NAME}, {RUN_CONFIG} nor a Flax checkpoint; "
-        f"give {KINDS}"
+        f"{path}: holds neither config.json, adapter_config.json, {RUN_CONFIG} nor a Flax "
+        f"checkpoint; give {KINDS}"
     )

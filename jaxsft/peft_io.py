@@ -24,7 +24,7 @@ from jaxsft import lora
 from jaxsft.hosts import on_host
 from jaxsft.model import Gemma, layer_location
 from jaxsft.presets import GemmaConfig
-from jaxsft.safetensors_io import SafetensorsDirectory
+from jaxsft.safetensors_io import SafetensorsDirectory, holds_model
 from jaxsft.tensor_names import LINEAR_TENSORS, check_shapes
 from jaxsft.weights import WeightsInfo, fill
 
@@ -74,12 +74,12 @@ def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> 
     state = nnx.to_flat_state(lora.split(model)[1])
     leaves = {path: on_host(v.get_value()) for path, v in state}
     tensors = {}
-    for part in _parts(model.config, config.targets, config.rank):
+    for part in adapter_parts(model.config, config.targets, config.rank):
         leaf = leaves[part.tree_path]
         array = np.asarray(leaf if part.row is None else leaf[part.row])
         assert array.shape == part.shape[::-1], (part.key, array.shape)
         tensors[part.key] = np.ascontiguousarray(array.T, np.float32)
-    used = {part.tree_path for part in _parts(model.config, config.targets, config.rank)}
+    used = {part.tree_path for part in adapter_parts(model.config, config.targets, config.rank)}
     assert used == leaves.keys(), "targets are not those of the model's adapter"
     settings = {
         "peft_type": "LORA",
@@ -127,7 +127,7 @@ def load_adapter(
             "are the same model in another format"
         )
     source = SafetensorsDirectory(directory, WEIGHTS_NAME)
-    parts = list(_parts(model.config, config.targets, config.rank))
+    parts = list(adapter_parts(model.config, config.targets, config.rank))
     check_shapes(source.path, source.shapes, {part.key: part.shape for part in parts})
     num_rows: dict[tuple, int] = {}
     for part in parts:
@@ -158,7 +158,13 @@ def load_adapter(
     return config
 
 
-class _Part(NamedTuple):
+def holds_adapter(directory: Path) -> bool:
+    """Is there an adapter? A config alone is one too, unless it lies beside a whole model."""
+    has_weights = (directory / WEIGHTS_NAME).is_file() or not holds_model(directory)
+    return has_weights and (directory / CONFIG_NAME).is_file()
+
+
+class AdapterPart(NamedTuple):
     """One PEFT tensor: its key, its shape, and the tree leaf (and row of its stack) it lies in."""
 
     key: str
@@ -167,7 +173,8 @@ class _Part(NamedTuple):
     row: int | None
 
 
-def _parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Iterator[_Part]:
+def adapter_parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Iterator[AdapterPart]:
+    """Every tensor of an adapter's file, layer by layer, A before B."""
     for layer in range(config.num_layers):
         group, index, row = layer_location(config, layer)
         for tensor in LINEAR_TENSORS:
@@ -177,12 +184,15 @@ def _parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Iterator[_
             in_dim, out_dim = config.linear_shapes[target]
             key = f"base_model.model.model.layers.{layer}.{tensor.hf}.lora"
             path = (group, index, *parents, target, "lora")
-            yield _Part(f"{key}_A.weight", (rank, in_dim), (*path, "a"), row)
-            yield _Part(f"{key}_B.weight", (out_dim, rank), (*path, "b"), row)
+            yield AdapterPart(f"{key}_A.weight", (rank, in_dim), (*path, "a"), row)
+            yield AdapterPart(f"{key}_B.weight", (out_dim, rank), (*path, "b"), row)
 
 
 def read_adapter_config(directory: Path | str) -> AdapterConfig:
-    """The settings of a PEFT directory; ValueError names all that are not supported."""
+    """The settings of a PEFT directory; ValueError names all that are not supported.
+
+    Where the targets are a pattern, they are those that the file of weights has tensors for.
+    """
     path = Path(directory) / CONFIG_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -208,15 +218,23 @@ def read_adapter_config(directory: Path | str) -> AdapterConfig:
         problems.append(f"lora_alpha={alpha!r} (only a finite number above 0)")
     if not isinstance(use_rslora, bool | None):
         problems.append(f"use_rslora={use_rslora!r} (only true or false)")
+    if isinstance(targets, str) and targets != lora.ALL_LINEAR:
+        targets = _targets_in(path.with_name(WEIGHTS_NAME))
     is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if targets != lora.ALL_LINEAR and not is_list:
-        problems.append(f"target_modules={targets!r} (only a list of names, or all-linear)")
+        problems.append(f"target_modules={targets!r} (only names, a pattern, or all-linear)")
     if problems:
         raise ValueError(f"{path}: not supported: {'; '.join(problems)}")
     try:
         return dataclasses.replace(config, targets=lora.resolve_targets(targets))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _targets_in(path: Path) -> list[str]:
+    """The modules that a file of weights is for; to match a foreign pattern may take for ever."""
+    names = SafetensorsDirectory(path.parent, path.name).shapes
+    return sorted({m[1] for name in names if (m := re.search(r"\.(\w+)\.lora_[AB]\.", name))})
 
 
 def _base_digest(path: Path) -> str | None:

@@ -26,11 +26,11 @@ class FilePrompt(NamedTuple):
 
 
 def read_prompt_file(path: Path, system: str) -> list[FilePrompt]:
-    """The prompts of a .txt file, or of a file that `read_rows` takes.
+    """The prompts of a .txt file, or of one that `read_rows` takes.
 
     `system` goes in front of those that have no system turn. ValueError names file and line.
     """
-    rows = _read_lines(path) if path.suffix == ".txt" else read_rows(path)
+    rows = _read_lines(path) if path.suffix.lower() == ".txt" else read_rows(path)
     prompts = []
     for where, row in rows:
         try:
@@ -59,6 +59,8 @@ def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
             return row
     for field in ("prompt", "question", "instruction"):
         if field in row:
+            if row.get("input"):  # Alpaca's, the half of what is asked
+                raise ValueError(f'has "input" beside "{field}"; put both into "prompt"')
             return {"prompt": row[field], "completion": _ANSWER}
     if "test_list" in row:
         return row | {"code": _ANSWER}

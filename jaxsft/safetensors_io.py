@@ -4,7 +4,7 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,11 @@ import ml_dtypes  # noqa: F401  (gives NumPy the bfloat16 that safetensors asks 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+MODEL_NAME = "model.safetensors"
+INDEX_NAME = f"{MODEL_NAME}.index.json"
+
 _DTYPES = ("F32", "F16", "BF16")
+_PICKLE_NAME = r"(pytorch|adapter)_model.*\.bin"  # beside them a trainer leaves others
 _SHARD_NAME = r"[\w.-]+\.safetensors"
 _HEADER_SIZE = struct.Struct("<Q")
 _LFS_POINTER = b"version https://git-lfs"
@@ -27,7 +31,7 @@ class SafetensorsDirectory:
     for dtypes other than float32, float16 and bfloat16.
     """
 
-    def __init__(self, directory: Path | str, name: str = "model.safetensors"):
+    def __init__(self, directory: Path | str, name: str = MODEL_NAME):
         self.path = Path(directory)
         self.files, index = self._files(name)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -71,7 +75,8 @@ class SafetensorsDirectory:
             # A name from a file must not lead out of the directory.
             foreign = [shard for shard in shards if not re.fullmatch(_SHARD_NAME, shard)]
         except FileNotFoundError as error:
-            raise ValueError(f"{self.path} has neither {name} nor {path.name}") from error
+            line = f"{self.path} has neither {name} nor {path.name}"
+            raise ValueError(line + pickle_hint(p.name for p in self.path.iterdir())) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable index: {error!r}") from error
         if foreign:
@@ -80,6 +85,22 @@ class SafetensorsDirectory:
         if missing:
             raise ValueError(f"{self.path} lacks {', '.join(missing)}, which {path.name} names")
         return [self.path / shard for shard in shards], dict(index)
+
+
+def holds_model(directory: Path) -> bool:
+    """Are there a model's weights, whole or in shards?"""
+    return any((directory / name).is_file() for name in (MODEL_NAME, INDEX_NAME))
+
+
+def pickle_hint(names: Iterable[str]) -> str:
+    """The end of a line that misses safetensors files, where `names` has PyTorch's pickles."""
+    pickles = sorted(name for name in names if re.fullmatch(_PICKLE_NAME, name))
+    if not pickles:
+        return ""
+    return (
+        f"; {pickles[0]} is a pickle, which could run any code: save it as safetensors, with "
+        "save_pretrained of transformers or PEFT"
+    )
 
 
 def _open(path: Path) -> dict[str, Any]:

@@ -5,12 +5,14 @@ over to its device or sharding; there never is a second copy of the model.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +30,7 @@ from jaxsft.safetensors_io import SafetensorsDirectory
 from jaxsft.sharding import state_shardings
 from jaxsft.tensor_names import ROOT_TENSORS, check_shapes, layer_tensors
 
+_FRESH_NS = 1_000_000_000  # clocks of file systems tick in up to 10 ms
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
@@ -91,9 +94,7 @@ def load_model(
     leaves = dict(nnx.to_flat_state(state))
     parts = _leaf_parts(config, is_gguf)
     assert leaves.keys() == parts.keys(), set(leaves) ^ set(parts)
-    _check_tensors(
-        source, {path: v.get_value().shape for path, v in leaves.items()}, parts, is_gguf
-    )
+    check_tensors(source, _expected_shapes(leaves, parts), is_gguf=is_gguf)
     shardings = {} if mesh is None else _shardings(state, mesh)
     for tree_path, variable in leaves.items():
         leaf = _aligned_empty(variable.get_value().shape, np.dtype(param_dtype))
@@ -192,7 +193,16 @@ def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; as long as the file stays as it is, it is read once."""
+    stat = path.stat()
+    # A change within a clock's tick of another would not show in the file's times.
+    is_fresh = time.time_ns() - stat.st_ctime_ns < _FRESH_NS
+    read = _sha256.__wrapped__ if is_fresh else _sha256
+    return read(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -221,22 +231,28 @@ def fill(source: TensorSource, name: str, target: np.ndarray, shift: float = 0.0
         rows[start : start + len(block)] = block + np.float32(shift) if shift else block
 
 
-def _check_tensors(
-    source: TensorSource,
-    leaf_shapes: dict[tuple, tuple[int, ...]],
-    parts: dict[tuple, list[_Part]],
-    is_gguf: bool,
-) -> None:
-    """ValueError unless `source` holds exactly `parts`; an output head must be the embedding."""
+def _expected_shapes(
+    leaves: dict[tuple, nnx.Variable], parts: dict[tuple, list[_Part]]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every file tensor of `parts`, which make up the leaves."""
     expected: dict[str, tuple[int, ...]] = {}
     for tree_path, leaf_parts in parts.items():
+        leaf_shape = leaves[tree_path].get_value().shape
         for name, row in leaf_parts:
-            shape = leaf_shapes[tree_path] if row is None else leaf_shapes[tree_path][1:]
+            shape = leaf_shape if row is None else leaf_shape[1:]
             expected[name] = shape[::-1] if tree_path[-1] == "kernel" else shape
-    embedding = parts["embedding",][0].name
-    head = "output.weight" if is_gguf else "lm_head.weight"
+    return expected
+
+
+def check_tensors(
+    source: TensorSource, expected: dict[str, tuple[int, ...]], *, is_gguf: bool
+) -> None:
+    """ValueError unless `source` holds exactly tensors of these shapes, by its own names, and
+    perhaps an output head that is the embedding."""
+    tensor, head = ROOT_TENSORS[0], "output.weight" if is_gguf else "lm_head.weight"
+    embedding = f"{tensor.gguf if is_gguf else tensor.hf}.weight"
     if head in source.shapes:
-        expected[head] = expected[embedding]
+        expected = expected | {head: expected[embedding]}
     check_shapes(source.path, source.shapes, expected)
     if head in source.shapes:
         pairs = zip(source.blocks(head), source.blocks(embedding), strict=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file
+from simulated_devices import EIGHT_DEVICES
 from twins import TWINS, make_twin
 
 from jaxsft.model import Gemma, layer_location
@@ -204,7 +205,7 @@ def test_sharded_over_eight_devices(tmp_path: Path) -> None:
     hf_model.save_pretrained(tmp_path)
     result = subprocess.run(
         [sys.executable, "-c", SHARDED_LOAD, str(tmp_path)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | EIGHT_DEVICES,
         capture_output=True,
         text=True,
     )

@@ -1,17 +1,14 @@
 """Eight simulated devices equal one: the same losses, gradients and adapter over three steps.
 
-XLA's devices are fixed when it starts, so the cases run in a child process: this file as a script.
+The cases run in a process of their own: this file as a script.
 """
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated_devices import report_of
 
 CASES = {"one": (1, 1), "data": (8, 1), "data and fsdp": (4, 2), "fsdp": (1, 8)}
 FUSED_CASES = {"fused, one": (1, 1), "fused, data": (8, 1)}
@@ -21,17 +18,7 @@ NUM_STEPS = 3
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     """What the child process measured, by case."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the time to compile
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, "-W", "error", __file__]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+    return report_of(__file__)
 
 
 @pytest.mark.parametrize("case", ["data", "data and fsdp", "fsdp", "fused, data"])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from simulated_devices import EIGHT_DEVICES
 from tiny_run import make_run
 
 from jaxsft import lora
@@ -127,12 +129,36 @@ def test_one_prompt_and_the_base_model(
     assert err == f"(cut off after --max_new_tokens {NUM_NEW})\n" * 2
 
 
+def test_eight_devices_and_bfloat16_give_the_answers_of_one(
+    run_dir: Path,
+    ask: Callable[..., tuple[str, str]],
+    command_environment: dict[str, str],
+    write: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    file = write(*({"prompt": text} for text in QUESTIONS))
+    asking = (run_dir, "--prompts", file, *SHORT, "--dtype", "bfloat16", "--output")
+    ask(*asking, tmp_path / "one.jsonl")
+    command = [sys.executable, "-m", "jaxsft.generate", *map(str, asking), tmp_path / "eight.jsonl"]
+    subprocess.run(command, env=command_environment | EIGHT_DEVICES, check=True)
+    answers = (tmp_path / "one.jsonl").read_text()
+    assert (tmp_path / "eight.jsonl").read_text() == answers and answers.count("\n") == 3
+
+
+def test_it_starts_without_what_only_training_needs(command_environment: dict[str, str]) -> None:
+    script = "import sys, jaxsft.generate; print(*{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", script]
+    loaded = subprocess.check_output(command, env=command_environment, text=True).split()
+    assert "jax" in loaded and not {"grain", "orbax", "tensorboardX", "pyarrow"} & set(loaded)
+
+
 def test_mistakes(
     run_dir: Path,
     ask: Callable[..., tuple[str, str]],
     tiny_model_dir: Path,
     write: Callable[..., Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     good, bad = write({"prompt": "a"}), write({"prompt": "a"}, {"prompt": 1}, name="bad.jsonl")
     long = write({"prompt": "a"}, {"prompt": "a " * 500}, name="long.jsonl")
@@ -142,6 +168,8 @@ def test_mistakes(
         ([run_dir, "--prompts", long, *SHORT], "long.jsonl:2: the prompt has 516 tokens, which"),
         ([run_dir, "--prompt", "a " * 500, *SHORT], "error: the prompt has 516 tokens, which"),
         ([run_dir, "--prompt", "a", "--prompts", good], "--prompt and --prompts: give one of"),
+        ([run_dir, "--prompt", " "], "--prompt is empty; without the option a chat begins"),
+        ([run_dir, "--prompt", "\udcff"], "--prompt is not UTF-8 text"),
         ([run_dir, "--prompt", "a", "--output", "b"], "--output is for the answers to --prompts"),
         ([run_dir, "--prompts", good, "--output", tmp_path], "is a directory"),
         ([run_dir, "--prompts", good, "--output", good], f"{good}: is there already; name a new"),
@@ -152,6 +180,8 @@ def test_mistakes(
     ):
         out, err = ask(*arguments, code=2)
         assert line in err and err.startswith("error: ") and err.count("\n") == 1 and not out
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it where it's closed
+    assert "there is no stdin to chat over; give --prompt" in ask(run_dir, code=2)[1]
 
 
 def test_a_chat_over_a_pipe(
@@ -202,6 +232,25 @@ def chain(
         return directory
 
     return make
+
+
+def test_a_reader_that_goes_and_one_that_interrupts(
+    chain: Callable[[list[str]], Path], command_environment: dict[str, str]
+) -> None:
+    """Either ends the command, which would answer for minutes."""
+    model = chain(["<answer>", "5"])
+    command = [sys.executable, "-m", "jaxsft.generate", str(model), "--max_new_tokens", "19000"]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    for stop, code, line in (
+        (lambda process: process.stdout.close(), 1, b""),
+        (lambda process: process.send_signal(signal.SIGINT), 130, b"error: interrupted\n"),
+    ):
+        with subprocess.Popen(command, env=command_environment, bufsize=0, **pipes) as process:
+            process.stdin.write(b"Count.\nAgain.\n")
+            assert process.stdout.read(5) == b"<answ"
+            stop(process)
+            assert process.stderr.read().endswith(line)
+            assert process.wait(120) == code
 
 
 class Person:
@@ -283,7 +332,9 @@ def test_control_c_stops_the_answer_alone(
     plain = command_environment | {"NO_COLOR": "1"}
     person = Person(plain, model, "--max_new_tokens", "19000")
     person.reads("> ")
-    person.types("\x03")  # with no answer under way it says what to do
+    # With no answer under way it says what to do. The key after it: Python's readline would sleep
+    # through a signal that comes just before it begins to wait for one.
+    person.types("\x03\n")
     person.reads("Ctrl-D ends")
     for _ in range(2):
         person.reads("> ")

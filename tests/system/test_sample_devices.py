@@ -1,31 +1,19 @@
 """Eight simulated devices give the answers of one, greedy and drawn, with the weights split.
 
-XLA's devices are fixed when it starts, so the cases run in a child process: this file as a script.
+The cases run in a process of their own: this file as a script.
 """
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
+
+from simulated_devices import report_of
 
 CASES = {"one": None, "eight": (4, 2)}
 
 
 def test_eight_devices_give_the_answers_of_one() -> None:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the time to compile
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, "-W", "error", __file__]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    report = json.loads(child.stdout)
+    report = report_of(__file__)
     assert report["eight"] == report["one"]
     greedy, drawn = report["one"]
     assert len(greedy) == len(drawn) == 11 and greedy != drawn

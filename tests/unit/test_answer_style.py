@@ -84,6 +84,7 @@ def test_the_pieces_are_the_text(tokenizer: Tokenizer, data: st.DataObject) -> N
 
 
 def test_control_characters_have_no_effect() -> None:
+    assert printable("👩\u200d🚀 می\u200cروم") == "👩\u200d🚀 می\u200cروم"
     assert printable("a\tb\n\x1b[31mred\x07\r\x9b1m") == "a\tb\n\\u{1b}[31mred\\u{7}\\u{d}\\u{9b}1m"
 
 
@@ -108,7 +109,7 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
     assert prompts[4].turns[2].content == "<reasoning>So.</reasoning>\n<answer>Hi!</answer>"
     assert prompts[2].where == f"{path}:3"
 
-    lines = path.with_suffix(".txt")
+    lines = path.with_suffix(".TXT")
     lines.write_bytes(b"\xef\xbb\xbfone\r\n\r\n two \n")
     assert [(p.where, p.turns) for p in read_prompt_file(lines, "S")] == [
         (f"{lines}:1", (own, Turn("user", "one"))),
@@ -121,6 +122,7 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
     [
         ({"answer": "x"}, "rows.jsonl:1: has no prompt, question, instruction or messages (found"),
         ({"prompt": " "}, "rows.jsonl:1: a user turn has no text"),
+        ({"instruction": "Sum up:", "input": "x"}, 'has "input" beside "instruction"; put both'),
         ({"prompt": 3}, 'rows.jsonl:1: "prompt" is a int, not a string'),
         ({"messages": []}, "rows.jsonl:1: the roles are assistant"),
         ({"messages": "hi"}, 'rows.jsonl:1: "messages" must be a non-empty list'),

@@ -224,7 +224,7 @@ UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code", "shell"}
 NETWORK_SIDE = frozenset(
     {"hub", "hub_retry", "remote", "metrics", "sources", "download_sft_datasets", "peer_trl"}
 )
-TOKEN_READERS = ("download_sft_datasets", "models", "hub_models")  # and none writes it
+TOKEN_READERS = ("download_sft_datasets", "hub_models")  # and none writes it
 NETWORK_MODULES = frozenset(
     {"socket", "ssl", "http", "urllib.request", "requests", "httpx", "httpx2", "aiohttp", "ftplib"}
     | {"huggingface_hub", "datasets", "gcsfs"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jaxsft import config as config_module
-from jaxsft.cli import check_output, command_line, parse_config, recipe_names
+from jaxsft.cli import check_output, command_line, parse_config, parse_options, recipe_names
 from jaxsft.config import DataOptions, EvalOptions, TrainConfig
 from jaxsft.json_file import read_json, write_json
 from jaxsft.optimizer import make_schedule
@@ -348,3 +348,31 @@ def test_batches_that_do_not_fit_the_devices(
 def test_batches_that_fit_the_devices() -> None:
     for num_devices, fsdp in ((1, 1), (8, 1), (8, 4), (8, 8)):
         check_devices(dataclasses.replace(TrainConfig(), fsdp=fsdp), num_devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Options that may be null."""
+
+    model: str
+    """A model."""
+    prompt: str | None = "default"
+    """A text."""
+    base: bool = False
+    """A switch."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("# heading", "~", "Null", "null ", "a: b", "[1", "- x", "--- x", "--x y", "1e3", "true"),
+        *('"', "\\n", "a\nb", "", " ", "naïve 🙂", "\x7f\x1b[0m", "{{x}}", "-1"),
+    ],
+)
+def test_texts_are_taken_as_they_are(text: str) -> None:
+    for argv in (["m", "--prompt", text, "--base"], ["m", f"--prompt={text}", "--base"]):
+        found = parse_options("jaxsft.x", "", argv, Texts)
+        assert (found.prompt, found.base) == (text, True)
+    assert parse_options("jaxsft.x", "", ["m", "--prompt", "null"], Texts).prompt is None
+    with pytest.raises(ValueError, match="prompt"):
+        parse_options("jaxsft.x", "", ["m", "--prompt", "--base"], Texts)

@@ -1,8 +1,10 @@
 """What the name of a model means: every kind, every mistake, and the hub's, pinned and offline."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,26 @@ def test_what_only_looks_like_a_run_or_a_flax_checkpoint(
     assert find_model(str(project / "other")).run_dir is None
 
 
+def test_an_adapter_beside_a_config_or_a_whole_model(
+    adapter_dir: Callable[[str | None], Path], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Trainers push a config.json with the adapter, and merged weights to where one lies."""
+    adapter, said = adapter_dir(str(tiny_model_dir)), []
+    shutil.copy(tiny_model_dir / "config.json", adapter)
+    found = find_model(str(adapter), say=said.append)
+    assert (found.base, found.adapter, said) == (tiny_model_dir, adapter, [])
+    with pytest.raises(ValueError, match="is a PEFT adapter, and here a whole model is needed"):
+        base_path(str(adapter))
+
+    shutil.copy(tiny_model_dir / "model.safetensors", adapter)
+    assert find_model(str(adapter), say=said.append) == found and base_path(str(adapter)) == adapter
+    assert said == [f"{adapter} holds an adapter and a whole model; the adapter is taken"]
+    (adapter / "adapter_model.safetensors").unlink()
+    shutil.copy(tiny_model_dir / "tokenizer.model", adapter)
+    alone = find_model(str(adapter), say=said.append)
+    assert (alone.base, alone.adapter, len(said)) == (adapter, None, 1)
+
+
 def test_mistakes(
     run_dir: Path,
     adapter_dir: Callable[[str | None], Path],
@@ -254,8 +276,11 @@ def test_mistakes(
     assert "a PEFT adapter, and here a whole model" in refused(
         adapter, base=str(run_dir / "adapter")
     )
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    assert refused(adapter) == f"{path}: not supported: use_dora=True"
     shutil.rmtree(adapter)
-    assert "adapter_config.json names none" in refused(adapter_dir(None))
+    assert "its base model: the adapter names none; --base_model" in refused(adapter_dir(None))
 
 
 @pytest.fixture
@@ -272,9 +297,10 @@ def hub(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         yield hub
 
 
-def repository(model: Path) -> dict[str, bytes]:
-    """The model's files among others that nobody reads."""
+def repository(model: Path, at_end: bytes = b"") -> dict[str, bytes]:
+    """The model's files, with `at_end` of its config, among others that nobody reads."""
     files = {path.name: path.read_bytes() for path in model.iterdir()}
+    files["config.json"] += at_end
     more = ("README.md", "pytorch_model.bin", "tf/model.safetensors")
     return files | {name: b"not asked for" for name in more}
 
@@ -299,7 +325,7 @@ def test_the_hub_s_model_is_fetched_once_and_stays(
     assert len(said) == 1 and commit in said[0] and str(found.base) in said[0]
 
     # "main" moves on; whoever continues a run gets what it began with, and asks nobody.
-    new = hub.add(REPO, repository(tiny_model_dir) | {"config.json": b"{}"})
+    new = hub.add(REPO, repository(tiny_model_dir, b"\n"))
     hub.log.clear()
     assert find_model(REPO, say=said.append) == found
     assert (
@@ -307,7 +333,7 @@ def test_the_hub_s_model_is_fetched_once_and_stays(
     )
     assert hub.log == [] and len(said) == 1
     other = find_model(f"{REPO}@{new}", say=said.append)
-    assert (other.base / "config.json").read_bytes() == b"{}" and other.revision == new
+    assert (other.base / "config.json").read_bytes()[-1:] == b"\n" and other.revision == new
 
     hubs = [request for request in hub.log if REPO in request.path]
     assert {r.authorization for r in hubs if r.server == "hub"} == {f"Bearer {TOKEN}"}
@@ -320,7 +346,7 @@ def test_an_adapter_s_base_on_the_hub_is_the_one_that_it_was_trained_on(
     hub: FakeHub, adapter_dir: Callable[[str | None], Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     commit = hub.main[REPO]
-    hub.add(REPO, repository(tiny_model_dir) | {"config.json": b"{}"})
+    hub.add(REPO, repository(tiny_model_dir, b"\n"))
     adapter = adapter_dir(REPO)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": commit}))
@@ -351,6 +377,25 @@ def test_without_a_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [name for name, _ in hub.downloads()] == ["model.safetensors"]
 
 
+def test_weights_are_hashed_once(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_model(REPO, say=lambda line: None)
+    hashed, digest = [], hashlib.file_digest
+    now_ns = time.time_ns() + 10**10  # the files' times are beyond doubt
+
+    def file_digest(file: Any, name: str) -> Any:
+        hashed.append(Path(file.name).name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns)
+    origin = find_model(REPO)
+    info = load(origin, **FLOAT32).info
+    assert sorted(hashed) == ["config.json", "model.safetensors", "tokenizer.model"]
+    weights = origin.base / "model.safetensors"
+    save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    assert load(origin, **FLOAT32).info.digest != info.digest
+
+
 def test_an_interrupted_download_goes_on_with_its_commit(
     hub: FakeHub, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,7 +404,7 @@ def test_an_interrupted_download_goes_on_with_its_commit(
     hub.faults += [("cdn .*safetensors", "cut")]
     with pytest.raises(ConnectionError, match="goes on where it stopped"):
         find_model(REPO, say=lambda line: None)
-    hub.add(REPO, repository(tiny_model_dir) | {"config.json": b"{}"})
+    hub.add(REPO, repository(tiny_model_dir, b"\n"))
     hub.log.clear()
     found = find_model(REPO, say=lambda line: None)
     assert found.revision == commit
@@ -388,6 +433,16 @@ def test_what_the_hub_has_not(hub: FakeHub, tiny_model_dir: Path) -> None:
     files = repository(tiny_model_dir)
     hub.add("some/gguf", {"model.gguf": b""})
     assert refused("some/gguf").startswith("some/gguf: holds no config.json; it must be")
+    pickled = ("config.json", "tokenizer.model", "pytorch_model.bin")
+    hub.add("some/pickle", {name: files[name] for name in pickled})
+    line = refused("some/pickle")
+    assert line.startswith("some/pickle: holds no model.safetensors; it must be")
+    assert "pytorch_model.bin is a pickle, which could run any code: save it as" in line
+    other = json.loads(files["config.json"]) | {"model_type": "gemma3n"}
+    hub.add("some/other", files | {"config.json": json.dumps(other).encode()})
+    hub.log.clear()
+    assert "config.json: model_type 'gemma3n' is not supported" in refused("some/other")
+    assert [name for name, _ in hub.downloads()] == ["config.json"]
     del files["tokenizer.model"]
     hub.add("some/bare", files)
     hub.log.clear()
@@ -397,10 +452,11 @@ def test_what_the_hub_has_not(hub: FakeHub, tiny_model_dir: Path) -> None:
     assert bare.tokenizer == tiny_model_dir / "tokenizer.model"
 
 
-def test_shards_and_adapters_of_the_hub(hub: FakeHub, run_dir: Path) -> None:
+def test_shards_and_adapters_of_the_hub(hub: FakeHub, run_dir: Path, tiny_model_dir: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    files = dict.fromkeys([*shards, "config.json", "tokenizer.model"], b"{}")
+    files = dict.fromkeys([*shards, "tokenizer.model"], b"{}")
+    files["config.json"] = (tiny_model_dir / "config.json").read_bytes()
     files["model.safetensors.index.json"] = json.dumps(index).encode()
     hub.add("some/sharded", files)
     found = find_model("some/sharded", say=lambda line: None)
@@ -410,4 +466,17 @@ def test_shards_and_adapters_of_the_hub(hub: FakeHub, run_dir: Path) -> None:
     hub.add("some/lora", {name: (run_dir / "adapter" / name).read_bytes() for name in names})
     tuned = find_model("some/lora", base=REPO, say=lambda line: None)
     assert (tuned.name, tuned.revision) == (REPO, hub.main[REPO]) and tuned.adapter is not None
+    both = {name: (run_dir / "adapter" / name).read_bytes() for name in names}
+    hub.add("some/config", both | {"config.json": b"{}"})
+    tuned = find_model("some/config", base=REPO, say=lambda line: None)
+    assert tuned.adapter is not None and {path.name for path in tuned.adapter.iterdir()} == {
+        *names,
+        "manifest.json",
+    }
+    hub.add("some/both", both | repository(tiny_model_dir))
+    said: list[str] = []
+    tuned = find_model("some/both", base=REPO, say=said.append)
+    assert tuned.name == REPO and tuned.adapter is not None and len(said) == 2
+    assert said[1] == "some/both holds an adapter and a whole model; the adapter is taken"
+    assert base_path("some/both") == tuned.adapter
     assert Tokenizer.from_file(tuned.tokenizer).vocab_size > 4000

@@ -76,13 +76,15 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
         f"{tmp_path}/none does not exist; "
         "give a Hugging Face model directory, a GGUF file or a Flax checkpoint"
     )
-    (tmp_path / "file.bin").write_bytes(b"x")
-    assert "is neither a directory nor a .gguf file" in error(tmp_path / "file.bin")
+    (tmp_path / "file").write_bytes(b"x")
+    assert "is neither a directory nor a .gguf file" in error(tmp_path / "file")
     assert "config.json: not a readable config.json" in error(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert error(tmp_path) == (
-        f"{tmp_path} has neither model.safetensors nor model.safetensors.index.json"
-    )
+    neither = f"{tmp_path} has neither model.safetensors nor model.safetensors.index.json"
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    assert error(tmp_path) == neither
+    (tmp_path / "file").rename(tmp_path / "pytorch_model.bin")
+    assert f"{neither}; pytorch_model.bin is a pickle, which could run any" in error(tmp_path)
 
 
 def test_every_missing_extra_and_misshapen_tensor_is_named(tmp_path: Path) -> None:
@@ -236,6 +238,14 @@ def test_gguf_contents(tmp_path: Path) -> None:
     assert "output.weight differs from token_embd.weight" in error(write_gguf(path, output=head))
     bad = np.full(8, np.nan, np.float32)
     assert "tensor output_norm.weight holds NaN" in error(write_gguf(path, output_norm=bad))
+    for key, value, line in (
+        ("general.type", "adapter", "holds no whole model, its general.type is 'adapter'"),
+        ("split.count", 2, "one of 2 parts of a model; join them with"),
+    ):
+        file = GGUFFile(write_gguf(path))
+        file.metadata[key] = value
+        with pytest.raises(ValueError, match=line):
+            hf_config(file)
     numbers = np.zeros(8, np.int32)
     assert "output_norm.weight has type I32" in error(write_gguf(path, output_norm=numbers))
 
