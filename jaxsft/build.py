@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def build(
             frozen, layout=spec.fused.layout
         )
         del model
+        gc.collect()  # modules refer to each other in cycles: nothing else frees its arrays in time
     flops = info.config.lora_step_flops(
         num_tokens=rows.num_tokens,
         num_loss_tokens=rows.num_loss_tokens,

@@ -5,7 +5,8 @@ to the rows' prompts are worth: form, length, repetition, and accuracy where the
 for answers (GSM8K). Two models are compared on the same rows with a paired test. The numbers, the
 answers and a page that shows them side by side are written to a directory.
 
-Exit codes: 0 done; 1 out of memory; 2 bad input; 130 interrupted.
+Exit codes: 0 done; 1 out of memory, or a disk or a network that failed; 2 bad input; 130
+interrupted.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +26,16 @@ from rich.text import Text
 
 from jaxsft import lora
 from jaxsft.bins import pack
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail, parse_options
+from jaxsft.cli import cache_dir, parse_options, run_command
 from jaxsft.config import DataOptions
-from jaxsft.data import as_list
+from jaxsft.data import DataReport, as_list, read_samples
 from jaxsft.device_errors import check_device
 from jaxsft.evaluation.heldout import (
+    NEXT_QUESTION,
     Prompt,
     answer_mask,
     answer_prompts,
+    as_text,
     compare_losses,
     held_out_losses,
     read_prompts,
@@ -47,12 +51,12 @@ from jaxsft.packing import PackedRows, Sample
 from jaxsft.peft_io import read_adapter_config
 from jaxsft.prepare import all_samples, load_heldout
 from jaxsft.program import architecture
+from jaxsft.sample import num_rows
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec
 from jaxsft.terminal import make_console
 from jaxsft.tokenizer import Tokenizer
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DESCRIPTION = (
     "Measures a model (a run, an adapter, or anything that train takes as model.path) on held-out "
     "rows: loss, and the form and accuracy of its answers, with 95% intervals. For a run, its own "
@@ -74,19 +78,9 @@ class Rows(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    console = make_console()
-    try:
-        return command(list(sys.argv[1:] if argv is None else argv), console)
-    except ConnectionError as error:
-        return fail(error, EXIT_FAILED)
-    except (ValueError, OSError) as error:
-        return fail(error, EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command begins anew", EXIT_INTERRUPTED)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return fail("out of memory: lower --eval.batch_size or --max_length", EXIT_FAILED)
+    argv, console = list(sys.argv[1:] if argv is None else argv), make_console()
+    advice = "lower --eval.batch_size or --max_length"
+    return run_command(lambda: command(argv, console), memory_advice=advice)
 
 
 def command(argv: Sequence[str], console: Console) -> int:
@@ -105,6 +99,11 @@ def command(argv: Sequence[str], console: Console) -> int:
         sides.append((origin.name, dataclasses.replace(origin, adapter=None)))
     elif options.compare is not None:
         sides.append((options.compare, find(options, options.compare)))
+        places = {
+            (side.base.resolve(), side.adapter and side.adapter.resolve()) for _, side in sides
+        }
+        if len(places) == 1:
+            raise ValueError(f"compare: {options.compare} is the model itself")
     tokenizer = open_tokenizer(origin.tokenizer)
     if open_tokenizer(sides[-1][1].tokenizer).digest != tokenizer.digest:
         raise ValueError(
@@ -136,34 +135,47 @@ def find(options: EvaluateOptions, name: str) -> Origin:
 def read_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
     """The rows to measure on and their prompts, with the examples in front."""
     data = DataOptions(system_prompt=options.system_prompt, max_length=options.max_length)
-    files, root = as_list(options.files), cache_dir("prepared")
-    heldout = load_heldout(files, tokenizer, data, root)
-    samples = all_samples(heldout)
-
-    def whole(files: list[Path], system_prompt: str | None) -> list[Sample]:
-        # Of any length: a prompt needs no room for the row's own answer.
-        all_of_it = DataOptions(system_prompt=system_prompt, max_length=_ANY_LENGTH)
-        return all_samples(load_heldout(files, tokenizer, all_of_it, root))
-
-    shots, examples = options.few_shot, []
+    files, shots = as_list(options.files), options.few_shot
+    heldout = load_heldout(files, tokenizer, data, cache_dir("prepared"))
+    examples: list[Sample] = []
     if shots:
         example_files = as_list(options.few_shot_files)
         # The system text is the first turn's alone.
-        examples = whole(example_files, options.system_prompt)[:1]
-        examples += whole(example_files, None)[1:shots]
+        examples = first_samples(example_files, tokenizer, options.system_prompt, 1)
+        examples += first_samples(example_files, tokenizer, None, shots)[1:]
         if len(examples) < shots:
             raise ValueError(f"few_shot_files: {len(examples)} rows, few_shot {shots}")
     system_prompt = None if shots else options.system_prompt
-    found = whole(files, system_prompt)[: options.eval.num_prompts]
+    found = first_samples(files, tokenizer, system_prompt, options.eval.num_prompts)
     prompts = read_prompts(found, tokenizer, system_prompt)
-    seen = {each.text for each in read_prompts(examples, tokenizer, options.system_prompt)}
+    solved = read_prompts(examples, tokenizer, options.system_prompt)
+    seen = {each.text for each in solved}
     if shared := [prompt.text for prompt in prompts if prompt.text in seen]:
         raise ValueError(f"few_shot_files: {shared[0][:80]!r} is among the rows measured on")
+    if options.few_shot_style == "text":
+        prompts = as_text(prompts, solved, tokenizer)
+    else:
+        prompts = with_examples(prompts, examples, tokenizer)
     return Rows(
-        pack_tightly(samples),
-        with_examples(prompts, examples, tokenizer),
+        pack_tightly(all_samples(heldout)),
+        prompts,
         describe(options, heldout.report, len(prompts)),
     )
+
+
+def first_samples(
+    files: Sequence[Path], tokenizer: Tokenizer, system_prompt: str | None, num: int
+) -> list[Sample]:
+    """The first rows as they are, of any length: a prompt needs no room for its row's answer."""
+    options = DataOptions(
+        system_prompt=system_prompt,
+        max_length=_ANY_LENGTH,
+        min_completion_tokens=0,
+        drop_degenerate=False,
+        drop_duplicates=False,
+    )
+    samples = read_samples(files, tokenizer, options, DataReport())
+    return [each.sample for each in islice(samples, num)]
 
 
 def pack_tightly(samples: Sequence[Sample]) -> PackedRows:
@@ -216,7 +228,8 @@ def measure(
             on_batch=on_batch,
         )
     num_prompts = len(rows.prompts)
-    with counting(console, name, "answers", num_prompts, options.eval.batch_size) as on_batch:
+    batch_size = num_rows(options.eval, num_prompts, mesh)
+    with counting(console, name, "answers", num_prompts, batch_size) as on_batch:
         answers = answer_prompts(
             adapter,
             frozen,
@@ -225,6 +238,7 @@ def measure(
             spec=spec,
             options=options.eval,
             on_batch=on_batch,
+            stop_text=NEXT_QUESTION if options.few_shot_style == "text" else None,
         )
     return Measured(name, losses, answers)
 

@@ -16,6 +16,7 @@ from jaxsft.sample import generate
 from jaxsft.step import StepSpec, eval_step, put_batch
 from jaxsft.tokenizer import Tokenizer
 
+NEXT_QUESTION = "\n\nQuestion:"  # of `as_text`
 _ANSWER = "<answer>"
 
 Floats = npt.NDArray[np.float64]
@@ -166,6 +167,20 @@ def with_examples(
     return [prompt._replace(ids=ids + prompt.ids[bool(ids) :]) for prompt in prompts]
 
 
+def as_text(
+    prompts: Sequence[Prompt], examples: Sequence[Prompt], tokenizer: Tokenizer
+) -> list[Prompt]:
+    """The prompts as plain text behind solved examples, the form of lm-evaluation-harness's GSM8K.
+
+    A pretrained model has never seen the ends of turns, and can't end one. An answer in this form
+    ends where `NEXT_QUESTION` begins.
+    """
+    head = "".join(f"Question: {each.text}\nAnswer: {each.reference}\n\n" for each in examples)
+    texts = (f"{head}Question: {prompt.text}\nAnswer:" for prompt in prompts)
+    ids = ([tokenizer.bos_id, *tokenizer.encode(text)] for text in texts)
+    return [prompt._replace(ids=each) for prompt, each in zip(prompts, ids, strict=True)]
+
+
 def answer_prompts(
     adapter: nnx.State,
     frozen: nnx.State,
@@ -175,11 +190,12 @@ def answer_prompts(
     spec: StepSpec,
     options: EvalOptions,
     on_batch: Callable[[], None] = lambda: None,
+    stop_text: str | None = None,
 ) -> list[Answer]:
     """Generates an answer to each prompt; `on_batch` as in `held_out_losses`.
 
-    An answer is cut where the model begins another turn, as a base model does that goes on with
-    questions of its own; such a one did not stop by itself.
+    An answer ends before `stop_text`. It is cut where the model begins another turn, as a base
+    model does that goes on with questions of its own; such a one did not stop by itself.
     """
     generations = generate(
         spec.graphdef,
@@ -196,5 +212,8 @@ def answer_prompts(
         if tokenizer.start_of_turn_id in ids:
             ids, stopped = ids[: ids.index(tokenizer.start_of_turn_id)], False
         text = tokenizer.decode(ids)
+        if stop_text is not None and stop_text in text:
+            text, stopped = text.partition(stop_text)[0], True
+            ids = tokenizer.encode(text)
         answers.append(Answer(prompt.text, prompt.reference, text, len(ids), stopped))
     return answers

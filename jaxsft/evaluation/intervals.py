@@ -21,6 +21,7 @@ import numpy.typing as npt
 NUM_RESAMPLES = 10_000
 _TAIL = 0.025
 _CHUNK = 1 << 20  # values drawn at once: 8 MiB
+_ROUNDING = 1e-12  # of sums in float64, relative
 _MAX_ENUMERATED = 13  # 2^13 sign patterns: fewer than NUM_RESAMPLES
 
 Floats = npt.NDArray[np.float64]
@@ -75,8 +76,10 @@ def ratio(sums: Sequence[float], counts: npt.ArrayLike, *, seed: int = 0) -> Est
     num = len(sums_N)
     if not num:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    value = float(sums_N.sum() / counts_N.sum())
-    if np.ptp(sums_N / counts_N) == 0:
+    with np.errstate(invalid="ignore"):  # of losses that are not finite
+        value, rates_N = float(sums_N.sum() / counts_N.sum()), sums_N / counts_N
+        is_equal = np.ptp(rates_N) <= _ROUNDING * np.abs(rates_N).max()
+    if is_equal or not math.isfinite(value):
         return Estimate(value, math.nan, math.nan, num)
     rng = np.random.default_rng(seed)
     resampled = [
@@ -102,7 +105,8 @@ def difference(
       seed: of the resampling.
     """
     assert len(left) == len(right)
-    gains_N = np.asarray(right, np.float64) - np.asarray(left, np.float64)
+    with np.errstate(invalid="ignore"):
+        gains_N = np.asarray(right, np.float64) - np.asarray(left, np.float64)
     estimate = ratio(gains_N.tolist(), np.ones(len(left)) if counts is None else counts, seed=seed)
     return Difference(*estimate, p_value=sign_flip_p_value(gains_N.tolist(), seed=seed))
 
@@ -125,7 +129,8 @@ def sign_flip_p_value(gains: Sequence[float], *, seed: int = 0) -> float:
         fewer = min(int((gains_N > 0).sum()), int((gains_N < 0).sum()))
         # Python's integers: 2^num leaves float64 at 1,024 rows.
         return min(1.0, 2 * sum(math.comb(num, k) for k in range(fewer + 1)) / 2**num)
-    seen = abs(gains_N.sum()) * (1 - 1e-12)  # sums of the same terms in another order are equal
+    # Sums that differ by the order of their terms are equal.
+    seen = abs(gains_N.sum()) - _ROUNDING * np.abs(gains_N).sum()
     if num <= _MAX_ENUMERATED:
         bits = np.arange(1 << num)[:, None] >> np.arange(num) & 1
         return float(np.mean(np.abs((2 * bits - 1) @ gains_N) >= seen))

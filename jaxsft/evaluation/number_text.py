@@ -2,7 +2,7 @@ r"""The numbers in a text that a model or a data set wrote, as exact fractions.
 
     72   -3   −3   +4   1,234.50   1\,234   .5   5.       as they stand
     $18   -$5   $-5   25%   72km   3 apples              the number; what it counts is not looked at
-    3/4   1 1/2   ½   1½   \frac{3}{4}   \frac34         fractions and mixed numbers
+    3/4   3 / 4   1 1/2   1½   \frac{3}{4}   \frac34     fractions and mixed numbers
     2.5e3   1.5×10^6   1.5 \times 10^{6}                 powers of ten, up to two digits
     3-4   10 - 3   x-5   (2)-1                           a range or a subtraction: no signs here
     2024-05-01   12/25/2024                              a date: no number
@@ -17,9 +17,10 @@ import unicodedata
 from fractions import Fraction
 
 _MAX_DIGITS = 100  # more is a model that repeats itself; int() itself refuses beyond 4,300
+_MAX_GROUPS = 40  # of three digits; without a limit 1,111,…,11 takes quadratic time
 
 _MINUS = r"\-\u2212\u2013"  # hyphen, minus sign, en dash
-_MONEY = "[$€£¥]"
+_MONEY = "[$€£¥₹]"
 _NUMBER = re.compile(
     rf"""
     (?<!\d)\d{{4}}-\d\d-\d\d(?!\d) | (?<![\d/])\d{{1,2}}/\d{{1,2}}/\d{{4}}(?!\d)  # dates
@@ -27,9 +28,10 @@ _NUMBER = re.compile(
         (?: [{_MINUS}](?:{_MONEY}[ ]?)? | {_MONEY}[{_MINUS}] ) )?
       (?<![A-Za-z0-9]) (?<!\d\.)
       (?:
-        (?<!/) (?:(?P<whole>\d{{1,3}})[ ])? (?P<over>\d+)/(?P<under>0*[1-9]\d*) (?!\d|/|\.\d)
+        (?<!/)(?<!/[ ]) (?:(?P<whole>\d{{1,3}})[ ])?
+        (?P<over>\d+) (?P<gap>[ ]?)/(?P=gap) (?P<under>0*[1-9]\d*) (?!\d|[ ]?/|\.\d)
         | (?P<decimal>
-            (?: \d{{1,3}}(?:[,\u2009\u202f]\d{{3}})+(?!,?\d) | \d+ ) (?:\.\d*)?
+            (?: \d{{1,3}}(?:[,\u2009\u202f]\d{{3}}){{1,{_MAX_GROUPS}}}(?!,?\d) | \d+ ) (?:\.\d*)?
             | (?<!\.)\.\d+
           )
           (?: [eE](?P<e>[+-]?\d{{1,2}})(?![A-Za-z0-9])
@@ -40,7 +42,9 @@ _NUMBER = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # ½ and its like
-_FRAC = re.compile(r"(?:(\d)\s*)?\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))", re.ASCII)
+_FRAC = re.compile(
+    r"(?:(\d)\s*)?\\[cdt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d))", re.ASCII
+)
 _THIN_SPACE = re.compile(r"(?<=\d)\\,(?=\d{3})", re.ASCII)
 
 
@@ -69,8 +73,10 @@ def _values(match: re.Match[str]) -> list[Fraction]:
         whole = int(match["whole"])
         return [sign * (whole + fraction)] if fraction < 1 else [Fraction(sign * whole), fraction]
     if match["decimal"]:
-        digits = re.sub(r"[^\d.]", "", match["decimal"])
-        return [sign * Fraction(digits) * Fraction(10) ** int(match["e"] or match["ten"] or 0)]
+        number = Fraction(re.sub(r"[^\d.]", "", match["decimal"]))
+        if exponent := match["e"] or match["ten"]:
+            number *= Fraction(10) ** int(exponent)
+        return [sign * number]
     return []
 
 

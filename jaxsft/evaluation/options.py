@@ -1,8 +1,9 @@
 """The options of `python -m jaxsft.evaluate`, and what a run gives for defaults."""
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig
 from jaxsft.fork import ADAPTER
@@ -28,7 +29,10 @@ class EvaluateOptions:
     files: list[str] | str = dataclasses.field(default_factory=list)
     """Rows to measure on, JSONL or Parquet, as train's data.eval_files."""
     few_shot: int = 0
-    """Solved examples in front of each prompt, as turns before it; the loss is without them."""
+    """Solved examples in front of each prompt; the loss is without them."""
+    few_shot_style: Literal["turns", "text"] = "turns"
+    """As turns, or as "Question: … Answer: …" in plain text, which a pretrained model can continue:
+    it has never ended a turn."""
     few_shot_files: list[str] | str = dataclasses.field(default_factory=list)
     """Where the examples come from, the first rows; for a run, its training rows."""
     system_prompt: str | None = SYSTEM_PROMPT
@@ -61,10 +65,14 @@ def check(options: EvaluateOptions) -> None:
         raise ValueError("no rows to measure on: give --files ROWS (JSONL or Parquet)")
     if options.few_shot < 0:
         raise ValueError(f"few_shot is {options.few_shot}, but must be 0 or more")
+    if options.few_shot_style == "text" and not options.few_shot:
+        raise ValueError("few_shot_style needs few_shot, the number of examples")
     if options.few_shot and not options.few_shot_files:
         raise ValueError("few_shot needs --few_shot_files, other rows than those measured on")
-    if options.compare == options.model:
-        raise ValueError(f"compare: {options.compare} is the model itself")
+    try:
+        json.dumps(dataclasses.asdict(options), ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # found now, not when the results are written
+        raise ValueError("a file name among the options is not UTF-8; rename the file") from None
     sides = [options.model, options.compare]
     if options.base_model and not any(side and is_adapter(side) for side in sides):
         raise ValueError("base_model is for adapters and runs, and none is given")

@@ -32,7 +32,7 @@ from jaxsft.evaluation.scoring import (
     show_value,
 )
 from jaxsft.reasoning import split_completion
-from jaxsft.text import visible
+from jaxsft.text import visible, visible_line
 
 _TAG = re.compile("(" + "|".join(TAGS) + ")")
 _NOTE = "In brackets: 95% intervals (of rates Wilson's, else the percentile bootstrap)."
@@ -68,6 +68,7 @@ def compare_page(
       about: a line below the title, such as the data and the decoding options.
     """
     assert 1 <= len(names) <= 2 and len(names) == len(answers)
+    title, about, *names = map(visible_line, (title, about, *names))
     rows = [_row(each) for each in zip(*answers, strict=True)]
     common = _common_beginning([row.answers[0].prompt for row in rows])
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -113,7 +114,7 @@ def _row(answers: Sequence[Answer]) -> _Row:
             kinds.add("none-right")
     if len({_said(answer, score) for answer, score in zip(answers, scores, strict=True)}) > 1:
         kinds.add("differ")
-    if not all(score.exact_format for score in scores):
+    if any(format_fault(answer.text) for answer in answers):
         kinds.add("format-broken")
     if any(score.truncated for score in scores):
         kinds.add("cut-off")
@@ -207,7 +208,7 @@ def _estimate(metric: Metric, estimate: Estimate) -> str:
 
 def _difference(metric: Metric, difference: Difference | None) -> list[str]:
     if difference is None:
-        return ['<td class="difference"></td>', '<td class="p"></td>']
+        return ["<td></td>", "<td></td>"]
     gain = difference.value * metric.better
     verdict = ""
     if gain and difference.p_value < 0.05:
@@ -215,8 +216,8 @@ def _difference(metric: Metric, difference: Difference | None) -> list[str]:
     shown = show_value(difference.value, metric.unit, signed=True)
     interval = show_interval(difference, metric.unit, signed=True)
     return [
-        f'<td class="difference"><b>{shown}</b> <i>{interval}</i> {verdict}</td>',
-        f'<td class="p">{escape(show_p_value(difference.p_value))}</td>',
+        f'<td data-name="difference"><b>{shown}</b> <i>{interval}</i> {verdict}</td>',
+        f'<td data-name="p">{escape(show_p_value(difference.p_value))}</td>',
     ]
 
 
@@ -224,12 +225,13 @@ def _article(number: int, row: _Row, names: Sequence[str], num_common: int) -> s
     first = row.answers[0]
     parts = split_completion(first.reference)
     expected = "The row's own answer"
-    if row.scores[0].correct is not None and parts:
-        expected = f"Expected <b>{escape(parts[1])}</b>"
+    if row.scores[0].correct is not None:
+        expected = f"Expected <b>{_shown(parts[1] if parts else first.reference)}</b>"
     sides = "".join(map(_side, names, row.answers, row.scores))
     kinds = " ".join(sorted(row.kinds))
     return (
-        f'<article id="prompt-{number}" tabindex="-1" data-kinds="{kinds}">'
+        f'<article id="prompt-{number}" tabindex="-1" aria-label="Prompt {number}" '
+        f'data-kinds="{kinds}">'
         f'<h2>{number}</h2><div class="prompt">'
         f'<div class="text">{_shown(first.prompt[num_common:])}</div>'
         f"<details><summary>{expected}</summary>"

@@ -25,8 +25,9 @@ header p { margin: 4px 0 0; color: var(--soft); overflow-wrap: anywhere; }
 .card, article { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 14px 18px; margin: 0 0 14px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 550; overflow-wrap: anywhere; }
-thead th { color: var(--soft); font-size: 13px; padding: 0 20px 6px 0; vertical-align: bottom; }
+th { text-align: left; font-weight: 550; }
+thead th { color: var(--soft); font-size: 13px; padding: 0 20px 6px 0; vertical-align: bottom;
+  overflow-wrap: anywhere; }
 tbody th, td { padding: 5px 20px 5px 0; border-top: 1px solid var(--line); vertical-align: top; }
 td b { font-weight: 650; }
 td i { font-style: normal; color: var(--soft); font-size: 13px; white-space: nowrap; }
@@ -109,10 +110,7 @@ details .text { margin-top: 6px; padding-left: 12px; border-left: 3px solid var(
   td { flex: 1 1 130px; min-width: 0; }
   td:empty { display: none; }
   td::before { content: attr(data-name); display: block; color: var(--soft); font-size: 13px;
-    line-height: 1.3; overflow-wrap: anywhere; }
-  td.difference, td.p { flex: 0 1 auto; }
-  td.difference::before { content: none; }
-  td.p::before { content: "p "; display: inline; } }
+    line-height: 1.3; overflow-wrap: anywhere; } }
 @media print { .filters { display: none !important; } .sides .text { max-height: none; } }
 """
 
@@ -158,6 +156,8 @@ document.addEventListener("keydown", event => {
 });
 form.addEventListener("input", filter);
 form.addEventListener("submit", event => event.preventDefault());
-document.documentElement.className = "scripted";
-filter();
+if (rows.length) {
+  document.documentElement.className = "scripted";
+  filter();
+}
 """

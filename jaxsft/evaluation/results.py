@@ -11,7 +11,7 @@ from jaxsft.data import DataReport, as_list
 from jaxsft.evaluation.heldout import SampleLosses
 from jaxsft.evaluation.options import EvaluateOptions
 from jaxsft.evaluation.page import compare_page
-from jaxsft.evaluation.scoring import Answer, Comparison
+from jaxsft.evaluation.scoring import Answer, Comparison, score_answer
 from jaxsft.json_file import write_json, write_text
 from jaxsft.models import Origin
 
@@ -34,10 +34,13 @@ def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
         directory = origin.run_dir / "evaluation"
     else:
         directory = Path(f"evaluation-{Path(options.model).resolve().name}")
-    directory.mkdir(parents=True, exist_ok=True)
-    foreign = [
-        each.name for each in directory.iterdir() if each.name not in (NUMBERS, ANSWERS, PAGE)
-    ]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "is a file" if directory.is_file() else error.strerror
+        raise ValueError(f"--output {directory}: {why}; name a directory") from None
+    ours = (NUMBERS, ANSWERS, PAGE)  # and what a kill may leave of one, with .tmp at the end
+    foreign = [each.name for each in directory.iterdir() if not each.name.startswith(ours)]
     if foreign:
         raise ValueError(f"--output {directory}: holds {foreign[0]}; name a directory of its own")
     if not os.access(directory, os.W_OK | os.X_OK):
@@ -48,13 +51,12 @@ def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
 def describe(options: EvaluateOptions, report: DataReport, num_prompts: int) -> str:
     """The data and the decoding in a line."""
     files = ", ".join(file.name for file in as_list(options.files))
-    parts = [f"{files}: {report.samples:,} rows, {num_prompts:,} answers"]
-    if report.num_rejected or report.shortened:
-        parts += [
-            f"{report.num_rejected:,} rows left out of the loss, {report.shortened:,} shortened"
-        ]
+    parts = [f"{files}: {_count(report.samples, 'row')}, {_count(num_prompts, 'answer')}"]
+    unlike_the_file = [(report.num_rejected, "left out of"), (report.shortened, "shortened for")]
+    parts += [f"{_count(num, 'row')} {what} the loss" for num, what in unlike_the_file if num]
     if options.few_shot:
-        parts += [f"{options.few_shot} examples in front"]
+        style = " as text" if options.few_shot_style == "text" else ""
+        parts += [f"{_count(options.few_shot, 'example')}{style} in front"]
     decoding = options.eval
     if decoding.temperature > 0:
         parts += [f"temperature {decoding.temperature:g}, seed {decoding.seed}"]
@@ -63,6 +65,10 @@ def describe(options: EvaluateOptions, report: DataReport, num_prompts: int) -> 
     else:
         parts += ["greedy"]
     return "; ".join([*parts, f"at most {decoding.max_new_tokens:,} new tokens", options.dtype])
+
+
+def _count(num: int, what: str) -> str:
+    return f"{num:,} {what}{'s' * (num != 1)}"
 
 
 def write_results(
@@ -75,8 +81,14 @@ def write_results(
     """Writes the three files, each whole or not at all."""
     names = [each.name for each in measured]
     answers = [
-        {"prompt": each[0].prompt, "reference": each[0].reference}
-        | {"answers": {name: answer.text for name, answer in zip(names, each, strict=True)}}
+        {
+            "prompt": each[0].prompt,
+            "reference": each[0].reference,
+            "answers": dict(zip(names, (answer.text for answer in each), strict=True)),
+            "scores": dict(
+                zip(names, map(dataclasses.asdict, map(score_answer, each)), strict=True)
+            ),
+        }
         for each in zip(*(each.answers for each in measured), strict=True)
     ]
     write_text(

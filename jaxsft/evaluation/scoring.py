@@ -17,10 +17,6 @@ from jaxsft.evaluation.intervals import Difference, Estimate, difference, mean, 
 from jaxsft.evaluation.number_text import find_numbers, parse_number
 from jaxsft.reasoning import split_completion
 
-# As the field's GRPO demonstrations test it; `is_exact_format` asks for each tag once as well.
-EXACT_FORMAT = re.compile(
-    r"^\s*<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>\s*$", re.DOTALL
-)
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 # The first <answer> that no other <answer> follows before it is closed, or before the text ends.
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", re.DOTALL)
@@ -110,10 +106,28 @@ def user_text(rendered_prompt: str) -> str:
     return last_turn.split("<end_of_turn>", 1)[0]
 
 
+def exact_parts(text: str) -> tuple[str, str] | None:
+    r"""(reasoning, answer) of a text in the exact format, None for another.
+
+    The format is that of the field's GRPO demonstrations, with a dot for newlines too:
+
+        ^\s*<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>\s*$
+
+    By hand, as the pattern takes cubic time over many tags. It lets tags stand inside the parts:
+    `has_each_tag_once` is for those.
+    """
+    text = text.strip()
+    opened, closed, begin, end = TAGS
+    stop = text.find(closed, len(opened) + 1)  # a part has one character at least
+    start = text.find(begin, stop)
+    answer = text[start + len(begin) : -len(end)]
+    is_exact = text.startswith(opened) and text.endswith(end) and -1 not in (stop, start)
+    return (text[len(opened) : stop], answer) if is_exact and answer else None
+
+
 def is_exact_format(text: str) -> bool:
-    """The whole text is <reasoning>…</reasoning>, then <answer>…</answer>, each tag once."""
-    # Counted first: over many tags the pattern's three lazy parts take cubic time.
-    return has_each_tag_once(text) and bool(EXACT_FORMAT.match(text))
+    """The whole text is <reasoning>…</reasoning>, then <answer>…</answer>."""
+    return exact_parts(text) is not None
 
 
 def has_each_tag_once(text: str) -> bool:
@@ -122,8 +136,8 @@ def has_each_tag_once(text: str) -> bool:
 
 
 def format_fault(text: str) -> str | None:
-    """Why the text isn't in the exact format, in a few words; None where it is."""
-    if is_exact_format(text):
+    """Why the text isn't in the exact format with each tag once, briefly; None where it is."""
+    if has_each_tag_once(text) and is_exact_format(text):
         return None
     missing = [tag for tag in TAGS if tag not in text]
     if missing:
@@ -143,15 +157,17 @@ def format_fault(text: str) -> str | None:
 def answer_part(text: str) -> str | None:
     """What stands between the answer's tags, whatever stands around them; None without <answer>.
 
-    An answer that is never closed reaches to the end of the text; of several the first counts.
+    An answer that is never closed reaches to the end of the text. Of several the first counts that
+    follows the reasoning, which may quote the tags.
     """
-    match = _ANSWER.search(text)
+    match = _ANSWER.search(text, text.find("</reasoning>") + 1) or _ANSWER.search(text)
     return match[1] if match else None
 
 
 def final_number(text: str) -> Fraction | None:
     r"""The first number of the answer part, of its last `\boxed{}` if any; None without one."""
-    numbers = find_numbers((answer_part(text) or "").rpartition("\\boxed{")[2])
+    part = answer_part(text) or ""
+    numbers = find_numbers(part.rpartition("\\boxed")[2]) or find_numbers(part)
     return numbers[0] if numbers else None
 
 
@@ -164,7 +180,7 @@ def last_number(text: str) -> Fraction | None:
 def reference_number(reference: str) -> Fraction | None:
     """The number that a row's own completion gives as its whole answer (GSM8K); None elsewhere."""
     parts = split_completion(reference)
-    return parse_number(parts[1]) if parts else None
+    return parse_number(parts[1] if parts else reference)
 
 
 def repeated_share(text: str) -> float | None:
@@ -183,18 +199,17 @@ def repeated_share(text: str) -> float | None:
 
 def score_answer(answer: Answer) -> AnswerScores:
     """Scores one answer."""
-    exact = is_exact_format(answer.text)
-    parts = EXACT_FORMAT.match(answer.text) if exact else None
+    parts = exact_parts(answer.text)
     wanted, given = reference_number(answer.reference), final_number(answer.text)
     is_number = wanted is not None
     return AnswerScores(
-        exact_format=exact,
+        exact_format=parts is not None,
         each_tag_once=has_each_tag_once(answer.text),
         stopped=answer.stopped,
         truncated=not answer.stopped,
         num_tokens=answer.num_tokens,
-        reasoning_words=len(parts[1].split()) if parts else None,
-        answer_words=len(parts[2].split()) if parts else None,
+        reasoning_words=len(parts[0].split()) if parts else None,
+        answer_words=len(parts[1].split()) if parts else None,
         repetition=repeated_share(answer.text),
         correct=given == wanted if is_number else None,
         partial=_is_near(given, wanted) if wanted is not None else None,
@@ -210,8 +225,7 @@ def _is_near(given: Fraction | None, wanted: Fraction) -> bool:
 
 def count_distinct(answers: Sequence[Answer]) -> int:
     """How many different answer parts the exactly formatted answers have."""
-    texts = (answer.text for answer in answers if is_exact_format(answer.text))
-    return len({match[2].strip() for match in map(EXACT_FORMAT.match, texts) if match})
+    return len({parts[1].strip() for each in answers if (parts := exact_parts(each.text))})
 
 
 def compare(left: Sequence[Answer], right: Sequence[Answer] | None = None) -> list[Comparison]:

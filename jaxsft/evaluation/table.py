@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from jaxsft.evaluation.intervals import Estimate
 from jaxsft.evaluation.scoring import (
@@ -14,23 +16,26 @@ from jaxsft.evaluation.scoring import (
     show_p_value,
     show_value,
 )
+from jaxsft.text import visible_line
 
 _MAX_LOSS = 700.0  # nats: the exponential of 710 is beyond float64
-_PERPLEXITY = Metric("perplexity", "perplexity per completion token", "perplexity", -1)
 
 
 def with_perplexity(lines: Sequence[Comparison]) -> list[Comparison]:
-    """The lines, and below the loss its exponential."""
-    found = []
-    for line in lines:
-        found.append(line)
-        if line.metric.name == "loss":
-            estimates = [
-                Estimate(_exp(each.value), _exp(each.low), _exp(each.high), each.num)
-                for each in line.estimates
-            ]
-            found.append(Comparison(_PERPLEXITY, estimates, None))
-    return found
+    """The lines, and below the losses their exponentials."""
+    losses = [line for line in lines if line.metric.unit == "nats"]
+    others = [line for line in lines if line.metric.unit != "nats"]
+    return [*losses, *map(_perplexity, losses), *others]
+
+
+def _perplexity(loss: Comparison) -> Comparison:
+    of_what = "per completion token" if loss.metric.name == "loss" else loss.metric.label
+    name = loss.metric.name.replace("loss", "perplexity")
+    estimates = [
+        Estimate(_exp(each.value), _exp(each.low), _exp(each.high), each.num)
+        for each in loss.estimates
+    ]
+    return Comparison(Metric(name, f"perplexity {of_what}", "perplexity", -1), estimates)
 
 
 def _exp(loss: float) -> float:
@@ -39,22 +44,22 @@ def _exp(loss: float) -> float:
 
 def show_comparison(title: str, names: Sequence[str], lines: Sequence[Comparison]) -> Table:
     """One line a metric: each model's value and 95% interval, the difference and its p value."""
-    table = Table("", *names, title=title)
     is_pair = len(names) > 1
-    for name in ("difference", "p") if is_pair else ():
-        table.add_column(name)
+    table = Table(title=Text(title), box=SIMPLE_HEAD)
+    for name in ("", *names, *(("difference", "p") if is_pair else ())):
+        # Folded, as two names may begin with the same directories.
+        table.add_column(Text(visible_line(name)), overflow="fold")
+    below = "\n" if is_pair else " "  # two models fit into 80 columns with the intervals below
     for metric, estimates, difference in lines:
         cells = [
-            f"{show_value(each.value, metric.unit)} {show_interval(each, metric.unit)}".strip()
+            f"{show_value(each.value, metric.unit)}{below}{show_interval(each, metric.unit)}"
             for each in estimates
         ]
-        if is_pair and difference is None:
-            cells += ["", ""]
-        elif difference is not None:
+        if difference is not None:
             value = show_value(difference.value, metric.unit, signed=True)
             interval = show_interval(difference, metric.unit, signed=True)
-            cells += [f"{value} {interval}".strip(), show_p_value(difference.p_value)]
-        table.add_row(metric.label, *cells)
+            cells += [f"{value}{below}{interval}", show_p_value(difference.p_value)]
+        table.add_row(metric.label, *(cell.strip() for cell in cells))
     return table
 
 

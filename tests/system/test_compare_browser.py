@@ -219,6 +219,14 @@ def test_text_of_models_does_nothing(browser: Browser, page: Path) -> None:
     assert len(refused) == 2 and all("Content Security Policy" in text for text in refused)
 
 
+def test_page_without_answers_has_a_table_alone(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(compare_page("Losses", ["base"], [[]], []), encoding="utf-8")
+    browser.show(page)
+    assert browser.heard("Runtime.exceptionThrown") == []
+    assert browser.evaluate("getComputedStyle(form).display") == "none"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 def test_page_fits_and_can_be_read(width: int, scheme: str, browser: Browser, page: Path) -> None:

@@ -80,7 +80,9 @@ def test_losses_equal_transformers(
     loss = metrics["loss"]["models"][0]
     assert loss["num"] == 2 and loss["low"] <= loss["value"] <= loss["high"]
     perplexity = metrics["perplexity"]["models"][0]["value"]
-    assert perplexity == pytest.approx(np.exp(loss["value"]))
+    for part in ("", "_reasoning", "_answer"):
+        perplexity = metrics[f"perplexity{part}"]["models"][0]["value"]
+        assert perplexity == pytest.approx(np.exp(metrics[f"loss{part}"]["models"][0]["value"]))
     assert metrics["accuracy"]["models"][0]["value"] == 0.0
     assert "of the reasoning" in capsys.readouterr().out
 
@@ -105,6 +107,8 @@ def test_two_models_side_by_side(
     assert [answer["prompt"] for answer in answers] == [question for question, _, _ in ROWS]
     assert answers[0]["reference"] == completion_text("2 + 3 is 5.", "5")
     assert list(answers[0]["answers"]) == found["models"] == [str(adapter), str(tiny_model_dir)]
+    scores = answers[0]["scores"][str(adapter)]
+    assert scores["num_tokens"] == 4 and scores["truncated"] and not scores["correct"]
     assert "<html" in (output / "page.html").read_text()
 
 
@@ -114,8 +118,11 @@ def test_two_models_side_by_side(
         ((), "no rows to measure on: give --files"),
         (("--files", "missing.jsonl"), "missing.jsonl"),
         (("--files", "ROWS", "--few-shot", "2"), "few_shot needs --few_shot_files"),
+        (("--files", "ROWS", "--few_shot_style", "text"), "few_shot_style needs few_shot"),
         (("--files", "ROWS", "--few-shot", "3", "--few_shot_files", "SHOTS"), "1 rows"),
         (("--files", "ROWS", "--compare", "base"), "has no adapter"),
+        (("--files", "ROWS", "--compare", "SELF"), "is the model itself"),
+        (("--files", "rows\udcff.jsonl"), "is not UTF-8"),
         (("--files", "ROWS", "--eval.batch_size", "0"), "eval.batch_size is 0"),
         (("--files", "ROWS", "--eval.temperature", "-1"), "eval.temperature is -1"),
         (("--files", "ROWS", "--eval.top_p", "0.9"), "do nothing at eval.temperature 0"),
@@ -138,7 +145,31 @@ def test_bad_input_is_one_line(
     same = tmp_path / "same.jsonl"
     same.write_text(rows.read_text())
     places = {"ROWS": str(rows), "SHOTS": str(shots), "SAME": str(same)}
+    places["SELF"] = f"{tiny_model_dir}/../{tiny_model_dir.name}"
     arguments = [places.get(argument, argument) for argument in arguments]
     assert main([str(tiny_model_dir), *arguments, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and line in error
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("file", "file: is a file; name a directory"),
+        ("file/below", "below: Not a directory; name a directory"),
+        ("", "holds file; name a directory of its own"),
+    ],
+)
+def test_output_that_cannot_be(
+    tiny_model_dir: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    output: str,
+    line: str,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    arguments = [str(tiny_model_dir), "--files", str(rows), "--output", str(tmp_path / output)]
+    assert main(arguments) == 2
+    assert line in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -16,7 +16,7 @@ def test_eight_devices_give_the_answers_of_one() -> None:
     report = report_of(__file__)
     assert report["eight"] == report["one"]
     greedy, drawn = report["one"]
-    assert len(greedy) == len(drawn) == 11 and greedy != drawn
+    assert len(greedy) == len(drawn) == 21 and greedy != drawn
     assert {len(ids) for ids in greedy} == {12}
 
 
@@ -49,8 +49,8 @@ def measure() -> dict[str, Any]:
     graphdef, adapter, frozen = lora.split(model)
     rng = np.random.default_rng(0)
     adapter = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), adapter)
-    # Eleven prompts in batches of five, which eight devices make eight.
-    prompts = [rng.integers(4, 96, length).tolist() for length in rng.integers(1, 32, 11)]
+    # 21 prompts in batches of five, which eight devices make sixteen.
+    prompts = [rng.integers(4, 96, length).tolist() for length in rng.integers(1, 32, 21)]
     greedy = EvalOptions(batch_size=5, max_new_tokens=12)
     drawn = dataclasses.replace(greedy, temperature=1.0, top_k=20, top_p=0.9)
     report = {}

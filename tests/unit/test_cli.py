@@ -100,6 +100,9 @@ def test_single_session_is_the_run_it_reimplements() -> None:
     # Answers are greedy: top_k 1 in other words.
     assert (config.eval.temperature, config.eval.seed) == (0, 42)
     assert config.eval.max_new_tokens == 768
+    # Nine measurements on the way, each of 64 answers, four rows a chip at once.
+    assert config.data.eval_files == ["data/gsm8k/test"] and config.eval_steps == 2500
+    assert (config.eval.num_prompts, config.eval.batch_size) == (64, 32)
 
 
 def test_unrestricted_continues_it() -> None:

@@ -101,6 +101,15 @@ def test_what_all_prompts_begin_with_is_there_once() -> None:
     assert Tree(page(same)).texts("div", class_="text")[:2] == [SYSTEM, "Question 1?"]
 
 
+def test_twice_the_same_tag_is_a_broken_form_on_the_page() -> None:
+    twice = answers(f"{GOOD}<answer>7</answer>")
+    tree = Tree(page(twice))
+    assert [a["data-kinds"] for _, a, _ in tree.elements if "data-kinds" in a] == [
+        "format-broken right"
+    ]
+    assert "✗ format: 2 × <answer>" in tree.texts("p", class_="badges")[0]
+
+
 def test_tags_are_marked_and_parts_too() -> None:
     tree = Tree(page(answers(f"Sure! {GOOD}"), answers("<reasoning>no end")))
     sides = "".join(tree.texts("div", class_="sides"))
@@ -127,6 +136,8 @@ def test_foreign_text_is_inert() -> None:
 def test_what_has_no_shape_is_visible() -> None:
     texts = Tree(page(LEFT, RIGHT)).texts("div", class_="text")
     assert "a\\u{d}b\\u{1b}[31m\\u{202e}\\u{0}c" in texts
+    named = compare_page("a\u202eb", ["\ud800"], [LEFT], compare(LEFT), about="\u2028")
+    assert named.encode() and "\u202e" not in named and "\u2028" not in named
     html = page(answers("one\ntwo\tthree"))
     assert "one\ntwo⇥\tthree" in Tree(html).texts("div", class_="text")
 
@@ -165,9 +176,9 @@ def test_table_has_a_line_for_each_metric() -> None:
 def test_a_difference_is_judged_only_where_it_is_sure(better: str, verdict: str) -> None:
     left = answers(*["It is 7."] * 8)
     tree = Tree(page(left, answers(*[better] * 8)))
-    exact = tree.texts("td", class_="difference")[0]
+    exact = tree.texts("td", **{"data-name": "difference"})[0]
     assert ("better" in exact) is bool(verdict)
-    assert tree.texts("td", class_="p")[0] == ("0.008" if verdict else "1.000")  # 2 / 2^8
+    assert tree.texts("td", **{"data-name": "p"})[0] == ("0.008" if verdict else "1.000")  # 2 / 2^8
 
 
 def test_one_model_alone() -> None:

@@ -1,5 +1,7 @@
 """From samples to prompts, completions and their parts; losses of samples added up by hand."""
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 from fake_tokenizer import FakeTokenizer
 
 from jaxsft.chat import encode_chat, encode_prompt
+from jaxsft.config import EvalOptions
 from jaxsft.evaluation import heldout
 from jaxsft.evaluation.heldout import (
+    Prompt,
     answer_mask,
     compare_losses,
     held_out_losses,
@@ -19,6 +23,7 @@ from jaxsft.evaluation.heldout import (
 from jaxsft.evaluation.scoring import user_text
 from jaxsft.packing import Batch, PackedRows
 from jaxsft.reasoning import Turn
+from jaxsft.sample import Generation
 
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
 
@@ -68,6 +73,30 @@ def test_examples_are_the_turns_before() -> None:
     assert (prompt.text, prompt.reference) == ("What is 2 + 2?", "<answer>4</answer>")
     (same,) = with_examples(read_prompts([sample], tokenizer, None), [], tokenizer)
     assert same.ids == encode_prompt(tokenizer, [question])
+
+
+def test_examples_as_text_and_where_such_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = FakeTokenizer()
+    samples = [
+        encode_chat(tokenizer, [*TURNS["system"][:1], Turn("user", q), Turn("assistant", a)])
+        for q, a in (("Who?", GOOD), ("Why?", "<answer>4</answer>"))
+    ]
+    solved, asked = (read_prompts([sample], tokenizer, "Think.") for sample in samples)
+    prompts = heldout.as_text(asked, solved, tokenizer)
+    text = f"Question: Who?\nAnswer: {GOOD}\n\nQuestion: Why?\nAnswer:"
+    assert prompts == [Prompt([tokenizer.bos_id, *tokenizer.encode(text)], *asked[0][1:])]
+
+    said = {" 4": True, " 4\n\nQuestion: And?\nAnswer: 5": False, " 4\n\nQ": False}
+    found = [Generation(tokenizer.encode(text), stopped) for text, stopped in said.items()]
+    monkeypatch.setattr(heldout, "generate", lambda *_, **__: found)
+    spec = SimpleNamespace(graphdef=None, mesh=None)
+    options = {"spec": spec, "options": EvalOptions(), "stop_text": heldout.NEXT_QUESTION}
+    answers = heldout.answer_prompts(None, None, prompts * 3, tokenizer, **options)
+    assert [answer[2:] for answer in map(dataclasses.astuple, answers)] == [
+        (" 4", 2, True),
+        (" 4", 2, True),
+        (" 4\n\nQ", 5, False),
+    ]
 
 
 def test_the_system_text_is_not_shown() -> None:

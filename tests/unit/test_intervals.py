@@ -26,11 +26,11 @@ def test_no_success_is_no_certainty() -> None:
     assert share([True] * 20).high == pytest.approx(1, abs=1e-15)
 
 
-@pytest.mark.parametrize("values", [[], [3.0], [2.5] * 40])
+@pytest.mark.parametrize("values", [[], [3.0], [2.5] * 40, [0.1 + 0.2, 0.3]])
 def test_equal_values_have_no_interval(values: list[float]) -> None:
     found = mean(values)
     assert found.num == len(values)
-    assert found.value == values[0] if values else math.isnan(found.value)
+    assert found.value == pytest.approx(values[0]) if values else math.isnan(found.value)
     assert math.isnan(found.low) and math.isnan(found.high)
 
 
@@ -110,6 +110,7 @@ def test_unequal_gains_by_hand() -> None:
     # Signs of 1, 2, 4 with a sum of at least 5 in size: (+++) 7, (-++) 5, and their opposites.
     assert sign_flip_p_value([-1.0, 2.0, 4.0]) == 4 / 8
     assert sign_flip_p_value([0.1, 0.2, 0.4, 0.8]) == 2 / 16  # the sums in another order are equal
+    assert sign_flip_p_value([0.1, 0.2, -0.3]) == 1  # 0, which floats miss by 3e-17
 
 
 def test_many_gains_are_sampled_as_in_scipy() -> None:
@@ -141,4 +142,7 @@ def test_difference_is_of_pairs() -> None:
 
 
 def test_a_loss_that_is_not_finite_proves_nothing() -> None:
-    assert math.isnan(difference([1.0] * 20, [math.nan] * 20).p_value)
+    for bad in (math.nan, math.inf):
+        found = difference([1.0, bad] * 10, [bad] * 20)
+        assert all(map(math.isnan, (found.value, found.low, found.high, found.p_value)))
+        assert math.isnan(mean([1.0, bad]).high) and not math.isfinite(mean([1.0, bad]).value)

@@ -1,15 +1,18 @@
-"""Scores of answers, read off by hand: 40 answers to one question, and the numbers in texts."""
+"""Scores of answers, read off by hand: 40 answers to one question, and what is counted in them."""
 
 import dataclasses
 import math
+import random
+import re
 from fractions import Fraction
 
 import pytest
 
-from jaxsft.evaluation.number_text import find_numbers, parse_number
 from jaxsft.evaluation.scoring import (
+    TAGS,
     Answer,
     compare,
+    exact_parts,
     final_number,
     format_fault,
     has_each_tag_once,
@@ -45,7 +48,6 @@ def wrapped(text: str) -> str:
 T, F = True, False
 HAND_MADE = [
     ("72", wrapped("72"), T, T, T, T),
-    ("72", wrapped("72."), T, T, T, T),
     ("72", wrapped("\n 72 \n"), T, T, T, T),
     ("72", wrapped("72 clips"), T, T, T, T),
     ("72", wrapped("72km, in 3 days"), T, T, T, F),
@@ -60,7 +62,6 @@ HAND_MADE = [
     ("72", wrapped("48 + 24 = 72"), T, F, F, T),  # the first number counts
     ("72", wrapped(r"48 + 24 = \boxed{72}"), T, T, T, T),
     ("72", wrapped(r"\boxed{24}, no: \boxed{72} of 80"), T, T, T, F),
-    ("72", wrapped("72%"), T, T, T, T),
     ("72", wrapped("It is on 12/25/2024: 72"), T, T, T, T),
     ("72", wrapped("70-72"), T, F, T, T),
     ("1,234.50", wrapped("1,234.50"), T, T, T, T),
@@ -79,9 +80,12 @@ HAND_MADE = [
     ("72", f"{wrapped('72')} I hope this helps.", F, T, T, T),
     ("72", "<reasoning>Hm.</reasoning>\n<answer>72", F, T, T, T),
     ("72", "<reasoning>Hm.\n<answer>72</answer>", F, T, T, T),
-    ("72", f"{wrapped('70')}\n<answer>72</answer>", F, F, T, T),  # the first answer counts
-    ("72", "<reasoning>Hm.</reasoning><answer><answer>72</answer></answer>", F, T, T, T),
-    ("72", "<reasoning>The <answer> tag: 1.</reasoning>\n<answer>72</answer>", F, T, T, T),
+    ("72", "<reasoning>So <answer>72</answer></reasoning>", F, T, T, T),
+    # The pattern of the exact format lets tags stand twice.
+    ("72", f"{wrapped('70')}\n<answer>72</answer>", T, F, T, T),  # the first answer counts
+    ("72", "<reasoning>Hm.</reasoning><answer><answer>72</answer></answer>", T, T, T, T),
+    ("72", "<reasoning>The <answer> tag: 1.</reasoning>\n<answer>72</answer>", T, T, T, T),
+    ("72", "<reasoning>Not <answer>1</answer>!</reasoning><answer>72</answer>", T, T, T, T),
     ("72", "<reasoning>So 72.</reasoning>", F, F, F, T),
     ("72", "48/2 = 24. 48 + 24 = 72. The answer is 72.", F, F, F, T),
     ("72", "", F, F, F, F),
@@ -101,57 +105,31 @@ def test_there_are_forty() -> None:
     assert len(HAND_MADE) == len(set(HAND_MADE)) == 40
 
 
-@pytest.mark.parametrize(
-    ("text", "numbers"),
-    [
-        ("72, -3, \u22123, \u20133 and +4", [72, -3, -3, -3, 4]),
-        (".5 5. 0.50 007", ["1/2", 5, "1/2", 7]),
-        ("1,234.50 1,080 10\u202f000 1{,}000 10,\\!000", ["1234.5", 1080, 10000, 1000, 10000]),
-        ("1,2,3 and 1,234,5 and 1,2345", [1, 2, 3, 1, 234, 5, 1, 2345]),
-        ("$18 -$5 $-5 \\$7 £1,000 US$4 25% 25\\%", [18, -5, -5, 7, 1000, 4, 25, 25]),
-        ("3/4 -3/4 1 1/2 -1 1/2", ["3/4", "-3/4", "3/2", "-3/2"]),
-        ("\u00bd 1\u00bd \u2153 1\u20442", ["1/2", "3/2", "1/3", "1/2"]),
-        (r"\frac{3}{4} -\dfrac{3}{4} 1\frac{1}{2} \frac34", ["3/4", "-3/4", "3/2", "3/4"]),
-        (r"1\,234 in 2020 3/4 of -$ 5", [1234, 2020, "3/4", -5]),
-        ("48/2=24, 2 5/2, 1/2/3, 5/0, 0.5/2", [24, 24, 2, "5/2", 1, 2, 3, 5, 0, "1/2", 2]),
-        (r"2.5e3 1.5×10^6 3 \times 10^{-2} 4x10^2", [2500, 1500000, "3/100", 400]),
-        ("3-4 3--4 10 - 3 x-5 (2)-1 $3-$5 20%-30%", [3, 4, 3, 4, 10, 3, 5, 2, 1, 3, 5, 20, 30]),
-        ("2024-05-01, 12/25/2024", []),
-        ("m2 H2O v1.2.3 x1", []),
-        ("1.2.3", ["1.2"]),
-        ("72km, 3rd, 5\u00b2, \u662f72\u4e2a, _7_, **8**", [72, 3, 5, 72, 7, 8]),
-        ("3:30 and \u0663", [3, 30]),  # ASCII digits only
-        ("0" * 10_000 + " 7", [7]),  # int() itself would refuse
-    ],
-)
-def test_numbers_in_a_text(text: str, numbers: list[int | str]) -> None:
-    assert find_numbers(text) == [Fraction(number) for number in numbers]
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        *(("72", 72), (" $1,234.50. ", "1234.5"), ("-3", -3), ("**72**", 72), ("50%", 50)),
-        *(("1 1/2", "3/2"), (r"\boxed{\frac{3}{4}}", "3/4"), ("(72)", 72)),
-        *(("72 clips", None), ("3-4", None), ("7, 8", None), ("seven", None), ("", None)),
-        *(("5\u00b2", None), ("2024-05-01", None), ("2 5/2", None)),
-    ],
-)
-def test_a_text_that_is_one_number(text: str, number: int | str | None) -> None:
-    assert parse_number(text) == (None if number is None else Fraction(number))
-
-
 def test_reference_is_read_as_the_converter_writes_it() -> None:
     row = {"question": "How many?", "answer": "1000 + 80 = <<1000+80=1080>>1080\n#### 1,080"}
     conversation = convert_row(row)
     assert reference_number(conversation.turns[-1].content) == 1080
     assert reference_number(completion_text("So.", "There are 1,080.")) is None
-    assert reference_number("1080") is None
+    assert reference_number("1,080") == 1080
+    assert reference_number("There are 1,080.") is None
 
 
 def test_without_tags_only_the_last_number_is_there() -> None:
     assert (final_number("It is 72."), last_number("3 or 72.")) == (None, 72)
     assert last_number("none") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"4 + 1 = \boxed 5", 5),
+        (r"5 apples \boxed{}", 5),  # nothing in the box
+        (r"7, \boxed{\text{seven}}", 7),
+        (r"\boxed{\frac{3}{4}} of 8", "3/4"),
+    ],
+)
+def test_a_box_counts_where_a_number_is_in_it(text: str, number: int | str) -> None:
+    assert final_number(wrapped(text)) == Fraction(number)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +172,24 @@ def test_without_tags_only_the_last_number_is_there() -> None:
     ],
 )
 def test_exact_format_and_what_breaks_it(text: str, fault: str | None) -> None:
-    assert is_exact_format(text) is (fault is None)
+    assert (is_exact_format(text) and has_each_tag_once(text)) is (fault is None)
     assert format_fault(text) == fault
+
+
+def test_exact_format_is_the_pattern_of_the_field() -> None:
+    pattern = re.compile(
+        r"^\s*<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>\s*$", re.DOTALL
+    )
+    parts, rng, num_exact = [*TAGS, "a", " ", "\n"], random.Random(0), 0
+    for _ in range(20_000):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 8)))
+        if rng.random() < 0.5:
+            text = f" <reasoning>{text}</answer>\n"
+        match = pattern.search(text)
+        assert exact_parts(text) == (match and match.groups()), text
+        num_exact += bool(match)
+    assert num_exact > 200
+    assert exact_parts("".join(TAGS) * 20_000) is not None  # where the pattern takes cubic time
 
 
 def test_each_tag_once_is_in_any_order() -> None:
