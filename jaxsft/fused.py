@@ -15,7 +15,7 @@ from jaxsft.fused_layer import LayerSettings, layer_backward, layer_forward, mak
 from jaxsft.fused_weights import FusedLayout, Layer, write_adapter
 from jaxsft.loss import loss_and_gradient, token_losses
 from jaxsft.packing import Batch
-from jaxsft.rows import Stacked, enter, enter_backward
+from jaxsft.row_kernels import Stacked, enter, enter_backward
 
 
 class FusedSpec(NamedTuple):

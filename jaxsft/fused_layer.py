@@ -21,7 +21,7 @@ from jaxsft.fused_weights import Layer, split_heads
 from jaxsft.layers import apply_rotary, rms_norm, rotary_table
 from jaxsft.packing import Batch
 from jaxsft.presets import LOCAL, GemmaConfig
-from jaxsft.rows import (
+from jaxsft.row_kernels import (
     Stacked,
     enter,
     enter_backward,
@@ -138,7 +138,7 @@ class LayerSettings(NamedTuple):
     use_kernel: bool
 
     def rowwise(self, function: Any, inputs: Any, scales: Any, num_outputs: int = 1) -> Any:
-        """A function of rows.py, as a kernel on a TPU."""
+        """A function of row_kernels.py, as a kernel on a TPU."""
         with jax.named_scope("norm"):
             return rowwise(
                 partial(function, eps=self.eps),

@@ -31,7 +31,7 @@ ORDER = [
     "sharding",
     "layers",
     "attention",
-    "rows",
+    "row_kernels",
     "flash_attention",
     "fused_weights",
     "bins",
@@ -174,8 +174,8 @@ DATA_SIDE = frozenset(
     | {"planning.workload"}
 )
 MODEL_SIDE = frozenset(
-    {"sharding", "layers", "attention", "rows", "flash_attention", "fused_weights", "fused_layer"}
-    | {"fused", "loss", "lora", "model", "peft_io", "step"}
+    {"sharding", "layers", "attention", "row_kernels", "flash_attention", "fused_weights"}
+    | {"fused_layer", "fused", "loss", "lora", "model", "peft_io", "step"}
 )
 
 MAX_FILE_LINES = 300

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft import rows
+from jaxsft import row_kernels
 from jaxsft.layers import rms_norm
-from jaxsft.rows import Stacked, rowwise
+from jaxsft.row_kernels import Stacked, rowwise
 
 EPS = 1e-6
 N, D = 32, 128
@@ -23,16 +23,16 @@ def arrays(count: int, *shape: int) -> list[jax.Array]:
 
 # (function, its rows, outputs and scales): with and without a norm on the sublayer's output.
 FUNCTIONS = [
-    (rows.enter, 1, 1, 1),
-    (rows.enter_backward, 3, 2, 1),
-    (rows.leave, 2, 1, 0),
-    (rows.leave, 2, 1, 1),
-    (rows.leave_and_enter, 2, 2, 1),
-    (rows.leave_and_enter, 2, 2, 2),
-    (rows.leave_backward, 2, 1, 0),
-    (rows.leave_backward, 2, 1, 1),
-    (rows.leave_and_enter_backward, 4, 3, 1),
-    (rows.leave_and_enter_backward, 4, 3, 2),
+    (row_kernels.enter, 1, 1, 1),
+    (row_kernels.enter_backward, 3, 2, 1),
+    (row_kernels.leave, 2, 1, 0),
+    (row_kernels.leave, 2, 1, 1),
+    (row_kernels.leave_and_enter, 2, 2, 1),
+    (row_kernels.leave_and_enter, 2, 2, 2),
+    (row_kernels.leave_backward, 2, 1, 0),
+    (row_kernels.leave_backward, 2, 1, 1),
+    (row_kernels.leave_and_enter_backward, 4, 3, 1),
+    (row_kernels.leave_and_enter_backward, 4, 3, 2),
 ]
 
 
@@ -44,7 +44,7 @@ def test_kernel_equals_the_function(
     num_outputs: int,
     num_scales: int,
 ) -> None:
-    monkeypatch.setattr(rows, "BLOCK_ROWS", 8)  # four blocks
+    monkeypatch.setattr(row_kernels, "BLOCK_ROWS", 8)  # four blocks
     inputs = arrays(num_rows, N, D)
     scales = arrays(num_scales, D) if num_scales else []
     bound = partial(function, eps=EPS)
@@ -95,7 +95,7 @@ def test_blocks_divide_any_rows(num_rows: int, num_blocks: int) -> None:
 
     def run(x: jax.Array) -> tuple[jax.Array, ...]:
         options = {"name": "rows", "num_outputs": 1, "use_kernel": True, "interpret": True}
-        return rowwise(partial(rows.enter, eps=EPS), [x], [scale], **options)
+        return rowwise(partial(row_kernels.enter, eps=EPS), [x], [scale], **options)
 
     (call,) = (e for e in jax.make_jaxpr(run)(x).eqns if e.primitive.name == "pallas_call")
     assert call.params["grid_mapping"].grid == (num_blocks,)
@@ -114,8 +114,8 @@ def test_backward_is_the_gradient(has_post: bool) -> None:
 
     (expected_x, expected_h), vjp = jax.vjp(forward, x, y)
     expected_dx, expected_dy = vjp((d_out, d_h))
-    out, h = rows.leave_and_enter(x, y, pre, *scales, eps=EPS)
-    dx, dy, again = rows.leave_and_enter_backward(d_out, d_h, x, y, pre, *scales, eps=EPS)
+    out, h = row_kernels.leave_and_enter(x, y, pre, *scales, eps=EPS)
+    dx, dy, again = row_kernels.leave_and_enter_backward(d_out, d_h, x, y, pre, *scales, eps=EPS)
     pairs = [(out, expected_x), (h, expected_h), (again, h), (dx, expected_dx), (dy, expected_dy)]
     for ours, theirs in pairs:
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
