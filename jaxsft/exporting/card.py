@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from jaxsft.evaluation.heldout import METRICS
 from jaxsft.evaluation.table import metric_cell
 from jaxsft.json_file import read_json
 from jaxsft.metrics import last_step_of
-from jaxsft.models import Origin, run_config
+from jaxsft.models import RUN_ADAPTERS, Origin, run_config
 from jaxsft.peft_io import AdapterConfig
 from jaxsft.presets import GemmaConfig
 from jaxsft.text import visible_line
 
+_EVALUATION = Path("evaluation", "evaluation.json")  # what evaluate writes into a run
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _LIBRARIES = {"peft": "peft", "merged": "transformers", "flax": "jax"}
 _TITLES = {
@@ -28,29 +29,45 @@ _LICENSE = (
 )
 
 
+def about_training(origin: Origin, adapter: AdapterConfig | None) -> list[str]:
+    """The card's sections on how the adapter was trained and what it was measured to do.
+
+    Raises ValueError for files of its run that cannot be read.
+    """
+    if adapter is None:
+        return []
+    run_dir, sections = origin.run_dir, [_training(origin, adapter)]
+    if run_dir is not None and origin.adapter is not None:
+        which = origin.adapter.name
+        sections += _data(run_dir) if which != RUN_ADAPTERS[-1] else []
+        results = [*_in_training(run_dir)] if which == RUN_ADAPTERS[0] else []
+        results += _evaluation(run_dir, which)
+        if results:
+            lead = "Intervals, in brackets, are of 95%; – where there is no value."
+            sections.append("\n\n".join([f"## Results\n\n{lead}", *results]))
+    return sections
+
+
 def model_card(
     origin: Origin,
     config: GemmaConfig,
-    adapter: AdapterConfig | None,
+    training: Sequence[str],
     manifest: Mapping[str, Any],
     name: str,
 ) -> str:
-    """The card of the export that `manifest` describes, called `name`."""
-    sections = [_front_matter(origin, manifest["format"], has_adapter=adapter is not None)]
+    """The card of the export that `manifest` describes, called `name`; `training` are the sections
+    of `about_training`."""
+    has_adapter = origin.adapter is not None
+    front = _front_matter(origin, manifest["format"], has_adapter=has_adapter)
     base = origin.name if _is_on_hub(origin) else Path(origin.name).name
     what = f"{_TITLES[manifest['format']]}, made from {_quoted(base)}"
-    sections.append(f"# {visible_line(name)}\n\nGemma, {what} with jaxsft {manifest['jaxsft']}.")
-    if adapter is not None:
-        sections.append(_training(origin.run_dir, adapter))
-    if origin.run_dir is not None:
-        sections += _results(origin.run_dir)
+    title = f"# {visible_line(name)}\n\nGemma, {what} with jaxsft {manifest['jaxsft']}."
     if manifest["format"] == "flax":
-        sections.append(_use_in_flax(has_adapter=adapter is not None))
+        use = _use_in_flax(base, name, has_adapter=has_adapter)
     else:
-        sections.append(_use_in_torch(manifest, origin, config, name))
-    sections.append(_check(manifest))
-    sections.append(f"## Licence\n\n{_LICENSE}")
-    return "\n\n".join(sections) + "\n"
+        use = _use_in_torch(manifest["format"], base, config, name)
+    licence = f"## Licence\n\n{_LICENSE}"
+    return "\n\n".join([front, title, *training, use, _check(manifest), licence]) + "\n"
 
 
 def _front_matter(origin: Origin, format: str, has_adapter: bool) -> str:
@@ -65,7 +82,7 @@ def _is_on_hub(origin: Origin) -> bool:
     return _HUB_NAME.fullmatch(origin.name) is not None and not Path(origin.name).exists()
 
 
-def _training(run_dir: Path | None, adapter: AdapterConfig) -> str:
+def _training(origin: Origin, adapter: AdapterConfig) -> str:
     scaling = "alpha / sqrt(r)" if adapter.use_rslora else "alpha / r"
     lines = [
         "## Training",
@@ -73,10 +90,23 @@ def _training(run_dir: Path | None, adapter: AdapterConfig) -> str:
         f"- LoRA: rank {adapter.rank}, alpha {adapter.alpha:g} ({scaling}), dropout "
         f"{adapter.dropout:g}, on {', '.join(adapter.targets)}",
     ]
-    if run_dir is not None:
-        lines += _recipe(run_config(run_dir), last_step_of(run_dir))
-        command = _result(run_dir).get("command")
-        lines += [f"- trained with {_quoted(str(command))}"] if command else []
+    run_dir = origin.run_dir
+    if run_dir is None or origin.adapter is None:
+        return "\n".join(lines)
+    config, which = run_config(run_dir), origin.adapter.name
+    if which == RUN_ADAPTERS[-1]:
+        return "\n".join([*lines, f"- what the run {_quoted(run_dir.name)} began with"])
+    if which != RUN_ADAPTERS[0]:
+        lines.append("- of the steps below, the one with the lowest held-out loss")
+    if config.fork_from:
+        start = Path(config.fork_from)
+        start = start.parent if start.name in RUN_ADAPTERS else start
+        lines.append(f"- went on from the adapter of {_quoted(start.name)}")
+    if origin.is_named_base:
+        lines.append(f"- trained on {_quoted(Path(config.model.path).name)}")
+    lines += _recipe(config, last_step_of(run_dir))
+    command = _result(run_dir).get("command")
+    lines += [f"- trained with {_quoted(str(command))}"] if command else []
     return "\n".join(lines)
 
 
@@ -89,11 +119,10 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
         names = [Path(name).name for name in ([names] if isinstance(names, str) else names)]
         if names:
             lines.append(f"- {kind} rows: {', '.join(map(_quoted, names))}")
-    epochs = "" if config.max_steps else f", {config.num_train_epochs:g} passes over the rows"
-    rows = f"{num_steps * config.global_batch_size:,}"
+    rows = "packed rows" if data.packing else "rows"
     lines += [
-        f"- {num_steps:,} steps of {config.global_batch_size} rows ({rows} in all{epochs}), each "
-        f"of at most {data.max_length:,} tokens{', packed' if data.packing else ''}",
+        f"- {num_steps:,} steps of batch size {config.global_batch_size:,} ({rows} of at most "
+        f"{data.max_length:,} tokens)",
         f"- AdamW, learning rate {config.learning_rate:g} ({config.lr_scheduler_type}, "
         f"{config.warmup_steps:,} warm-up steps), weight decay {config.weight_decay:g}, gradients "
         f"clipped at {config.max_grad_norm:g}, seed {config.seed}",
@@ -111,63 +140,109 @@ def _result(run_dir: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _results(run_dir: Path) -> list[str]:
+def _data(run_dir: Path) -> list[str]:
+    """What became of the run's rows, if it noted that."""
+    data = _result(run_dir).get("data")
+    if not isinstance(data, dict) or not data:
+        return []
+    counts = (f"- {visible_line(f'{key}: {data[key]}'.replace('_', ' '))}" for key in data)
+    return ["\n".join(["## Data", "", *counts])]
+
+
+def _in_training(run_dir: Path) -> list[str]:
     """The run's measurements before and after, if it has them."""
-    result, sections = _result(run_dir), []
-    if isinstance(data := result.get("data"), dict) and data:
-        counts = "\n".join(
-            f"- {visible_line(key.replace('_', ' '))}: {visible_line(str(data[key]))}"
-            for key in data
-        )
-        sections.append(f"## Data\n\n{counts}")
+    result = _result(run_dir)
     before, after = result.get("before") or {}, result.get("after") or {}
-    rows = [
-        f"| {metric.label} | {metric_cell(before, metric)} | {metric_cell(after, metric)} |"
-        for metric in METRICS
-        if metric.name in after
+    if not after:
+        return []
+    files = run_config(run_dir).data.eval_files
+    names = [Path(name).name for name in ([files] if isinstance(files, str) else files)]
+    lead = f"Before and after training, on the held-out rows ({', '.join(map(_quoted, names))}"
+    lead += f"; {after['num_answers']:,} answers" if after.get("num_answers") else ""
+    return [f"{lead}):", _table({"before": before, "after": after})]
+
+
+def _evaluation(run_dir: Path, which: str) -> list[str]:
+    """The run's own evaluation, where it is one of its adapter `which`."""
+    path = run_dir / _EVALUATION
+    found = read_json(path) if path.is_file() else {}
+    try:
+        columns: dict[str, dict[str, Any]] = {}
+        for i, model in enumerate(found.get("models", ())):
+            is_this = Path(model).parts[-2:] == (run_dir.name, which)
+            is_this |= Path(model).name == run_dir.name and which == RUN_ADAPTERS[0]
+            estimates = {name: each["models"][i] for name, each in found["metrics"].items()}
+            columns["this model" if is_this else _quoted(Path(model).name)] = {
+                "intervals": {name: (e["low"], e["high"]) for name, e in estimates.items()}
+            } | {name: e["value"] for name, e in estimates.items()}
+        if "this model" not in columns:
+            return []
+        lead = f"`python -m jaxsft.evaluate`, on {visible_line(found['about'])}:"
+        return [lead, _table(columns)]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is no evaluation ({error!r}); make it again") from None
+
+
+def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a line a metric that any column has, a column a model."""
+    lines = [
+        "".join(f"| {cell} " for cell in ("", *columns)) + "|",
+        "|---" * (len(columns) + 1) + "|",
     ]
-    if rows:
-        table = "\n".join(["| | before | after |", "|---|---|---|", *rows])
-        sections.append(
-            f"## Results\n\nOn the held-out rows; intervals, in brackets, are of 95%.\n\n{table}"
-        )
-    return sections
+    for metric in METRICS:
+        if any(metric.name in measured for measured in columns.values()):
+            cells = [metric_cell(measured, metric) for measured in columns.values()]
+            lines.append("".join(f"| {cell} " for cell in (metric.label, *cells)) + "|")
+    return "\n".join(lines)
 
 
-def _use_in_flax(has_adapter: bool) -> str:
+def _use_in_flax(base: str, name: str, has_adapter: bool) -> str:
+    merged = " with the adapter merged," if has_adapter else ""
     text = (
-        "`model/` holds the checkpoint in the layout that Kaggle distributes for Gemma (Orbax), "
-        "with `tokenizer.model` beside it."
+        f"`model/` holds the whole model,{merged} in the layout that Kaggle distributes for Gemma "
+        "(Orbax), with `tokenizer.model` beside it."
     )
-    if has_adapter:
-        text += (
-            " `tunix-lora/` holds the LoRA parameters alone, as Tunix restores them; "
-            "`tunix-lora.json` says what to give `qwix.LoraProvider`."
-        )
-    return f"## Use\n\n{text}"
+    if not has_adapter:
+        return f"## Use\n\n{text}"
+    directory = _literal(f"/path/to/{name}")
+    code = [
+        "import json",
+        "",
+        "import qwix",
+        "from tunix.sft.checkpoint_manager import CheckpointManager",
+        "",
+        f"directory = {directory}",
+        'with open(f"{directory}/tunix-lora.json") as file:',
+        "    lora = qwix.LoraProvider(**json.load(file))",
+        "model = qwix.apply_lora_to_model(model, lora, **model.get_model_input())",
+        'manager = CheckpointManager(f"{directory}/tunix-lora")',
+        "manager.maybe_restore(model, restore_only_lora_params=True)",
+    ]
+    lora = (
+        "`tunix-lora/` holds the LoRA parameters alone. They go on the base, not on `model/`; with "
+        f"`model` being Tunix's of {_quoted(base)}:"
+    )
+    return "\n".join(["## Use", "", text, "", lora, "", "```python", *code, "```"])
 
 
-def _use_in_torch(
-    manifest: Mapping[str, Any], origin: Origin, config: GemmaConfig, name: str
-) -> str:
-    base = origin.name if _is_on_hub(origin) else Path(origin.name).name
+def _use_in_torch(format: str, base: str, config: GemmaConfig, name: str) -> str:
     code = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     load = "dtype=torch.bfloat16"
     if config.attn_softcap is not None:  # transformers' default implementation leaves it out
         load += ', attn_implementation="eager"'
-    if manifest["format"] == "merged":
+    if format == "merged":
         code += [
-            f'path = "{name}"',
+            f"path = {_literal(name)}",
             "tokenizer = AutoTokenizer.from_pretrained(path)",
             f"model = AutoModelForCausalLM.from_pretrained(path, {load})",
         ]
     else:
         code[1:2] = ["from peft import PeftModel", code[1]]
         code += [
-            f'base = "{base}"',
+            f"base = {_literal(base)}",
             "tokenizer = AutoTokenizer.from_pretrained(base)",
             f"model = AutoModelForCausalLM.from_pretrained(base, {load})",
-            f'model = PeftModel.from_pretrained(model, "{name}")',
+            f"model = PeftModel.from_pretrained(model, {_literal(name)})",
         ]
     code += [
         'chat = [{"role": "user", "content": "Why is the sky blue?"}]',
@@ -181,7 +256,11 @@ def _use_in_torch(
 
 
 def _check(manifest: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    made, checked = (
+        ", ".join(f"{name} {version}" for name, version in manifest[key].items())
+        for key in ("versions", "peer_versions")
+    )
+    versions = f"made with {made}" + (f", checked with {checked}" if checked else "")
     if manifest["max_abs_logit_difference"] is None:
         found = "Not checked in another library (`--no-verify`)."
     elif manifest["problem"] is not None:
@@ -195,10 +274,15 @@ def _check(manifest: Mapping[str, Any]) -> str:
         if manifest["not_checked"] is not None:
             found += f" Not verified: {manifest['not_checked']}."
     return (
-        f"## How it was made\n\n    {manifest['command']}\n\n{found} Versions: {versions}; "
-        "digests of all files are in `manifest.json`."
+        f"## How it was made\n\n    {manifest['command']}\n\n{found} Versions: {versions}. "
+        "Digests of all files are in `manifest.json`."
     )
 
 
 def _quoted(text: str) -> str:
     return f"`{visible_line(text).replace('`', chr(39))}`"
+
+
+def _literal(text: str) -> str:
+    """A string as Python code."""
+    return json.dumps(text, ensure_ascii=False)

@@ -19,12 +19,12 @@ import numpy as np
 
 from jaxsft.json_file import write_json
 from jaxsft.lora import lora_scale
-from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config
+from jaxsft.peft_io import WEIGHTS_NAME, adapter_parts, read_adapter_config
 from jaxsft.presets import GLOBAL, GemmaConfig
 from jaxsft.safetensors_io import SafetensorsDirectory
-from jaxsft.tensor_names import LINEAR_TENSORS, ROOT_TENSORS, check_shapes, layer_tensors
+from jaxsft.tensor_names import ROOT_TENSORS, check_shapes, layer_tensors
 from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import TensorSource, WeightsInfo
+from jaxsft.weights import TensorSource, WeightsInfo, check_tensors
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _STORED = {"float32": "F32", "bfloat16": "BF16"}  # safetensors' names
@@ -51,10 +51,11 @@ class MergedWeights:
         self._source = source
         self._names = _source_names(info)
         self.shapes = {name: _shape(info.config, name) for name in self._names}
-        self._check(info.format)
+        stored = {self._names[name]: shape for name, shape in self.shapes.items()}
+        check_tensors(source, stored, is_gguf=info.format == "gguf")
         # GGUF stores 1 + weight for the norms.
         self._shift = np.float32(-1.0 if info.format == "gguf" else 0.0)
-        self._updates: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._updates: dict[str, dict[str, np.ndarray]] = {}
         if adapter is not None:
             self._add(adapter)
 
@@ -69,7 +70,7 @@ class MergedWeights:
             if is_norm and self._shift:
                 block = block + self._shift
             if update is not None:
-                b_OR, a_RI = (each.astype(np.float64) for each in update)
+                a_RI, b_OR = (update[ab].astype(np.float64) for ab in "AB")
                 b_rows = self._scale * b_OR[start : start + len(block)]
                 block = block.astype(np.float64) + b_rows @ a_RI
             if not np.isfinite(block).all():
@@ -85,43 +86,17 @@ class MergedWeights:
                 rows[start : start + len(block)] = block
             yield name, array
 
-    def _check(self, format: str) -> None:
-        """ValueError unless the base holds these tensors and no others but a tied head."""
-        source, embedding = self._source, "model.embed_tokens.weight"
-        expected = {stored: self.shapes[name] for name, stored in self._names.items()}
-        head = "output.weight" if format == "gguf" else "lm_head.weight"
-        if head in source.shapes:
-            expected[head] = self.shapes[embedding]
-        check_shapes(source.path, source.shapes, expected)
-        if head in source.shapes:
-            pairs = zip(source.blocks(head), source.blocks(self._names[embedding]), strict=True)
-            if not all(np.array_equal(a, b) for (_, a), (_, b) in pairs):
-                raise ValueError(f"{self.path}: {head} is not the embedding: not supported")
-
     def _add(self, adapter: Path) -> None:
         """Reads what is added to every adapted matrix: B [out, r] and A [r, in]."""
         settings = read_adapter_config(adapter)
         self._scale = lora_scale(settings.rank, settings.alpha, settings.use_rslora)
         source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
-        expected: dict[str, tuple[int, ...]] = {}
-        matrices = []
-        for layer in range(self.config.num_layers):
-            for tensor in LINEAR_TENSORS:
-                target = tensor.tree[1]
-                if target in settings.targets:
-                    name = f"model.layers.{layer}.{tensor.hf}"
-                    in_dim, out_dim = self.config.linear_shapes[target]
-                    expected[f"base_model.model.{name}.lora_A.weight"] = (settings.rank, in_dim)
-                    expected[f"base_model.model.{name}.lora_B.weight"] = (out_dim, settings.rank)
-                    matrices.append(name)
-        check_shapes(source.path, source.shapes, expected)
-
-        def whole(key: str) -> np.ndarray:
-            return np.concatenate([block for _, block in source.blocks(key)])
-
-        for name in matrices:
-            a_RI, b_OR = (whole(f"base_model.model.{name}.lora_{ab}.weight") for ab in "AB")
-            self._updates[f"{name}.weight"] = b_OR, a_RI
+        parts = list(adapter_parts(self.config, settings.targets, settings.rank))
+        check_shapes(source.path, source.shapes, {part.key: part.shape for part in parts})
+        for part in parts:
+            name, _, ab = part.key.removeprefix("base_model.model.").partition(".lora_")
+            matrix = np.concatenate([block for _, block in source.blocks(part.key)])
+            self._updates.setdefault(f"{name}.weight", {})[ab[0]] = matrix
 
 
 def _source_names(info: WeightsInfo) -> dict[str, str]:

@@ -1,8 +1,12 @@
 """The directory of an export: it gets its name when it is complete, and replaces only its like."""
 
+import contextlib
+import fcntl
+import glob
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from jaxsft.json_file import read_json
 from jaxsft.weights import file_sha256
 
 MANIFEST = "manifest.json"
+_EARLIER = "earlier"  # what is being replaced, in the scratch directory
 _SPARE_BYTES = 64 * 2**20  # tokenizer, card
 
 
@@ -62,20 +67,59 @@ def check_space(output: Path, num_bytes: int) -> None:
 
 
 @contextmanager
-def scratch_beside(output: Path) -> Iterator[Path]:
-    """A new directory in that of `output`; removed at the end where it is still there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    directory = output.with_name(f".{output.name}.partial-{os.getpid()}").absolute()
-    directory.mkdir()
+def scratch_beside(output: Path, say: Callable[[str], None]) -> Iterator[Path]:
+    """A directory of this process beside `output`, removed at the end, for what becomes `output`.
+
+    What killed exports to the same place left there is removed first, and `say` hears of it. They
+    are known by the system's lock on the directory, which ends with the process that held it; where
+    the file system has no locks, nothing is removed.
+
+    Raises ValueError where nothing can be written there.
+    """
+    prefix = f".{output.name}.partial-"
     try:
-        yield directory
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path in output.parent.glob(f"{glob.escape(prefix)}*"):
+            _remove_abandoned(path, output, say)
+        scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=prefix)).absolute()
+    except OSError as error:
+        raise ValueError(
+            f"{output} cannot be written ({error.strerror}): choose another --output"
+        ) from None
+    handle = os.open(scratch, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # NFS without locks, say
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield scratch
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(handle)  # last: what is removed is nobody else's
+
+
+def _remove_abandoned(scratch: Path, output: Path, say: Callable[[str], None]) -> None:
+    """Removes the scratch directory of a process that is gone."""
+    try:
+        handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        earlier = scratch / _EARLIER
+        if earlier.exists() and not output.exists():  # killed between the two renames
+            os.replace(earlier, output)
+            say(f"Put {output} back, which an export that was killed had moved aside.")
+        shutil.rmtree(scratch)
+        say(f"Removed {scratch}, which an export that was killed had left.")
+    except OSError:
+        pass  # its process is at work, or the file system has no locks
+    finally:
+        os.close(handle)
 
 
 def put_in_place(directory: Path, output: Path) -> None:
-    """Gives the complete directory its name; an earlier one makes room, or stays if that fails."""
-    earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
+    """Gives the complete directory, in a scratch one, its name; an earlier one makes room, or
+    stays if that fails."""
+    earlier = directory.with_name(_EARLIER)
     is_replaced = output.exists()
     if is_replaced:
         os.replace(output, earlier)
@@ -85,7 +129,6 @@ def put_in_place(directory: Path, output: Path) -> None:
         if is_replaced:
             os.replace(earlier, output)
         raise
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def digests(directory: Path) -> dict[str, str]:

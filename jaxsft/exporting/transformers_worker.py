@@ -2,9 +2,9 @@
 
     python transformers_worker.py MODEL PROBES.npz OUT.npz [ADAPTER]
 
-PROBES: `ids_N` (token ids [T]) and `at_N` (positions to compare) of probe N; `chats`, JSON, where
-the tokenizer is to be tried. OUT: `logits_N`, float32 [len(at), V], and `chat_N`, the ids of chats.
-The weights are taken as stored and everything is computed in float32.
+PROBES: `ids_N` (token ids [T]) and `at_N` (positions to compare) of probe N; `settings`, JSON, with
+`chats` where the tokenizer is to be tried. OUT: `logits_N`, float32 [len(at), V], and `text_N`, the
+ids of chat N. The weights are taken as stored and everything is computed in float32.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(model_dir: str, probes_path: str, out_path: str, adapter_dir: str | Non
             at = torch.tensor(probes[f"at_{name}"], dtype=torch.long)
             found = model(ids, logits_to_keep=at, use_cache=False).logits[0]
             results[f"logits_{name}"] = found.float().numpy()
-        chats = json.loads(str(probes["chats"])) if "chats" in probes.files else []
+        chats = json.loads(str(probes["settings"])).get("chats", [])
     if chats:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
         for i, messages in enumerate(chats):
@@ -45,7 +45,7 @@ def main(model_dir: str, probes_path: str, out_path: str, adapter_dir: str | Non
                 messages, add_generation_prompt=True, tokenize=False
             )
             encoded = tokenizer(text, add_special_tokens=False)  # the template has <bos>
-            results[f"chat_{i}"] = np.asarray(encoded["input_ids"])
+            results[f"text_{i}"] = np.asarray(encoded["input_ids"])
     with Path(out_path).open("wb") as file:
         np.savez(file, **results)
 

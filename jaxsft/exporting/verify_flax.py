@@ -1,7 +1,8 @@
-"""Are the files beside the model of a Flax export what they were made from?"""
+"""Flax exports: can Tunix compute the model? Are the files beside it what they were made from?"""
 
 import hashlib
 from collections.abc import Mapping
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 from jaxsft.json_file import read_json
 from jaxsft.lora import lora_scale
 from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config
+from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
 from jaxsft.safetensors_io import SafetensorsDirectory
 from jaxsft.tensor_names import LINEAR_TENSORS
 from jaxsft.tokenizer import Tokenizer
@@ -22,6 +24,19 @@ _TUNIX_TARGETS = {
     "kv_einsum": ("k_proj", "v_proj"),
     "attn_vec_einsum": ("o_proj",),
 }
+
+
+def tunix_lacks(config: GemmaConfig) -> str | None:
+    """What Tunix's Gemma has written into its code and this one has otherwise, if anything."""
+    fixed: dict[str, Any] = {"query_scale": config.head_dim**-0.5, "rms_norm_eps": 1e-6}
+    if config.qk_norm:
+        pattern = cycle([LOCAL] * 5 + [GLOBAL])
+        fixed |= {"layer_types": tuple(islice(pattern, config.num_layers))}
+        fixed |= {"attn_softcap": None, "final_softcap": None}
+    else:
+        fixed |= {"rope_theta_local": 10_000.0, "rope_theta_global": 10_000.0}
+    other = {name: value for name, value in fixed.items() if getattr(config, name) != value}
+    return ", ".join(f"{name} other than {value}" for name, value in other.items()) or None
 
 
 def flax_problem(directory: Path, tokenizer: Tokenizer, adapter: Path | None) -> str | None:

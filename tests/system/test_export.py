@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ from safetensors.numpy import load_file
 
 from jaxsft import lora
 from jaxsft.export import main
+from jaxsft.exporting.peers import TUNIX
 from jaxsft.exporting.verify import LOGIT_BOUND, without_weights
-from jaxsft.exporting.verify_flax import flax_problem
+from jaxsft.exporting.verify_flax import flax_problem, tunix_lacks
 from jaxsft.lora import TARGETS
 from jaxsft.models import find_model, open_tokenizer
 from jaxsft.peft_io import AdapterConfig, save_adapter
@@ -91,13 +93,13 @@ def test_merged(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "transformers gives the same logits within" in done.stdout
+    assert "logits of transformers are the same within" in done.stdout
 
     manifest = manifest_of(output)
     assert manifest["verified"] and manifest["max_abs_logit_difference"] <= LOGIT_BOUND
     assert manifest["bound"] == LOGIT_BOUND and manifest["run"] == "tiny"
     assert (manifest["format"], manifest["dtype"]) == ("merged", "float32")
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["peer_versions"]["torch"] == torch.__version__
     digest = load_model(tiny_model_dir, dtype="float32", param_dtype="float32")[1].digest
     assert manifest["base"]["digest"] == digest
     assert len(list(output.glob("model-*-of-*.safetensors"))) > 2
@@ -136,25 +138,56 @@ def test_peft(run_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     assert all(theirs[name].tobytes() == array.tobytes() for name, array in ours.items())
 
 
-def test_flax_is_not_called_verified(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_flax_without_tunix_is_not_called_verified(
+    run_dir: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main([str(run_dir), "--format=flax", "--output", str(tmp_path / "out")]) == 0
+    monkeypatch.setattr(
+        "jaxsft.exporting.formats.TUNIX", TUNIX._replace(packages=("jaxsft-no-such-package",))
+    )
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    assert tunix_lacks(from_hf_config(config)) == "query_scale other than 0.25"
+    (base / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 16}))
+    usual = ["--format=flax", "--base-model", str(base)]
+    assert main([str(run_dir), *usual, "--output", str(tmp_path / "out")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     manifest = manifest_of(tmp_path / "out")
-    gap = "read again by jaxsft's own reader only; model/, tunix-lora/ and tokenizer.model not"
-    assert manifest["not_checked"].startswith(gap) and f"NOT verified: {gap}" in said
+    gap = "model/, tunix-lora/ and tokenizer.model were read by jaxsft alone, not by Tunix: "
+    gap += "Tunix is not installed here; --peer_python names a Python that has it"
+    assert manifest["not_checked"] == gap and f"NOT verified: {gap}" in said
     assert gap in (tmp_path / "out" / "README.md").read_text()
     assert manifest["verified"] is False and manifest["problem"] is None
-    assert manifest["max_abs_logit_difference"] <= 1e-4
+    assert manifest["max_abs_logit_difference"] <= 1e-4 and manifest["peer_versions"] == {}
+
+    command = [str(run_dir), *usual, "--peer-python", sys.executable]
+    assert main([*command, "--output", str(tmp_path / "named")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs jaxsft-no-such-package (importlib.metadata.PackageNotFoundError" in line
 
     # Another adapter's LoRA-only checkpoint is noticed.
     origin = find_model(str(run_dir))
-    config = from_hf_config(origin.base / "config.json")
-    other = write_adapter(tmp_path / "other", config, "tiny", 0.2)
+    other = write_adapter(tmp_path / "other", from_hf_config(config), "tiny", 0.2)
     tokenizer = open_tokenizer(origin.tokenizer)
     found = flax_problem(tmp_path / "out", tokenizer, other)
     assert found is not None and found.startswith("tunix-lora/ has another update for ")
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [("no/such/python", "cannot be run: No such file"), ("/bin/true", "is no Python")],
+)
+def test_a_python_that_is_none(
+    python: str, message: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(run_dir), "--peer-python", python, "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert f"--peer_python {python}: {message}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_out_of_memory_is_one_line(
@@ -164,13 +197,13 @@ def test_out_of_memory_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A worker that is killed, as the system does where memory runs out."""
-    worker = tmp_path / "worker.py"
+    worker = tmp_path / "transformers_worker.py"
     worker.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    monkeypatch.setattr("jaxsft.exporting.verify._WORKER", worker)
+    monkeypatch.setattr("jaxsft.exporting.peers._WORKERS", tmp_path)
     assert main([str(run_dir), "--output", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory") and "--no-verify" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["worker.py"]
+    assert [path.name for path in tmp_path.iterdir()] == [worker.name]
 
 
 def test_a_drifting_export_is_refused(
@@ -183,7 +216,7 @@ def test_a_drifting_export_is_refused(
     monkeypatch.setattr("jaxsft.exporting.hf_model.lora_scale", lambda rank, alpha, rs: alpha)
     assert main([str(run_dir), "--output", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: the export drifts: transformers computes logits ")
+    assert line.startswith("error: the export drifts: logits of transformers are ")
     assert [path.name for path in tmp_path.iterdir()] == ["out.drifting"]
     manifest = manifest_of(tmp_path / "out.drifting")
     assert not manifest["verified"] and manifest["max_abs_logit_difference"] > 10 * LOGIT_BOUND
@@ -202,7 +235,8 @@ def test_without_the_other_libraries(
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "needs torch, transformers, peft (ImportError: torch at run time)" in line
-    assert "pip install 'jaxsft[export]', or --no-verify" in line
+    assert "pip install 'jaxsft[export]', or --peer_python PATH of" in line
+    assert line.endswith("or --no-verify to go without it")
     assert not list(tmp_path.iterdir())
 
     assert main([*command, "--no-verify"]) == 0
@@ -210,7 +244,7 @@ def test_without_the_other_libraries(
     manifest = manifest_of(tmp_path / "out")
     assert manifest["verified"] is False and manifest["max_abs_logit_difference"] is None
     assert manifest["problem"] is None and manifest["not_checked"] == "not checked: --no-verify"
-    assert "torch" not in manifest["versions"] and manifest["dtype"] == "bfloat16"
+    assert manifest["peer_versions"] == {} and manifest["dtype"] == "bfloat16"
 
     # The same export again takes its place; another one, or foreign files beside it, do not.
     assert main([*command, "--no-verify"]) == 0

@@ -6,6 +6,7 @@ A virtual environment each; pip makes them on the first run (benchmarks/peer_ven
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,14 @@ from lora_twins import clone
 from twins import TWINS, make_twin, to_jax
 
 from benchmarks import peer_venvs
+from jaxsft import tunix_io
+from jaxsft.export import main
+from jaxsft.exporting.verify import LOGIT_BOUND
 from jaxsft.flax_io import write_flax
+from jaxsft.flax_names import FlaxTensor
 from jaxsft.lora import inject, resolve_targets
 from jaxsft.model import Gemma
-from jaxsft.peft_io import AdapterConfig
+from jaxsft.peft_io import AdapterConfig, save_adapter
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.tunix_io import write_tunix_lora
 from jaxsft.weights import hf_tensors, load_model
@@ -265,3 +270,75 @@ def test_tunix(real_model: Gemma, tokenizer: Tokenizer, tmp_path: Path) -> None:
 def assert_equal_weights(model: Gemma, expected: Gemma) -> None:
     for (name, array), (_, other) in zip(hf_tensors(model), hf_tensors(expected), strict=True):
         np.testing.assert_array_equal(array, other, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def exportable(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of tiny bases with a tokenizer, "gemma1" to "gemma3-1b", and an adapter of each,
+    "gemma1-adapter" and so on."""
+    root = tmp_path_factory.mktemp("exportable")
+    tokenizer = tiny_model_dir / "tokenizer.model"
+    sizes = {"vocab_size": Tokenizer.from_file(tokenizer).vocab_size}
+    sizes |= {"max_position_embeddings": 512}
+    for name in TWINS:
+        hf_model, _ = make_twin(name, **sizes, **PEER_SCALE[name])
+        hf_model.save_pretrained(root / name)
+        shutil.copy(tokenizer, root / name)
+        model, _ = load_model(root / name, **FLOAT32)
+        adapted, config = with_random_adapter(model, "all-linear", use_rslora=False)
+        config = dataclasses.replace(config, base_model_name=str(root / name))
+        save_adapter(root / f"{name}-adapter", adapted, config)
+    return root
+
+
+def exported(
+    exportable: Path, name: str, output: Path, *options: str
+) -> tuple[int, dict[str, Any]]:
+    """(exit code, manifest) of the command with Tunix's Python, for the adapter of `name`."""
+    python = peer_venvs.ensure("tunix", peer_venvs.REQUIREMENTS["tunix"])
+    command = [str(exportable / f"{name}-adapter"), "--format=flax", *options]
+    code = main([*command, "--peer-python", str(python), "--output", str(output)])
+    written = output if code == 0 else output.with_name(f"{output.name}.drifting")
+    return code, json.loads((written / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_tunix_verifies_an_export(name: str, exportable: Path, tmp_path: Path) -> None:
+    dtype = "bfloat16" if name == "gemma2" else "float32"
+    code, manifest = exported(exportable, name, tmp_path / "out", f"--dtype={dtype}")
+    assert code == 0 and manifest["verified"] and manifest["not_checked"] is None
+    assert manifest["peer"] == "Tunix" and 0 < manifest["max_abs_logit_difference"] <= 1e-4
+    assert manifest["peer_versions"]["google-tunix"] == "0.1.7"
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("*")}
+    assert manifest["files"].keys() <= files  # Tunix wrote nothing there
+
+
+@pytest.mark.parametrize("part", ["model/", "the base and tunix-lora/"])
+def test_tunix_finds_damage(
+    part: str,
+    exportable: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The faults: the last norm's scale is a tenth larger; B of one matrix is."""
+    if part == "model/":
+        from_hf = FlaxTensor.from_hf
+
+        def damaged(tensor: FlaxTensor, array: np.ndarray) -> np.ndarray:
+            return from_hf(tensor, array) * (1.1 if tensor.name == "final_norm/scale" else 1.0)
+
+        monkeypatch.setattr(FlaxTensor, "from_hf", damaged)
+    else:
+        combine = tunix_io._combine
+
+        def damaged_lora(matrix: Any, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+            a, b = combine(matrix, *rest)
+            return a, b * (1.1 if matrix.targets == ("down_proj",) else 1.0)
+
+        monkeypatch.setattr(tunix_io, "_combine", damaged_lora)
+    code, manifest = exported(exportable, "gemma3-1b", tmp_path / "out", "--dtype=float32")
+    assert code == 1 and not manifest["verified"]
+    assert f"the export drifts: logits of Tunix, from {part}, are" in manifest["problem"]
+    assert manifest["max_abs_logit_difference"] > 10 * LOGIT_BOUND
+    assert manifest["problem"] in capsys.readouterr().err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxsft.exporting.card import model_card
+from jaxsft.exporting.card import about_training, model_card
 from jaxsft.exporting.hf_model import to_hf_config
 from jaxsft.exporting.output import (
     check_replaceable,
@@ -69,12 +69,13 @@ def test_only_its_like_is_replaced(tmp_path: Path) -> None:
 
 
 def test_an_earlier_one_stays_where_renaming_fails(tmp_path: Path) -> None:
-    output = tmp_path / "out"
+    output, scratch = tmp_path / "out", tmp_path / "scratch"
     output.mkdir()
+    scratch.mkdir()
     (output / "first").touch()
     with pytest.raises(OSError):
-        put_in_place(tmp_path / "missing", output)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
+        put_in_place(scratch / "missing", output)
+    assert [path.name for path in output.iterdir()] == ["first"] and not list(scratch.iterdir())
 
 
 def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,16 +88,52 @@ def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_directory_appears_whole(tmp_path: Path) -> None:
     output = tmp_path / "exports" / "out"
-    with pytest.raises(KeyError), scratch_beside(output) as directory:
-        (directory / "half").touch()
+    with pytest.raises(KeyError), scratch_beside(output, print) as scratch:
+        (scratch / "half").touch()
         raise KeyError
     assert not list(output.parent.iterdir())
     for content in ("first", "second"):
-        with scratch_beside(output) as directory:
-            (directory / content).touch()
-            put_in_place(directory, output)
+        with scratch_beside(output, print) as scratch:
+            (scratch / "new").mkdir()
+            (scratch / "new" / content).touch()
+            put_in_place(scratch / "new", output)
         assert [path.name for path in output.iterdir()] == [content]
     assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left(tmp_path: Path) -> None:
+    """It is removed; what another export holds, or made for another name, stays."""
+    output = tmp_path / "out"
+    said: list[str] = []
+    (tmp_path / ".out.partial-killed" / "new").mkdir(parents=True)
+    (tmp_path / ".out-2.partial-other").mkdir()
+    with scratch_beside(output, said.append) as held:
+        (held / "new").touch()
+        with scratch_beside(output, said.append):
+            assert (held / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".out-2.partial-other"]
+    (line,) = said
+    assert line.startswith(f"Removed {tmp_path / '.out.partial-killed'}, which an export")
+
+    # Killed after the earlier export was moved aside, before the new one took its place.
+    (tmp_path / ".out.partial-killed" / "earlier").mkdir(parents=True)
+    (tmp_path / ".out.partial-killed" / "earlier" / "mine").touch()
+    with scratch_beside(output, said.append):
+        assert [path.name for path in output.iterdir()] == ["mine"]
+    assert said[1].startswith(f"Put {output} back") and len(said) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("file/out", "File exists"), ("x" * 250, "File name too long")]
+)
+def test_output_that_cannot_be(name: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match=rf"cannot be written \({why}\): choose another"),
+        scratch_beside(tmp_path / name, print),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_room_on_the_disk(tmp_path: Path) -> None:
@@ -105,9 +142,12 @@ def test_room_on_the_disk(tmp_path: Path) -> None:
         check_space(tmp_path / "new" / "out", 2**40)
 
 
-def card(format: str, name: str, preset: str, **changes: Any) -> str:
-    adapter = AdapterConfig(8, 16.0, 0.0, True, ("q_proj", "v_proj"), name)
+ADAPTER = AdapterConfig(8, 16.0, 0.0, True, ("q_proj", "v_proj"), None)
+
+
+def card(format: str, name: str, preset: str, title: str = "out", **changes: Any) -> str:
     origin = Origin(Path("base"), Path("adapter"), None, Path("t"), name, None)
+    training = about_training(origin, ADAPTER)
     manifest = {
         "format": format,
         "verified": True,
@@ -117,10 +157,11 @@ def card(format: str, name: str, preset: str, **changes: Any) -> str:
         "bound": 2e-3,
         "peer": "transformers",
         "versions": {"jax": "0.10.2"},
+        "peer_versions": {"transformers": "5.23.0"},
         "command": "python -m jaxsft.export adapter",
         "jaxsft": "0.1.0",
     }
-    return model_card(origin, PRESETS[preset], adapter, manifest | changes, "out")
+    return model_card(origin, PRESETS[preset], training, manifest | changes, title)
 
 
 def test_card() -> None:
@@ -147,3 +188,53 @@ def test_card() -> None:
     assert "DRIFTING, not to be used: the export drifts." in card(
         "flax", "d", "gemma-2b", **drifting
     )
+    assert "checked with transformers 5.23.0." in card("merged", "demo", "gemma-2b")
+    title = 'o"ut\\'
+    assert 'path = "o\\"ut\\\\"\n' in card("merged", "demo", "gemma-2b", title)
+    text = card("flax", "google/gemma-2b", "gemma-2b")
+    assert "with the adapter merged" in text and "on the base, not on `model/`" in text
+
+
+def test_card_of_a_run(tmp_path: Path) -> None:
+    """Its last adapter has the measurements in training, and an evaluation if that is of it."""
+    run_dir = tmp_path / "tuned"
+    (run_dir / "evaluation").mkdir(parents=True)
+    config = {
+        "name": "tuned",
+        "lora": {"r": 8},
+        "data": {"train_files": ["a.jsonl"], "eval_files": ["/home/me/held.jsonl"]},
+        "global_batch_size": 4,
+        "fork_from": "/home/me/runs/first/adapter",
+    }
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    after = {"loss": 1.5, "intervals": {"loss": [1.25, 1.75]}, "num_answers": 16}
+    write_json(run_dir / "result.json", {"before": {"loss": 2.0}, "after": after})
+    estimates = [
+        {"value": 0.0, "low": None, "high": None, "num": 200},
+        {"value": 0.575, "low": 0.5057, "high": 0.6415, "num": 200},
+    ]
+    numbers = {
+        "models": ["demo", "runs/tuned"],
+        "about": "other.jsonl: 200 rows, 200 answers; greedy",
+        "metrics": {"exact_format": {"models": estimates}, "unheard_of": {"models": estimates}},
+    }
+    write_json(run_dir / "evaluation" / "evaluation.json", numbers)
+
+    def about(which: str) -> str:
+        origin = Origin(Path("b"), run_dir / which, run_dir, Path("t"), "demo", None)
+        return "\n".join(about_training(origin, ADAPTER))
+
+    text = about("adapter")
+    assert "on the held-out rows (`held.jsonl`; 16 answers):" in text and "/home/me" not in text
+    assert "| held-out loss, nats per completion token | 2.0000 | 1.5000 [1.2500, 1.7500] |" in text
+    assert "`python -m jaxsft.evaluate`, on other.jsonl: 200 rows, 200 answers; greedy:" in text
+    assert "|  | `demo` | this model |\n|---|---|---|\n" in text
+    assert "| exact format | 0.0% | 57.5% [50.6, 64.1] |" in text
+    assert "- went on from the adapter of `first`" in text
+    best, start = about("adapter-best"), about("start")
+    assert "## Results" not in best + start
+    assert "- of the steps below, the one with the lowest held-out loss" in best
+    assert "- what the run `tuned` began with" in start and "steps" not in start
+    (run_dir / "evaluation" / "evaluation.json").write_text('{"models": ["tuned"]}')
+    with pytest.raises(ValueError, match=r"evaluation\.json: is no evaluation"):
+        about("adapter")
