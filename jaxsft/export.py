@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from jaxsft import __version__
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, command_line, fail, parse_options
+from jaxsft.cli import EXIT_FAILED, command_line, fail, parse_options, run_command
 from jaxsft.device_errors import check_device
 from jaxsft.exporting.card import about_training, model_card
 from jaxsft.exporting.formats import Export, find_checker, needed_bytes, open_export, verify, write
@@ -38,7 +37,6 @@ from jaxsft.exporting.verify import LOGIT_BOUND, Check, summary
 from jaxsft.jax_settings import configure_jax
 from jaxsft.json_file import write_json
 from jaxsft.models import find_model
-from jaxsft.out_of_memory import parse_shortage
 from jaxsft.peft_io import WEIGHTS_NAME
 from jaxsft.terminal import make_console
 from jaxsft.weights import file_sha256
@@ -48,30 +46,24 @@ DESCRIPTION = (
     "manifest, and has the other library (transformers and PEFT; Tunix for flax) load it and "
     "compute the same logits."
 )
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    console = make_console()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        options = parse_options("jaxsft.export", DESCRIPTION, arguments, ExportOptions)
-        check_device()
-        configure_jax()
-        return export(options, command_line("jaxsft.export", arguments), console)
-    except ValueError as error:
-        return fail(error, EXIT_BAD_INPUT)
-    except OSError as error:
-        return fail(error, EXIT_FAILED)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and parse_shortage(str(error)) is None:
-            raise
-        first, _, _ = str(error).partition("\n")
-        advice = "the check holds the model in float32, --no-verify goes without it"
-        return fail(f"out of memory: {advice} ({first})", EXIT_FAILED)
-    except KeyboardInterrupt:
-        return fail("interrupted; nothing of the export is left", EXIT_INTERRUPTED)
+    return run_command(
+        lambda: command(arguments),
+        interrupted="nothing of the export is left",
+        memory_advice="the check holds the model in float32, --no-verify goes without it",
+    )
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Exports what `arguments` ask for. ValueError and OSError are bad input."""
+    options = parse_options("jaxsft.export", DESCRIPTION, arguments, ExportOptions)
+    check_device()
+    configure_jax()
+    return export(options, command_line("jaxsft.export", arguments), make_console())
 
 
 def export(options: ExportOptions, command: str, console: Console) -> int:

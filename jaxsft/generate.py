@@ -9,7 +9,6 @@ disk, a pipe whose reader has gone); 2 bad input; 130 interrupted.
 """
 
 import dataclasses
-import errno
 import io
 import json
 import math
@@ -24,14 +23,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxsft import lora
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, check_output, fail, parse_options
+from jaxsft.cli import EXIT_INTERRUPTED, check_output, parse_options, run_command
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, ModelOptions, TrainConfig
 from jaxsft.device_errors import check_device
 from jaxsft.dialogue import Session, Voice, answer, chat, encode, show
 from jaxsft.jax_settings import configure_jax
 from jaxsft.json_file import write_text
 from jaxsft.models import Loaded, Origin, find_model, load, run_config
-from jaxsft.out_of_memory import parse_shortage
 from jaxsft.prompts import FilePrompt, read_prompt_file
 from jaxsft.reasoning import Turn, split_completion
 from jaxsft.sample import Generation, generate
@@ -40,8 +38,6 @@ from jaxsft.terminal import make_console
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.validation import validate
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what a disk says that takes no answers
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DESCRIPTION = (
     "Asks a model, with its adapter: one prompt, a file of prompts, or, without either, a chat in "
     "the terminal. MODEL is a run's directory, a PEFT adapter, a Hugging Face or Flax model "
@@ -95,21 +91,11 @@ class GenerateOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return command(parse_options("jaxsft.generate", DESCRIPTION, argv, GenerateOptions))
-    except (ValueError, OSError) as error:
-        has_failed = isinstance(error, ConnectionError) or getattr(error, "errno", None) in _FULL
-        return fail(error, EXIT_FAILED if has_failed else EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        return fail("interrupted", EXIT_INTERRUPTED)
-    except jax.errors.JaxRuntimeError as error:
-        if parse_shortage(str(error)) is None:
-            raise
-        return fail(
-            f"out of memory ({str(error).splitlines()[0]}): lower --batch_size or "
-            "--max_new_tokens, or use --dtype bfloat16",
-            EXIT_FAILED,
-        )
+    return run_command(
+        lambda: command(parse_options("jaxsft.generate", DESCRIPTION, argv, GenerateOptions)),
+        interrupted="what was answered stands above",
+        memory_advice="lower --batch_size or --max_new_tokens, or use --dtype bfloat16",
+    )
 
 
 def command(options: GenerateOptions) -> int:

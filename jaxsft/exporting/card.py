@@ -130,7 +130,10 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
         "adapter in float32",
     ]
     if data.system_prompt:
-        lines.append(f"- system prompt: {_quoted(data.system_prompt)}")
+        lines.append(
+            "- system prompt, which the chat template adds where a chat has none: "
+            f"{_quoted(data.system_prompt)}"
+        )
     return lines
 
 
@@ -239,10 +242,10 @@ def _use_in_torch(format: str, base: str, config: GemmaConfig, name: str) -> str
     else:
         code[1:2] = ["from peft import PeftModel", code[1]]
         code += [
-            f"base = {_literal(base)}",
-            "tokenizer = AutoTokenizer.from_pretrained(base)",
-            f"model = AutoModelForCausalLM.from_pretrained(base, {load})",
-            f"model = PeftModel.from_pretrained(model, {_literal(name)})",
+            f"path = {_literal(name)}",
+            "tokenizer = AutoTokenizer.from_pretrained(path)",
+            f"model = AutoModelForCausalLM.from_pretrained({_literal(base)}, {load})",
+            "model = PeftModel.from_pretrained(model, path)",
         ]
     code += [
         'chat = [{"role": "user", "content": "Why is the sky blue?"}]',

@@ -37,7 +37,7 @@ from jaxsft.exporting.verify_flax import TUNIX_LORA, flax_problem, tunix_lacks
 from jaxsft.flax_io import write_flax
 from jaxsft.json_file import read_json, write_json
 from jaxsft.model import Gemma
-from jaxsft.models import Origin, check_tokenizer, open_tokenizer
+from jaxsft.models import Origin, check_tokenizer, open_tokenizer, run_config
 from jaxsft.peft_io import AdapterConfig, load_adapter, save_adapter
 from jaxsft.presets import PRESETS, GemmaConfig
 from jaxsft.tokenizer import Tokenizer
@@ -49,7 +49,8 @@ _NUM_POSITIONS = 256  # of all probes, about: their logits come back in a file
 
 
 class Export(NamedTuple):
-    """What an export is made from. `adapter` is None for a base model."""
+    """What an export is made from. `adapter` is None for a base model; `system_prompt` is what the
+    run put in front of rows without a system turn, None where no run is known."""
 
     options: ExportOptions
     origin: Origin
@@ -59,6 +60,7 @@ class Export(NamedTuple):
     weights: MergedWeights
     adapter: AdapterConfig | None
     adapter_only: Gemma | None  # `without_weights`, but for the adapter
+    system_prompt: str | None
 
 
 def open_export(options: ExportOptions, origin: Origin) -> Export:
@@ -77,7 +79,9 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
             base_revision=origin.revision,
             base_digest=info.digest,
         )
-    return Export(options, origin, tokenizer, source, info, weights, adapter, model)
+    run_dir = origin.run_dir
+    system_prompt = None if run_dir is None else run_config(run_dir).data.system_prompt
+    return Export(options, origin, tokenizer, source, info, weights, adapter, model, system_prompt)
 
 
 def find_checker(options: ExportOptions, config: GemmaConfig) -> tuple[Peer | None, str | None]:
@@ -120,9 +124,10 @@ def write(directory: Path, made: Export) -> None:
     if options.format == "peft":
         assert made.adapter is not None and made.adapter_only is not None
         save_adapter(directory, made.adapter_only, made.adapter)
+        write_tokenizer(directory, made.tokenizer, config.max_positions, made.system_prompt)
     elif options.format == "merged":
         write_configs(directory, config, made.tokenizer, options.dtype)
-        write_tokenizer(directory, made.tokenizer, config.max_positions)
+        write_tokenizer(directory, made.tokenizer, config.max_positions, made.system_prompt)
         write_weights(
             directory, made.weights, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
         )
@@ -150,18 +155,18 @@ def verify(
     if made.options.format == "flax":
         return _verify_flax(directory, made, probes, peer, scratch)
     dtype = "float32" if made.options.format == "peft" else made.options.dtype
-    ours, problem = reference_logits(made.origin, dtype, probes), None
+    ours = reference_logits(made.origin, dtype, probes)
     give_memory_back()
+    settings = {"chats": [[turn._asdict() for turn in chat] for chat in CHATS]}
     if made.options.format == "merged":
         name = peer.library.name
-        chats = [[turn._asdict() for turn in chat] for chat in CHATS]
-        found = ask(peer, directory, probes, scratch=scratch, settings={"chats": chats})
-        problem = chat_problem(made.tokenizer, found.ids)
+        found = ask(peer, directory, probes, scratch=scratch, settings=settings)
     else:
         name = f"{peer.library.name} and PEFT"
         with base_for_peft(made.source, made.info, made.tokenizer, scratch) as base:
-            found = ask(peer, base, probes, scratch=scratch, adapter=directory)
+            found = ask(peer, base, probes, scratch=scratch, adapter=directory, settings=settings)
     difference = max_difference(ours, found.logits)
+    problem = chat_problem(made.tokenizer, made.system_prompt, found.ids)
     return Check(name, difference, drift(name, difference) or problem, None)
 
 

@@ -15,15 +15,14 @@ from jaxsft.tokenizer import Tokenizer
 from jaxsft.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 # What chat.py builds, as Jinja: texts trimmed, the system's in front of the first user's.
-CHAT_TEMPLATE = r"""{{- bos_token -}}
-{%- set preface = '' -%}
+_CHAT_TEMPLATE = r"""{{- bos_token -}}
+{%- set system = SYSTEM -%}
 {%- set turns = messages -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set turns = messages[1:] -%}
-    {%- if messages[0]['content'] | trim -%}
-        {%- set preface = messages[0]['content'] | trim + '\n\n' -%}
-    {%- endif -%}
+    {%- set system = messages[0]['content'] | trim -%}
 {%- endif -%}
+{%- set preface = system + '\n\n' if system else '' -%}
 {%- for turn in turns -%}
     {%- if turn['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
         {{- raise_exception('the roles must be [system,] user, assistant, user, …') -}}
@@ -37,7 +36,16 @@ CHAT_TEMPLATE = r"""{{- bos_token -}}
 """
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_positions: int) -> None:
+def chat_template(system_prompt: str | None) -> str:
+    """Gemma's, with a system text for chats without a system turn, as the training's rows had."""
+    # JSON's escapes are Jinja's, but for pairs of surrogates: those stay characters.
+    literal = json.dumps((system_prompt or "").strip(), ensure_ascii=False)
+    return _CHAT_TEMPLATE.replace("SYSTEM", literal)
+
+
+def write_tokenizer(
+    directory: Path, tokenizer: Tokenizer, max_positions: int, system_prompt: str | None
+) -> None:
     """Writes tokenizer.model, tokenizer.json and tokenizer_config.json with the chat template."""
     (directory / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     text = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
@@ -55,7 +63,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_positions: int) -
         "clean_up_tokenization_spaces": False,
         "spaces_between_special_tokens": False,
         "model_max_length": max_positions,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template(system_prompt),
     }
     write_json(directory / "tokenizer_config.json", settings)
 

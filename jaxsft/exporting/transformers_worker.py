@@ -39,7 +39,7 @@ def main(model_dir: str, probes_path: str, out_path: str, adapter_dir: str | Non
             results[f"logits_{name}"] = found.float().numpy()
         chats = json.loads(str(probes["settings"])).get("chats", [])
     if chats:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(adapter_dir or model_dir)
         for i, messages in enumerate(chats):
             text = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False

@@ -170,9 +170,16 @@ def summary(check: Check) -> str:
     return f"; logits of {check.peer} are the same within {found}{gap}"
 
 
-def chat_problem(tokenizer: Tokenizer, theirs: Sequence[Sequence[int]]) -> str | None:
-    """What is wrong with the ids of the chats that the export's own tokenizer gave, if anything."""
-    ours = [encode_prompt(tokenizer, chat) for chat in CHATS]
+def chat_problem(
+    tokenizer: Tokenizer, system_prompt: str | None, theirs: Sequence[Sequence[int]]
+) -> str | None:
+    """What is wrong with the ids of the chats that the export's own tokenizer gave, if anything.
+
+    Chats without a system turn have `system_prompt` for one, if there is any.
+    """
+    default = [Turn("system", system_prompt)] if system_prompt else []
+    chats = ([*(default if chat[0].role != "system" else ()), *chat] for chat in CHATS)
+    ours = [encode_prompt(tokenizer, chat) for chat in chats]
     return _ids_problem([chat[-1].content for chat in CHATS], ours, theirs)
 
 

@@ -17,7 +17,7 @@ from twins import TWINS, WINDOW
 
 from jaxsft.chat import encode_chat, encode_prompt
 from jaxsft.exporting.hf_model import MergedWeights, to_hf_config, write_weights
-from jaxsft.exporting.hf_tokenizer import write_tokenizer
+from jaxsft.exporting.hf_tokenizer import chat_template, write_tokenizer
 from jaxsft.exporting.verify import without_weights
 from jaxsft.json_file import write_json
 from jaxsft.peft_io import load_adapter, save_adapter
@@ -150,7 +150,7 @@ def test_the_adapter_must_fit(tmp_path: Path) -> None:
 def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' tokenizer of the files that we write for the real vocabulary."""
     directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory, tokenizer, max_positions=32_768)
+    write_tokenizer(directory, tokenizer, max_positions=32_768, system_prompt=None)
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
@@ -190,6 +190,21 @@ def test_chat_template_gives_our_ids(chat: list[Turn], exported: Any, tokenizer:
     # The template ends every turn with a newline, training the last one with <end_of_turn>.
     newline = tokenizer.encode("\n")
     assert whole == [*encode_chat(tokenizer, [*chat, answer]).ids.tolist(), *newline]
+
+
+@pytest.mark.parametrize("system", ['Say "{{ x }}" \\n\n%} {% if %} 🙂\x1b', " spaced \n"])
+def test_a_chat_without_a_system_turn_has_the_training_s(
+    system: str, exported: Any, tokenizer: Tokenizer
+) -> None:
+    for chat in CHATS:
+        default = [Turn("system", system)] if chat[0].role != "system" else []
+        prompt = exported.apply_chat_template(
+            [turn._asdict() for turn in chat],
+            chat_template=chat_template(system),
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        assert prompt == encode_prompt(tokenizer, [*default, *chat])
 
 
 def test_chat_template_refuses_other_roles(exported: Any) -> None:

@@ -11,7 +11,7 @@ from jaxsft import flash_attention
 from jaxsft.fused_layer import make_attend
 from jaxsft.packing import Batch, PackedRows, Sample
 from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
-from jaxsft.rows import Stacked
+from jaxsft.row_kernels import Stacked
 
 ROW_LENGTH, BLOCK = 64, 16
 

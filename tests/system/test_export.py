@@ -20,6 +20,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxsft import lora
+from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.export import main
 from jaxsft.exporting.peers import TUNIX
 from jaxsft.exporting.verify import LOGIT_BOUND, without_weights
@@ -80,8 +81,21 @@ def manifest_of(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def prompt_of_card(output: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the card's code, run where the export lies, gives the model for a prompt, as text."""
+    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(output.parent)
+    names: dict[str, Any] = {}
+    exec(code.replace("max_new_tokens=256", "max_new_tokens=2"), names)
+    return str(names["tokenizer"].decode(names["inputs"]["input_ids"][0]))
+
+
 def test_merged(
-    run_dir: Path, tiny_model_dir: Path, command_environment: dict[str, str], tmp_path: Path
+    run_dir: Path,
+    tiny_model_dir: Path,
+    command_environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-m", "jaxsft.export", str(run_dir), "--output", str(output)]
@@ -120,9 +134,13 @@ def test_merged(
     assert "completion token | 5.2500 | 1.1250 |" in card
     assert "| exact format | 0.0% | 75.0% [50.0, 87.5] |" in card
     assert "- rows read: 9" in card and "trained with `the command`" in card
+    asked = f"<bos><start_of_turn>user\n{SYSTEM_PROMPT}\n\nWhy is the sky blue?"
+    assert prompt_of_card(output, monkeypatch).startswith(asked)
 
 
-def test_peft(run_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_peft(
+    run_dir: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
     assert main([str(run_dir), "--format=peft", "--output", str(output)]) == 0
     manifest = manifest_of(output)
@@ -136,6 +154,8 @@ def test_peft(run_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
         load_file(d / "adapter_model.safetensors") for d in (run_dir / "adapter", output)
     )
     assert all(theirs[name].tobytes() == array.tobytes() for name, array in ours.items())
+    (tmp_path / tiny_model_dir.name).symlink_to(tiny_model_dir)  # a card names no directory
+    assert f"user\n{SYSTEM_PROMPT}\n\nWhy" in prompt_of_card(output, monkeypatch)
 
 
 def test_flax_without_tunix_is_not_called_verified(

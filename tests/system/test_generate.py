@@ -243,7 +243,11 @@ def test_a_reader_that_goes_and_one_that_interrupts(
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     for stop, code, line in (
         (lambda process: process.stdout.close(), 1, b""),
-        (lambda process: process.send_signal(signal.SIGINT), 130, b"error: interrupted\n"),
+        (
+            lambda process: process.send_signal(signal.SIGINT),
+            130,
+            b"\nerror: interrupted; what was answered stands above\n",
+        ),
     ):
         with subprocess.Popen(command, env=command_environment, bufsize=0, **pipes) as process:
             process.stdin.write(b"Count.\nAgain.\n")
