@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from jaxsft.config import TrainConfig
 from jaxsft.out_of_memory import parse_shortage
@@ -64,7 +65,7 @@ def run_command(
 
 def failure_code(error: ValueError | OSError) -> int:
     """2 for bad input; 1 for a network, a disk or a child process that failed."""
-    failed = isinstance(error, ConnectionError | ChildProcessError) or (
+    failed = isinstance(error, ConnectionError | TimeoutError | ChildProcessError) or (
         isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
     )
     return EXIT_FAILED if failed else EXIT_BAD_INPUT
@@ -149,33 +150,35 @@ def parse_options(
         parsed = parser.parse_args(args)
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_explain(str(error), parser)) from None
-    # The parser reads a text that may be null as YAML, where "# 1" and "~" are null as well.
-    texts = _options_of_type(options, str | None)
-    given = [arg[2:].partition("=") for arg in args]
-    as_given = {name: text for name, _, text in given if name in texts and text != "null"}
-    return options(**vars(parser.instantiate(parsed)) | as_given)
+    return options(**vars(parser.instantiate(parsed)))
 
 
 def _make_parser(command: str, usage: str, description: str) -> ArgumentParser:
     # The texts under the fields of the dataclasses are their help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("texts", _load, exceptions=(yaml.YAMLError,))
     return ArgumentParser(
         prog=f"python -m {command}",
         usage=f"python -m {command} {usage}",
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
+        parser_mode="texts",
     )
+
+
+def _load(text: str, **rest: Any) -> Any:
+    """YAML, but for a line such as "# 1" or "~", which is a text: null alone is null."""
+    value = get_loader("yaml")(text, **rest)
+    is_null = "\n" in text or text.strip() in ("", "null")
+    return text if value is None and not is_null else value
 
 
 _OPTION = re.compile(r"--\w[\w.-]*(?:=|$)")
 
 
 def _spelt_out(argv: Sequence[str], options: type) -> list[str]:
-    """--fit-deadline becomes --fit_deadline=true: dashes as in other programs, and switches.
-
-    A text that may begin with a dash becomes part of its option: --prompt=-1.
-    """
+    """--fit-deadline becomes --fit_deadline=true, --prompt -x becomes --prompt=-x."""
     switches, texts = (_options_of_type(options, each) for each in (bool, str | None))
     args, rest = [], list(argv)
     while rest:

@@ -97,7 +97,7 @@ class EvalOptions:
     num_prompts: int = 16
     """Held-out prompts to answer at each measurement; 0 for none."""
     batch_size: int = 8
-    """Global rows per evaluation and generation batch."""
+    """Global rows per evaluation and generation batch, made up to as many for each device."""
     max_new_tokens: int = 768
     """Longest generated answer."""
     temperature: float = 0.0

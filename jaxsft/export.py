@@ -29,6 +29,7 @@ from jaxsft.exporting.output import (
     check_space,
     default_output,
     digests,
+    drifting,
     put_in_place,
     scratch_beside,
 )
@@ -73,7 +74,7 @@ def export(options: ExportOptions, command: str, console: Console) -> int:
     output = Path(options.output or default_output(options.model, options.format)).resolve()
     if not output.name:
         raise ValueError(f"--output {options.output}: name a directory in it")
-    drifting = output.with_name(f"{output.name}.drifting")
+    set_aside = drifting(output)
     origin = find_model(options.model, options.tokenizer, options.base_model, console.print)
     if origin.adapter is None and options.format == "peft":
         raise ValueError(f"{options.model} has no adapter; --format merged or flax export a base")
@@ -82,7 +83,7 @@ def export(options: ExportOptions, command: str, console: Console) -> int:
     peer, gap = (None, None) if options.no_verify else find_checker(options, made.info.config)
     weights = identity(made)
     check_replaceable(output, weights)
-    check_replaceable(drifting, weights)
+    check_replaceable(set_aside, weights)
     check_space(output, needed_bytes(made, peer))
     with scratch_beside(output, console.print) as scratch:
         directory = scratch / "new"
@@ -99,9 +100,9 @@ def export(options: ExportOptions, command: str, console: Console) -> int:
         manifest["files"] = digests(directory)
         write_json(directory / MANIFEST, manifest)
         if check is not None and check.problem is not None:
-            check_replaceable(drifting, weights)
-            put_in_place(directory, drifting)
-            return fail(f"{check.problem}; it is kept as {drifting}, for inspection", EXIT_FAILED)
+            check_replaceable(set_aside, weights)
+            put_in_place(directory, set_aside)
+            return fail(f"{check.problem}; it is kept as {set_aside}, for inspection", EXIT_FAILED)
         check_replaceable(output, weights)
         put_in_place(directory, output)
     console.print(f"Exported to {output}{', NOT verified' if check is None else summary(check)}.")
@@ -122,6 +123,7 @@ def describe(made: Export, check: Check | None, peer: Peer | None, command: str)
         "peer": None if check is None else check.peer,
         "peer_versions": {} if peer is None else peer.versions,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
+        "system_prompt": made.system_prompt,
         "base_name": origin.name,
         "base_revision": origin.revision,
         "run": None if origin.run_dir is None else origin.run_dir.name,

@@ -32,7 +32,7 @@ from jaxsft.json_file import write_text
 from jaxsft.models import Loaded, Origin, find_model, load, run_config
 from jaxsft.prompts import FilePrompt, read_prompt_file
 from jaxsft.reasoning import Turn, split_completion
-from jaxsft.sample import Generation, generate
+from jaxsft.sample import Generation, generate, num_rows
 from jaxsft.sharding import make_mesh
 from jaxsft.terminal import make_console
 from jaxsft.tokenizer import Tokenizer
@@ -183,7 +183,8 @@ def answer_prompts(
             encoded.append(encode(prompt.turns, session))
         except ValueError as error:
             raise ValueError(f"{prompt.where}: {error}") from None
-    num_batches, done = len(voices) * math.ceil(len(prompts) / decoding.batch_size), 0
+    batch_size = num_rows(decoding, len(prompts), mesh)
+    num_batches, done = len(voices) * math.ceil(len(prompts) / batch_size), 0
     by_voice = []
     with Console(stderr=True).status("answering …") as status:
 

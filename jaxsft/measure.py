@@ -85,6 +85,7 @@ def measure(
     if data.heldout is None:
         return {}
     step, samples, rows = int(setup.state.step), data.heldout_samples, data.heldout.rows
+    num_devices = setup.spec.mesh.size
     console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
     losses = held_out_losses(
         setup.state.adapter,
@@ -92,7 +93,7 @@ def measure(
         rows,
         answer_mask(rows, data.tokenizer),
         spec=setup.spec,
-        batch_size=config.eval.batch_size,
+        batch_size=-(-config.eval.batch_size // num_devices) * num_devices,
         on_batch=on_batch,
     )
     lines = compare_losses(losses)

@@ -86,7 +86,7 @@ class RunFiles:
         names begin with a dot are not touched.
 
         Raises:
-            OSError: it can't be read or written there.
+            OSError: it can't be read or written there; ConnectionError where that may pass.
         """
         if not self._is_remote:
             return
@@ -102,7 +102,8 @@ class RunFiles:
                 self._write_owner()
                 own.write_text(str(self._token))
         except Exception as error:  # gcsfs, aiohttp and google.auth have their own types
-            raise OSError(
+            is_refused = isinstance(error, FileNotFoundError | PermissionError)
+            raise (OSError if is_refused else ConnectionError)(
                 f"{self.shown}: can't be read and written ({_first_line(error)}); check the "
                 "bucket's name, your permissions and `gcloud auth application-default login`"
             ) from error

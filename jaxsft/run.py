@@ -24,7 +24,7 @@ from jaxsft.metrics import MetricsWriter, last_step_of
 from jaxsft.peft_io import save_adapter
 from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.prepare import Data
-from jaxsft.remote import RunFiles, is_remote
+from jaxsft.remote import ReplacedError, RunFiles, is_remote
 from jaxsft.report import show_preflight
 from jaxsft.run_dir import RunDir
 from jaxsft.schedule import SCHEDULE
@@ -166,7 +166,8 @@ def catch_up(
     """Measures the step that a run goes on from, where the stop came before that was done."""
     step, every = int(setup.state.step), run.config.eval_steps
     is_due = every and step and step % every == 0 and step < len(setup.step_batches)
-    if is_due and not writer.has("eval/loss"):
+    # The first process alone has the lines of before.
+    if is_due and not from_first(lambda: writer.has("eval/loss")):
         checkpoints.add_eval_loss(step, measured(run, setup, writer, session)["loss"])
 
 
@@ -184,7 +185,10 @@ def save_vanished(run: Run, setup: Setup, checkpoints: Checkpoints) -> None:
     """Writes anew what a run has at its end, where its directory vanished after the last save."""
     if run.run_dir.is_there():
         return
-    run.run_dir.make_again()
+    try:
+        run.run_dir.make_again()
+    except ValueError as error:  # another process was faster
+        raise ReplacedError(str(error)) from error
     run.write_files()
     metadata = {"fingerprint": setup.fingerprint, "split": split_of(setup)}
     checkpoints.save(int(setup.state.step), setup.state, metadata)

@@ -65,8 +65,7 @@ def fit_schedule(
     # A shorter schedule is another program, to be compiled like the first; 2 steps as in reserve_s.
     left_s = clock.left_s() - clock.reserve_s - clock.measure_s
     left_s -= timed.first_s + 2 * max(timed.seconds)
-    evaluation_s = clock.measure_s / config.eval_steps if config.eval_steps else 0.0
-    fitting = math.floor(left_s / (seconds_per_step * _SLOWER + evaluation_s))
+    fitting = math.floor(left_s / (seconds_per_step * _SLOWER + _measuring_s(config, clock)))
     steps = from_first(lambda: min(asked, fitting))  # clocks differ
     at = f"{seconds_per_step:.3g} s a step"
     if steps <= config.warmup_steps:
@@ -82,9 +81,12 @@ def fit_schedule(
     return setup, f"At {at} {steps:,} of {asked:,} steps fit: the schedule is shortened to them."
 
 
-def forecast(setup: Setup, step: int, clock: Clock, seconds_per_step: float) -> str | None:
+def forecast(
+    config: TrainConfig, setup: Setup, step: int, clock: Clock, seconds_per_step: float
+) -> str | None:
     """A line for the user when the steps after `step` will not all be done by the session's end."""
     last_step = len(setup.step_batches)
+    seconds_per_step += _measuring_s(config, clock)
     needed_s = (last_step - step) * seconds_per_step + clock.measure_s
     left_s = clock.left_s() - clock.reserve_s
     if needed_s <= left_s:
@@ -96,3 +98,8 @@ def forecast(setup: Setup, step: int, clock: Clock, seconds_per_step: float) -> 
         f"at about step {reached:,} of {last_step:,}, to be continued in another session. A new "
         "run with --fit-deadline shortens its schedule to what fits."
     )
+
+
+def _measuring_s(config: TrainConfig, clock: Clock) -> float:
+    """Seconds that a step has to bear of the measurements on the way."""
+    return clock.measure_s / config.eval_steps if config.eval_steps else 0.0

@@ -45,7 +45,7 @@ class Clock:
         return self.end_s - time.time()
 
     def add_step(self, seconds: float) -> None:
-        """Counts a step of the loop, with all that happened between it and the one before."""
+        """Counts a step of the loop, with all that happened since the one before but measuring."""
         self._step_s.append(seconds)
 
     @property

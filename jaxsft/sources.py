@@ -225,6 +225,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets  # slow to import, and only what it saved needs it
 
+    with path.open("rb") as file:
+        if file.read(6) == b"ARROW1":
+            raise ValueError(f"{path}: is in Arrow's file format (Feather); save it as Parquet")
     number = 0
     try:
         for row in datasets.Dataset.from_file(str(path)):

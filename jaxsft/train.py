@@ -189,7 +189,7 @@ def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_o
                     setup, line = fit_schedule(config, setup, run.path, clock, timed, session.go_on)
                     console.print(line)
                 elif timed is not None:
-                    say(console, forecast(setup, step, clock, timed.median_s))
+                    say(console, forecast(config, setup, step, clock, timed.median_s))
                 if (run.path / SCHEDULE).exists():
                     run.num_steps = len(setup.step_batches)
                     run.write_files()  # the file may be one of a start that came to nothing
@@ -266,11 +266,13 @@ def train(
             loss = None
             if config.eval_steps and step % config.eval_steps == 0:
                 now = dataclasses.replace(setup, state=state, frozen=frozen)
+                paused_s = time.monotonic()
                 try:
                     loss = measured(run, now, writer, session)["loss"]
                 except StopNow:
                     break
                 throughput.restart_clock(time.monotonic())
+                began_s += time.monotonic() - paused_s  # the clock knows measurements by themselves
             if saver.is_due(step) or is_best(loss, checkpoints):
                 saver.save(step, state, loss)
             has_problem = watch_metrics(console, writer, has_problem)
@@ -278,7 +280,7 @@ def train(
                 clock.add_step(time.monotonic() - began_s)
             began_s = time.monotonic()
             if step == first_step + _FORECAST_AFTER and not is_on_tpu(setup):
-                say(console, forecast(setup, step, clock, clock.median_step_s))
+                say(console, forecast(config, setup, step, clock, clock.median_step_s))
     if step > first_step:
         saver.finish(step, state, session)
     return dataclasses.replace(setup, state=state, frozen=frozen)

@@ -61,19 +61,15 @@ def check_devices(config: TrainConfig, num_devices: int) -> None:
         raise ValueError(
             f"fsdp {config.fsdp} does not divide {num_devices} devices; valid: {divisors}"
         )
-    micro_batches = config.gradient_accumulation_steps
-    sizes = [("global_batch_size", config.global_batch_size, micro_batches)]
-    if config.data.eval_files:
-        sizes.append(("eval.batch_size", config.eval.batch_size, 1))
-    for name, size, num_parts in sizes:
-        multiple = num_devices * num_parts
-        if size % multiple:
-            lower = size // multiple * multiple
-            nearest = ", ".join(str(n) for n in (lower, lower + multiple) if n)
-            over = f"{num_devices} devices" + (f" x {num_parts} micro-batches" * (num_parts > 1))
-            raise ValueError(
-                f"{name} {size} does not split evenly over {over}; nearest valid: {nearest}"
-            )
+    size, num_parts = config.global_batch_size, config.gradient_accumulation_steps
+    multiple = num_devices * num_parts
+    if size % multiple:
+        lower = size // multiple * multiple
+        nearest = ", ".join(str(n) for n in (lower, lower + multiple) if n)
+        over = f"{num_devices} devices" + (f" x {num_parts} micro-batches" * (num_parts > 1))
+        raise ValueError(
+            f"global_batch_size {size} does not split evenly over {over}; nearest valid: {nearest}"
+        )
 
 
 def _get(config: Any, dotted: str) -> Any:

@@ -131,7 +131,7 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
     ]
     if data.system_prompt:
         lines.append(
-            "- system prompt, which the chat template adds where a chat has none: "
+            "- system prompt, in front of the first user turn where a chat had none of its own: "
             f"{_quoted(data.system_prompt)}"
         )
     return lines
@@ -175,7 +175,8 @@ def _evaluation(run_dir: Path, which: str) -> list[str]:
             is_this = Path(model).parts[-2:] == (run_dir.name, which)
             is_this |= Path(model).name == run_dir.name and which == RUN_ADAPTERS[0]
             estimates = {name: each["models"][i] for name, each in found["metrics"].items()}
-            columns["this model" if is_this else _quoted(Path(model).name)] = {
+            label = "this model" if is_this else _quoted(Path(model).name)
+            columns[f"{label} ({i + 1})" if label in columns else label] = {
                 "intervals": {name: (e["low"], e["high"]) for name, e in estimates.items()}
             } | {name: e["value"] for name, e in estimates.items()}
         if "this model" not in columns:

@@ -19,6 +19,7 @@ from jaxsft.exporting.hf_model import (
 )
 from jaxsft.exporting.hf_tokenizer import write_tokenizer
 from jaxsft.exporting.options import ExportOptions
+from jaxsft.exporting.output import MANIFEST
 from jaxsft.exporting.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
 from jaxsft.exporting.verify import (
     CHATS,
@@ -79,9 +80,17 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
             base_revision=origin.revision,
             base_digest=info.digest,
         )
-    run_dir = origin.run_dir
-    system_prompt = None if run_dir is None else run_config(run_dir).data.system_prompt
+    system_prompt = _system_prompt(origin)
     return Export(options, origin, tokenizer, source, info, weights, adapter, model, system_prompt)
+
+
+def _system_prompt(origin: Origin) -> str | None:
+    """Of the run, or of the export that this is made from."""
+    if origin.run_dir is not None:
+        return run_config(origin.run_dir).data.system_prompt
+    manifest = (origin.adapter or origin.base) / MANIFEST
+    found = read_json(manifest).get("system_prompt") if manifest.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def find_checker(options: ExportOptions, config: GemmaConfig) -> tuple[Peer | None, str | None]:

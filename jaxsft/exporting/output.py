@@ -12,18 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from jaxsft.json_file import read_json
+from jaxsft.models import RUN_ADAPTERS
 from jaxsft.weights import file_sha256
 
 MANIFEST = "manifest.json"
-_EARLIER = "earlier"  # what is being replaced, in the scratch directory
+_EARLIER = "earlier-"  # what is being replaced, in the scratch directory
 _SPARE_BYTES = 64 * 2**20  # tokenizer, card
 
 
 def default_output(model: str, format: str) -> Path:
-    """exports/NAME-FORMAT; NAME is a run's, a model's, or the hub's without owner and revision."""
+    """exports/NAME-FORMAT; NAME is a run's (NAME-best and NAME-start for its other adapters), a
+    model's, or the hub's without owner and revision."""
     if Path(model).exists():
         path = Path(os.path.abspath(model))  # what . means has a name
-        name = path.parent.name if path.name == "adapter" and path.parent.name else path.name
+        name = path.name
+        if name in RUN_ADAPTERS and path.parent.name:
+            which = name.removeprefix("adapter").removeprefix("-")
+            name = f"{path.parent.name}-{which}" if which else path.parent.name
     else:
         name = Path(model.partition("@")[0]).name
     return Path("exports", f"{name}-{format}")
@@ -81,19 +86,31 @@ def scratch_beside(output: Path, say: Callable[[str], None]) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         for path in output.parent.glob(f"{glob.escape(prefix)}*"):
             _remove_abandoned(path, output, say)
-        scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=prefix)).absolute()
+        scratch, handle = _make_scratch(output.parent, prefix)
     except OSError as error:
         raise ValueError(
             f"{output} cannot be written ({error.strerror}): choose another --output"
         ) from None
-    handle = os.open(scratch, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # NFS without locks, say
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(handle)  # last: what is removed is nobody else's
+
+
+def _make_scratch(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new directory, and the handle that it is locked by."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(dir=parent, prefix=prefix)).absolute()
+        try:
+            handle = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:  # another export took it for abandoned: it had no lock yet
+            continue
+        with contextlib.suppress(OSError):  # NFS without locks, say
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if scratch.exists():
+            return scratch, handle
+        os.close(handle)
 
 
 def _remove_abandoned(scratch: Path, output: Path, say: Callable[[str], None]) -> None:
@@ -104,10 +121,11 @@ def _remove_abandoned(scratch: Path, output: Path, say: Callable[[str], None]) -
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        earlier = scratch / _EARLIER
-        if earlier.exists() and not output.exists():  # killed between the two renames
-            os.replace(earlier, output)
-            say(f"Put {output} back, which an export that was killed had moved aside.")
+        for place in (output, drifting(output)):
+            earlier = scratch / f"{_EARLIER}{place.name}"
+            if earlier.exists() and not place.exists():  # killed between the two renames
+                os.replace(earlier, place)
+                say(f"Put {place} back, which an export that was killed had moved aside.")
         shutil.rmtree(scratch)
         say(f"Removed {scratch}, which an export that was killed had left.")
     except OSError:
@@ -116,10 +134,15 @@ def _remove_abandoned(scratch: Path, output: Path, say: Callable[[str], None]) -
         os.close(handle)
 
 
+def drifting(output: Path) -> Path:
+    """Where an export is kept that isn't the model that it was made from."""
+    return output.with_name(f"{output.name}.drifting")
+
+
 def put_in_place(directory: Path, output: Path) -> None:
     """Gives the complete directory, in a scratch one, its name; an earlier one makes room, or
     stays if that fails."""
-    earlier = directory.with_name(_EARLIER)
+    earlier = directory.with_name(f"{_EARLIER}{output.name}")
     is_replaced = output.exists()
     if is_replaced:
         os.replace(output, earlier)

@@ -1,8 +1,11 @@
 """The adapter of the lowest held-out loss, wherever the run is stopped and whatever is damaged."""
 
 import json
+import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,8 +27,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
     return TinyRuns(tmp_path_factory.mktemp("best"))
 
 
-def run(runs: TinyRuns, name: str) -> int:
-    return main(["--config", str(runs.config), "--name", name, *OPTIONS])
+def run(runs: TinyRuns, name: str, *options: str) -> int:
+    return main(["--config", str(runs.config), "--name", name, *OPTIONS, *options])
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,22 @@ def test_a_stop_at_the_best_step_does_not_lose_it(
     assert (stopped / "checkpoints" / best).is_dir()
     assert run(runs, "stopped") == 0
     assert differences(stopped, whole) == []
+
+
+def test_measuring_is_no_slow_step(runs: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session's end would be kept free of as much time."""
+    passed_s, clocks = [0.0], []
+
+    def measured(run: Any, *_: Any) -> dict[str, Any]:
+        passed_s[0] += 1e6
+        clocks.append(run.clock)
+        return {"loss": 1.0}
+
+    times = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + passed_s[0])
+    monkeypatch.setattr(jaxsft.train, "measured", measured)
+    monkeypatch.setattr(jaxsft.train, "time", times)
+    assert run(runs, "measured", "--max_steps", "12") == 0
+    assert len(clocks) == 4 and 0 < clocks[-1].p99_step_s < 1e6
 
 
 def test_a_damaged_best_step_is_left_out_and_said(

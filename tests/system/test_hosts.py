@@ -202,16 +202,8 @@ def test_checkpoints_of_two_processes_are_one(said: tuple[Path, dict[str, Any]])
 def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
     """Stopped by a signal to one of them, at one step, and continued."""
     runs = TinyRuns(tmp_path)
-    options = (
-        "--max_steps",
-        "8",
-        "--step",
-        "fused",
-        "--eval_steps",
-        "4",
-        "--eval.num_prompts",
-        "3",
-    )
+    options = ("--max_steps", "8", "--step", "fused", "--save_steps", "4", "--eval_steps", "4")
+    options = (*options, "--eval.num_prompts", "3")
     runs.finish("one", *options)
 
     def start(stack: ExitStack) -> list[Child]:
@@ -225,12 +217,19 @@ def test_a_run_in_two_processes_is_the_run_of_one(tmp_path: Path) -> None:
 
     with ExitStack() as stack:
         first, second = start(stack)
-        first.wait_for("step 2/")
+        first.wait_for("step 6/")
+        for child in (first, second):
+            child.send(signal.SIGKILL)
+        assert first.wait() == second.wait() == -signal.SIGKILL
+    with ExitStack() as stack:
+        first, second = start(stack)
+        first.wait_for("step 5/")
+        assert "Continuing from step 4." in first.out
         second.send(signal.SIGTERM)
         assert first.wait() == second.wait() == EXIT_STOPPED, first.err + second.err
     stopped_at = train_metrics(runs.path("two"))[-1]["step"]
     checkpoints = runs.path("two") / "checkpoints"
-    assert 2 <= stopped_at < 8 and (checkpoints / str(stopped_at)).is_dir()
+    assert 5 <= stopped_at < 8 and (checkpoints / str(stopped_at)).is_dir()
 
     with ExitStack() as stack:
         first, second = start(stack)

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from jaxsft import config as config_module
 from jaxsft.cli import check_output, command_line, parse_config, parse_options, recipe_names
-from jaxsft.config import DataOptions, EvalOptions, TrainConfig
+from jaxsft.config import TrainConfig
 from jaxsft.json_file import read_json, write_json
 from jaxsft.optimizer import make_schedule
 from jaxsft.validation import check_devices, validate
@@ -333,11 +334,6 @@ def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
         ),
         ({"fsdp": 3}, 8, r"fsdp 3 does not divide 8 devices; valid: \[1, 2, 4, 8\]"),
         ({"fsdp": 16}, 8, "fsdp 16"),
-        (
-            {"eval": EvalOptions(batch_size=6), "data": DataOptions(eval_files="a.jsonl")},
-            4,
-            "eval.batch_size 6 .* 4, 8",
-        ),
     ],
 )
 def test_batches_that_do_not_fit_the_devices(
@@ -368,7 +364,7 @@ class Texts:
 @pytest.mark.parametrize(
     "text",
     [
-        *("# heading", "~", "Null", "null ", "a: b", "[1", "- x", "--- x", "--x y", "1e3", "true"),
+        *("# heading", "~", "Null", "a: b", "[1", "- x", "--- x", "--x y", "1e3", "true"),
         *('"', "\\n", "a\nb", "", " ", "naïve 🙂", "\x7f\x1b[0m", "{{x}}", "-1"),
     ],
 )
@@ -379,3 +375,21 @@ def test_texts_are_taken_as_they_are(text: str) -> None:
     assert parse_options("jaxsft.x", "", ["m", "--prompt", "null"], Texts).prompt is None
     with pytest.raises(ValueError, match="prompt"):
         parse_options("jaxsft.x", "", ["m", "--prompt", "--base"], Texts)
+
+
+@pytest.mark.parametrize("text", ["# Think.", "~", "Null", "a: b"])
+def test_texts_are_taken_as_they_are_everywhere(text: str, tmp_path: Path) -> None:
+    config, dumped = parse_config("jaxsft.train", "", ["--data.system_prompt", text])
+    mine = {"data": {"train_files": "a.jsonl", "system_prompt": text}}
+    (tmp_path / "kept.yaml").write_text(dumped)
+    (tmp_path / "mine.yaml").write_text(json.dumps(mine))
+    for file in ("kept.yaml", "mine.yaml"):
+        again = parse("--config", str(tmp_path / file))
+        assert again.data.system_prompt == config.data.system_prompt == text
+    assert parse("--data.system_prompt", "null").data.system_prompt is None
+    assert parse_options("jaxsft.x", "", ["m"], Texts, {"prompt": text}).prompt == text
+
+
+def test_the_recipe_s_batch_scales_with_the_devices() -> None:
+    config = parse("--config", "single_session", "--global_batch_size", "256")
+    check_devices(config, 64)  # whatever eval.batch_size is: measuring makes it up

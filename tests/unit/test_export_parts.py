@@ -83,6 +83,8 @@ def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path / "a@b")
     for name in (".", "adapter", str(tmp_path / "a@b"), "../a@b/"):
         assert default_output(name, "peft") == Path("exports/a@b-peft")
+    (tmp_path / "a@b" / "adapter-best").mkdir()
+    assert default_output("adapter-best", "merged") == Path("exports/a@b-best-merged")
     assert default_output("google/gemma-2b@main", "flax") == Path("exports/gemma-2b-flax")
 
 
@@ -116,11 +118,13 @@ def test_what_a_killed_export_left(tmp_path: Path) -> None:
     assert line.startswith(f"Removed {tmp_path / '.out.partial-killed'}, which an export")
 
     # Killed after the earlier export was moved aside, before the new one took its place.
-    (tmp_path / ".out.partial-killed" / "earlier").mkdir(parents=True)
-    (tmp_path / ".out.partial-killed" / "earlier" / "mine").touch()
+    for name in ("out", "out.drifting"):
+        (tmp_path / ".out.partial-killed" / f"earlier-{name}").mkdir(parents=True)
+        (tmp_path / ".out.partial-killed" / f"earlier-{name}" / name).touch()
     with scratch_beside(output, said.append):
-        assert [path.name for path in output.iterdir()] == ["mine"]
-    assert said[1].startswith(f"Put {output} back") and len(said) == 3
+        for place in (output, tmp_path / "out.drifting"):
+            assert [path.name for path in place.iterdir()] == [place.name]
+    assert said[1].startswith(f"Put {output} back") and len(said) == 4
 
 
 @pytest.mark.parametrize(
@@ -231,6 +235,10 @@ def test_card_of_a_run(tmp_path: Path) -> None:
     assert "|  | `demo` | this model |\n|---|---|---|\n" in text
     assert "| exact format | 0.0% | 57.5% [50.6, 64.1] |" in text
     assert "- went on from the adapter of `first`" in text
+    write_json(
+        run_dir / "evaluation" / "evaluation.json", numbers | {"models": ["tuned", "old/tuned"]}
+    )
+    assert "|  | this model | this model (2) |" in about("adapter")
     best, start = about("adapter-best"), about("start")
     assert "## Results" not in best + start
     assert "- of the steps below, the one with the lowest held-out loss" in best

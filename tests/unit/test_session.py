@@ -136,14 +136,17 @@ def test_the_forecast_counts_what_is_kept_free() -> None:
     clock = Clock(NOW_S + 1120)
     clock.measure_s = 50
     # 1120 - 120 s for 95 steps of 10 s and 50 s of measuring.
-    assert schedule.forecast(fake_setup(100), 5, clock, 10.0) is None
-    line = schedule.forecast(fake_setup(200), 5, clock, 10.0)
+    assert schedule.forecast(TrainConfig(), fake_setup(100), 5, clock, 10.0) is None
+    line = schedule.forecast(TrainConfig(), fake_setup(200), 5, clock, 10.0)
     assert line is not None
     assert line.startswith("WARNING: the 195 steps left take 33 min 20 s at 10 s each, the session")
     assert "has 18 min 40 s: it will stop at about step 105 of 200, to be continued" in line
     # All steps fit, and the measurement does not.
-    line = schedule.forecast(fake_setup(101), 5, clock, 10.0)
+    line = schedule.forecast(TrainConfig(), fake_setup(101), 5, clock, 10.0)
     assert line is not None and "it will stop at about step 101 of 101" in line
+    # 95 steps that bear a fiftieth of a measurement each take as long as 105.
+    line = schedule.forecast(TrainConfig(eval_steps=50), fake_setup(100), 5, clock, 10.0)
+    assert line is not None and "it will stop at about step 95 of 100" in line
 
 
 def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as arrow
+import pyarrow.feather as feather
 import pyarrow.parquet as parquet
 import pytest
 
@@ -113,6 +114,9 @@ def test_a_data_set_saved_by_hugging_face(tmp_path):
     second.unlink()
     with pytest.raises(ValueError, match=r"00001-of-00002.arrow: is missing; save the data set"):
         list(read_rows(tmp_path / "saved"))
+    feather.write_feather(arrow.Table.from_pylist([GOOD]), tmp_path / "rows.arrow")
+    with pytest.raises(ValueError, match=r"rows.arrow: is in Arrow's file format .* as Parquet"):
+        list(read_rows(tmp_path / "rows.arrow"))
     datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match=r"splits: holds several splits; .* them: test, train$"):
         list(read_rows(tmp_path / "splits"))
