@@ -121,8 +121,13 @@ def stamp(file: Path) -> list[int]:
     try:
         status = file.stat()
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+        raise _unreadable(file, error) from None
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    made = "" if path.suffix else " or let data/download_sft_datasets.py make it"
+    return ValueError(f"{path}: cannot be read ({error.strerror or error}); check the path{made}")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -148,8 +153,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             empty = False
             yield row
     except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"{path}: cannot be read ({why}); check the path") from None
+        raise _unreadable(path, error) from None
     if empty:
         raise ValueError(f"{path}: is empty; it must hold one JSON object per line")
 
