@@ -489,15 +489,8 @@ def print_hashes(model: str, directory: Path) -> None:
         argv = [
             *("--config", "single_session_packed", "--model.path", model, "--step", step),
             *("--data.train_files", str(directory / "rows.jsonl"), "--data.max_length", "128"),
-            *(
-                "--data.stop",
-                "null",
-                "--model.dtype",
-                "float32",
-                "--model.param_dtype",
-                "float32",
-                "--data.packing=true",
-            ),
+            *("--data.eval_files", "[]", "--eval_steps", "null"),
+            *("--model.dtype", "float32", "--model.param_dtype", "float32"),
             *("--lora.r", "4", "--global_batch_size", "32", "--warmup_steps", "0"),
         ]
         assert main([*argv, *local, "--json", str(directory / "plan.json")]) == 0
