@@ -1,5 +1,6 @@
 """The whole path of the data on real rows: GSM8K's training split, where it is at hand."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from jaxsft.reasoning import split_completion
 from jaxsft.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-PLACES = (ROOT / "data" / "gsm8k" / "train", ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl")
+# As the download leaves it, or a file of its rows.
+GSM8K = Path(os.environ.get("GSM8K_TRAIN", ROOT / "data" / "gsm8k" / "train"))
 NUM_ROWS = 7473
 
 pytestmark = pytest.mark.slow
@@ -20,10 +22,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def rows() -> Path:
-    for place in PLACES:
-        if place.exists():
-            return place
-    pytest.skip("no GSM8K: python data/download_sft_datasets.py --dataset gsm8k")
+    if not GSM8K.exists():
+        pytest.skip("no GSM8K: python data/download_sft_datasets.py --dataset gsm8k")
+    return GSM8K
 
 
 def test_gsm8k_is_prepared_whole(
