@@ -27,14 +27,12 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
+from jaxsft.run_dir import ReplacedError
+
 _OWNER = ".owner"
 _LAST = "result.json"  # says that the run is finished, so all else must be there
 # Of names in the run's directory: checkpoints, hidden files, and objects that stand for a folder.
 _NOT_COPIED = re.compile(r"checkpoints/|\.|(.*/)?$")
-
-
-class ReplacedError(Exception):
-    """Another process has continued the run; the text says so."""
 
 
 def is_remote(path: str) -> bool:

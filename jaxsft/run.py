@@ -24,7 +24,7 @@ from jaxsft.metrics import MetricsWriter, last_step_of
 from jaxsft.peft_io import save_adapter
 from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.prepare import Data
-from jaxsft.remote import ReplacedError, RunFiles, is_remote
+from jaxsft.remote import RunFiles, is_remote
 from jaxsft.report import show_preflight
 from jaxsft.run_dir import RunDir
 from jaxsft.schedule import SCHEDULE
@@ -185,10 +185,7 @@ def save_vanished(run: Run, setup: Setup, checkpoints: Checkpoints) -> None:
     """Writes anew what a run has at its end, where its directory vanished after the last save."""
     if run.run_dir.is_there():
         return
-    try:
-        run.run_dir.make_again()
-    except ValueError as error:  # another process was faster
-        raise ReplacedError(str(error)) from error
+    run.run_dir.make_again()
     run.write_files()
     metadata = {"fingerprint": setup.fingerprint, "split": split_of(setup)}
     checkpoints.save(int(setup.state.step), setup.state, metadata)

@@ -10,6 +10,10 @@ from typing import Self
 _SPARE_BYTES = 64 * 2**20  # metrics, samples, TensorBoard events
 
 
+class ReplacedError(Exception):
+    """Another process has taken or continued the run; the text says so."""
+
+
 class RunDir:
     """Makes and holds `path` as long as it is entered; nothing is left of it when still empty.
 
@@ -94,9 +98,12 @@ class RunDir:
             return False
 
     def make_again(self) -> None:
-        """After it has vanished. Raises OSError where that can't be done, ValueError where another
-        process was faster."""
-        self._hold()
+        """After it has vanished. Raises OSError where that can't be done, ReplacedError where
+        another process was faster."""
+        try:
+            self._hold()
+        except ValueError as error:
+            raise ReplacedError(str(error)) from error
 
 
 def check_free_space(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int) -> None:

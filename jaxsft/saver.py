@@ -9,7 +9,6 @@ from rich.console import Console
 
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.hosts import any_of
-from jaxsft.remote import ReplacedError
 from jaxsft.run_dir import RunDir
 from jaxsft.session import Clock, Session, duration
 from jaxsft.step import TrainState
@@ -121,8 +120,6 @@ class Saver:
         except OSError as error:
             self._failed(step, OSError(f"{run_dir.path} has vanished: {error}"))
             return
-        except ValueError as error:  # another process was faster
-            raise ReplacedError(str(error)) from error
         self._retry_at = step
         self._say(f"{run_dir.path} has vanished", "it was made again, saving there now")
 

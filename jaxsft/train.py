@@ -34,7 +34,7 @@ from jaxsft.packing import batch_hash
 from jaxsft.peft_io import save_adapter
 from jaxsft.prepare import load_data
 from jaxsft.prepare_report import show_data
-from jaxsft.remote import ReplacedError, RunFiles, is_remote
+from jaxsft.remote import RunFiles, is_remote
 from jaxsft.report import progress, show_finished, show_result, show_setup, show_stopped
 from jaxsft.run import (
     Run,
@@ -51,7 +51,7 @@ from jaxsft.run import (
     watch_metrics,
     write_results,
 )
-from jaxsft.run_dir import RunDir, check_free_space
+from jaxsft.run_dir import ReplacedError, RunDir, check_free_space
 from jaxsft.saver import Saver
 from jaxsft.schedule import SCHEDULE, check_fit, fit_schedule, fitted, forecast
 from jaxsft.session import (

@@ -9,7 +9,8 @@ import pytest
 from etils import epath
 from fake_gcs import FakeGcs, running_gcs
 
-from jaxsft.remote import ReplacedError, RunFiles, is_remote
+from jaxsft.remote import RunFiles, is_remote
+from jaxsft.run_dir import ReplacedError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxsft.run_dir import RunDir, check_free_space
+from jaxsft.run_dir import ReplacedError, RunDir, check_free_space
 
 MIB = 2**20
 Usage = namedtuple("Usage", "total used free")
@@ -94,7 +94,7 @@ def test_a_directory_that_another_took_is_not_ours(tmp_path: Path) -> None:
     with RunDir(path) as first:
         path.rename(tmp_path / "elsewhere")
         with RunDir(path) as second:
-            with pytest.raises(ValueError, match="another process trains here"):
+            with pytest.raises(ReplacedError, match="another process trains here"):
                 first.make_again()
             assert not first.is_there() and second.is_there()
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jaxsft.remote import ReplacedError
-from jaxsft.run_dir import RunDir
+from jaxsft.run_dir import ReplacedError, RunDir
 from jaxsft.saver import Saver
 from jaxsft.session import Clock, Session
 
