@@ -1,5 +1,7 @@
 """A command in a process of its own: start it, read what it says, wait for a line, signal it."""
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from typing import Self
 
 _POLL_S = 0.002
 _LIMIT_S = 300.0  # a child that takes longer hangs
+_PAGE_BYTES = 4096  # the least that a pipe holds
 
 
 class ChildError(Exception):
@@ -17,15 +20,18 @@ class ChildError(Exception):
 
 
 class Child:
-    """A command in a process of its own; its output goes to files as it comes.
+    """A command in a process of its own.
+
+    Its stdout is a pipe that holds one write, and it waits while that is not read. So a process
+    of which a line was awaited is two lines further at most, however late we see the line.
 
     Leaving the context kills the process, if it still runs.
 
     Args:
         command: program and arguments.
         environment: all of it.
-        log: `<log>.out` and `<log>.err` are written.
-        stdout: is written instead of `<log>.out`; where it is a pipe, `out` can't be read.
+        log: `<log>.err` gets its stderr.
+        stdout: is written instead of the pipe, freely; `out` stays empty.
     """
 
     def __init__(
@@ -35,8 +41,16 @@ class Child:
         log: Path,
         stdout: Path | None = None,
     ) -> None:
-        self._out, self._err = stdout or log.with_suffix(".out"), log.with_suffix(".err")
-        with self._out.open("w") as out, self._err.open("w") as err:
+        self._bytes, self._err = bytearray(), log.with_suffix(".err")
+        read_end, write_end = os.pipe2(os.O_DIRECT)  # each write is one read
+        fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, _PAGE_BYTES)
+        os.set_blocking(read_end, False)
+        self._pipe = open(read_end, "rb", buffering=0)  # noqa: SIM115 (__exit__ closes it)
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(open(write_end, "wb"))
+            if stdout is not None:
+                out = stack.enter_context(stdout.open("wb"))
+            err = stack.enter_context(self._err.open("wb"))
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=err, env=dict(environment), cwd=log.parent
             )
@@ -45,13 +59,14 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.kill()
+        self._pipe.close()
 
     @property
     def out(self) -> str:
         """What it has written to stdout by now."""
-        return self._out.read_text(errors="replace")
+        self._read_all()
+        return self._written()
 
     @property
     def err(self) -> str:
@@ -66,19 +81,20 @@ class Child:
         return f"exit code {self.process.poll()}, {len(err)} lines of stderr, last: {last}"
 
     def is_running(self) -> bool:
-        """Has it not ended yet?"""
-        return self.process.poll() is None
+        """Has it not ended yet? What it has written is read, so that it goes on."""
+        has_ended = self.process.poll() is not None  # before the look, so that no line is missed
+        self._read_all()
+        return not has_ended
 
     def wait_for(self, start: str) -> None:
         """Returns when a line of stdout begins so; ChildError when the process ends before."""
         deadline = time.monotonic() + _LIMIT_S
-        while True:
-            is_running = self.is_running()  # before the look, so that no line is missed
-            if any(line.startswith(start) for line in self.out.splitlines(keepends=True)):
-                return
-            if not is_running or time.monotonic() > deadline:
-                raise ChildError(f"no line {start!r}; {self.said}")
-            time.sleep(_POLL_S)
+        while not any(line.startswith(start) for line in self._written().splitlines()):
+            has_ended = self.process.poll() is not None or time.monotonic() > deadline
+            if not self._read():
+                if has_ended:
+                    raise ChildError(f"no line {start!r}; {self.said}")
+                time.sleep(_POLL_S)
 
     def send(self, number: signal.Signals) -> None:
         """Sends it a signal."""
@@ -92,11 +108,28 @@ class Child:
     def kill(self) -> bool:
         """Kills it; False when it had ended by itself before."""
         self.process.kill()
-        return self.process.wait() == -signal.SIGKILL
+        code = self.process.wait()
+        self._read_all()
+        return code == -signal.SIGKILL
 
     def wait(self) -> int:
         """Its exit code, when it has ended; ChildError when it hangs."""
-        try:
-            return self.process.wait(_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise ChildError(f"no end after {_LIMIT_S:g} s; {self.said}") from None
+        deadline = time.monotonic() + _LIMIT_S
+        while self.is_running():
+            if time.monotonic() > deadline:
+                raise ChildError(f"no end after {_LIMIT_S:g} s; {self.said}")
+            time.sleep(_POLL_S)
+        return self.process.returncode
+
+    def _read(self) -> bool:
+        """Takes in one write, if there is one."""
+        written = None if self._pipe.closed else self._pipe.read(_PAGE_BYTES)
+        self._bytes += written or b""
+        return bool(written)
+
+    def _read_all(self) -> None:
+        while self._read():
+            pass
+
+    def _written(self) -> str:
+        return self._bytes.decode(errors="replace")

@@ -21,6 +21,7 @@ import yaml
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.child import Child
 from jaxsft.build import abstract_state
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, parse_config
@@ -112,23 +113,15 @@ class Runs:
         assert (process.returncode, err) == (0, ""), out + err
         return out
 
-    def interrupt(self, name: str, after: str, number: int, *options: str) -> tuple[int, str, str]:
+    def interrupt(
+        self, name: str, after: str, number: signal.Signals, *options: str
+    ) -> tuple[int, str, str]:
         """Sends a signal when a line starts with `after`: (exit code, stdout, stderr)."""
-        process = self.start(name, *options)
-        assert process.stdout is not None and process.stderr is not None
-        lines = []
-        try:
-            for line in process.stdout:
-                lines.append(line)
-                if line.startswith(after):
-                    process.send_signal(number)
-            code, err = process.wait(), process.stderr.read()
-        finally:
-            process.kill()
-            process.stdout.close()
-            process.stderr.close()
-            process.wait()
-        return code, "".join(lines), err
+        command = [sys.executable, "-m", "jaxsft.train", *self.argv(name, *options)]
+        with Child(command, self.environment, self.directory / name) as child:
+            child.wait_for(after)
+            child.send(number)
+            return child.wait(), child.out, child.err
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         lines = (self.path(name) / "metrics.jsonl").read_text().splitlines()
