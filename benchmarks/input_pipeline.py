@@ -30,7 +30,7 @@ from benchmarks.input_peers import prepare_with_trl, write_trl_rows
 from benchmarks.process_tree import ROOT, CommandError, Usage, run_measured
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail
 from jaxsft.json_file import write_json
-from jaxsft.prepared import Prepared, open_prepared
+from jaxsft.preparing.store import Prepared, open_prepared
 from jaxsft.sources import MANIFEST
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import demo_model_path

@@ -16,13 +16,13 @@ from rich.console import Console
 
 from jaxsft.cli import EXIT_FAILED, check_output, parse_config, run_command
 from jaxsft.config import TrainConfig
-from jaxsft.inspect_html import page
-from jaxsft.inspect_report import legend, show_checks, show_counts, show_row
-from jaxsft.inspect_rows import survey
-from jaxsft.inspect_tokens import RowReader
+from jaxsft.inspecting.page import page
+from jaxsft.inspecting.report import legend, show_checks, show_counts, show_row
+from jaxsft.inspecting.rows import survey
+from jaxsft.inspecting.tokens import RowReader
 from jaxsft.json_file import write_text
 from jaxsft.prepare import load_data, load_tokenizer, model_path
-from jaxsft.prepared import Prepared, open_prepared
+from jaxsft.preparing.store import Prepared, open_prepared
 from jaxsft.tokenizer import Tokenizer
 
 DESCRIPTION = (

@@ -234,7 +234,7 @@ def _find(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Foun
             f"{name}: there is nothing of this name in {path.parent}/; {hint}{repo}@main means "
             "the model on the hub"
         )
-    from jaxsft.hub_models import fetch_model  # slow to import, and only the hub's need it
+    from jaxsft.hub.models import fetch_model  # slow to import, and only the hub's need it
 
     directory, commit = fetch_model(repo, revision or "main", say, needs_tokenizer=needs_tokenizer)
     return _Found(directory, repo, commit)

@@ -20,9 +20,9 @@ from jaxsft.config import DataOptions, TrainConfig
 from jaxsft.data import DataReport, as_list
 from jaxsft.models import base_path, find_tokenizer, open_tokenizer
 from jaxsft.packing import Sample
-from jaxsft.preparation import prepare
-from jaxsft.prepare_report import preparing, show_data
-from jaxsft.prepared import Prepared
+from jaxsft.preparing.cache import prepare
+from jaxsft.preparing.report import preparing, show_data
+from jaxsft.preparing.store import Prepared
 from jaxsft.sources import num_rows
 from jaxsft.tokenizer import Tokenizer
 

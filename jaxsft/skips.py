@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from jaxsft.metrics import MetricsWriter
 from jaxsft.packing import StepBatches
-from jaxsft.prepared import Prepared, source_of
+from jaxsft.preparing.store import Prepared, source_of
 
 _ROWS_SHOWN = 8
 

@@ -33,7 +33,7 @@ from jaxsft.metrics import MetricsWriter, Throughput
 from jaxsft.packing import batch_hash
 from jaxsft.peft_io import save_adapter
 from jaxsft.prepare import load_data
-from jaxsft.prepare_report import show_data
+from jaxsft.preparing.report import show_data
 from jaxsft.remote import RunFiles, is_remote
 from jaxsft.report import progress, show_finished, show_result, show_setup, show_stopped
 from jaxsft.run import (

@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from jaxsft import hub
 from jaxsft.config import DataOptions
 from jaxsft.gguf_io import GGUFFile, hf_config
+from jaxsft.hub import files as hub_files
 from jaxsft.json_file import read_json
 from jaxsft.peft_io import load_adapter, read_adapter_config
-from jaxsft.preparation import prepare
-from jaxsft.prepared import Prepared, open_prepared, sealed
+from jaxsft.preparing.cache import prepare
+from jaxsft.preparing.store import Prepared, open_prepared, sealed
 from jaxsft.presets import from_hf_config
 from jaxsft.safetensors_io import SafetensorsDirectory
 from jaxsft.text import visible_line
@@ -419,7 +419,7 @@ def test_json_texts(text: str, directory: Path) -> None:
 def test_names_on_a_hub_stay_below_the_directory(directory: Path, name: str) -> None:
     entry = SimpleNamespace(rfilename=name, size=1, blob_id="0" * 40, lfs=None)
     try:
-        listed = hub._listed("owner/name", entry)
+        listed = hub_files._listed("owner/name", entry)
     except ValueError as error:
         assert repr(name) in str(error)
         return

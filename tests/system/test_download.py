@@ -19,13 +19,13 @@ import pyarrow.parquet as parquet
 import pytest
 from fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
 
-from jaxsft import download as download_module
-from jaxsft import hub as hub_module
-from jaxsft.hub_retry import Hub
+from jaxsft.hub import datasets as hub_datasets
+from jaxsft.hub import files as hub_files
+from jaxsft.hub.parts import columns_read, write_part
+from jaxsft.hub.retry import Hub
+from jaxsft.hub.splits import parse_split
 from jaxsft.reasoning import ACCEPTED_SCHEMAS, Conversation, convert_row
-from jaxsft.row_writer import columns_read, write_part
 from jaxsft.sources import read_rows
-from jaxsft.splits import parse_split
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "data" / "download_sft_datasets.py"
@@ -319,7 +319,7 @@ def test_a_second_download_takes_nothing_from_the_first(
 def test_a_second_conversion_is_refused(in_process: InProcess, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "p", "completion": "c"}\n')
-    with download_module._locked(in_process.directory / "mine"):
+    with hub_datasets._locked(in_process.directory / "mine"):
         assert "another download is writing to it" in in_process("--dataset", str(file))
     in_process("--dataset", str(file), code=0)
 
@@ -637,8 +637,8 @@ def test_model_files_by_pattern(download: Download, hub: FakeHub, tmp_path: Path
     files = {"config.json": b"{}", "model-1.safetensors": b"\0" * 999, "README.md": b"#"}
     hub.add("google/gemma", files | {"sub/model-2.safetensors": b"\1" * 99})
     program = (
-        "import sys; from pathlib import Path; from jaxsft.hub import fetch_files, look_up\n"
-        "from jaxsft.hub_retry import Hub\n"
+        "import sys; from pathlib import Path; from jaxsft.hub.files import fetch_files, look_up\n"
+        "from jaxsft.hub.retry import Hub\n"
         "hub = Hub(retry_wait_s=0.01)\n"
         "snapshot = look_up(hub, 'model', 'google/gemma', 'main')\n"
         "for path in fetch_files(hub, snapshot, ['*.json', '*.safetensors'], Path(sys.argv[1])):\n"
@@ -658,10 +658,10 @@ def test_model_files_by_pattern(download: Download, hub: FakeHub, tmp_path: Path
 
 def test_a_full_disk_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**8))
-    file = hub_module.HubFile("big.parquet", 10**9, "0" * 40, None)
-    snapshot = hub_module.Snapshot("dataset", "a/b", "0" * 40, (file,), [])
+    file = hub_files.HubFile("big.parquet", 10**9, "0" * 40, None)
+    snapshot = hub_files.Snapshot("dataset", "a/b", "0" * 40, (file,), [])
     with pytest.raises(ValueError, match=r"0\.10 GB free, big\.parquet needs 1\.07 GB"):
-        hub_module.fetch(Hub(), snapshot, file, tmp_path / "big.parquet")
+        hub_files.fetch(Hub(), snapshot, file, tmp_path / "big.parquet")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 import jaxsft.inspect
 import jaxsft.prepare
-from jaxsft.prepared import open_prepared
+from jaxsft.preparing.store import open_prepared
 from jaxsft.reasoning import split_completion
 from jaxsft.tokenizer import Tokenizer
 

@@ -14,10 +14,10 @@ import yaml
 
 from jaxsft.data import DataReport
 from jaxsft.inspect import main
-from jaxsft.inspect_rows import Check, survey
-from jaxsft.inspect_tokens import RowReader
+from jaxsft.inspecting.rows import Check, survey
+from jaxsft.inspecting.tokens import RowReader
 from jaxsft.packing import PackedRows, Sample
-from jaxsft.prepared import Prepared, open_prepared, sealed, source_of
+from jaxsft.preparing.store import Prepared, open_prepared, sealed, source_of
 from jaxsft.tokenizer import Tokenizer
 
 T = 64
@@ -302,7 +302,7 @@ def test_slices_change_nothing(tiny_tokenizer: Tokenizer, monkeypatch: pytest.Mo
     samples = [Sample(np.full(n, 5, np.int32), np.arange(n) % 2 == 1) for n in lengths]
     prepared = by_hand(samples)
     whole = survey(prepared, tiny_tokenizer)
-    monkeypatch.setattr("jaxsft.inspect_rows._SLICE_TOKENS", 4)
+    monkeypatch.setattr("jaxsft.inspecting.rows._SLICE_TOKENS", 4)
     sliced = survey(prepared, tiny_tokenizer)
     assert sliced.checks == whole.checks
     assert whole.checks[1].num_failed == 6 and len(whole.checks[1].examples) == 5

@@ -12,7 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from jaxsft.prepare import main
-from jaxsft.prepared import open_prepared
+from jaxsft.preparing.store import open_prepared
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 GOOD = [

@@ -15,7 +15,7 @@ import yaml
 from fake_hub import FakeHub, parquet_bytes, running_hub
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED
-from jaxsft.hub_retry import Hub
+from jaxsft.hub.retry import Hub
 from jaxsft.prepare import main as prepare
 from jaxsft.text import visible_line
 from jaxsft.train import main as train
@@ -219,8 +219,9 @@ def test_a_model_is_that_of_its_commit_byte_for_byte(place: Place, hub: FakeHub)
     name, weights = "google/gemma", bytes(range(200))
     old = hub.add(name, {"model.safetensors": weights})
     program = (
-        "import os, sys; from pathlib import Path; from jaxsft.hub import fetch_files, look_up\n"
-        "from jaxsft.hub_retry import Hub\n"
+        "import os, sys; from pathlib import Path\n"
+        "from jaxsft.hub.files import fetch_files, look_up\n"
+        "from jaxsft.hub.retry import Hub\n"
         "hub = Hub(os.environ['HF_TOKEN'], retries=2, retry_wait_s=0)\n"
         "fetch_files(hub, look_up(hub, 'model', *sys.argv[1:]), ['*'], Path('model'))\n"
     )

@@ -64,15 +64,15 @@ ORDER = [
     "planning.llo_schedule",
     # L3
     "data",
-    "prepared",
-    "preparation",
-    "inspect_rows",
-    "inspect_tokens",
-    "row_writer",
-    "hub_retry",
-    "hub",
-    "splits",
-    "download",
+    "preparing.store",
+    "preparing.cache",
+    "inspecting.rows",
+    "inspecting.tokens",
+    "hub.parts",
+    "hub.retry",
+    "hub.files",
+    "hub.splits",
+    "hub.datasets",
     "tensor_names",
     "flax_names",
     "flax_io",
@@ -96,9 +96,9 @@ ORDER = [
     "evaluation.page_style",
     "evaluation.page",
     "program",
-    "inspect_charts",
-    "inspect_style",
-    "inspect_html",
+    "inspecting.charts",
+    "inspecting.page_style",
+    "inspecting.page",
     "planning.estimate",
     "planning.run_plan",
     "planning.search",
@@ -108,9 +108,9 @@ ORDER = [
     "cli",
     "jax_settings",
     "session",
-    "hub_models",
+    "hub.models",
     "models",
-    "prepare_report",
+    "preparing.report",
     "prepare",
     "identity",
     "fork",
@@ -133,7 +133,7 @@ ORDER = [
     "planning.local",
     "planning.kernel_worker",
     "plan",
-    "inspect_report",
+    "inspecting.report",
     "inspect",
     "exporting.options",
     "exporting.peers",
@@ -169,10 +169,10 @@ DATA_SIDE = frozenset(
         "chat",
         "filters",
         "data",
-        "prepared",
-        "preparation",
-        "inspect_rows",
-        "inspect_tokens",
+        "preparing.store",
+        "preparing.cache",
+        "inspecting.rows",
+        "inspecting.tokens",
     }
     | {"planning.workload"}
 )
@@ -225,9 +225,9 @@ UNSAFE_KEYWORDS = {"allow_pickle", "trust_remote_code", "shell"}
 # directories on gs://, `metrics` takes the host's name from socket, TRL wants a `Dataset`, and
 # `sources` reads one from a disk.)
 NETWORK_SIDE = frozenset(
-    {"hub", "hub_retry", "remote", "metrics", "sources", "download_sft_datasets", "peer_trl"}
+    {"hub.files", "hub.retry", "remote", "metrics", "sources", "download_sft_datasets", "peer_trl"}
 )
-TOKEN_READERS = ("download_sft_datasets", "hub_models")  # and none writes it
+TOKEN_READERS = ("download_sft_datasets", "hub.models")  # and none writes it
 NETWORK_MODULES = frozenset(
     {"socket", "ssl", "http", "urllib.request", "requests", "httpx", "httpx2", "aiohttp", "ftplib"}
     | {"huggingface_hub", "datasets", "gcsfs"}
@@ -529,12 +529,12 @@ def test_package_keeps_the_rule(rule):
     assert not complaints, "\n" + "\n".join(complaints)
 
 
-def test_package_is_flat_but_for_three_parts_and_its_inits_are_empty():
+def test_folders_are_the_parts_of_a_job_and_their_inits_are_empty():
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
-    packages = ("planning", "evaluation", "exporting")
+    packages = ("planning", "evaluation", "exporting", "hub", "inspecting", "preparing")
     assert folders == {PACKAGE, *(PACKAGE / name for name in packages)}
     bodies = [ast.parse((folder / "__init__.py").read_text("utf-8")).body for folder in folders]
-    assert sorted(map(len, bodies)) == [1, 1, 1, 2]  # a docstring, and the version
+    assert sorted(map(len, bodies)) == [*[1] * len(packages), 2]  # a docstring, and the version
 
 
 def test_training_needs_no_planning():

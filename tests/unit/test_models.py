@@ -400,7 +400,7 @@ def test_an_interrupted_download_goes_on_with_its_commit(
     hub: FakeHub, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = hub.main[REPO]
-    monkeypatch.setattr("jaxsft.hub_retry.Tries.failed", give_up)
+    monkeypatch.setattr("jaxsft.hub.retry.Tries.failed", give_up)
     hub.faults += [("cdn .*safetensors", "cut")]
     with pytest.raises(ConnectionError, match="goes on where it stopped"):
         find_model(REPO, say=lambda line: None)
@@ -413,7 +413,7 @@ def test_an_interrupted_download_goes_on_with_its_commit(
 
 
 def give_up(self: Any, error: Exception) -> None:
-    from jaxsft.hub_retry import HubError
+    from jaxsft.hub.retry import HubError
 
     raise HubError(f"{self.what}: the connection was cut off; gave up")
 

@@ -16,8 +16,8 @@ import jaxsft
 from jaxsft.config import DataOptions
 from jaxsft.data import DataReport, load_samples
 from jaxsft.packing import PackedRows
-from jaxsft.preparation import CODE, prepare
-from jaxsft.prepared import Prepared, open_prepared
+from jaxsft.preparing.cache import CODE, prepare
+from jaxsft.preparing.store import Prepared, open_prepared
 
 OPTIONS = DataOptions(max_length=256, packing=True, system_prompt=None)
 
@@ -123,7 +123,7 @@ def test_changed_data_tokenizer_or_heldout_rows_are_another_set(rows_file, tmp_p
     directories.append(make(root, rows_file).directory)
     monkeypatch.setattr(FakeTokenizer, "digest", "another")
     directories.append(make(root, rows_file).directory)
-    monkeypatch.setattr("jaxsft.preparation.code_version", lambda: "newer")
+    monkeypatch.setattr("jaxsft.preparing.cache.code_version", lambda: "newer")
     directories.append(make(root, rows_file).directory)
     assert len(set(directories)) == 5
 
@@ -135,11 +135,11 @@ def test_the_report_names_the_files_that_were_read(rows_file, tmp_path):
 
 
 def test_every_module_that_decides_rows_is_in_the_fingerprint():
-    needed, found = {"preparation"}, set()
+    needed, found = {"preparing.cache"}, set()
     while needed:
         found.add(name := needed.pop())
-        source = (Path(jaxsft.__file__).parent / f"{name}.py").read_text()
-        needed |= set(re.findall(r"from jaxsft\.(\w+) import", source)) - found
+        source = (Path(jaxsft.__file__).parent / f"{name.replace('.', '/')}.py").read_text()
+        needed |= set(re.findall(r"from jaxsft\.([\w.]+) import", source)) - found
         for names in re.findall(r"from jaxsft import ([\w, ]+)", source):
             needed |= set(names.split(", ")) - found
     # These hold options that are compared by value, formats of files, and words for a terminal.
@@ -173,7 +173,7 @@ def test_a_full_disk_is_named(rows_file, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxsft.preparation.write_rows", full)
+    monkeypatch.setattr("jaxsft.preparing.cache.write_rows", full)
     with pytest.raises(OSError, match=r"sets: No space left on device while rows .* make room"):
         make(tmp_path / "sets", rows_file)
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["files.json"]
@@ -204,7 +204,7 @@ def test_a_set_where_nothing_can_be_written(rows_file, tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("jaxsft.preparation.write_json", refuse)
+    monkeypatch.setattr("jaxsft.preparing.cache.write_json", refuse)
     assert make(tmp_path / "sets", rows_file).directory == first.directory
 
 

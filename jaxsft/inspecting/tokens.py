@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.prepared import Prepared, source_of
+from jaxsft.preparing.store import Prepared, source_of
 from jaxsft.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

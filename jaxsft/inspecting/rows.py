@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsft.packing import BoolArray, Int32Array
-from jaxsft.prepared import Prepared, source_of
+from jaxsft.preparing.store import Prepared, source_of
 from jaxsft.text import visible_line
 from jaxsft.tokenizer import Tokenizer
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxsft.cli import cache_dir
-from jaxsft.hub import HubFile, Snapshot, fetch_files, look_up
-from jaxsft.hub_retry import Hub, HubError, NoNetworkError
+from jaxsft.hub.files import HubFile, Snapshot, fetch_files, look_up
+from jaxsft.hub.retry import Hub, HubError, NoNetworkError
 from jaxsft.json_file import read_json, write_json
 from jaxsft.peft_io import CONFIG_NAME, WEIGHTS_NAME
 from jaxsft.presets import from_hf_config

@@ -1,6 +1,6 @@
 """Prepared rows: samples packed into fixed rows, once, as plain arrays on disk.
 
-A directory, named and made by preparation.py:
+A directory, named and made by cache.py:
 
     manifest.json        what it was made from, and what became of every row
     tokens.npy           int32 [N], the tokens of all samples, one after the other

@@ -1,4 +1,4 @@
-"""Histograms as inline SVG; the page's style sheet gives the colours (inspect_html.py)."""
+"""Histograms as inline SVG; the page's style sheet gives the colours (page.py)."""
 
 import html
 import math

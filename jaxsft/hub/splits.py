@@ -11,8 +11,8 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 from fsspec.utils import glob_translate
 
-from jaxsft.hub import HubFile, Snapshot
-from jaxsft.row_writer import check_columns, jsonl_batches, parquet_batches, schema_of_row
+from jaxsft.hub.files import HubFile, Snapshot
+from jaxsft.hub.parts import check_columns, jsonl_batches, parquet_batches, schema_of_row
 from jaxsft.sources import read_rows
 
 _SPLIT = re.compile(r"(\w+(?:[.-]\w+)*)(?:\[(\d*):(\d*)\])?")

@@ -1,4 +1,4 @@
-"""The style sheet of the page (inspect_html.py)."""
+"""The style sheet of the page (page.py)."""
 
 STYLE = """
 :root { --page: #f5f6f8; --card: #fff; --ink: #1c2430; --soft: #5c6878; --line: #dde2e9;

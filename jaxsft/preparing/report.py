@@ -8,7 +8,7 @@ from datetime import timedelta
 from rich.console import Console
 
 from jaxsft.data import DataReport
-from jaxsft.prepared import Prepared
+from jaxsft.preparing.store import Prepared
 
 _LINE_EVERY_S = 30.0  # where there is no terminal
 

@@ -19,10 +19,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.hub import Snapshot, fetch, look_up, parquet_footer
-from jaxsft.hub_retry import Hub
-from jaxsft.json_file import read_json, write_json
-from jaxsft.row_writer import (
+from jaxsft.hub.files import Snapshot, fetch, look_up, parquet_footer
+from jaxsft.hub.parts import (
     Counts,
     Part,
     check_some_accepted,
@@ -31,8 +29,10 @@ from jaxsft.row_writer import (
     write_manifest,
     write_part,
 )
+from jaxsft.hub.retry import Hub
+from jaxsft.hub.splits import Plan, Split, check_end, file_pieces, plan_split
+from jaxsft.json_file import read_json, write_json
 from jaxsft.sources import MANIFEST, ROWS_KIND, converter_version, row_files
-from jaxsft.splits import Plan, Split, check_end, file_pieces, plan_split
 
 UNFINISHED = "unfinished.json"
 PIN = "revision.json"
@@ -110,7 +110,7 @@ def download_splits(
     Raises:
       ValueError: no such repository, revision, subset or split; columns or every row that the
         converter does not accept; a directory begun with other options; no room.
-      NoNetworkError, HubError: see hub.py.
+      NoNetworkError, HubError: see files.py.
     """
     source, home = requests[0].source, requests[0].directory.parent
     shards = home / _SOURCE

@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxsft.inspect_rows import Check, Survey, facts, fates, plural
-from jaxsft.inspect_tokens import RowView, Segment, Token
-from jaxsft.prepared import Prepared
+from jaxsft.inspecting.rows import Check, Survey, facts, fates, plural
+from jaxsft.inspecting.tokens import RowView, Segment, Token
+from jaxsft.preparing.store import Prepared
 from jaxsft.text import visible
 
 # Two shades of each, in turn, show where one token ends and the next begins.

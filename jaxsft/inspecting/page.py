@@ -7,11 +7,11 @@ might come of a mistake there by its content security policy.
 from collections.abc import Sequence
 from html import escape
 
-from jaxsft.inspect_charts import histogram
-from jaxsft.inspect_rows import Check, Fate, Survey, facts, fates, plural
-from jaxsft.inspect_style import STYLE
-from jaxsft.inspect_tokens import RowView, Segment, Token
-from jaxsft.prepared import Prepared
+from jaxsft.inspecting.charts import histogram
+from jaxsft.inspecting.page_style import STYLE
+from jaxsft.inspecting.rows import Check, Fate, Survey, facts, fates, plural
+from jaxsft.inspecting.tokens import RowView, Segment, Token
+from jaxsft.preparing.store import Prepared
 from jaxsft.text import visible
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

@@ -1,0 +1,1 @@
+"""The Hugging Face hub: data sets and models of it, pinned, checked, resumed."""

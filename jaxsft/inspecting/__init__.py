@@ -1,0 +1,1 @@
+"""What `python -m jaxsft.inspect` is made of: prepared rows, as a screen and a page."""
