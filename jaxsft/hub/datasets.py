@@ -29,13 +29,13 @@ from jaxsft.hub.parts import (
     write_manifest,
     write_part,
 )
+from jaxsft.hub.pins import read_pins, write_pin
 from jaxsft.hub.retry import Hub
 from jaxsft.hub.splits import Plan, Split, check_end, file_pieces, plan_split
 from jaxsft.json_file import read_json, write_json
 from jaxsft.sources import MANIFEST, ROWS_KIND, converter_version, row_files
 
 UNFINISHED = "unfinished.json"
-PIN = "revision.json"
 
 _SOURCE = ".source"
 _UNFINISHED_KIND = "jaxsft unfinished rows"
@@ -115,16 +115,15 @@ def download_splits(
     source, home = requests[0].source, requests[0].directory.parent
     shards = home / _SOURCE
     with _locked(home):
-        pins = _pins(home, source["repo"])
-        revision = pins["commits"].get(source["revision"], source["revision"])
-        snapshot = look_up(hub, "dataset", source["repo"], revision)
+        repo, revision = source["repo"], source["revision"]
+        commit = read_pins(home, repo).get(revision, revision)
+        snapshot = look_up(hub, "dataset", repo, commit)
         footer_of = cache(partial(parquet_footer, hub, snapshot))
         plans = [
             plan_split(snapshot, footer_of, source["subset"], request.split, request.rows_per_file)
             for request in requests
         ]
-        pins["commits"][source["revision"]] = snapshot.revision
-        write_json(home / PIN, pins)
+        write_pin(home, repo, revision, snapshot.revision)
         for number, (request, plan) in enumerate(zip(requests, plans, strict=True)):
             later = {piece.shard.git_oid for other in plans[number + 1 :] for piece in other.slices}
             manifest = _carry_out(hub, snapshot, request, plan, shards, later, progress)
@@ -163,18 +162,6 @@ def _convert_file(file: Path, request: Request, progress: Progress) -> dict[str,
     num_rows = split.start + sum(part.counts.rows_read for part in parts)
     check_end(str(file), split, num_rows)
     return write_manifest(request.directory, _head(request, None), parts)
-
-
-def _pins(home: Path, repo: str) -> dict[str, Any]:
-    """The commits that revisions meant when they were first asked for."""
-    pins: dict[str, Any] = {"repo": repo, "commits": {}}
-    if (home / PIN).is_file():
-        pins = read_json(home / PIN)
-    _check_same(home / PIN, pins, {"repo": repo})
-    commits = pins.get("commits")
-    if not isinstance(commits, dict) or not all(isinstance(each, str) for each in commits.values()):
-        raise ValueError(f"{home / PIN}: names no commits; delete it, or name another --output_dir")
-    return pins
 
 
 def _carry_out(

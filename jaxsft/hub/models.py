@@ -10,15 +10,14 @@ compared with their digests.
 
 import fcntl
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from jaxsft.cli import cache_dir
 from jaxsft.hub.files import HubFile, Snapshot, fetch_files, look_up
+from jaxsft.hub.pins import COMMIT, read_pins, write_pin
 from jaxsft.hub.retry import Hub, HubError, NoNetworkError
 from jaxsft.json_file import read_json, write_json
 from jaxsft.peft_io import CONFIG_NAME, WEIGHTS_NAME
@@ -27,9 +26,6 @@ from jaxsft.safetensors_io import INDEX_NAME, MODEL_NAME, pickle_hint
 from jaxsft.sources import MANIFEST
 from jaxsft.weights import file_sha256
 
-PIN = "revision.json"
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LINE_EVERY_S = 15.0
 
 
@@ -72,16 +68,16 @@ def fetch_model(
 def _download(
     hub: Hub, home: Path, repo: str, revision: str, needs_tokenizer: bool
 ) -> tuple[Path, str]:
-    pins = _read_pins(home, repo)
+    pins = read_pins(home, repo)
     try:
-        found = look_up(hub, "model", repo, pins["commits"].get(revision, revision))
+        found = look_up(hub, "model", repo, pins.get(revision, revision))
         files = _needed(found)
         if needs_tokenizer and not {"tokenizer.model", CONFIG_NAME} & {f.path for f in files}:
             raise ValueError("has no tokenizer.model; name one, or a .gguf file, with --tokenizer")
         directory = home / found.revision
         directory.mkdir(parents=True, exist_ok=True)
         # Before the files: an interrupted download goes on with the same commit.
-        write_json(home / PIN, pins | {"commits": pins["commits"] | {revision: found.revision}})
+        write_pin(home, repo, revision, found.revision)
         if config := tuple(file for file in files if file.path == "config.json"):
             fetch_files(hub, found._replace(files=config), ["*"], directory)
             from_hf_config(directory / "config.json")  # refused before gigabytes have come
@@ -125,9 +121,9 @@ def _needed(found: Snapshot) -> list[HubFile]:
 
 def _whole_copy(home: Path, repo: str, revision: str) -> tuple[Path, str] | None:
     """(directory, commit) where every file is there as it came; None where one is not."""
-    commit = _read_pins(home, repo)["commits"].get(revision, revision)
+    commit = read_pins(home, repo).get(revision, revision)
     directory = home / commit
-    if not _COMMIT.fullmatch(commit) or not (directory / MANIFEST).is_file():
+    if not COMMIT.fullmatch(commit) or not (directory / MANIFEST).is_file():
         return None
     files = read_json(directory / MANIFEST).get("files")
     if not isinstance(files, dict):
@@ -136,20 +132,6 @@ def _whole_copy(home: Path, repo: str, revision: str) -> tuple[Path, str] | None
     if all(path.is_file() and file_sha256(path) == digest for path, digest in paths.items()):
         return directory, commit
     return None
-
-
-def _read_pins(home: Path, repo: str) -> dict[str, Any]:
-    """The commits that revisions meant when they were first asked for."""
-    if not (home / PIN).is_file():
-        return {"repo": repo, "commits": {}}
-    pins = read_json(home / PIN)
-    commits = pins.get("commits")
-    is_pinned = isinstance(commits, dict) and all(
-        isinstance(commit, str) and _COMMIT.fullmatch(commit) for commit in commits.values()
-    )
-    if not is_pinned or pins.get("repo") != repo:
-        raise ValueError(f"{home / PIN}: names no commits of {repo}; delete it")
-    return pins
 
 
 def _reporter(what: str, num_bytes: int, note: Callable[[str], None]) -> Callable[[int], None]:

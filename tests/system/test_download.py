@@ -386,7 +386,7 @@ def test_damaged_manifests_are_named(download: Download, in_process: InProcess) 
     for commits in ({}, {"commits": 3}, {"commits": {"main": 3}}):
         pins.write_text(json.dumps({"repo": GLAIVE} | commits))
         err = download.refused("--dataset", "glaive", "--split", "train[:9]")
-        assert "revision.json: names no commits; delete it" in err
+        assert f"revision.json: names no commits of {GLAIVE}; delete it" in err
 
 
 def test_unusable_data_is_refused_before_it_is_downloaded(download: Download, hub: FakeHub) -> None:

@@ -71,6 +71,7 @@ ORDER = [
     "hub.parts",
     "hub.retry",
     "hub.files",
+    "hub.pins",
     "hub.splits",
     "hub.datasets",
     "tensor_names",
