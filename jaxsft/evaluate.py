@@ -48,7 +48,7 @@ from jaxsft.evaluation.table import show_comparison, with_perplexity
 from jaxsft.jax_settings import configure_jax
 from jaxsft.models import Origin, find_model, load, open_tokenizer
 from jaxsft.packing import PackedRows, Sample
-from jaxsft.peft_io import read_adapter_config
+from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config
 from jaxsft.prepare import all_samples, load_heldout
 from jaxsft.program import architecture
 from jaxsft.sample import num_rows
@@ -56,6 +56,7 @@ from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec
 from jaxsft.terminal import make_console
 from jaxsft.tokenizer import Tokenizer
+from jaxsft.weights import file_sha256
 
 DESCRIPTION = (
     "Measures a model (a run, an adapter, or anything that train takes as model.path) on held-out "
@@ -211,6 +212,7 @@ def measure(
     """Loads a model and measures it."""
     mesh = make_mesh(jax.device_count())
     loaded = load(origin, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
+    digest = file_sha256(origin.adapter / WEIGHTS_NAME) if origin.adapter is not None else None
     graphdef, adapter, frozen = lora.split(loaded.model)
     nothing = optax.identity(), optax.constant_schedule(0.0)
     cap = loaded.info.config.final_softcap
@@ -240,7 +242,7 @@ def measure(
             on_batch=on_batch,
             stop_text=NEXT_QUESTION if options.few_shot_style == "text" else None,
         )
-    return Measured(name, losses, answers)
+    return Measured(name, digest, losses, answers)
 
 
 @contextmanager

@@ -19,9 +19,10 @@ NUMBERS, ANSWERS, PAGE = "evaluation.json", "answers.jsonl", "page.html"
 
 
 class Measured(NamedTuple):
-    """What one model did."""
+    """What one model did; `adapter` is the SHA-256 of its adapter's weights, None of a base."""
 
     name: str
+    adapter: str | None
     losses: dict[str, SampleLosses]
     answers: list[Answer]
 
@@ -105,5 +106,6 @@ def write_results(
         }
         for line in lines
     }
-    told = {"models": names, "about": about, "options": dataclasses.asdict(options)}
-    write_json(directory / NUMBERS, told | {"metrics": metrics})
+    told = {"models": names, "adapters": [each.adapter for each in measured], "about": about}
+    told |= {"options": dataclasses.asdict(options), "metrics": metrics}
+    write_json(directory / NUMBERS, told)

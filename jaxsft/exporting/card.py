@@ -12,9 +12,10 @@ from jaxsft.evaluation.table import metric_cell
 from jaxsft.json_file import read_json
 from jaxsft.metrics import last_step_of
 from jaxsft.models import RUN_ADAPTERS, Origin, run_config
-from jaxsft.peft_io import AdapterConfig
+from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig
 from jaxsft.presets import GemmaConfig
 from jaxsft.text import visible_line
+from jaxsft.weights import file_sha256
 
 _EVALUATION = Path("evaluation", "evaluation.json")  # what evaluate writes into a run
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -41,7 +42,7 @@ def about_training(origin: Origin, adapter: AdapterConfig | None) -> list[str]:
         which = origin.adapter.name
         sections += _data(run_dir) if which != RUN_ADAPTERS[-1] else []
         results = [*_in_training(run_dir)] if which == RUN_ADAPTERS[0] else []
-        results += _evaluation(run_dir, which)
+        results += _evaluation(run_dir, origin.adapter)
         if results:
             lead = "Intervals, in brackets, are of 95%; – where there is no value."
             sections.append("\n\n".join([f"## Results\n\n{lead}", *results]))
@@ -165,15 +166,17 @@ def _in_training(run_dir: Path) -> list[str]:
     return [f"{lead}):", _table({"before": before, "after": after})]
 
 
-def _evaluation(run_dir: Path, which: str) -> list[str]:
-    """The run's own evaluation, where it is one of its adapter `which`."""
+def _evaluation(run_dir: Path, adapter: Path) -> list[str]:
+    """The run's own evaluation, where it is one of the adapter as it is now."""
     path = run_dir / _EVALUATION
     found = read_json(path) if path.is_file() else {}
+    if not found:
+        return []
+    digest = file_sha256(adapter / WEIGHTS_NAME)
     try:
         columns: dict[str, dict[str, Any]] = {}
-        for i, model in enumerate(found.get("models", ())):
-            is_this = Path(model).parts[-2:] == (run_dir.name, which)
-            is_this |= Path(model).name == run_dir.name and which == RUN_ADAPTERS[0]
+        for i, model in enumerate(found["models"]):
+            is_this = found["adapters"][i] == digest
             estimates = {name: each["models"][i] for name, each in found["metrics"].items()}
             label = "this model" if is_this else _quoted(Path(model).name)
             columns[f"{label} ({i + 1})" if label in columns else label] = {

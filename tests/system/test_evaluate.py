@@ -1,5 +1,6 @@
 """The evaluate command on a tiny model: losses against transformers, files, comparison, errors."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +107,8 @@ def test_two_models_side_by_side(
     answers = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == [question for question, _, _ in ROWS]
     assert answers[0]["reference"] == completion_text("2 + 3 is 5.", "5")
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    assert found["adapters"] == [hashlib.sha256(weights).hexdigest(), None]
     assert list(answers[0]["answers"]) == found["models"] == [str(adapter), str(tiny_model_dir)]
     scores = answers[0]["scores"][str(adapter)]
     assert scores["num_tokens"] == 4 and scores["truncated"] and not scores["correct"]

@@ -1,6 +1,7 @@
 """Parts of export that need no model: configs, the output directory, the model card."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jaxsft.exporting.output import (
 from jaxsft.exporting.verify import max_difference
 from jaxsft.json_file import write_json
 from jaxsft.models import Origin
-from jaxsft.peft_io import AdapterConfig
+from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig
 from jaxsft.presets import PRESETS, from_hf_config
 
 
@@ -217,8 +218,13 @@ def test_card_of_a_run(tmp_path: Path) -> None:
         {"value": 0.0, "low": None, "high": None, "num": 200},
         {"value": 0.575, "low": 0.5057, "high": 0.6415, "num": 200},
     ]
+    for which in ("adapter", "adapter-best", "start"):
+        (run_dir / which).mkdir()
+        (run_dir / which / WEIGHTS_NAME).write_text(which)
+    digest = hashlib.sha256(b"adapter").hexdigest()
     numbers = {
         "models": ["demo", "runs/tuned"],
+        "adapters": [None, digest],
         "about": "other.jsonl: 200 rows, 200 answers; greedy",
         "metrics": {"exact_format": {"models": estimates}, "unheard_of": {"models": estimates}},
     }
@@ -235,14 +241,15 @@ def test_card_of_a_run(tmp_path: Path) -> None:
     assert "|  | `demo` | this model |\n|---|---|---|\n" in text
     assert "| exact format | 0.0% | 57.5% [50.6, 64.1] |" in text
     assert "- went on from the adapter of `first`" in text
-    write_json(
-        run_dir / "evaluation" / "evaluation.json", numbers | {"models": ["tuned", "old/tuned"]}
-    )
-    assert "|  | this model | this model (2) |" in about("adapter")
+    numbers |= {"adapters": ["of another", digest]}  # trained further between the two
+    write_json(run_dir / "evaluation" / "evaluation.json", numbers | {"models": ["tuned"] * 2})
+    assert "|  | `tuned` | this model |" in about("adapter")
     best, start = about("adapter-best"), about("start")
     assert "## Results" not in best + start
     assert "- of the steps below, the one with the lowest held-out loss" in best
     assert "- what the run `tuned` began with" in start and "steps" not in start
+    (run_dir / "adapter" / WEIGHTS_NAME).write_text("trained further")
+    assert "jaxsft.evaluate" not in about("adapter")
     (run_dir / "evaluation" / "evaluation.json").write_text('{"models": ["tuned"]}')
     with pytest.raises(ValueError, match=r"evaluation\.json: is no evaluation"):
         about("adapter")
