@@ -12,6 +12,7 @@ import argparse
 import math
 import re
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -46,7 +47,7 @@ SCENARIOS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 MIN_SAVE_SHARE = 0.25
-_TARGET_SAVE_SHARE = 0.6  # some miss: the save ends as the signal is sent
+_TARGET_SAVE_SHARE = 0.5
 _LATE_SHARE = 0.25  # of the other kills: after the last step
 _FINISH_SHARE = 0.5  # of the starts when all steps are taken
 _MAX_NTH_SAVE = 4
@@ -182,14 +183,17 @@ class Scenario:
     def _reach_save(
         self, child: Child, is_saving: Callable[[], bool], nth: int, save_s: float
     ) -> None:
-        """Waits for a random moment of the nth save; if that is over before it, of a later one."""
+        """Waits for a random moment of the nth save, where the process is stopped (SIGSTOP); if
+        that save is over before it, for one of a later save."""
         while child.is_running():
             _await(child, is_saving)
             nth -= 1
             moment_s = time.monotonic() + (self._rng.uniform(0, save_s) if nth <= 0 else math.inf)
             while is_saving() and child.is_running():
                 if time.monotonic() >= moment_s:
-                    return
+                    if child.freeze() and is_saving():
+                        return
+                    child.send(signal.SIGCONT)
                 time.sleep(_POLL_S)
 
     def _count_resume(self, out: str, done: int, usual: Usual) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 _POLL_S = 0.002
-_LIMIT_S = 300.0  # a child that takes longer hangs
+_LIMIT_S = 1800.0  # a child that takes longer hangs
 _PAGE_BYTES = 4096  # the least that a pipe holds
 
 
@@ -100,10 +100,14 @@ class Child:
         """Sends it a signal."""
         self.process.send_signal(number)
 
-    def freeze(self) -> None:
-        """Returns when it stands still, until it gets SIGCONT."""
+    def freeze(self) -> bool:
+        """Returns when it stands still, until it gets SIGCONT; False when it had ended before."""
         self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+        if self.process.returncode is not None:
+            return False
+        # WNOWAIT leaves its exit code to others.
+        seen = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return seen.si_code == os.CLD_STOPPED
 
     def kill(self) -> bool:
         """Kills it; False when it had ended by itself before."""

@@ -5,6 +5,7 @@ it is compared with a run that nothing happened to.
 """
 
 import itertools
+import math
 import re
 import shlex
 import signal
@@ -23,6 +24,7 @@ STEPS = ("--num_train_epochs", "2")
 STOPPED = 75  # the exit code of a run that was stopped and saved
 GO_ON = "To go on, run the same command again: "
 _POLL_S = 0.002
+_PATIENCE_S = 20
 
 
 @dataclass
@@ -66,12 +68,21 @@ class Bench:
                 signal.signal(each, signal.SIG_DFL)
         self.runs = TinyRuns(directory)
         self._numbers = itertools.count(1)
+        self._reference_s = 0.0
 
     @cached_property
     def reference(self) -> Path:
         """A finished run that nothing happened to."""
+        began_s = time.monotonic()
         self.runs.finish("reference", *STEPS)
+        self._reference_s = time.monotonic() - began_s
         return self.runs.path("reference")
+
+    @property
+    def patience_s(self) -> int:
+        """Longer than anything in a run takes that doesn't hang, on a slow machine too."""
+        assert self.reference  # whose time is that of all of it, with compilation
+        return max(_PATIENCE_S, math.ceil(1.5 * self._reference_s))
 
     def new_name(self) -> str:
         """Of a run that isn't there yet."""

@@ -8,6 +8,7 @@ first request whose "server path kind" it matches; the kind is footer or file.
 import hashlib
 import json
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -95,6 +96,11 @@ class FakeHub:
                     del self.faults[index]
                     return fault
         return None
+
+    def wait_held(self, client: subprocess.Popen[str]) -> None:
+        """Returns when the fault "hold" holds a request of the client."""
+        while not self.holding.wait(0.1):
+            assert client.poll() is None, client.communicate()
 
     def downloads(self) -> list[tuple[str, str | None]]:
         """(file name, range) of what was asked of the CDN, but for footers."""

@@ -415,6 +415,7 @@ def test_json_texts(text: str, directory: Path) -> None:
     outcome(lambda: read_json(directory / "config.json"), directory / "config.json")
 
 
+@fuzzed
 @given(name=NAMES | st.text(st.sampled_from("./\\:a\x00\n~*"), max_size=8))
 def test_names_on_a_hub_stay_below_the_directory(directory: Path, name: str) -> None:
     entry = SimpleNamespace(rfilename=name, size=1, blob_id="0" * 40, lfs=None)

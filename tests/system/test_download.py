@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import itertools
 import json
 import os
 import pty
@@ -236,11 +237,14 @@ def test_bodies_that_end_early_go_on_there(
     assert contents(download.home) == undisturbed
     retries = [line for line in outcome.out.splitlines() if "retry" in line]
     causes = ("the connection was cut off", "bytes too few", "nothing came for 1 s")
-    for number, line, cause in zip((1, 2, 3), retries, causes, strict=True):
-        assert f"{shard_name(number)}: " in line and f"{cause}; retry 1 of 6" in line
+    # On a slow machine more may take longer than 1 s, and is asked for again as well.
+    for number, cause in zip((1, 2, 3), causes, strict=True):
+        start, end = f"data/{shard_name(number)}: ", f"{cause}; retry 1 of 6 in 0.01 s"
+        assert any(line.startswith(start) and line.endswith(end) for line in retries), retries
         size = len(hub.repos[GLAIVE][hub.main[GLAIVE]][f"data/{shard_name(number)}"])
         asked = [part for name, part in hub.downloads() if name == shard_name(number)]
-        assert asked == [f"bytes=0-{size - 1}", f"bytes={size // 2}-{size - 1}"]
+        different = [part for part, _ in itertools.groupby(asked)]
+        assert different == [f"bytes=0-{size - 1}", f"bytes={size // 2}-{size - 1}"]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def test_kill_and_resume(download: Download, hub: FakeHub, undisturbed: dict[str
     old = hub.main[GLAIVE]
     hub.faults += [(shard(2), "hold")]
     with download.start(*MIDDLE) as process:
-        assert hub.holding.wait(60)
+        hub.wait_held(process)
         assert "another download is writing to it" in download.refused(*MIDDLE)
         process.kill()
     hub.release.set()
@@ -308,7 +312,7 @@ def test_a_second_download_takes_nothing_from_the_first(
 ) -> None:
     hub.faults += [("hub /api/datasets", "hold")]
     with download.start(*MIDDLE) as process:
-        assert hub.holding.wait(60)
+        hub.wait_held(process)
         assert not contents(download.home)  # there is nothing in it but the lock
         assert "another download is writing to it" in download.refused(*MIDDLE)
         hub.release.set()
@@ -629,7 +633,7 @@ def test_terminal_shows_the_time_left(download: Download, hub: FakeHub) -> None:
             pass
     os.close(terminal)
     assert process.returncode == 0, shown
-    assert re.search(rb"download .*0\.\d of 0\.\d MB.*ETA 0:00:0\d", shown), shown
+    assert re.search(rb"download .*0\.\d of 0\.\d MB.*ETA \d:\d\d:\d\d", shown), shown
     assert re.search(rb"convert .*\d+ of 180 rows", shown)
 
 

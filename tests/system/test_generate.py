@@ -1,5 +1,6 @@
 """The command that asks a model: a prompt, a file, and a chat over a pipe and on a terminal."""
 
+import codecs
 import json
 import re
 import shutil
@@ -254,7 +255,7 @@ def test_a_reader_that_goes_and_one_that_interrupts(
             assert process.stdout.read(5) == b"<answ"
             stop(process)
             assert process.stderr.read().endswith(line)
-            assert process.wait(120) == code
+            assert process.wait(600) == code
 
 
 class Person:
@@ -275,15 +276,16 @@ class Person:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
+        decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
         while data := self.process.stdout.read1(4096):  # type: ignore[attr-defined]
             with self._has_more:
-                self.seen += data.decode()
+                self.seen += decoder.decode(data)
                 self._has_more.notify()
 
     def reads(self, pattern: str) -> str:
         """Waits for the pattern; returns what was shown up to its end, which is read then."""
         with self._has_more:
-            assert self._has_more.wait_for(lambda: re.search(pattern, self.seen), 120), self.seen
+            assert self._has_more.wait_for(lambda: re.search(pattern, self.seen), 600), self.seen
             end = re.search(pattern, self.seen).end()  # type: ignore[union-attr]
             text, self.seen = self.seen[:end], self.seen[end:]
         return text.replace("\r\n", "\n")
@@ -296,7 +298,7 @@ class Person:
     def leaves(self) -> int:
         """The exit code, when the command has ended."""
         with self.process as process:
-            return process.wait(120)
+            return process.wait(600)
 
 
 def test_a_chat_on_a_terminal(

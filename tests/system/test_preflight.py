@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ import pytest
 import yaml
 from jax.experimental import pallas as pl
 from twins import make_twin
+from two_tasks import two_tasks
 
 import jaxsft.agreement
 import jaxsft.train
@@ -230,26 +230,15 @@ def run_two_processes(
     argv: list[str], environment: dict[str, str], *options: str
 ) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of both processes of a two-process run, started as Slurm does."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    slurm = {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "JAX_COORDINATOR_PORT": port,
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # a machine with the TPU library may have no TPU
-    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "jaxsft.train", *argv, "--multihost", "true", *options],
-            env=environment | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            env=environment | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(2)
+        for variables in two_tasks()
     ]
     outputs = [process.communicate() for process in processes]
     return [

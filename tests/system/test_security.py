@@ -52,6 +52,7 @@ class Place:
         self.environment = environment | {
             "HF_TOKEN": TOKEN,
             "HF_HOME": str(directory / "hf_home"),
+            "HF_HUB_DOWNLOAD_TIMEOUT": "600",  # no test depends on how fast the machine is
             "XDG_CACHE_HOME": str(directory / "cache"),
             "HOME": str(directory),
         }
@@ -184,7 +185,7 @@ def test_a_crash_shows_stacks_and_no_token(place: Place, hub: FakeHub) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert hub.holding.wait(60)
+        hub.wait_held(process)
         process.send_signal(signal.SIGABRT)
         out, err = process.communicate()
     hub.release.set()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fake_tokenizer import FakeTokenizer
 
+from benchmarks import process_tree
 from benchmarks.glaive_like import write_glaive_like
 from benchmarks.input_feeding import feed_prepared, naive_batches, training_turns
 from benchmarks.input_peers import write_trl_rows
@@ -17,21 +18,36 @@ from jaxsft.packing import PackedRows, Sample
 from jaxsft.reasoning import convert_row
 from jaxsft.sources import read_rows
 
-# A child of a process that holds 200 MiB, both for some samples of the memory.
+# A child of a process that holds 200 MiB, both until a file says that the memory of both was seen.
 HOLDING = """
 import os, subprocess, sys, time
 held = bytearray(b"1") * (200 << 20)
 print("first", sorted(os.sched_getaffinity(0)), flush=True)
-if len(sys.argv) == 1:
-    subprocess.run([sys.executable, __file__, "child"], check=True)
+if len(sys.argv) == 2:
+    subprocess.run([sys.executable, __file__, sys.argv[1], "child"], check=True)
+for _ in range(6000):
+    if os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.01)
 time.sleep(0.5)
 """
 
 
-def test_run_measured_counts_children_and_binds(tmp_path: Path) -> None:
-    script = tmp_path / "holding.py"
+def test_run_measured_counts_children_and_binds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, seen = tmp_path / "holding.py", tmp_path / "seen"
     script.write_text(HOLDING)
-    command = [sys.executable, str(script)]
+    command = [sys.executable, str(script), str(seen)]
+    resident_bytes = process_tree._resident_bytes
+
+    def look(pid: int) -> tuple[int, int]:
+        found = resident_bytes(pid)
+        if found[1] > 2 * 200 << 20:
+            seen.touch()
+        return found
+
+    monkeypatch.setattr(process_tree, "_resident_bytes", look)
     usage = run_measured(command, num_cores=1, environment={}, log=tmp_path / "log")
     assert 2 * 200 < usage.peak_anonymous_bytes / 2**20 < 2 * 250
     assert usage.peak_rss_bytes > usage.peak_anonymous_bytes

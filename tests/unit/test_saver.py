@@ -2,13 +2,14 @@
 
 import io
 import signal
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from jaxsft import saver, session
 from jaxsft.run_dir import ReplacedError, RunDir
 from jaxsft.saver import Saver
 from jaxsft.session import Clock, Session
@@ -97,9 +98,9 @@ class Bench:
 @pytest.fixture
 def fake_time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(time, "monotonic", lambda: fake.now_s)
-    monkeypatch.setattr(time, "time", lambda: fake.now_s)
-    monkeypatch.setattr(time, "sleep", fake.sleep)
+    monkeypatch.setattr(session, "time", SimpleNamespace(time=lambda: fake.now_s))
+    times = SimpleNamespace(monotonic=lambda: fake.now_s, sleep=lambda s: fake.sleep(s))
+    monkeypatch.setattr(saver, "time", times)
     return fake
 
 
@@ -167,7 +168,7 @@ def test_space_that_comes_back_ends_the_wait(fake_time: FakeTime) -> None:
         sleep(seconds)
         bench.checkpoints.fails = len(fake_time.slept) < 3
 
-    time.sleep = free_some  # as fake_time has done, and undoes
+    fake_time.sleep = free_some  # type: ignore[method-assign]
     bench.finish(7)
     assert bench.checkpoints.saved == [7] and len(fake_time.slept) == 3
     assert bench.lines[1:] == ["Saved again: step 7 is on disk."]

@@ -15,7 +15,7 @@ from jaxsft.watchdog import Watchdog
 
 ADVICE = "the checkpoint of step 100 is good"
 HANGING = f"""
-import ctypes, sys, threading
+import ctypes, os, sys, threading, time
 from jaxsft.watchdog import Watchdog
 
 def waits_for_ever():
@@ -26,6 +26,8 @@ def holds_the_interpreter_lock():
 
 with Watchdog(2.0, lambda: "{ADVICE}") as watchdog:
     watchdog.beat("step 123")
+    while len(os.listdir("/proc/self/task")) < 3:  # its own thread and faulthandler's
+        time.sleep(0.01)
     globals()[sys.argv[1]]()
 """
 DISARMED = """
@@ -123,6 +125,7 @@ def test_beats_start_the_time_anew(monkeypatch):
     with Watchdog(0.01, str) as watchdog:
         move_clock(0.009)
         watchdog.beat("step 1")
+        move_clock(0.009)  # the thread may have looked at the old beat, and not yet at the clock
         move_clock(0.018)
         assert codes == []
         now_s = 0.02
