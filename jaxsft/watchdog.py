@@ -37,6 +37,7 @@ class Watchdog:
         self.beat("the start")
         if self._limit_s is not None:
             watch, limit_s = self._watch, self._limit_s
+            self._arm(limit_s)  # a hang may come before the thread has its first turn
             self._thread = threading.Thread(target=watch, args=(limit_s,), daemon=True)
             self._thread.start()
         return self
@@ -56,14 +57,17 @@ class Watchdog:
 
     def _watch(self, limit_s: float) -> None:
         while True:
-            # Here and not in `beat`: it starts a thread, 0.1 ms.
-            faulthandler.dump_traceback_later(limit_s + _GRACE_S, exit=True, file=2)
+            self._arm(limit_s)  # not in `beat`: it starts a thread, 0.1 ms
             beaten_s, doing = self._last_beat
             left_s = beaten_s + limit_s - time.monotonic()
             if left_s <= 0:
                 self._end(limit_s, doing)
             if self._is_over.wait(min(left_s, limit_s / 10)):
                 return
+
+    @staticmethod
+    def _arm(limit_s: float) -> None:
+        faulthandler.dump_traceback_later(limit_s + _GRACE_S, exit=True, file=2)
 
     def _end(self, limit_s: float, doing: str) -> None:
         limit = f"{limit_s / 60:.0f} minutes" if limit_s >= 120 else f"{limit_s:g} seconds"

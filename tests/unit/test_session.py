@@ -1,5 +1,6 @@
 """The clock's rule in numbers, what counts as a deadline, and signals within one process."""
 
+import gc
 import math
 import os
 import signal
@@ -15,7 +16,15 @@ import pytest
 from jaxsft import schedule
 from jaxsft.config import TrainConfig
 from jaxsft.preflight import TimedSteps
-from jaxsft.session import Clock, Session, StopNow, catch_signals, duration, session_end_s
+from jaxsft.session import (
+    Clock,
+    Session,
+    StopNow,
+    catch_signals,
+    duration,
+    interruptible,
+    session_end_s,
+)
 
 NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 
@@ -203,6 +212,25 @@ def test_signals_are_heard_within_a_step_and_the_second_ends_it() -> None:
             process.send_signal(number)
         assert process.wait() in (128 + signal.SIGTERM, 128 + signal.SIGINT)
         assert process.stderr.read() == "Stopping soon; once more to stop at once.\n"
+
+
+@pytest.mark.parametrize("wait_s", [0, 60], ids=["that ends it", "that goes on"])
+def test_no_signal_is_lost_in_a_collection(wait_s: float) -> None:
+    sent = []
+
+    def send(*_: object) -> None:
+        if not sent:
+            sent.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            gc.callbacks.append(send)
+            gc.collect()
+            time.sleep(wait_s)
+    finally:
+        gc.callbacks.remove(send)
+    assert sent and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
