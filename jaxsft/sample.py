@@ -1,7 +1,7 @@
 """Generation: jitted prefill, then jitted decoding with a KV cache, over batches of prompts.
 
-Prompts are padded on their left to a power of two, so that all rows of a batch write their new
-tokens into the same slots of the cache, and a batch of any lengths runs a program of its bucket.
+Prompts are padded on their left, so that all rows of a batch write their new tokens into the same
+slots of the cache, and to few lengths, so that batches share programs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from jaxsft.config import EvalOptions
 from jaxsft.model import Gemma, KVCache
 from jaxsft.sharding import constrain
 
-MIN_PROMPT_BUCKET = 32
+MIN_PADDED_LENGTH = 32
 # Of several devices. With one row a chip the TPU compiler leaves the matrix unit: by its estimate
 # a token of Gemma 2 2B then takes 29 ms on a v5e; for two rows it takes 14 ms, for eight 18 ms.
 MIN_ROWS_PER_DEVICE = 2
@@ -41,9 +41,9 @@ class _Program(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A batch of prompts, int32. `numbers` are their places among all: on these draws depend."""
+    """What decoding knows of a batch's prompts, int32: how many tokens they have, and their places
+    among all prompts, on which draws depend."""
 
-    tokens_BT: jax.Array  # padded on the left
     lengths_B: jax.Array
     numbers_B: jax.Array
 
@@ -70,9 +70,9 @@ def generate(
     batch.
 
     The rows of a batch, `num_rows` of them, are split over the devices of `mesh`; with several
-    processes all must call, and all get all answers. Two programs are compiled, prefill and
-    decoding, for each power of two (from 32 on) that the longest prompts of the batches are padded
-    to: 2 for prompts of up to 32 tokens, at most 10 for up to 512.
+    processes all must call, and all get all answers. Prefill is compiled for each length that the
+    longest prompts of the batches are padded to (32, 48, 64, 96, 128 … tokens), decoding for each
+    power of two: 2 programs for prompts of up to 32 tokens, at most 14 for up to 512.
 
     The draw for prompt i depends on (options.seed, i) and the position alone, so neither batch size
     nor the other prompts change it.
@@ -93,8 +93,8 @@ def generate(
         on_batch()
         indices = order[low : low + batch_size]
         # A short last batch is filled up by repeating its first prompt: no other shape to compile.
-        rows = _pad(prompts, indices + [indices[0]] * (batch_size - len(indices)))
-        token_B, cache = _prefill(adapter, frozen, rows, program)
+        padded_BT, rows = _pad(prompts, indices + [indices[0]] * (batch_size - len(indices)))
+        token_B, cache = _prefill(adapter, frozen, padded_BT, rows, program)
         end = _decode(adapter, frozen, cache, token_B, rows, stops, program)
         out_BT, done_B = np.asarray(end.out_BT)[:, : int(end.num_drawn)], np.asarray(end.done_B)
         for i, ids, done in zip(indices, out_BT, done_B, strict=False):
@@ -122,7 +122,7 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of `generate`'s answer to this prompt alone, as they come.
 
-    Compiles two programs for each power of two that prompts are padded to.
+    Programs are compiled as there.
 
     Raises:
       ValueError: the prompt is empty or, with max_new_tokens, beyond the model's positions.
@@ -130,8 +130,8 @@ def stream(
     limit = _max_positions(graphdef, adapter, frozen)
     _check_length("the prompt", prompt, options, limit)
     program = _Program(graphdef, options, None)
-    rows = _pad([prompt], [0])
-    token_B, cache = _prefill(adapter, frozen, rows, program)
+    padded_BT, rows = _pad([prompt], [0])
+    token_B, cache = _prefill(adapter, frozen, padded_BT, rows, program)
     for n in range(1, options.max_new_tokens + 1):
         token = int(token_B[0])
         if token in stop_ids:
@@ -156,28 +156,40 @@ def _check_length(what: str, prompt: Sequence[int], options: EvalOptions, limit:
         )
 
 
-def _pad(prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> _Rows:
+def _pad(prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> tuple[Any, _Rows]:
+    """The prompts with these numbers, padded on their left: int32 [B, T]; and their rows."""
     lengths = [len(prompts[i]) for i in numbers]
-    bucket = max(MIN_PROMPT_BUCKET, 1 << (max(lengths) - 1).bit_length())
-    padded = [[0] * (bucket - len(prompts[i])) + list(prompts[i]) for i in numbers]
+    length = _padded_length(max(lengths))
+    padded = [[0] * (length - len(prompts[i])) + list(prompts[i]) for i in numbers]
     # NumPy's arrays, which are no process's own: several may share a mesh.
     arrays: list[Any] = [np.array(each, np.int32) for each in (padded, lengths, numbers)]
-    return _Rows(*arrays)
+    return arrays[0], _Rows(*arrays[1:])
+
+
+def _padded_length(length: int) -> int:
+    """The next power of two, or three quarters of it: what is more would be computed in vain."""
+    power = _power_of_two(length)
+    less = power * 3 // 4
+    return less if MIN_PADDED_LENGTH < length <= less else power
+
+
+def _power_of_two(length: int) -> int:
+    return max(MIN_PADDED_LENGTH, 1 << (length - 1).bit_length())
 
 
 @partial(jax.jit, static_argnames="program")
 def _prefill(
-    adapter: nnx.State, frozen: nnx.State, rows: _Rows, program: _Program
+    adapter: nnx.State, frozen: nnx.State, padded_BT: jax.Array, rows: _Rows, program: _Program
 ) -> tuple[jax.Array, KVCache]:
     """The first token of each row's answer [B], and the cache with the prompts."""
     model = _model(adapter, frozen, program)
-    batch, length = rows.tokens_BT.shape
+    batch, length = padded_BT.shape
     positions_BT = jnp.arange(length) - length + rows.lengths_B[:, None]
     where = Tokens(jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
-    # The last token is drawn, but never read.
-    num_slots = length + program.options.max_new_tokens - 1
+    # One program decodes after prompts of either length. The last token is drawn, but never read.
+    num_slots = _power_of_two(length) + program.options.max_new_tokens - 1
     cache = model.init_cache(batch, num_slots, mesh=program.mesh)
-    hidden_BTD, cache = model.with_cache(rows.tokens_BT, where, cache, mesh=program.mesh)
+    hidden_BTD, cache = model.with_cache(padded_BT, where, cache, mesh=program.mesh)
     return _draw(model, hidden_BTD[:, -1], rows, 0, program), cache
 
 

@@ -257,7 +257,7 @@ def test_rows_of_a_batch(
         assert sample.num_rows(options, num_prompts, None) == num_rows
 
 
-def test_each_bucket_compiles_once(one: Split) -> None:
+def test_few_programs_are_compiled(one: Split) -> None:
     options = dataclasses.replace(GREEDY, batch_size=2, max_new_tokens=5)
 
     def compiled(*lengths: int) -> tuple[int, int]:
@@ -266,11 +266,13 @@ def test_each_bucket_compiles_once(one: Split) -> None:
         return sample._prefill._cache_size() - before[0], sample._decode._cache_size() - before[1]
 
     assert compiled(5, 9) == (1, 1)
-    # Other lengths, the whole bucket, a batch and a half.
+    # Other lengths, up to the padded one, a batch and a half.
     assert compiled(1, 20) == compiled(32, 32) == compiled(7, 8, 9) == (0, 0)
-    # Sorted by length, 4 and 33 share the second batch: one more bucket, of 64.
+    # Sorted by length, 4 and 33 share the second batch, which is padded to 48.
     assert compiled(33, 2, 4, 3) == (1, 1)
-    assert compiled(64, 40) == (0, 0)
+    assert compiled(48, 40) == (0, 0)
+    assert compiled(49, 64) == (1, 0)  # the same number of slots to decode in
+    assert compiled(40, 96) == (1, 1)
 
 
 @pytest.mark.parametrize("prompt", [[], list(range(4, 129))], ids=["empty", "too long"])

@@ -79,10 +79,10 @@ def measure() -> dict[str, Any]:
     options = EvalOptions()
     num_rows = sample.num_rows(options, NUM_PROMPTS, mesh)
     prompts = sample._pad([[0] * PROMPT_LENGTH], [0] * num_rows)
-    rows = jax.eval_shape(lambda: prompts)
+    padded, rows = jax.eval_shape(lambda: prompts)
     program = sample._Program(arguments.spec.graphdef, options, mesh)
     token_B, cache = jax.eval_shape(
-        partial(sample._prefill, program=program), adapter, weights, rows
+        partial(sample._prefill, program=program), adapter, weights, padded, rows
     )
     kv = struct(cache.kv_L2BSKH, named(mesh, None, None, "batch", None, None, None))
     stops = jax.ShapeDtypeStruct((2,), jnp.int32)

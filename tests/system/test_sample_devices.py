@@ -69,9 +69,9 @@ def measure() -> dict[str, Any]:
             for options, stop_ids in ((greedy, (96,)), (drawn, (5, 6, 7)))
         ]
         if mesh is not None:
-            rows = sample._pad(prompts, range(8))
+            padded, rows = sample._pad(prompts, range(8))
             program = sample._Program(graphdef, greedy, mesh)
-            _, cache = sample._prefill(*placed, rows, program)
+            _, cache = sample._prefill(*placed, padded, rows, program)
             (shard, *_), kv = cache.kv_L2BSKH.addressable_shards, cache.kv_L2BSKH
             assert 8 * shard.data.size == kv.size and shard.data.shape[2] == 1
     return report
