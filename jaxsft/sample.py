@@ -84,7 +84,7 @@ def generate(
     limit = _max_positions(graphdef, adapter, frozen)
     for i, prompt in enumerate(prompts):
         _check_length(f"prompt {i}", prompt, options, limit)
-    # Neighbours in length share a batch, and so a small bucket.
+    # Neighbours in length share a batch, and so little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batch_size = num_rows(options, len(order), mesh)
     stops = np.array(stop_ids, np.int32)

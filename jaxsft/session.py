@@ -5,18 +5,17 @@ A session's end is an absolute time. What a stop takes is kept free before it, b
 """
 
 import contextlib
-import gc
 import math
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from types import FrameType
 from typing import Any
 
 from jaxsft.hosts import any_of
@@ -146,29 +145,27 @@ def interruptible() -> Iterator[None]:
 
     A second signal ends the process.
     """
-    before = signal.signal(signal.SIGALRM, _interrupt)
+    # Python drops what is raised in a finalizer or a callback of the garbage collector, such as
+    # JAX's, and a tenth of set-up is collection: then it is raised again a millisecond later.
+    hook = sys.unraisablehook
+
+    def again(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 1e-3)
+        else:
+            hook(dropped)
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = again
     try:
-        with _signals_to(_interrupt, b""):
+        with _signals_to(signal.default_int_handler, b""):
             yield
         if signal.getitimer(signal.ITIMER_REAL)[0]:
             raise KeyboardInterrupt
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
         signal.signal(signal.SIGALRM, before)
-
-
-def _interrupt(_: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt; within a callback of the garbage collector a millisecond later.
-
-    Python drops what such a callback raises. JAX has one, and a tenth of set-up is collection.
-    """
-    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
-    while frame is not None:
-        if frame.f_code in callbacks:
-            signal.setitimer(signal.ITIMER_REAL, 1e-3)
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -215,7 +215,8 @@ def test_signals_are_heard_within_a_step_and_the_second_ends_it() -> None:
 
 
 @pytest.mark.parametrize("wait_s", [0, 60], ids=["that ends it", "that goes on"])
-def test_no_signal_is_lost_in_a_collection(wait_s: float) -> None:
+@pytest.mark.parametrize("where", ["callback", "finalizer"])
+def test_no_signal_is_lost_in_a_collection(where: str, wait_s: float) -> None:
     sent = []
 
     def send(*_: object) -> None:
@@ -223,14 +224,22 @@ def test_no_signal_is_lost_in_a_collection(wait_s: float) -> None:
             sent.append(signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
 
+    class Finalized:
+        __del__ = send
+
+    hook = sys.unraisablehook
     try:
         with pytest.raises(KeyboardInterrupt), interruptible():
-            gc.callbacks.append(send)
-            gc.collect()
+            if where == "callback":
+                gc.callbacks.append(send)
+                gc.collect()
+            else:
+                Finalized()
             time.sleep(wait_s)
     finally:
-        gc.callbacks.remove(send)
+        gc.callbacks[:] = [each for each in gc.callbacks if each is not send]
     assert sent and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert sys.unraisablehook is hook
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
