@@ -169,9 +169,9 @@ def _in_training(run_dir: Path) -> list[str]:
 def _evaluation(run_dir: Path, adapter: Path) -> list[str]:
     """The run's own evaluation, where it is one of the adapter as it is now."""
     path = run_dir / _EVALUATION
-    found = read_json(path) if path.is_file() else {}
-    if not found:
+    if not path.is_file():
         return []
+    found = read_json(path)
     digest = file_sha256(adapter / WEIGHTS_NAME)
     try:
         columns: dict[str, dict[str, Any]] = {}

@@ -1,6 +1,8 @@
 """What a revision of a repository meant when it was first asked for: it stays that commit.
 
-revision.json    {"repo": "google/gemma-2-2b-it", "commits": {"main": "…40 hex digits…"}}
+A file beside the copies:
+
+    revision.json    {"repo": "google/gemma-2-2b-it", "commits": {"main": "…40 hex digits…"}}
 """
 
 import re
