@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+# A shell's background ignores SIGINT, nohup SIGHUP, and children inherit that.
+HEARS_SIGNALS = ("env", "--default-signal=HUP,INT,TERM")
 _POLL_S = 0.002
 _LIMIT_S = 1800.0  # a child that takes longer hangs
 _PAGE_BYTES = 4096  # the least that a pipe holds
@@ -20,7 +22,7 @@ class ChildError(Exception):
 
 
 class Child:
-    """A command in a process of its own.
+    """A command in a process of its own, which signals stop whatever its parents ignore.
 
     Its stdout is a pipe that holds one write, and it waits while that is not read. So a process
     of which a line was awaited is two lines further at most, however late we see the line.
@@ -52,7 +54,11 @@ class Child:
                 out = stack.enter_context(stdout.open("wb"))
             err = stack.enter_context(self._err.open("wb"))
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=err, env=dict(environment), cwd=log.parent
+                [*HEARS_SIGNALS, *command],
+                stdout=out,
+                stderr=err,
+                env=dict(environment),
+                cwd=log.parent,
             )
 
     def __enter__(self) -> Self:

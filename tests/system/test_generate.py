@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from simulated_devices import EIGHT_DEVICES
 from tiny_run import make_run
 
+from benchmarks.child import HEARS_SIGNALS
 from jaxsft import lora
 from jaxsft.chat import encode_prompt
 from jaxsft.config import EvalOptions
@@ -240,7 +241,8 @@ def test_a_reader_that_goes_and_one_that_interrupts(
 ) -> None:
     """Either ends the command, which would answer for minutes."""
     model = chain(["<answer>", "5"])
-    command = [sys.executable, "-m", "jaxsft.generate", str(model), "--max_new_tokens", "19000"]
+    arguments = ["-m", "jaxsft.generate", str(model), "--max_new_tokens", "19000"]
+    command = [*HEARS_SIGNALS, sys.executable, *arguments]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     for stop, code, line in (
         (lambda process: process.stdout.close(), 1, b""),

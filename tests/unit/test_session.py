@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.child import HEARS_SIGNALS
 from jaxsft import schedule
 from jaxsft.config import TrainConfig
 from jaxsft.preflight import TimedSteps
@@ -31,10 +32,8 @@ NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 # Signals while the main thread is in a C call, which Python's own handlers wait for.
 BUSY = """
 import ctypes
-import signal
 from jaxsft.session import catch_signals, interruptible
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 sleep = ctypes.CDLL(None).usleep  # without the interpreter lock, as a step is
 with interruptible(), catch_signals() as stopped:
     print("ready", flush=True)
@@ -193,7 +192,7 @@ def test_handlers_are_as_before_afterwards() -> None:
 def start_busy(*command: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
-        [*command, sys.executable, "-c", BUSY],
+        [*HEARS_SIGNALS, *command, sys.executable, "-c", BUSY],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
