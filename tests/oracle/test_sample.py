@@ -191,10 +191,14 @@ def test_batch_size_and_company_change_nothing(one: Split, drawn: list[Generatio
     assert answers(3, [PROMPTS[0], other, PROMPTS[2]])[::2] == drawn[:3:2]
 
 
+@pytest.mark.parametrize("on_tpu", [False, True], ids=["", "on a TPU"])  # in two rows
 @pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_a_stream_is_generates_answer(one: Split, options: EvalOptions) -> None:
+def test_a_stream_is_generates_answer(
+    one: Split, options: EvalOptions, on_tpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = PROMPTS[1]
     whole = generate(*one, [prompt], options=options, stop_ids=NEVER)[0].ids
+    monkeypatch.setattr(sample, "_on_tpu", lambda mesh: on_tpu)
     tokens = stream(*one, prompt, options=options, stop_ids=NEVER)
     assert [next(tokens), next(tokens)] == whole[:2] and list(tokens) == whole[2:]
     # The tokens end before a stop token, be it the first of all.
@@ -244,17 +248,26 @@ def test_nothing_holds_on_to_the_weights(one: Split) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "batch_size", "num_prompts", "num_rows"),
-    [(1, 8, 16, 8), (1, 8, 3, 3), (8, 8, 16, 16), (8, 5, 1, 16), (8, 64, 99, 64), (8, 20, 99, 24)],
+    ("num_devices", "batch_size", "num_prompts", "on_cpu", "on_tpu"),
+    [
+        *[(1, 8, 16, 8, 8), (1, 8, 3, 3, 3), (1, 8, 1, 1, 2)],
+        *[(8, 8, 16, 8, 16), (8, 5, 1, 8, 16), (8, 64, 99, 64, 64), (8, 20, 99, 24, 24)],
+    ],
 )
 def test_rows_of_a_batch(
-    num_devices: int, batch_size: int, num_prompts: int, num_rows: int
+    num_devices: int,
+    batch_size: int,
+    num_prompts: int,
+    on_cpu: int,
+    on_tpu: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    mesh: Any = AbstractMesh((num_devices, 1), MESH_AXES)
     options = dataclasses.replace(GREEDY, batch_size=batch_size)
-    assert sample.num_rows(options, num_prompts, mesh) == num_rows
-    if num_devices == 1:
-        assert sample.num_rows(options, num_prompts, None) == num_rows
+    abstract: Any = AbstractMesh((num_devices, 1), MESH_AXES)
+    for mesh in (abstract, None) if num_devices == 1 else (abstract,):
+        for is_tpu, expected in ((False, on_cpu), (True, on_tpu)):
+            monkeypatch.setattr(sample, "_on_tpu", lambda _, found=is_tpu: found)
+            assert sample.num_rows(options, num_prompts, mesh) == expected
 
 
 def test_few_programs_are_compiled(one: Split) -> None:

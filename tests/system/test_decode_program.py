@@ -14,7 +14,7 @@ import pytest
 from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT
 
 NUM_LAYERS = 4
-NUM_PROMPTS, PROMPT_LENGTH = 16, 64
+NUM_PROMPTS, PROMPT_LENGTH = 8, 64
 
 
 @pytest.fixture(scope="module")
