@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from other_devices import EIGHT_DEVICES
 from safetensors.numpy import load_file
-from simulated_devices import EIGHT_DEVICES
 from twins import TWINS, make_twin
 
 from jaxsft.model import Gemma, layer_location

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from simulated_devices import report_of
+from other_devices import COMPILE_FAST, EIGHT_DEVICES, report_of
 
 CASES = {"one": (1, 1), "data": (8, 1), "data and fsdp": (4, 2), "fsdp": (1, 8)}
 FUSED_CASES = {"fused, one": (1, 1), "fused, data": (8, 1)}
@@ -18,7 +18,7 @@ NUM_STEPS = 3
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     """What the child process measured, by case."""
-    return report_of(__file__)
+    return report_of(__file__, EIGHT_DEVICES | COMPILE_FAST)
 
 
 @pytest.mark.parametrize("case", ["data", "data and fsdp", "fsdp", "fused, data"])

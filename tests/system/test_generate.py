@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from other_devices import EIGHT_DEVICES
 from safetensors.numpy import load_file, save_file
-from simulated_devices import EIGHT_DEVICES
 from tiny_run import make_run
 
 from benchmarks.child import HEARS_SIGNALS

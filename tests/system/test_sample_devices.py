@@ -7,13 +7,13 @@ import dataclasses
 import json
 from typing import Any
 
-from simulated_devices import report_of
+from other_devices import COMPILE_FAST, EIGHT_DEVICES, report_of
 
 CASES = {"one": None, "eight": (4, 2)}
 
 
 def test_eight_devices_give_the_answers_of_one() -> None:
-    report = report_of(__file__)
+    report = report_of(__file__, EIGHT_DEVICES | COMPILE_FAST)
     assert report["eight"] == report["one"]
     greedy, drawn = report["one"]
     assert len(greedy) == len(drawn) == 21 and greedy != drawn

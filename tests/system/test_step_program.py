@@ -4,12 +4,10 @@ Compiled ahead of time, in a subprocess because libtpu reads its environment onc
 """
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from other_devices import report_of
 
 from jaxsft.fused_weights import group_adapter
 from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT
@@ -20,12 +18,7 @@ D, F, RANK = 2304, 9216, 64
 
 @pytest.fixture(scope="module")
 def program() -> dict[str, Any]:
-    environment = {**os.environ, **AOT_ENVIRONMENT}
-    child = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+    return report_of(__file__, AOT_ENVIRONMENT)
 
 
 def test_collectives_are_outside_all_loops(program: dict[str, Any]) -> None:
