@@ -122,8 +122,15 @@ def answer(voice: Voice, turns: Sequence[Turn], session: Session) -> Answer:
     with stoppable() as is_stopped:
 
         def tokens() -> Iterator[int]:
-            model = (voice.graphdef, voice.adapter, voice.frozen)
-            for token in stream(*model, prompt, options=decoding, stop_ids=tokenizer.stop_ids):
+            for token in stream(
+                voice.graphdef,
+                voice.adapter,
+                voice.frozen,
+                prompt,
+                options=decoding,
+                stop_ids=tokenizer.stop_ids,
+                num_ids=tokenizer.vocab_size,
+            ):
                 if is_stopped():
                     return
                 ids.append(token)

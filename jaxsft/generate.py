@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     return run_command(
         lambda: command(parse_options("jaxsft.generate", DESCRIPTION, argv, GenerateOptions)),
-        interrupted="what was answered stands above",
+        interrupted="what stands above is all: answers to --prompts are written at the end",
         memory_advice="lower --batch_size or --max_new_tokens, or use --dtype bfloat16",
     )
 
@@ -201,6 +201,7 @@ def answer_prompts(
                 encoded,
                 options=decoding,
                 stop_ids=tokenizer.stop_ids,
+                num_ids=tokenizer.vocab_size,
                 on_batch=on_batch,
                 mesh=mesh,
             )

@@ -39,6 +39,7 @@ class _Program(NamedTuple):
     graphdef: nnx.GraphDef
     options: EvalOptions
     mesh: Mesh | None
+    num_ids: int | None = None
 
 
 class _Rows(NamedTuple):
@@ -64,6 +65,7 @@ def generate(
     *,
     options: EvalOptions,
     stop_ids: Sequence[int],
+    num_ids: int | None = None,
     on_batch: Callable[[], None] = lambda: None,
     mesh: Mesh | None = None,
 ) -> list[Generation]:
@@ -75,18 +77,21 @@ def generate(
     longest prompts of the batches are padded to (32, 48, 64, 96, 128 … tokens), decoding for each
     power of two: 2 programs for prompts of up to 32 tokens, at most 14 for up to 512.
 
+    `num_ids` is the tokenizer's: ids above, of rows that pad the embedding, are not drawn.
+
     The draw for prompt i depends on (options.seed, i) and the position alone, so neither batch size
     nor the other prompts change it.
 
     Raises:
       ValueError: a prompt is empty or, with max_new_tokens, beyond the model's positions.
     """
-    program = _Program(graphdef, options, mesh)
+    program = _Program(graphdef, options, mesh, num_ids)
     limit = _max_positions(graphdef, adapter, frozen)
     for i, prompt in enumerate(prompts):
         _check_length(f"prompt {i}", prompt, options, limit)
-    # Neighbours in length share a batch, and so little padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # Neighbours in length share a batch, and so little padding. The longest first: where memory
+    # does not suffice for them, nothing has been answered in vain.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batch_size = num_rows(options, len(order), mesh)
     stops = np.array(stop_ids, np.int32)
     answers: dict[int, Generation] = {}
@@ -124,17 +129,13 @@ def stream(
     *,
     options: EvalOptions,
     stop_ids: Sequence[int],
+    num_ids: int | None = None,
 ) -> Iterator[int]:
-    """The tokens of `generate`'s answer to this prompt alone, as they come.
-
-    Programs are compiled as there.
-
-    Raises:
-      ValueError: the prompt is empty or, with max_new_tokens, beyond the model's positions.
-    """
+    """The tokens of `generate`'s answer to this prompt alone, as they come; programs and errors as
+    there."""
     limit = _max_positions(graphdef, adapter, frozen)
     _check_length("the prompt", prompt, options, limit)
-    program = _Program(graphdef, options, None)
+    program = _Program(graphdef, options, None, num_ids)
     padded_BT, rows = _pad([prompt], [0] * num_rows(options, 1, None))
     token_B, cache = _prefill(adapter, frozen, padded_BT, rows, program)
     for n in range(1, options.max_new_tokens + 1):
@@ -274,7 +275,8 @@ def _draw(
         )
 
     keys_B = jax.vmap(key)(rows.numbers_B)
-    return sample_token(model.logits(hidden_BD), keys_B, program.options)
+    logits_BV = model.logits(hidden_BD)[:, : program.num_ids]
+    return sample_token(logits_BV, keys_B, program.options)
 
 
 def sample_token(logits_BV: jax.Array, keys_B: jax.Array, options: EvalOptions) -> jax.Array:

@@ -208,6 +208,14 @@ def test_a_stream_is_generates_answer(
         assert ended == whole[: whole.index(stop)]
 
 
+def test_ids_that_pad_the_embedding_are_not_drawn(one: Split, drawn: list[Generation]) -> None:
+    assert max(drawn[0].ids) >= 64
+    arguments: Any = {"options": DRAWN, "stop_ids": NEVER, "num_ids": 64}
+    ids = generate(*one, PROMPTS[:1], **arguments)[0].ids
+    assert max(ids) < 64 and len(set(ids)) > NUM_NEW_TOKENS / 2
+    assert list(stream(*one, PROMPTS[0], **arguments)) == ids
+
+
 def test_no_prompts_give_no_answers(one: Split) -> None:
     assert generate(*one, [], options=GREEDY, stop_ids=NEVER) == []
 
