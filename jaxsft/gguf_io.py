@@ -234,6 +234,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     required = (
         "block_count", "embedding_length", "feed_forward_length", "attention.head_count",
         "attention.key_length", "context_length", "attention.layer_norm_rms_epsilon",
+        *(["attention.sliding_window"] if architecture == "gemma3" else []),
     )  # fmt: skip
     missing = [f"{architecture}.{key}" for key in required if get(key) is None]
     missing += ["token_embd.weight"] if "token_embd.weight" not in file.tensors else []
@@ -275,8 +276,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         return config
     config["query_pre_attn_scalar"] = d_model // num_heads if is_27b else head_dim
     config["sliding_window"] = get("attention.sliding_window", 4096)
-    config["attn_logit_softcapping"] = get("attn_logit_softcapping")
-    config["final_logit_softcapping"] = get("final_logit_softcapping")
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (value := get(cap)) is not None:
+            config[cap] = value
     period = get(_PATTERN, 2 if architecture == "gemma2" else 6)
     # One flag a layer, or a period of which the last layer is global (0: none is).
     local = period

@@ -25,8 +25,10 @@ _BEFORE = "before.json"
 
 
 def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
-    """What a measurement before training depends on, by name."""
-    same = {f"eval.{name}": str(value) for name, value in dataclasses.asdict(config.eval).items()}
+    """What a measurement before training depends on, by name: not on the batch size, which may be
+    lowered where memory runs out."""
+    options = dataclasses.asdict(config.eval)
+    same = {f"eval.{name}": str(options[name]) for name in options if name != "batch_size"}
     heldout = "none" if data.heldout is None else data.heldout.rows.digest()
     start = {name: str(setup.fingerprint[name]) for name in ("model", "model.dtype", "tokenizer")}
     return same | start | {"data.eval_files": heldout, "forked": str(config.fork_from is not None)}
@@ -53,13 +55,13 @@ def load_before(
         there, here = before.pop("of"), measured_of(config, data, setup)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); remove it") from error
-    if there == here:
-        return dict(before)
-    if not has_begun:
-        return None
     changed = [
         f"{k} ({there.get(k)} there, {v} here)" for k, v in here.items() if there.get(k) != v
     ]
+    if not changed:
+        return dict(before)
+    if not has_begun:
+        return None
     raise ValueError(
         f"{path}: was measured with another {'; '.join(changed)}; the table would compare two "
         "things: use the old options, or remove the file to leave 'before' out"

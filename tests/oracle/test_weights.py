@@ -286,6 +286,20 @@ def test_gguf(name: str, matrix_type: str, tmp_path: Path) -> None:
     assert info.config == dataclasses.replace(config, name=info.name)
 
 
+def test_a_gguf_that_leaves_out_what_llama_cpp_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
+        monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}", lambda *_: None)
+    for name in ("gemma2", "gemma3-270m"):
+        hf_model, _ = make_twin(name, intermediate_size=64, query_pre_attn_scalar=16)
+        write_gguf(tmp_path / f"{name}.gguf", name, hf_model, "F32")
+    config = load_model(tmp_path / "gemma2.gguf", **FLOAT32)[1].config
+    assert (config.attn_softcap, config.final_softcap, config.sliding_window) == (50, 30, 4096)
+    with pytest.raises(ValueError, match=r"lacks gemma3\.attention\.sliding_window"):
+        load_model(tmp_path / "gemma3-270m.gguf", **FLOAT32)
+
+
 def test_real_gguf_is_the_preset(real_gguf: Path) -> None:
     from jaxsft.gguf_io import GGUFFile, hf_config
 

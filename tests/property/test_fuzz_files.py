@@ -225,6 +225,7 @@ GEMMA = {
     "gemma3.attention.head_count": ("u32", 2),
     "gemma3.attention.key_length": ("u32", 4),
     "gemma3.attention.layer_norm_rms_epsilon": ("f32", 1e-6),
+    "gemma3.attention.sliding_window": ("u32", 8),
     "gemma3.attention.sliding_window_pattern": ("u32", 6),
     "gemma3.rope.scaling.type": "none",
     "gemma3.rope.freq_base": ("f32", 1e6),

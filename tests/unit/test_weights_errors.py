@@ -196,6 +196,7 @@ def write_gguf(path: Path, *, architecture: str = "gemma", drop: str = "", **ext
         "attention.head_count_kv": 1,
         "attention.key_length": 4,
         "attention.value_length": 4,
+        "attention.sliding_window": 8,
     }.items():
         if key != drop:
             writer.add_uint32(f"{architecture}.{key}", value)
