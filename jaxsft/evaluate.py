@@ -9,12 +9,12 @@ Exit codes: 0 done; 1 out of memory, or a disk or a network that failed; 2 bad i
 interrupted.
 """
 
-import dataclasses
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -41,12 +41,21 @@ from jaxsft.evaluation.heldout import (
     read_prompts,
     with_examples,
 )
-from jaxsft.evaluation.options import BASE, EvaluateOptions, check, is_adapter, run_defaults
+from jaxsft.evaluation.options import (
+    EvaluateOptions,
+    Side,
+    check,
+    find,
+    names_of,
+    run_defaults,
+    shared_tokenizer,
+    sides_of,
+)
 from jaxsft.evaluation.results import Measured, describe, output_directory, write_results
 from jaxsft.evaluation.scoring import compare
 from jaxsft.evaluation.table import show_comparison, with_perplexity
 from jaxsft.jax_settings import configure_jax
-from jaxsft.models import Origin, find_model, load, open_tokenizer
+from jaxsft.models import Origin, load
 from jaxsft.packing import PackedRows, Sample
 from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config
 from jaxsft.prepare import all_samples, load_heldout
@@ -55,17 +64,20 @@ from jaxsft.sample import num_rows
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec
 from jaxsft.terminal import make_console
+from jaxsft.text import visible_line
 from jaxsft.tokenizer import Tokenizer
 from jaxsft.weights import file_sha256
 
 DESCRIPTION = (
     "Measures a model (a run, an adapter, or anything that train takes as model.path) on held-out "
-    "rows: loss, and the form and accuracy of its answers, with 95% intervals. For a run, its own "
-    "held-out rows, lengths and decoding options are the defaults."
+    "rows: loss, and the form and accuracy of its answers, with 95% intervals. The defaults are a "
+    "run's own held-out rows, system text, lengths, precision and decoding options: the model's, "
+    "or else those of the run that it is compared with."
 )
 _CHUNK_TOKENS = 512  # loss positions per device that meet the vocabulary at once
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128  # a TPU's lanes; shorter rows pack badly
 _ANY_LENGTH = 1 << 24  # tokens
+_SHOWN = 80  # characters of a system text
 _LINE_EVERY_S = 30.0  # where there is no terminal
 
 
@@ -86,31 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str], console: Console) -> int:
     """Measures what `argv` asks for. ValueError and OSError are bad input."""
-    options = parse_options("jaxsft.evaluate", DESCRIPTION, argv, EvaluateOptions)
-    origin = find(options, options.model)
-    if origin.run_dir is not None:
-        defaults = run_defaults(origin.run_dir)
-        options = parse_options("jaxsft.evaluate", DESCRIPTION, argv, EvaluateOptions, defaults)
-    check(options)
-    output = output_directory(options, origin)
+    options, sides = resolve(argv)
+    output = output_directory(options, sides[0].origin)
     check_device()
     configure_jax()
-    sides = [(options.model, origin)]
-    if options.compare == BASE:
-        sides.append((origin.name, dataclasses.replace(origin, adapter=None)))
-    elif options.compare is not None:
-        sides.append((options.compare, find(options, options.compare)))
-        places = {
-            (side.base.resolve(), side.adapter and side.adapter.resolve()) for _, side in sides
-        }
-        if len(places) == 1:
-            raise ValueError(f"compare: {options.compare} is the model itself")
-    tokenizer = open_tokenizer(origin.tokenizer)
-    if open_tokenizer(sides[-1][1].tokenizer).digest != tokenizer.digest:
-        raise ValueError(
-            f"{options.compare}: has another tokenizer than {options.model}: losses per token "
-            "would not compare; evaluate each by itself"
-        )
+    tokenizer = shared_tokenizer(sides)
     rows = read_rows(options, tokenizer)
     for name, side in sides:  # before an hour goes into the first
         check_positions(name, side, rows, options)
@@ -128,14 +120,35 @@ def command(argv: Sequence[str], console: Console) -> int:
     return 0
 
 
-def find(options: EvaluateOptions, name: str) -> Origin:
-    """The model of this name, on the base that the options give, where it is an adapter."""
-    return find_model(name, options.tokenizer, options.base_model if is_adapter(name) else None)
+def resolve(argv: Sequence[str]) -> tuple[EvaluateOptions, list[Side]]:
+    """The options, with those of a run among the models for defaults, and the models.
+
+    ValueError where two runs have different system texts and `argv` none.
+    """
+    parse = partial(parse_options, "jaxsft.evaluate", DESCRIPTION, argv, EvaluateOptions)
+    options = parse()
+    # Runs are here. What is the hub's has no directory above it, and waits for the options' check.
+    here = [name for name in names_of(options) if Path(name).parent.is_dir()]
+    found = {name: find(name, options) for name in here}
+    runs = [origin.run_dir for origin in found.values() if origin.run_dir is not None]
+    by_run = [parse(run_defaults(run)) for run in runs]
+    if len({each.system_prompt or None for each in by_run}) > 1:
+        raise ValueError(
+            f"compare: {options.model} and {options.compare} were trained with different system "
+            "texts; give --system_prompt TEXT (null for none), which both are then measured with"
+        )
+    options = by_run[0] if by_run else options
+    check(options)
+    return options, sides_of(options, found)
 
 
 def read_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
     """The rows to measure on and their prompts, with the examples in front."""
-    data = DataOptions(system_prompt=options.system_prompt, max_length=options.max_length)
+    data = DataOptions(
+        system_prompt=options.system_prompt,
+        max_length=options.max_length,
+        overlong=options.overlong,
+    )
     files, shots = as_list(options.files), options.few_shot
     heldout = load_heldout(files, tokenizer, data, cache_dir("prepared"))
     examples: list[Sample] = []
@@ -157,11 +170,11 @@ def read_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
         prompts = as_text(prompts, solved, tokenizer)
     else:
         prompts = with_examples(prompts, examples, tokenizer)
-    return Rows(
-        pack_tightly(all_samples(heldout)),
-        prompts,
-        describe(options, heldout.report, len(prompts)),
-    )
+    about = describe(options, heldout.report, len(prompts))
+    if options.system_prompt:
+        text = visible_line(options.system_prompt)
+        about += f'; system text "{text[:_SHOWN]}{"…" if len(text) > _SHOWN else ""}"'
+    return Rows(pack_tightly(all_samples(heldout)), prompts, about)
 
 
 def first_samples(
@@ -211,7 +224,9 @@ def measure(
 ) -> Measured:
     """Loads a model and measures it."""
     mesh = make_mesh(jax.device_count())
-    loaded = load(origin, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh)
+    loaded = load(
+        origin, dtype=options.dtype, param_dtype=options.param_dtype or options.dtype, mesh=mesh
+    )
     digest = file_sha256(origin.adapter / WEIGHTS_NAME) if origin.adapter is not None else None
     graphdef, adapter, frozen = lora.split(loaded.model)
     nothing = optax.identity(), optax.constant_schedule(0.0)

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
 from jaxsft.config import EvalOptions
 from jaxsft.evaluation.intervals import difference, ratio
-from jaxsft.evaluation.scoring import ANSWER_METRICS, Answer, Comparison, Metric, user_text
+from jaxsft.evaluation.scoring import ANSWER_METRICS, Answer, Comparison, Metric
 from jaxsft.hosts import on_host
 from jaxsft.packing import PackedRows, Sample
 from jaxsft.sample import generate
-from jaxsft.step import StepSpec, eval_step, put_batch
+from jaxsft.sharding import named
+from jaxsft.step import StepSpec, eval_step
 from jaxsft.tokenizer import Tokenizer
 
 NEXT_QUESTION = "\n\nQuestion:"  # of `as_text`
@@ -51,13 +53,19 @@ def held_out_losses(
 
     Args:
       is_answer_N: `answer_mask` of the rows.
+      batch_size: over all processes; a multiple of the mesh's size.
       on_batch: is called before each batch and may raise.
     """
     losses_N = np.zeros(len(rows.tokens_N))
+    sharding = named(spec.mesh, "batch", None)
     for low in range(0, len(rows), batch_size):
         on_batch()
         indices = [i if i < len(rows) else -1 for i in range(low, low + batch_size)]
-        batch = put_batch(rows.batch(indices), spec.mesh)
+        # Every process knows all rows: each device takes its own, in whatever order they stand.
+        batch = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            rows.batch(indices),
+        )
         losses_BT = on_host(eval_step(adapter, frozen, batch, spec=spec))
         for row, index in enumerate(i for i in indices if i >= 0):
             start = 0
@@ -141,11 +149,21 @@ def read_prompts(
     prompts = []
     for sample in samples:
         ids, completion = split_prompt(sample)
-        text = user_text(tokenizer.decode(ids))
+        text = _last_user_text(ids, tokenizer)
         if system_prompt:
-            text = text.removeprefix(f"{system_prompt}\n\n")
+            text = text.removeprefix(f"{system_prompt.strip()}\n\n")
         prompts.append(Prompt(ids, text, tokenizer.decode(completion, skip_special=True)))
     return prompts
+
+
+def _last_user_text(ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of a prompt's last user turn, the system text in front of it included.
+
+    The control ids bound it, as a user's text may quote what these decode to.
+    """
+    start, _ = [i for i, token in enumerate(ids) if token == tokenizer.start_of_turn_id][-2:]
+    turn = ids[start + 1 : ids.index(tokenizer.end_of_turn_id, start)]
+    return tokenizer.decode(turn).removeprefix("user\n")
 
 
 def split_prompt(sample: Sample) -> tuple[list[int], list[int]]:
@@ -195,7 +213,8 @@ def answer_prompts(
     """Generates an answer to each prompt; `on_batch` as in `held_out_losses`.
 
     An answer ends before `stop_text`. It is cut where the model begins another turn, as a base
-    model does that goes on with questions of its own; such a one did not stop by itself.
+    model does that goes on with questions of its own; such a one neither stopped by itself nor
+    reached the limit.
     """
     generations = generate(
         spec.graphdef,
@@ -204,16 +223,19 @@ def answer_prompts(
         [prompt.ids for prompt in prompts],
         options=options,
         stop_ids=tokenizer.stop_ids,
+        num_ids=tokenizer.vocab_size,
         on_batch=on_batch,
         mesh=spec.mesh,
     )
     answers = []
     for prompt, (ids, stopped) in zip(prompts, generations, strict=True):
+        truncated = not stopped
         if tokenizer.start_of_turn_id in ids:
-            ids, stopped = ids[: ids.index(tokenizer.start_of_turn_id)], False
+            ids = ids[: ids.index(tokenizer.start_of_turn_id)]
+            stopped = truncated = False
         text = tokenizer.decode(ids)
         if stop_text is not None and stop_text in text:
-            text, stopped = text.partition(stop_text)[0], True
-            ids = tokenizer.encode(text)
-        answers.append(Answer(prompt.text, prompt.reference, text, len(ids), stopped))
+            text = text.partition(stop_text)[0]
+            ids, stopped, truncated = tokenizer.encode(text), True, False
+        answers.append(Answer(prompt.text, prompt.reference, text, len(ids), stopped, truncated))
     return answers

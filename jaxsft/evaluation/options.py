@@ -1,14 +1,16 @@
-"""The options of `python -m jaxsft.evaluate`, and what a run gives for defaults."""
+"""The options of `python -m jaxsft.evaluate`, a run's for defaults, and the models they name."""
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig
-from jaxsft.fork import ADAPTER
-from jaxsft.models import run_config
-from jaxsft.peft_io import CONFIG_NAME
+from jaxsft.models import Origin, base_path, find_model, open_tokenizer, run_config
+from jaxsft.peft_io import holds_adapter
+from jaxsft.tokenizer import Tokenizer
 from jaxsft.validation import validate
 
 BASE = "base"
@@ -38,24 +40,40 @@ class EvaluateOptions:
     system_prompt: str | None = SYSTEM_PROMPT
     """Put in front of the first user turn of rows that have no system turn; null for none."""
     max_length: int = 2048
-    """Tokens of a row; longer samples are shortened for the loss as train does."""
+    """The most tokens of a row that the loss is measured on."""
+    overlong: Literal["shorten", "drop", "raise"] = "shorten"
+    """Rows over max_length: cut the reasoning (never the answer), leave them out of the loss, or
+    stop."""
     dtype: Dtype = "float32"
-    """Activations, matmuls and weights."""
+    """Activations and matmuls."""
+    param_dtype: Dtype | None = None
+    """How weights are kept in memory; by default as dtype."""
     eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)
     output: str | None = None
     """Directory for evaluation.json, answers.jsonl and page.html, those of an earlier evaluation
-    are replaced; by default evaluation/ in the run's directory, elsewhere evaluation-NAME here."""
+    are replaced; by default evaluation/ in the model's directory if it is a run, elsewhere
+    evaluation-NAME here."""
+
+
+class Side(NamedTuple):
+    """A model to measure: what it is called, and where it is read."""
+
+    name: str
+    origin: Origin
 
 
 def run_defaults(run_dir: Path) -> dict[str, Any]:
     """What a run was measured with, as defaults by option."""
     config = run_config(run_dir)
+    dtype, param_dtype = config.model.dtype, config.model.param_dtype
     return {
         "files": config.data.eval_files,
         "few_shot_files": config.data.train_files,
         "system_prompt": config.data.system_prompt,
         "max_length": config.data.max_length,
-        "dtype": config.model.dtype,
+        "overlong": config.data.overlong,
+        "dtype": dtype,
+        "param_dtype": None if param_dtype == dtype else param_dtype,  # --dtype is for both
     } | {f"eval.{name}": value for name, value in dataclasses.asdict(config.eval).items()}
 
 
@@ -73,16 +91,51 @@ def check(options: EvaluateOptions) -> None:
         json.dumps(dataclasses.asdict(options), ensure_ascii=False).encode()
     except UnicodeEncodeError:  # found now, not when the results are written
         raise ValueError("a file name among the options is not UTF-8; rename the file") from None
-    sides = [options.model, options.compare]
-    if options.base_model and not any(side and is_adapter(side) for side in sides):
-        raise ValueError("base_model is for adapters and runs, and none is given")
-    if options.compare == BASE and not is_adapter(options.model):
-        raise ValueError(f"compare: {options.model} has no adapter, it is the base itself")
     data = DataOptions(train_files=["none"], max_length=options.max_length)
     validate(TrainConfig(eval=options.eval, data=data))
 
 
-def is_adapter(name: str) -> bool:
-    """Does a base model go with it: is it an adapter's or a run's directory?"""
-    path = Path(name)
-    return any((path / part / CONFIG_NAME).is_file() for part in ("", ADAPTER))
+def names_of(options: EvaluateOptions) -> list[str]:
+    """The model, and the one that it is compared with unless that is its own base."""
+    other = options.compare
+    return [options.model] if other in (None, BASE) else [options.model, other]
+
+
+def find(name: str, options: EvaluateOptions) -> Origin:
+    """The model of this name, on the base that the options give if it is an adapter."""
+    base = options.base_model
+    with suppress(ValueError):  # for an adapter or a run, or what find_model refuses as well
+        if base is not None and not holds_adapter(base_path(name, options.tokenizer)):
+            base = None
+    return find_model(name, options.tokenizer, base)
+
+
+def sides_of(options: EvaluateOptions, found: Mapping[str, Origin]) -> list[Side]:
+    """The model and, if asked for, the one beside it; `found` are those already looked up, by name.
+
+    Raises ValueError where both are the same, and for a base_model that nobody needs.
+    """
+    sides = [Side(name, found.get(name) or find(name, options)) for name in names_of(options)]
+    if options.base_model is not None and all(side.origin.adapter is None for side in sides):
+        raise ValueError("base_model is for adapters and runs, and none is given")
+    if options.compare == BASE:
+        origin = sides[0].origin
+        sides.append(Side(origin.name, dataclasses.replace(origin, adapter=None)))
+    parts = [(side.origin.base, side.origin.adapter) for side in sides]
+    places = {(base.resolve(), adapter and adapter.resolve()) for base, adapter in parts}
+    if len(places) < len(sides):
+        if options.compare == BASE:
+            raise ValueError(f"compare: {options.model} has no adapter, it is the base itself")
+        raise ValueError(f"compare: {options.compare} is the model itself")
+    return sides
+
+
+def shared_tokenizer(sides: Sequence[Side]) -> Tokenizer:
+    """The tokenizer of all sides; ValueError where they don't have the same."""
+    tokenizers = [open_tokenizer(side.origin.tokenizer) for side in sides]
+    if len({tokenizer.digest for tokenizer in tokenizers}) > 1:
+        raise ValueError(
+            f"{sides[1].name}: has another tokenizer than {sides[0].name}: losses per token would "
+            "not compare; evaluate each by itself"
+        )
+    return tokenizers[0]

@@ -28,7 +28,9 @@ _REPEATED_WORDS = 4
 class Answer:
     """A generated answer beside its prompt and the row's own completion, as text.
 
-    `num_tokens`: generated, without the stop token. `stopped`: by a stop token, not by the limit.
+    `num_tokens`: generated, without the stop token. `stopped`: by itself, at a stop token or the
+    stop text. `truncated`: at `max_new_tokens`. One that is cut where another turn begins is
+    neither.
     """
 
     prompt: str
@@ -36,6 +38,7 @@ class Answer:
     text: str
     num_tokens: int
     stopped: bool
+    truncated: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +101,6 @@ _METRICS = {
 _DISTINCT = Metric("distinct_answers", "distinct answers", "count", 0)
 ANSWER_METRICS = (*_METRICS.values(), _DISTINCT)  # in the order of a table
 _ACCURACIES = [_METRICS[field] for field in ("correct", "partial", "last_number_correct")]
-
-
-def user_text(rendered_prompt: str) -> str:
-    """The text of a decoded prompt's last user turn, the system text in front of it included."""
-    last_turn = rendered_prompt.rsplit("<start_of_turn>user\n", 1)[-1]
-    return last_turn.split("<end_of_turn>", 1)[0]
 
 
 def exact_parts(text: str) -> tuple[str, str] | None:
@@ -206,7 +203,7 @@ def score_answer(answer: Answer) -> AnswerScores:
         exact_format=parts is not None,
         each_tag_once=has_each_tag_once(answer.text),
         stopped=answer.stopped,
-        truncated=not answer.stopped,
+        truncated=answer.truncated,
         num_tokens=answer.num_tokens,
         reasoning_words=len(parts[0].split()) if parts else None,
         answer_words=len(parts[1].split()) if parts else None,

@@ -135,9 +135,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    reference = completion_text("Because.", "7")
     sides = [
         [
-            Answer(f"Question {number}?", completion_text("Because.", "7"), texts[side], 9, True)
+            Answer(f"Question {number}?", reference, texts[side], 9, stopped=True, truncated=False)
             for number, texts in enumerate(ANSWERS, 1)
         ]
         for side in (0, 1)

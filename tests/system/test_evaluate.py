@@ -80,7 +80,6 @@ def test_losses_equal_transformers(
         assert metrics[name]["models"][0]["value"] == pytest.approx(expected, rel=1e-4), name
     loss = metrics["loss"]["models"][0]
     assert loss["num"] == 2 and loss["low"] <= loss["value"] <= loss["high"]
-    perplexity = metrics["perplexity"]["models"][0]["value"]
     for part in ("", "_reasoning", "_answer"):
         perplexity = metrics[f"perplexity{part}"]["models"][0]["value"]
         assert perplexity == pytest.approx(np.exp(metrics[f"loss{part}"]["models"][0]["value"]))

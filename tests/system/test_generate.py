@@ -249,8 +249,8 @@ def test_a_reader_that_goes_and_one_that_interrupts(
         (
             lambda process: process.send_signal(signal.SIGINT),
             130,
-            b"\nerror: interrupted; what stands above is all: answers to --prompts are written at the "
-            b"end\n",
+            b"\nerror: interrupted; what stands above is all: "
+            b"answers to --prompts are written at the end\n",
         ),
     ):
         with subprocess.Popen(command, env=command_environment, bufsize=0, **pipes) as process:

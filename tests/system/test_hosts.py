@@ -23,10 +23,14 @@ from jaxsft.train import EXIT_STOPPED
 
 PROGRAM = """
 import json, sys
+from types import SimpleNamespace
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxsft.checkpoint import Checkpoints
+from jaxsft.evaluation import heldout
 from jaxsft.hosts import any_of, array_from_first, from_first, join_hosts, reached_preemption
+from jaxsft.packing import PackedRows, Sample
+from jaxsft.sharding import make_mesh
 
 join_hosts()
 index = jax.process_index()
@@ -88,6 +92,23 @@ say("refused", [
 blocked = Checkpoints(f"{sys.argv[1]}/file/{index}", 1)
 blocked.save(1, state(1), metadata)
 say("failed", message(blocked.wait))
+
+# Every token loses its own id; each process has one device, and the mesh the second one first.
+rows = PackedRows.from_samples(
+    [Sample(np.arange(i, i + 3, dtype=np.int32), np.ones(3, bool)) for i in range(1, 4)],
+    [[0], [1], [2]],
+    3,
+)
+shapes = []
+
+def eval_step(adapter, frozen, batch, *, spec):
+    shapes.append(batch.targets_BT.shape)
+    return batch.targets_BT.astype(jnp.float32)
+
+heldout.eval_step = eval_step
+spec = SimpleNamespace(mesh=make_mesh(2, devices=jax.devices()[::-1]))
+losses = heldout.held_out_losses(None, None, rows, rows.loss_mask_N, spec=spec, batch_size=2)
+say("losses", [shapes, losses["all"].sums_S.tolist()])
 
 # Without a handler of Python's, as between the start and the first step.
 say("ready", True)
@@ -182,6 +203,10 @@ def test_checkpoints_of_two_processes_are_one(said: tuple[Path, dict[str, Any]])
     restored = Checkpoints(directory / "0", 1).restore(like, {"seed": 0})
     assert restored is not None and restored.step == 2
     assert restored.state["split"].tolist() == (np.arange(12).reshape(4, 3) * 2).tolist()
+
+
+def test_each_process_measures_its_share_of_the_rows(said: tuple[Path, dict[str, Any]]) -> None:
+    assert said[1]["losses"] == [[[2, 3], [2, 3]], [2 + 3, 3 + 4, 4 + 5]]
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ class Tree(HTMLParser):
 
 def answers(*texts: str, reference: str = completion_text("So.", "7")) -> list[Answer]:
     return [
-        Answer(f"{SYSTEM}Question {number}?", reference, text, 5, text != "cut")
+        Answer(f"{SYSTEM}Question {number}?", reference, text, 5, bool(text), text == "cut")
         for number, text in enumerate(texts, 1)
     ]
 
@@ -86,6 +86,7 @@ def test_each_prompt_has_a_row_with_both_answers() -> None:
         "✗ 7.5within 10%✓ format5 tokens",
     ]
     assert badges[5] == "✗ no number✗ format: no tags✂ cut off5 tokens"
+    assert badges[7] == "✗ no number✗ format: no tags5 tokens"  # neither stopped nor cut off
 
 
 def test_what_all_prompts_begin_with_is_there_once() -> None:
@@ -121,7 +122,7 @@ def test_tags_are_marked_and_parts_too() -> None:
 
 
 def test_foreign_text_is_inert() -> None:
-    evil = [Answer(EVIL, EVIL, EVIL, 5, True)]
+    evil = [Answer(EVIL, EVIL, EVIL, 5, stopped=True, truncated=False)]
     html = compare_page(EVIL, [EVIL, EVIL], [evil, evil], compare(evil, evil), about=EVIL)
     tree = Tree(html)
     plain = Tree(page(answers("7"), answers("7")))

@@ -4,6 +4,8 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_tokenizer import FakeTokenizer
@@ -20,12 +22,13 @@ from jaxsft.evaluation.heldout import (
     split_prompt,
     with_examples,
 )
-from jaxsft.evaluation.scoring import user_text
 from jaxsft.packing import Batch, PackedRows
 from jaxsft.reasoning import Turn
 from jaxsft.sample import Generation
+from jaxsft.sharding import make_mesh
 
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
+QUOTED = "What does <end_of_turn>\n<start_of_turn>user\nmean?"
 
 TURNS = {
     "one turn": [Turn("user", "Why?")],
@@ -36,7 +39,7 @@ TURNS = {
         Turn("assistant", "I."),
         Turn("user", "Why?"),
     ],
-    "turn tokens as text": [Turn("user", "What does <end_of_turn> mean?")],
+    "turn tokens as text": [Turn("user", QUOTED)],
 }
 
 
@@ -54,11 +57,18 @@ def test_split_prompt_is_where_generation_begins(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("one turn", "Why?"), ("system", "Think.\n\nWhy?"), ("several turns", "Why?")],
+    [
+        ("one turn", "Why?"),
+        ("system", "Think.\n\nWhy?"),
+        ("several turns", "Why?"),
+        ("turn tokens as text", QUOTED),
+    ],
 )
-def test_user_text_is_the_last_user_turn(name: str, text: str) -> None:
+def test_a_prompt_shows_the_last_user_turn(name: str, text: str) -> None:
     tokenizer = FakeTokenizer()
-    assert user_text(tokenizer.decode(encode_prompt(tokenizer, TURNS[name]))) == text
+    sample = encode_chat(tokenizer, [*TURNS[name], Turn("assistant", GOOD)])
+    (prompt,) = read_prompts([sample], tokenizer, None)
+    assert prompt == (encode_prompt(tokenizer, TURNS[name]), text, GOOD)
 
 
 def test_examples_are_the_turns_before() -> None:
@@ -86,23 +96,38 @@ def test_examples_as_text_and_where_such_an_answer_ends(monkeypatch: pytest.Monk
     text = f"Question: Who?\nAnswer: {GOOD}\n\nQuestion: Why?\nAnswer:"
     assert prompts == [Prompt([tokenizer.bos_id, *tokenizer.encode(text)], *asked[0][1:])]
 
-    said = {" 4": True, " 4\n\nQuestion: And?\nAnswer: 5": False, " 4\n\nQ": False}
-    found = [Generation(tokenizer.encode(text), stopped) for text, stopped in said.items()]
+    four, more = tokenizer.encode(" 4"), tokenizer.encode("\n\nQuestion: And?\nAnswer: 5")
+    turn = [tokenizer.start_of_turn_id, *tokenizer.encode("user")]
+    found = [
+        Generation(four, stopped=True),
+        Generation(four + more[:3], stopped=False),
+        Generation(four + more, stopped=False),
+        # Another turn, of which generation reached the end, or not.
+        Generation(four + turn, stopped=True),
+        Generation(four + turn, stopped=False),
+        Generation(four + more + turn, stopped=False),
+    ]
+    monkeypatch.setattr(tokenizer, "vocab_size", 300, raising=False)
     monkeypatch.setattr(heldout, "generate", lambda *_, **__: found)
     spec = SimpleNamespace(graphdef=None, mesh=None)
     options = {"spec": spec, "options": EvalOptions(), "stop_text": heldout.NEXT_QUESTION}
-    answers = heldout.answer_prompts(None, None, prompts * 3, tokenizer, **options)
+    answers = heldout.answer_prompts(None, None, prompts * len(found), tokenizer, **options)
+    # Text, tokens, stopped by itself, cut off at the limit.
     assert [answer[2:] for answer in map(dataclasses.astuple, answers)] == [
-        (" 4", 2, True),
-        (" 4", 2, True),
-        (" 4\n\nQ", 5, False),
+        (" 4", 2, True, False),
+        (" 4\n\nQues", 5, False, True),
+        (" 4", 2, True, False),
+        (" 4", 2, False, False),
+        (" 4", 2, False, False),
+        (" 4", 2, True, False),
     ]
 
 
-def test_the_system_text_is_not_shown() -> None:
+@pytest.mark.parametrize("system_prompt", ["Think.", "Think.\n", " \nThink. "])
+def test_the_system_text_is_not_shown(system_prompt: str) -> None:
     tokenizer = FakeTokenizer()
-    sample = encode_chat(tokenizer, [*TURNS["system"], Turn("assistant", GOOD)])
-    (prompt,) = read_prompts([sample], tokenizer, "Think.")
+    turns = [Turn("system", system_prompt), Turn("user", "Why?"), Turn("assistant", GOOD)]
+    (prompt,) = read_prompts([encode_chat(tokenizer, turns)], tokenizer, system_prompt)
     assert prompt.text == "Why?"
 
 
@@ -128,12 +153,10 @@ def test_answer_begins_with_its_tag() -> None:
 def test_losses_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token loses its own id: sums that the rows themselves give."""
 
-    def eval_step(adapter: Any, frozen: Any, batch: Batch, *, spec: Any) -> np.ndarray:
-        return (batch.targets_BT * batch.loss_mask_BT).astype(np.float32)
+    def eval_step(adapter: Any, frozen: Any, batch: Batch, *, spec: Any) -> jax.Array:
+        return (batch.targets_BT * batch.loss_mask_BT).astype(jnp.float32)
 
     monkeypatch.setattr(heldout, "eval_step", eval_step)
-    monkeypatch.setattr(heldout, "put_batch", lambda batch, mesh: batch)
-    monkeypatch.setattr(heldout, "on_host", lambda array: array)
     rows, tokenizer = packed([GOOD, "No tags.", GOOD[1:], "x"], [[0, 2], [3], [1]])
     mask, batches = answer_mask(rows, tokenizer), []
     found = held_out_losses(
@@ -141,7 +164,7 @@ def test_losses_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
         None,  # type: ignore[arg-type]
         rows,
         mask,
-        spec=type("Spec", (), {"mesh": None}),  # type: ignore[arg-type]
+        spec=SimpleNamespace(mesh=make_mesh(1, devices=jax.devices()[:1])),  # type: ignore[arg-type]
         batch_size=2,
         on_batch=lambda: batches.append(1),
     )

@@ -36,8 +36,10 @@ def summarize(answers: list[Answer]) -> dict[str, float]:
     return values | {"num_answers": len(answers)}
 
 
-def answer(text: str, reference: str = "r", *, stopped: bool = True) -> Answer:
-    return Answer(prompt="p", reference=reference, text=text, num_tokens=9, stopped=stopped)
+def answer(
+    text: str, reference: str = "r", *, stopped: bool = True, truncated: bool = False
+) -> Answer:
+    return Answer("p", reference, text, 9, stopped=stopped, truncated=truncated)
 
 
 def wrapped(text: str) -> str:
@@ -212,11 +214,11 @@ def test_repetition_is_the_share_of_runs_seen_before() -> None:
 
 ANSWERS = [
     answer("<reasoning>one two three</reasoning>\n<answer>four</answer>"),
-    # The same answer but for white space around it, and not stopped.
+    # The same answer but for white space around it, and another turn begun behind it.
     answer("<reasoning>one\ntwo </reasoning>\n<answer> four\n</answer>", stopped=False),
     answer("<reasoning>one two three four</reasoning>\n<answer>five six</answer>"),
     # Not in the form: its words are counted nowhere.
-    answer("seven eight nine ten", stopped=False),
+    answer("seven eight nine ten", stopped=False, truncated=True),
 ]
 
 
@@ -225,7 +227,7 @@ def test_rates_means_and_counts() -> None:
         "exact_format": 0.75,
         "each_tag_once": 0.75,
         "stop_rate": 0.5,
-        "truncation_rate": 0.5,
+        "truncation_rate": 0.25,
         "repetition": 0,
         "mean_tokens": 9,
         "mean_reasoning_words": 3,

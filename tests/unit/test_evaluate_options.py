@@ -1,0 +1,140 @@
+"""Which models evaluate measures, and with which options, before any of them is loaded."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import make_run
+
+from jaxsft.config import SYSTEM_PROMPT
+from jaxsft.evaluate import main, read_rows, resolve
+from jaxsft.evaluation.options import shared_tokenizer
+
+TEXT = "Be brief."
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run whose settings are no defaults, and which dropped what was too long."""
+    directory = tmp_path_factory.mktemp("runs")
+    rows = directory / "rows.jsonl"
+    short, long = ({"question": "Add.", "answer": f"{'1 ' * n}\n#### 8"} for n in (9, 99))
+    rows.write_text(json.dumps(short) + "\n" + json.dumps(long) + "\n")
+    settings = {"system_prompt": TEXT, "max_length": "128", "overlong": "drop"}
+    options = {f"data__{name}": value for name, value in settings.items()}
+    options |= {"data__eval_files": str(rows), "eval__max_new_tokens": "7"}
+    return str(make_run(directory / "run", tiny_model_dir, **options, model__dtype="bfloat16"))
+
+
+@pytest.fixture
+def changed(run_dir: str, tmp_path: Path) -> Callable[[str, str], str]:
+    """A copy of the run, of which a line of the options is another one."""
+
+    def copy(old: str, new: str) -> str:
+        directory = Path(shutil.copytree(run_dir, tmp_path / "changed"))
+        text = (directory / "config.yaml").read_text()
+        assert text.count(old) == 1
+        (directory / "config.yaml").write_text(text.replace(old, new))
+        return str(directory)
+
+    return copy
+
+
+@pytest.fixture
+def hub(run_dir: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has been asked of a hub that has the run's adapter, and the model."""
+    places = {"some/lora": Path(run_dir, "adapter"), "some/model": tiny_model_dir}
+    asked: list[str] = []
+
+    def fetch_model(repo: str, *_: Any, **__: Any) -> tuple[Path, str]:
+        asked.append(repo)
+        return places[repo], "0" * 40
+
+    monkeypatch.setattr("jaxsft.hub.models.fetch_model", fetch_model)
+    return asked
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_a_run_gives_its_settings_from_either_side(run_dir: str, tiny_model_dir: Path) -> None:
+    base = str(tiny_model_dir)
+    options, sides = resolve([base, "--compare", run_dir])
+    assert [side.name for side in sides] == [base, run_dir]
+    assert (options.system_prompt, options.max_length, options.overlong) == (TEXT, 128, "drop")
+    assert (options.dtype, options.param_dtype) == ("bfloat16", "float32")
+    assert (
+        options.eval.max_new_tokens == 7 and options.files == f"{Path(run_dir).parent}/rows.jsonl"
+    )
+    same = dataclasses.replace(options, model=run_dir, compare=base)
+    assert resolve([run_dir, "--compare", base])[0] == same
+    assert resolve([run_dir, "--compare", "base"])[0] == dataclasses.replace(same, compare="base")
+    given = resolve([base, "--compare", run_dir, "--system_prompt", "null", "--max_length", "64"])
+    assert (given[0].system_prompt, given[0].max_length) == (None, 64)
+    rows = read_rows(options, shared_tokenizer(sides))  # of which one is left for the loss
+    assert rows.heldout.num_samples == 1 and len(rows.prompts) == 2
+    assert "1 row left out of the loss" in rows.about and f'system text "{TEXT}"' in rows.about
+    none = read_rows(given[0], shared_tokenizer(sides))
+    assert "system text" not in none.about
+
+
+def test_one_dtype_is_for_weights_too(changed: Callable[[str, str], str]) -> None:
+    run = changed("param_dtype: float32", "param_dtype: bfloat16")
+    options, _ = resolve([run, "--dtype", "float32"])
+    assert (options.dtype, options.param_dtype) == ("float32", None)
+
+
+def test_two_runs_are_asked_with_one_system_text(
+    run_dir: str, changed: Callable[[str, str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = changed(f"system_prompt: {TEXT}", "system_prompt: Be long.")
+    line = refused(capsys, run_dir, "--compare", other)
+    assert f"{run_dir} and {other} were trained with different system texts" in line
+    options, _ = resolve([run_dir, "--compare", other, "--system_prompt", SYSTEM_PROMPT])
+    assert options.system_prompt == SYSTEM_PROMPT
+    assert resolve([run_dir, "--compare", f"{run_dir}/adapter-best"])[0].system_prompt == TEXT
+
+
+def test_an_adapter_of_the_hub(hub: list[str], run_dir: str, tiny_model_dir: Path) -> None:
+    files = ["--files", "rows.jsonl"]
+    _, (tuned, base) = resolve(["some/lora", "--compare", "base", *files])
+    assert tuned.origin.adapter == Path(run_dir, "adapter") and base.origin.adapter is None
+    assert tuned.origin.base == base.origin.base == tiny_model_dir
+    # The base that is named is the adapter's alone.
+    named = ["--base_model", str(tiny_model_dir)]
+    for names in (["some/lora", "some/model"], ["some/model", "some/lora"]):
+        _, sides = resolve([names[0], "--compare", names[1], *named, *files])
+        is_named = {side.name: side.origin.is_named_base for side in sides}
+        assert is_named == {"some/lora": True, "some/model": False}
+
+
+def test_a_stray_adapter_config_is_no_adapter(
+    run_dir: str, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Path(shutil.copytree(tiny_model_dir, tmp_path / "whole"))
+    shutil.copy(Path(run_dir, "adapter", "adapter_config.json"), whole)
+    files = ("--files", "rows.jsonl")
+    line = refused(capsys, str(whole), "--compare", "base", *files)
+    assert f"{whole} has no adapter, it is the base itself" in line
+    line = refused(capsys, str(whole), "--base_model", str(tiny_model_dir), *files)
+    assert "base_model is for adapters and runs" in line
+    line = refused(capsys, run_dir, "--compare", f"{run_dir}/adapter")
+    assert "is the model itself" in line
+
+
+def test_options_are_checked_before_a_download(
+    hub: list[str], run_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no rows to measure on" in refused(capsys, "some/model")
+    for names in (["some/model", "--compare", run_dir], [run_dir, "--compare", "some/model"]):
+        assert "eval.top_p is 2" in refused(capsys, *names, "--eval.top_p", "2")
+    assert hub == []
+    assert "runs: no such file or directory" in refused(capsys, f"{run_dir}s")  # a slip is told
