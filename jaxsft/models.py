@@ -69,12 +69,11 @@ class Origin:
 
 
 class Loaded(NamedTuple):
-    """A model in memory, its adapter injected; `adapter` is None without one."""
+    """A model in memory, with its adapter if it has one."""
 
     model: Gemma
     info: WeightsInfo
     tokenizer: Tokenizer
-    adapter: AdapterConfig | None
 
 
 class _Found(NamedTuple):
@@ -133,15 +132,8 @@ def find_model(
     return Origin(found.path, adapter, run_dir, place, found.name, found.revision, is_named_base)
 
 
-def load(
-    origin: Origin,
-    *,
-    dtype: Any,
-    param_dtype: Any,
-    mesh: Mesh | None = None,
-    with_adapter: bool = True,
-) -> Loaded:
-    """The model of `origin`, with its adapter if it has one and `with_adapter`.
+def load(origin: Origin, *, dtype: Any, param_dtype: Any, mesh: Mesh | None = None) -> Loaded:
+    """The model of `origin`, with its adapter if it has one.
 
     Raises ValueError, in one line, for files that are damaged, and for a tokenizer or an adapter
     that does not belong to the model.
@@ -149,10 +141,9 @@ def load(
     tokenizer = open_tokenizer(origin.tokenizer)
     model, info = load_model(origin.base, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
     check_tokenizer(tokenizer, info.config)
-    adapter = None
-    if with_adapter and origin.adapter is not None:
-        adapter = load_adapter(origin.adapter, model, None if origin.is_named_base else info)
-    return Loaded(model, info, tokenizer, adapter)
+    if origin.adapter is not None:
+        load_adapter(origin.adapter, model, None if origin.is_named_base else info)
+    return Loaded(model, info, tokenizer)
 
 
 def is_on_hub(name: str) -> bool:
@@ -160,14 +151,12 @@ def is_on_hub(name: str) -> bool:
     return name != DEMO and not Path(name).exists()
 
 
-def base_path(
-    name: str, tokenizer: str | None = None, say: Callable[[str], None] = say_on_stderr
-) -> Path:
+def base_path(name: str, tokenizer: str | None = None) -> Path:
     """The weights of a model that is neither an adapter nor a run; errors as `find_model`.
 
     `tokenizer` is what the user named, if anything: a model on the hub must have its own without.
     """
-    found = _find(name, say, tokenizer is None)
+    found = _find(name, say_on_stderr, tokenizer is None)
     _check_base(found)
     return found.path
 

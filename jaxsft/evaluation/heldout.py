@@ -125,11 +125,10 @@ def compare_losses(
         sides = [left[name]] if right is None else [left[name], right[name]]
         if not len(sides[0].sums_S):
             continue
-        estimates = [ratio(side.sums_S.tolist(), side.tokens_S) for side in sides]
+        estimates = [ratio(side.sums_S, side.tokens_S) for side in sides]
         gain = None
         if right is not None:
-            sums = [side.sums_S.tolist() for side in sides]
-            gain = difference(sums[0], sums[1], sides[0].tokens_S)
+            gain = difference(left[name].sums_S, right[name].sums_S, left[name].tokens_S)
         lines.append(Comparison(metric, estimates, gain))
     return lines
 

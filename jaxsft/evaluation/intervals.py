@@ -58,12 +58,12 @@ def share(hits: Sequence[bool]) -> Estimate:
     return Estimate(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale), num)
 
 
-def mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
+def mean(values: npt.ArrayLike) -> Estimate:
     """The mean of the values and its bootstrap interval."""
-    return ratio(values, np.ones(len(values)), seed=seed)
+    return ratio(values, np.ones_like(values))
 
 
-def ratio(sums: Sequence[float], counts: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+def ratio(sums: npt.ArrayLike, counts: npt.ArrayLike, *, seed: int = 0) -> Estimate:
     """Sum of `sums` by sum of `counts`, such as loss per token over rows of many lengths.
 
     Args:
@@ -91,8 +91,8 @@ def ratio(sums: Sequence[float], counts: npt.ArrayLike, *, seed: int = 0) -> Est
 
 
 def difference(
-    left: Sequence[float],
-    right: Sequence[float],
+    left: npt.ArrayLike,
+    right: npt.ArrayLike,
     counts: npt.ArrayLike | None = None,
     *,
     seed: int = 0,
@@ -104,14 +104,15 @@ def difference(
       counts: [N], what both models' sums are over (`ratio`); None for plain means.
       seed: of the resampling.
     """
-    assert len(left) == len(right)
+    left_N, right_N = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    assert left_N.shape == right_N.shape
     with np.errstate(invalid="ignore"):
-        gains_N = np.asarray(right, np.float64) - np.asarray(left, np.float64)
-    estimate = ratio(gains_N.tolist(), np.ones(len(left)) if counts is None else counts, seed=seed)
-    return Difference(*estimate, p_value=sign_flip_p_value(gains_N.tolist(), seed=seed))
+        gains_N = right_N - left_N
+    estimate = ratio(gains_N, np.ones_like(gains_N) if counts is None else counts, seed=seed)
+    return Difference(*estimate, p_value=sign_flip_p_value(gains_N, seed=seed))
 
 
-def sign_flip_p_value(gains: Sequence[float], *, seed: int = 0) -> float:
+def sign_flip_p_value(gains: npt.ArrayLike, *, seed: int = 0) -> float:
     """Two-sided p value of the paired permutation test that Fisher proposed (1935, section 21).
 
     If the two models were alike, each row's gain would have had either sign with equal chance: the
@@ -121,7 +122,8 @@ def sign_flip_p_value(gains: Sequence[float], *, seed: int = 0) -> float:
     NUM_RESAMPLES random patterns and the one seen (Phipson & Smyth 2010). 1.0 without any gain,
     NaN where one is not finite.
     """
-    gains_N = np.asarray([gain for gain in gains if gain], np.float64)
+    gains_N = np.asarray(gains, np.float64)
+    gains_N = gains_N[gains_N != 0]
     if not np.isfinite(gains_N).all():  # NaN is above nothing: every pattern would count as near
         return math.nan
     num = len(gains_N)

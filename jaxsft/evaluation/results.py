@@ -85,10 +85,11 @@ def write_results(
         {
             "prompt": each[0].prompt,
             "reference": each[0].reference,
-            "answers": dict(zip(names, (answer.text for answer in each), strict=True)),
-            "scores": dict(
-                zip(names, map(dataclasses.asdict, map(score_answer, each)), strict=True)
-            ),
+            "answers": {name: answer.text for name, answer in zip(names, each, strict=True)},
+            "scores": {
+                name: dataclasses.asdict(score_answer(answer))
+                for name, answer in zip(names, each, strict=True)
+            },
         }
         for each in zip(*(each.answers for each in measured), strict=True)
     ]
