@@ -1,7 +1,4 @@
-"""The command line of every command: a recipe or config file, then dotted overrides; exit codes.
-
-`--config` takes a YAML file or the name of a recipe in jaxsft/recipes; later options win.
-"""
+"""The command line of every command: options, errors and exit codes."""
 
 import argparse
 import contextlib
@@ -21,6 +18,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 
 from jaxsft.config import TrainConfig
 from jaxsft.out_of_memory import parse_shortage
+from jaxsft.session import interrupts_kept
 from jaxsft.text import visible_line
 from jaxsft.validation import validate
 
@@ -51,7 +49,8 @@ def run_command(
     130 for Ctrl-C, 1 where memory ran out, else `failure_code`. Other errors are ours, and raised.
     """
     try:
-        return body()
+        with interrupts_kept():
+            return body()
     except (ValueError, OSError) as error:
         return fail(error, failure_code(error))
     except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors

@@ -145,8 +145,15 @@ def interruptible() -> Iterator[None]:
 
     A second signal ends the process.
     """
-    # Python drops what is raised in a finalizer or a callback of the garbage collector, such as
-    # JAX's, and a tenth of set-up is collection: then it is raised again a millisecond later.
+    with interrupts_kept(), _signals_to(signal.default_int_handler, b""):
+        yield
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """No KeyboardInterrupt is lost. Python drops what is raised in a finalizer or a callback of the
+    garbage collector, such as JAX's, and a tenth of set-up is collection: it is raised again a
+    millisecond later."""
     hook = sys.unraisablehook
 
     def again(dropped: Any) -> None:
@@ -158,8 +165,7 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     sys.unraisablehook = again
     try:
-        with _signals_to(signal.default_int_handler, b""):
-            yield
+        yield
         if signal.getitimer(signal.ITIMER_REAL)[0]:
             raise KeyboardInterrupt
     finally:

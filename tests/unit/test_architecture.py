@@ -106,9 +106,9 @@ ORDER = [
     # L5
     "terminal",
     "evaluation.table",
+    "session",
     "cli",
     "jax_settings",
-    "session",
     "hub.models",
     "models",
     "preparing.report",

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from jaxsft.session import (
     catch_signals,
     duration,
     interruptible,
+    interrupts_kept,
     session_end_s,
 )
 
@@ -215,20 +218,29 @@ def test_signals_are_heard_within_a_step_and_the_second_ends_it() -> None:
 
 @pytest.mark.parametrize("wait_s", [0, 60], ids=["that ends it", "that goes on"])
 @pytest.mark.parametrize("where", ["callback", "finalizer"])
-def test_no_signal_is_lost_in_a_collection(where: str, wait_s: float) -> None:
+@pytest.mark.parametrize(
+    ("context", "number"), [(interruptible, signal.SIGTERM), (interrupts_kept, signal.SIGINT)]
+)
+def test_no_signal_is_lost_in_a_collection(
+    context: Callable[[], AbstractContextManager[None]],
+    number: signal.Signals,
+    where: str,
+    wait_s: float,
+) -> None:
     sent = []
 
     def send(*_: object) -> None:
         if not sent:
-            sent.append(signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            sent.append(number)
+            os.kill(os.getpid(), number)
 
     class Finalized:
         __del__ = send
 
     hook = sys.unraisablehook
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background
     try:
-        with pytest.raises(KeyboardInterrupt), interruptible():
+        with pytest.raises(KeyboardInterrupt), context():
             if where == "callback":
                 gc.callbacks.append(send)
                 gc.collect()
@@ -237,6 +249,7 @@ def test_no_signal_is_lost_in_a_collection(where: str, wait_s: float) -> None:
             time.sleep(wait_s)
     finally:
         gc.callbacks[:] = [each for each in gc.callbacks if each is not send]
+        signal.signal(signal.SIGINT, before)
     assert sent and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert sys.unraisablehook is hook
 
