@@ -122,7 +122,8 @@ _CHECKS = (
     ("eval.num_prompts", *_NOT_NEGATIVE),
     ("eval.batch_size", *_POSITIVE),
     ("eval.max_new_tokens", *_POSITIVE),
-    ("eval.temperature", *_NOT_NEGATIVE),
+    # Of float32's logits, divided by it, none must be infinite, and not all be 0.
+    ("eval.temperature", lambda x: x == 0 or 1e-6 <= x <= 1e6, "0, or from 1e-6 to 1e6"),
     ("eval.top_k", *_NOT_NEGATIVE),
     ("eval.top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
 )

@@ -178,10 +178,15 @@ def write_rows(
     lengths, sample_sources, sample_rows = np.array(places, np.int64).T
     uses = _uses(sample_sources, options.weights)
     for source, file in enumerate(files):
+        num_samples = (sample_sources == source).sum()
+        if not num_samples:
+            raise ValueError(
+                f"{file}: no sample of it is left; leave the file out. {'; '.join(report.lines())}"
+            )
         if not (sample_sources[uses] == source).any():
             raise ValueError(
-                f"{file}: an epoch has none of its {(sample_sources == source).sum()} samples; "
-                "raise its number in data.weights, or leave the file out"
+                f"{file}: an epoch has none of its {num_samples} samples; raise its number in "
+                "data.weights, or leave the file out"
             )
     used = lengths[uses].tolist()
     assigned = (bins.pack if options.packing else bins.one_per_row)(used, options.max_length)

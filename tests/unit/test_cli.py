@@ -283,6 +283,8 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
         (["--data.max_drop", "1.1"], "data.max_drop is 1.1, but must be a share from 0 to 1"),
         (["--eval.top_p", "0"], "eval.top_p is 0.0"),
         (["--eval.top_p", "0.9"], "do nothing at eval.temperature 0"),
+        (["--eval.temperature", "1e-38"], "must be 0, or from 1e-6 to 1e6"),
+        (["--eval.temperature", "1e300"], "must be 0, or from 1e-6 to 1e6"),
         (["--eval.top_k", "1", "--eval.temperature", "1"], "eval.top_k 1 makes .* useless"),
         (["--eval_steps", "5", "--data.eval_files", "[]"], "eval_steps needs data.eval_files"),
         (["--warmup_steps", "9", "--max_steps", "9"], "warmup_steps 9 is not below max_steps 9"),
