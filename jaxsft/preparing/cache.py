@@ -100,28 +100,28 @@ def _partial_directory(directory: Path) -> Iterator[Path]:
     A lock on a file in it says that its process lives, on this host or another: numbers of
     processes say little where containers share a directory.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{directory.name}{_PARTIAL}"
-    partial = Path(tempfile.mkdtemp(prefix=name, dir=directory.parent))
-    try:
-        shutil.copymode(directory.parent, partial)  # mkdtemp's is for its owner alone
-        with (partial / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield partial
-            (partial / _LOCK).unlink()
-            try:
-                partial.rename(directory)
-            except OSError:
-                if not directory.is_dir():  # else another process was faster, with the same bytes
-                    raise
-    except OSError as error:  # of writing: what cannot be read is a ValueError
-        why = error.strerror or error
-        raise OSError(
-            f"{directory.parent}: {why} while rows were prepared there; make room, or name another "
-            "place with data.prepared_dir"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            name = f"{directory.name}{_PARTIAL}"
+            partial = Path(tempfile.mkdtemp(prefix=name, dir=directory.parent))
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            shutil.copymode(directory.parent, partial)  # mkdtemp's is for its owner alone
+            with (partial / _LOCK).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield partial
+                (partial / _LOCK).unlink()
+                try:
+                    partial.rename(directory)
+                except OSError:
+                    if not directory.is_dir():  # else another process was faster, with the same
+                        raise
+        except OSError as error:  # of writing: what cannot be read is a ValueError
+            why = error.strerror or error
+            raise OSError(
+                f"{directory.parent}: {why} while rows were prepared there; make room, or name "
+                "another place with data.prepared_dir, or XDG_CACHE_HOME for all that is cached"
+            ) from error
 
 
 def _remove_leftovers(root: Path) -> None:
