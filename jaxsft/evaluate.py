@@ -54,19 +54,20 @@ from jaxsft.evaluation.options import (
 from jaxsft.evaluation.results import Measured, describe, output_directory, write_results
 from jaxsft.evaluation.scoring import compare
 from jaxsft.evaluation.table import show_comparison, with_perplexity
+from jaxsft.exporting.hf_model import MergedWeights
+from jaxsft.exporting.verify import without_weights
 from jaxsft.jax_settings import configure_jax
-from jaxsft.models import Origin, load
+from jaxsft.models import Origin, check_tokenizer, load
 from jaxsft.packing import PackedRows, Sample
-from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config
+from jaxsft.peft_io import WEIGHTS_NAME, load_adapter
 from jaxsft.prepare import all_samples, load_heldout
-from jaxsft.program import architecture
 from jaxsft.sample import num_rows
 from jaxsft.sharding import make_mesh
 from jaxsft.step import StepSpec
 from jaxsft.terminal import make_console
 from jaxsft.text import visible_line
 from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import file_sha256
+from jaxsft.weights import file_sha256, open_weights
 
 DESCRIPTION = (
     "Measures a model (a run, an adapter, or anything that train takes as model.path) on held-out "
@@ -105,7 +106,7 @@ def command(argv: Sequence[str], console: Console) -> int:
     tokenizer = shared_tokenizer(sides)
     rows = read_rows(options, tokenizer)
     for name, side in sides:  # before an hour goes into the first
-        check_positions(name, side, rows, options)
+        check_model(name, side, rows, tokenizer, options)
     measured: list[Measured] = []
     for name, side in sides:
         gc.collect()  # the other model's weights
@@ -199,16 +200,24 @@ def pack_tightly(samples: Sequence[Sample]) -> PackedRows:
     return PackedRows.from_samples(samples, pack(lengths, row_length), row_length)
 
 
-def check_positions(name: str, origin: Origin, rows: Rows, options: EvaluateOptions) -> None:
-    """ValueError where a model has too few positions, or its adapter's settings can't be read."""
-    config, _ = architecture(str(origin.base))
+def check_model(
+    name: str, origin: Origin, rows: Rows, tokenizer: Tokenizer, options: EvaluateOptions
+) -> None:
+    """ValueError where a model has too few positions, or files that are not whole or do not fit.
+
+    Of weights the headers are read and the digest, which is kept for when they are loaded.
+    """
+    source, info = open_weights(origin.base)
+    check_tokenizer(tokenizer, info.config)
+    MergedWeights(source, info, None)  # checks every shape
     if origin.adapter is not None:
-        read_adapter_config(origin.adapter)
+        base = None if origin.is_named_base else info
+        load_adapter(origin.adapter, without_weights(info.config), base)
     longest = max((len(prompt.ids) for prompt in rows.prompts), default=0)
     most = max(longest + options.eval.max_new_tokens, rows.heldout.row_length)
-    if most > config.max_positions:
+    if most > info.config.max_positions:
         raise ValueError(
-            f"{name} has {config.max_positions} positions; the longest prompt has {longest} "
+            f"{name} has {info.config.max_positions} positions; the longest prompt has {longest} "
             f"tokens, eval.max_new_tokens is {options.eval.max_new_tokens}, the longest row "
             f"{rows.heldout.row_length}"
         )

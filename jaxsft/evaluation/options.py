@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os.path
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig
+from jaxsft.data import as_list
 from jaxsft.models import Origin, base_path, find_model, open_tokenizer, run_config
 from jaxsft.peft_io import holds_adapter
 from jaxsft.tokenizer import Tokenizer
@@ -91,6 +94,10 @@ def check(options: EvaluateOptions) -> None:
         json.dumps(dataclasses.asdict(options), ensure_ascii=False).encode()
     except UnicodeEncodeError:  # found now, not when the results are written
         raise ValueError("a file name among the options is not UTF-8; rename the file") from None
+    for name in ("files", "few_shot_files"):
+        counts = Counter(map(os.path.abspath, as_list(getattr(options, name))))
+        if twice := [file for file, count in counts.items() if count > 1]:
+            raise ValueError(f"{name} names {twice[0]} twice; name it once")
     data = DataOptions(train_files=["none"], max_length=options.max_length)
     validate(TrainConfig(eval=options.eval, data=data))
 
@@ -113,14 +120,17 @@ def find(name: str, options: EvaluateOptions) -> Origin:
 def sides_of(options: EvaluateOptions, found: Mapping[str, Origin]) -> list[Side]:
     """The model and, if asked for, the one beside it; `found` are those already looked up, by name.
 
-    Raises ValueError where both are the same, and for a base_model that nobody needs.
+    Their names are distinct. Raises ValueError where both are the same, and for a base_model that
+    nobody needs.
     """
     sides = [Side(name, found.get(name) or find(name, options)) for name in names_of(options)]
     if options.base_model is not None and all(side.origin.adapter is None for side in sides):
         raise ValueError("base_model is for adapters and runs, and none is given")
     if options.compare == BASE:
         origin = sides[0].origin
-        sides.append(Side(origin.name, dataclasses.replace(origin, adapter=None)))
+        is_same = Path(origin.name) == Path(options.model)  # of the adapter beside it, say
+        name = f"{origin.name} (base)" if is_same else origin.name
+        sides.append(Side(name, dataclasses.replace(origin, adapter=None)))
     parts = [(side.origin.base, side.origin.adapter) for side in sides]
     places = {(base.resolve(), adapter and adapter.resolve()) for base, adapter in parts}
     if len(places) < len(sides):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,23 +29,30 @@ class Measured(NamedTuple):
 
 
 def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
-    """Where results go; made now, so that it can't fail after the work."""
+    """Where results go. `write_results` makes it; here it is tried, so that it can't fail after the
+    work, and ValueError says why not."""
     if options.output is not None:
         directory = Path(options.output)
     elif origin.run_dir is not None:
         directory = origin.run_dir / "evaluation"
     else:
         directory = Path(f"evaluation-{Path(options.model).resolve().name}")
+    ours = (NUMBERS, ANSWERS, PAGE)  # and what a kill may leave of one, with .tmp at the end
+    new = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        foreign = [each.name for each in directory.iterdir() if not each.name.startswith(ours)]
+        is_writable = os.access(directory, os.W_OK | os.X_OK)
     except OSError as error:
         why = "is a file" if directory.is_file() else error.strerror
         raise ValueError(f"--output {directory}: {why}; name a directory") from None
-    ours = (NUMBERS, ANSWERS, PAGE)  # and what a kill may leave of one, with .tmp at the end
-    foreign = [each.name for each in directory.iterdir() if not each.name.startswith(ours)]
+    finally:
+        for path in new:
+            with suppress(OSError):  # not made, or another process is at work in it
+                path.rmdir()
     if foreign:
         raise ValueError(f"--output {directory}: holds {foreign[0]}; name a directory of its own")
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if not is_writable:
         raise ValueError(f"--output {directory}: is not writable")
     return directory
 
@@ -79,7 +87,8 @@ def write_results(
     measured: Sequence[Measured],
     lines: Sequence[Comparison],
 ) -> None:
-    """Writes the three files, each whole or not at all."""
+    """Writes the three files, each whole or not at all, into the directory, made if need be."""
+    directory.mkdir(parents=True, exist_ok=True)
     names = [each.name for each in measured]
     answers = [
         {

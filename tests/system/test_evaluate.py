@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jaxsft import lora
 from jaxsft.chat import encode_chat
@@ -152,6 +154,55 @@ def test_bad_input_is_one_line(
     assert main([str(tiny_model_dir), *arguments, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and line in error
+    assert not (tmp_path / "out").exists()
+
+
+def without_a_shard(adapter: Path, base: Path) -> None:
+    (base / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def of_other_weights(adapter: Path, base: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "base_digest": "0" * 64})
+
+
+def of_another_rank(adapter: Path, base: Path) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (without_a_shard, "lacks model-00001-of-00002.safetensors"),
+        (of_other_weights, "was trained on other weights (SHA-256 000000000000)"),
+        (of_another_rank, "lora_A.weight has shape [2, 16], expected [3, 16]"),
+    ],
+)
+def test_the_second_model_is_checked_before_the_first_is_measured(
+    tiny_model_dir: Path,
+    adapter: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path, Path], None],
+    line: str,
+) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    spoilt = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    spoil(spoilt, base)
+    config = spoilt / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tiny_model_dir), str(base)))
+    earlier = tmp_path / "out" / "evaluation.json"
+    earlier.parent.mkdir()
+    earlier.write_text("{}")
+    output = ("--files", str(rows), "--output", str(earlier.parent))
+    assert main([str(tiny_model_dir), "--compare", str(spoilt), *output, *SHORT]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and line in error
+    assert earlier.read_text() == "{}"
 
 
 @pytest.mark.parametrize(

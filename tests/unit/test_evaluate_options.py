@@ -130,11 +130,25 @@ def test_a_stray_adapter_config_is_no_adapter(
     assert "is the model itself" in line
 
 
+def test_an_adapter_beside_its_base_has_another_name(
+    run_dir: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    both = Path(shutil.copytree(tiny_model_dir, tmp_path / "both"))
+    shutil.copytree(Path(run_dir, "adapter"), both, dirs_exist_ok=True)
+    config = both / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tiny_model_dir), str(both)))
+    _, sides = resolve([f"{both}/", "--compare", "base", "--files", "rows.jsonl"])
+    assert [side.name for side in sides] == [f"{both}/", f"{both} (base)"]
+
+
 def test_options_are_checked_before_a_download(
     hub: list[str], run_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "no rows to measure on" in refused(capsys, "some/model")
     for names in (["some/model", "--compare", run_dir], [run_dir, "--compare", "some/model"]):
         assert "eval.top_p is 2" in refused(capsys, *names, "--eval.top_p", "2")
+    for name in ("files", "few_shot_files"):
+        line = refused(capsys, run_dir, f"--{name}", "[rows.jsonl,./rows.jsonl]")
+        assert line == f"error: {name} names {Path('rows.jsonl').resolve()} twice; name it once\n"
     assert hub == []
     assert "runs: no such file or directory" in refused(capsys, f"{run_dir}s")  # a slip is told
