@@ -45,9 +45,9 @@ from jaxsft.evaluation.options import (
     EvaluateOptions,
     Side,
     check,
+    defaults_of,
     find,
     names_of,
-    run_defaults,
     shared_tokenizer,
     sides_of,
 )
@@ -124,21 +124,20 @@ def command(argv: Sequence[str], console: Console) -> int:
 def resolve(argv: Sequence[str]) -> tuple[EvaluateOptions, list[Side]]:
     """The options, with those of a run among the models for defaults, and the models.
 
-    ValueError where two runs have different system texts and `argv` none.
+    ValueError where two were trained with different system texts and `argv` has none.
     """
     parse = partial(parse_options, "jaxsft.evaluate", DESCRIPTION, argv, EvaluateOptions)
     options = parse()
     # Runs are here. What is the hub's has no directory above it, and waits for the options' check.
     here = [name for name in names_of(options) if Path(name).parent.is_dir()]
     found = {name: find(name, options) for name in here}
-    runs = [origin.run_dir for origin in found.values() if origin.run_dir is not None]
-    by_run = [parse(run_defaults(run)) for run in runs]
-    if len({each.system_prompt or None for each in by_run}) > 1:
+    defaults = [each for each in map(defaults_of, found.values()) if each]
+    if len({parse(each).system_prompt or None for each in defaults}) > 1:
         raise ValueError(
             f"compare: {options.model} and {options.compare} were trained with different system "
             "texts; give --system_prompt TEXT (null for none), which both are then measured with"
         )
-    options = by_run[0] if by_run else options
+    options = parse(max(defaults, key=len, default={}))  # a run has more of them than an export
     check(options)
     return options, sides_of(options, found)
 

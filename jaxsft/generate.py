@@ -27,6 +27,7 @@ from jaxsft.cli import EXIT_INTERRUPTED, check_output, parse_options, run_comman
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, ModelOptions, TrainConfig
 from jaxsft.device_errors import check_device
 from jaxsft.dialogue import Session, Voice, answer, chat, encode, show
+from jaxsft.exporting.output import system_text
 from jaxsft.jax_settings import configure_jax
 from jaxsft.json_file import write_text
 from jaxsft.models import Loaded, Origin, find_model, load, run_config
@@ -65,7 +66,8 @@ class GenerateOptions:
     tokenizer: str | None = None
     """tokenizer.model or .gguf file; by default the one that comes with the model."""
     system: str | None = None
-    """System text, '' for none; by default the run's, or else the recipe's."""
+    """System text, '' for none; by default the one that the run or the export was trained with, or
+    else the recipe's."""
     max_new_tokens: int = EvalOptions.max_new_tokens
     """Longest answer."""
     temperature: float = EvalOptions.temperature
@@ -107,7 +109,8 @@ def command(options: GenerateOptions) -> int:
     if options.base and origin.adapter is None:
         raise ValueError(f"--base: {options.model} has no adapter, it is a base model itself")
     config = None if origin.run_dir is None else run_config(origin.run_dir)
-    system = SYSTEM_PROMPT if config is None else config.data.system_prompt or ""
+    trained_with = system_text(origin)
+    system = SYSTEM_PROMPT if trained_with is None else trained_with
     system = system if options.system is None else options.system
     prompts = [] if options.prompts is None else read_prompt_file(Path(options.prompts), system)
     default = ModelOptions() if config is None else config.model

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig
 from jaxsft.data import as_list
+from jaxsft.exporting.output import system_text
 from jaxsft.models import Origin, base_path, find_model, open_tokenizer, run_config
 from jaxsft.peft_io import holds_adapter
 from jaxsft.tokenizer import Tokenizer
@@ -41,7 +42,8 @@ class EvaluateOptions:
     few_shot_files: list[str] | str = dataclasses.field(default_factory=list)
     """Where the examples come from, the first rows; for a run, its training rows."""
     system_prompt: str | None = SYSTEM_PROMPT
-    """Put in front of the first user turn of rows that have no system turn; null for none."""
+    """Put in front of the first user turn of rows that have no system turn; null for none. By
+    default the one that the run or the export was trained with, or else the recipe's."""
     max_length: int = 2048
     """The most tokens of a row that the loss is measured on."""
     overlong: Literal["shorten", "drop", "raise"] = "shorten"
@@ -65,9 +67,12 @@ class Side(NamedTuple):
     origin: Origin
 
 
-def run_defaults(run_dir: Path) -> dict[str, Any]:
-    """What a run was measured with, as defaults by option."""
-    config = run_config(run_dir)
+def defaults_of(origin: Origin) -> dict[str, Any]:
+    """Defaults by option: what a run was measured with; an export's system text; {} of others."""
+    if origin.run_dir is None:
+        text = system_text(origin)
+        return {} if text is None else {"system_prompt": text or None}
+    config = run_config(origin.run_dir)
     dtype, param_dtype = config.model.dtype, config.model.param_dtype
     return {
         "files": config.data.eval_files,

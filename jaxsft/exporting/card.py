@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from jaxsft.config import TrainConfig
 from jaxsft.evaluation.heldout import METRICS
 from jaxsft.evaluation.table import metric_cell
+from jaxsft.flax_io import is_flax_checkpoint
 from jaxsft.json_file import read_json
 from jaxsft.metrics import last_step_of
 from jaxsft.models import RUN_ADAPTERS, Origin, run_config
@@ -60,13 +62,13 @@ def model_card(
     of `about_training`."""
     has_adapter = origin.adapter is not None
     front = _front_matter(origin, manifest["format"], has_adapter=has_adapter)
-    base = origin.name if _is_on_hub(origin) else Path(origin.name).name
+    base = origin.name if _is_on_hub(origin) else Path(origin.name).absolute().name
     what = f"{_TITLES[manifest['format']]}, made from {_quoted(base)}"
     title = f"# {visible_line(name)}\n\nGemma, {what} with jaxsft {manifest['jaxsft']}."
     if manifest["format"] == "flax":
         use = _use_in_flax(base, name, has_adapter=has_adapter)
     else:
-        use = _use_in_torch(manifest["format"], base, config, name)
+        use = _use_in_torch(origin, manifest["format"], base, config, name)
     licence = f"## Licence\n\n{_LICENSE}"
     return "\n\n".join([front, title, *training, use, _check(manifest), licence]) + "\n"
 
@@ -232,26 +234,26 @@ def _use_in_flax(base: str, name: str, has_adapter: bool) -> str:
     return "\n".join(["## Use", "", text, "", lora, "", "```python", *code, "```"])
 
 
-def _use_in_torch(format: str, base: str, config: GemmaConfig, name: str) -> str:
-    code = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    load = "dtype=torch.bfloat16"
+def _use_in_torch(origin: Origin, format: str, base: str, config: GemmaConfig, name: str) -> str:
+    options, lead, is_adapter = "dtype=torch.bfloat16", [], format == "peft"
     if config.attn_softcap is not None:  # transformers' default implementation leaves it out
-        load += ', attn_implementation="eager"'
-    if format == "merged":
-        code += [
-            f"path = {_literal(name)}",
-            "tokenizer = AutoTokenizer.from_pretrained(path)",
-            f"model = AutoModelForCausalLM.from_pretrained(path, {load})",
-        ]
-    else:
-        code[1:2] = ["from peft import PeftModel", code[1]]
-        code += [
-            f"path = {_literal(name)}",
-            "tokenizer = AutoTokenizer.from_pretrained(path)",
-            f"model = AutoModelForCausalLM.from_pretrained({_literal(base)}, {load})",
-            "model = PeftModel.from_pretrained(model, path)",
-        ]
-    code += [
+        options += ', attn_implementation="eager"'
+    is_foreign = origin.base.suffix == ".gguf" or is_flax_checkpoint(origin.base)
+    if is_adapter and is_foreign and not _is_on_hub(origin):
+        command = ["python", "-m", "jaxsft.export", f"/path/to/{base}", "--format", "merged"]
+        line = visible_line(shlex.join([*command, "--output", f"{base}-merged"]))
+        what = f"The base, {_quoted(base)}, is not in transformers' format. First export it with"
+        lead, base = [what, "", f"    {line}", "", "and then:", ""], f"{base}-merged"
+    weights = _literal(base) if is_adapter else "path"
+    code = [
+        "import torch",
+        *(["from peft import PeftModel"] if is_adapter else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"path = {_literal(name)}",
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        f"model = AutoModelForCausalLM.from_pretrained({weights}, {options})",
+        *(["model = PeftModel.from_pretrained(model, path)"] if is_adapter else []),
         'chat = [{"role": "user", "content": "Why is the sky blue?"}]',
         "inputs = tokenizer.apply_chat_template(",
         '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True',
@@ -259,7 +261,7 @@ def _use_in_torch(format: str, base: str, config: GemmaConfig, name: str) -> str
         "output = model.generate(**inputs, max_new_tokens=256)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
     ]
-    return "\n".join(["## Use", "", "```python", *code, "```"])
+    return "\n".join(["## Use", "", *lead, "```python", *code, "```"])
 
 
 def _check(manifest: Mapping[str, Any]) -> str:

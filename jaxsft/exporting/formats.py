@@ -19,7 +19,7 @@ from jaxsft.exporting.hf_model import (
 )
 from jaxsft.exporting.hf_tokenizer import write_tokenizer
 from jaxsft.exporting.options import ExportOptions
-from jaxsft.exporting.output import MANIFEST
+from jaxsft.exporting.output import system_text
 from jaxsft.exporting.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
 from jaxsft.exporting.verify import (
     CHATS,
@@ -38,7 +38,7 @@ from jaxsft.exporting.verify_flax import TUNIX_LORA, flax_problem, tunix_lacks
 from jaxsft.flax_io import write_flax
 from jaxsft.json_file import read_json, write_json
 from jaxsft.model import Gemma
-from jaxsft.models import Origin, check_tokenizer, open_tokenizer, run_config
+from jaxsft.models import Origin, check_tokenizer, open_tokenizer
 from jaxsft.peft_io import AdapterConfig, load_adapter, save_adapter
 from jaxsft.presets import PRESETS, GemmaConfig
 from jaxsft.tokenizer import Tokenizer
@@ -50,8 +50,8 @@ _NUM_POSITIONS = 256  # of all probes, about: their logits come back in a file
 
 
 class Export(NamedTuple):
-    """What an export is made from. `adapter` is None for a base model; `system_prompt` is what the
-    run put in front of rows without a system turn, None where no run is known."""
+    """What an export is made from. `adapter` is None for a base model; `system_prompt` is what
+    training put in front of rows without a system turn, as `system_text`."""
 
     options: ExportOptions
     origin: Origin
@@ -80,17 +80,8 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
             base_revision=origin.revision,
             base_digest=info.digest,
         )
-    system_prompt = _system_prompt(origin)
-    return Export(options, origin, tokenizer, source, info, weights, adapter, model, system_prompt)
-
-
-def _system_prompt(origin: Origin) -> str | None:
-    """Of the run, or of the export that this is made from."""
-    if origin.run_dir is not None:
-        return run_config(origin.run_dir).data.system_prompt
-    manifest = (origin.adapter or origin.base) / MANIFEST
-    found = read_json(manifest).get("system_prompt") if manifest.is_file() else None
-    return found if isinstance(found, str) else None
+    text = system_text(origin)
+    return Export(options, origin, tokenizer, source, info, weights, adapter, model, text)
 
 
 def find_checker(options: ExportOptions, config: GemmaConfig) -> tuple[Peer | None, str | None]:

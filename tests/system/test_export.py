@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file
 from jaxsft import lora
 from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.export import main
+from jaxsft.exporting.output import system_text
 from jaxsft.exporting.peers import TUNIX
 from jaxsft.exporting.verify import LOGIT_BOUND, without_weights
 from jaxsft.exporting.verify_flax import flax_problem, tunix_lacks
@@ -195,6 +197,48 @@ def test_flax_without_tunix_is_not_called_verified(
     tokenizer = open_tokenizer(origin.tokenizer)
     found = flax_problem(tmp_path / "out", tokenizer, other)
     assert found is not None and found.startswith("tunix-lora/ has another update for ")
+
+
+@pytest.mark.parametrize("text", [None, "Be brief."])
+def test_every_format_knows_the_system_text(
+    text: str | None, run_dir: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["system_prompt"] = text
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    steps = [
+        ("run", "peft", "peft"),
+        ("run", "merged", "merged"),
+        ("run", "flax", "flax/model"),
+        ("peft", "merged", "again"),
+        ("flax/model", "flax", "again-flax"),  # which is a checkpoint, as its model/ is
+        ("again-flax", "merged", "at-last"),
+    ]
+    for model, format, place in steps:
+        output = tmp_path / place.removesuffix("/model")
+        command = [str(tmp_path / model), "--format", format, "--output", str(output)]
+        assert main([*command, "--no-verify"]) == 0
+        assert system_text(find_model(str(tmp_path / place))) == (text or ""), place
+    assert system_text(find_model(str(tmp_path / "again-flax" / "model"))) == (text or "")
+
+
+def test_the_card_of_an_adapter_on_a_flax_base(
+    run_dir: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command makes the base that its code loads."""
+    base, output = tmp_path / "my base", tmp_path / "out"
+    arguments = [str(tiny_model_dir), "--format=flax", "--output", str(base)]
+    assert main([*arguments, "--no-verify"]) == 0
+    arguments = [str(run_dir), "--format=peft", "--base-model", str(base), "--output", str(output)]
+    assert main([*arguments, "--no-verify"]) == 0
+    card = (output / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if "/path/to/" in line]
+    command = shlex.split(line.replace("/path/to", str(tmp_path)))
+    assert command[:3] == ["python", "-m", "jaxsft.export"]
+    monkeypatch.chdir(tmp_path)
+    assert main([*command[3:], "--no-verify"]) == 0
+    assert f"user\n{SYSTEM_PROMPT}\n\nWhy" in prompt_of_card(output, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command that asks a model: a prompt, a file, and a chat over a pipe and on a terminal."""
 
 import codecs
+import dataclasses
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,7 +24,8 @@ from tiny_run import make_run
 from benchmarks.child import HEARS_SIGNALS
 from jaxsft import lora
 from jaxsft.chat import encode_prompt
-from jaxsft.config import EvalOptions
+from jaxsft.config import SYSTEM_PROMPT, EvalOptions
+from jaxsft.dialogue import Session, Voice
 from jaxsft.generate import main
 from jaxsft.models import find_model, load
 from jaxsft.reasoning import Turn
@@ -72,7 +75,8 @@ def answers(run_dir: Path, chats: Sequence[Sequence[Turn]], with_adapter: bool =
     """What `sample.generate` says to each, in batches of two: one program for all tests."""
     mesh, origin = make_mesh(1, 1, jax.devices()), find_model(str(run_dir))
     dtypes = {"dtype": "float32", "param_dtype": "float32"}
-    loaded = load(origin, **dtypes, mesh=mesh, with_adapter=with_adapter)
+    origin = origin if with_adapter else dataclasses.replace(origin, adapter=None)
+    loaded = load(origin, **dtypes, mesh=mesh)
     prompts = [encode_prompt(loaded.tokenizer, turns) for turns in [*chats, chats[0]]]
     options = EvalOptions(batch_size=2, max_new_tokens=NUM_NEW)
     stop_ids = loaded.tokenizer.stop_ids
@@ -117,6 +121,31 @@ def test_a_file_of_prompts_and_the_base_model(
     printed, _ = ask(*asking[:-1])
     tuned = [{key: row[key] for key in row if key != "base"} for row in rows]
     assert printed.isascii() and list(map(json.loads, printed.splitlines())) == tuned
+
+
+def test_an_export_is_asked_as_its_run_is(
+    run_dir: Path,
+    ask: Callable[..., tuple[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the system text of its manifest; the recipe's where that is another program's."""
+    asked_with: list[str] = []
+
+    def answer(voice: Voice, turns: Sequence[Turn], session: Session) -> SimpleNamespace:
+        asked_with.append(turns[0].content)
+        return SimpleNamespace(is_whole=True)
+
+    monkeypatch.setattr("jaxsft.generate.answer", answer)
+    export = shutil.copytree(run_dir / "adapter", tmp_path / "export")
+    ask(export, "--prompt", "Why?")
+    for text in (SYSTEM, "", 3):
+        manifest = {"format": "peft", "system_prompt": text}
+        (export / "manifest.json").write_text(json.dumps(manifest))
+        ask(export, "--prompt", "Why?")
+    ask(run_dir, "--prompt", "Why?")
+    ask(run_dir, "--prompt", "Why?", "--system", "")
+    assert asked_with == [SYSTEM_PROMPT, SYSTEM, "", SYSTEM_PROMPT, SYSTEM, ""]
 
 
 def test_one_prompt_and_the_base_model(
@@ -175,7 +204,10 @@ def test_mistakes(
         ([run_dir, "--prompt", "a", "--output", "b"], "--output is for the answers to --prompts"),
         ([run_dir, "--prompts", good, "--output", tmp_path], "is a directory"),
         ([run_dir, "--prompts", good, "--output", good], f"{good}: is there already; name a new"),
-        ([run_dir, "--temperature", "-1"], "--temperature is -1.0, but must be 0 or above"),
+        (
+            [run_dir, "--temperature", "-1"],
+            "--temperature is -1.0, but must be 0, or from 1e-6 to 1e6",
+        ),
         ([run_dir, "--top_k", "5"], "--top_k and --top_p do nothing at --temperature 0"),
         ([run_dir, "--promt", "a"], "did you mean --prompt"),
         ([tiny_model_dir, "--base", "--prompt", "a"], "has no adapter, it is a base model"),

@@ -103,6 +103,21 @@ def test_two_runs_are_asked_with_one_system_text(
     assert resolve([run_dir, "--compare", f"{run_dir}/adapter-best"])[0].system_prompt == TEXT
 
 
+def test_an_export_is_asked_as_its_run_was(
+    run_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = shutil.copytree(f"{run_dir}/adapter", tmp_path / "export")
+    name = str(export)
+    for text, expected in (("", None), (TEXT, TEXT)):
+        (export / "manifest.json").write_text(json.dumps({"format": "peft", "system_prompt": text}))
+        options, _ = resolve([name, "--files", "rows.jsonl"])
+        assert (options.system_prompt, options.max_length) == (expected, 2048)
+    for models in ([name, "--compare", run_dir], [run_dir, "--compare", name]):
+        assert resolve(models)[0].max_length == 128  # the run says more
+    (export / "manifest.json").write_text('{"format": "peft", "system_prompt": ""}')
+    assert "with different system texts" in refused(capsys, name, "--compare", run_dir)
+
+
 def test_an_adapter_of_the_hub(hub: list[str], run_dir: str, tiny_model_dir: Path) -> None:
     files = ["--files", "rows.jsonl"]
     _, (tuned, base) = resolve(["some/lora", "--compare", "base", *files])

@@ -19,6 +19,7 @@ from jaxsft.exporting.output import (
     digests,
     put_in_place,
     scratch_beside,
+    system_text,
 )
 from jaxsft.exporting.verify import max_difference
 from jaxsft.json_file import write_json
@@ -147,11 +148,37 @@ def test_room_on_the_disk(tmp_path: Path) -> None:
         check_space(tmp_path / "new" / "out", 2**40)
 
 
+@pytest.mark.parametrize(
+    ("manifest", "expected"),
+    [
+        ('{"format": "merged", "system_prompt": " Think. "}', " Think. "),
+        ('{"format": "merged", "system_prompt": ""}', ""),
+        ('{"format": "merged", "system_prompt": null, "run": null}', None),
+        ('{"format": "peft", "system_prompt": "an adapter\'s"}', None),
+        ('{"format": "merged", "system_prompt": ["Think."]}', None),
+        ('{"format": "merged", "system_prompt": "\\ud800"}', None),
+        ('{"repo": "google/gemma-2b", "revision": "0", "files": {}}', None),
+        ('{"format": "merged", "system_prompt": "Th', None),
+        ("[]", None),
+        ("\xff", None),
+        (None, None),
+    ],
+)
+def test_system_text_of_a_manifest(
+    manifest: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_bytes(manifest.encode("latin-1"))
+    assert system_text(Origin(tmp_path, None, None, tmp_path, "m", None)) == expected
+
+
 ADAPTER = AdapterConfig(8, 16.0, 0.0, True, ("q_proj", "v_proj"), None)
 
 
-def card(format: str, name: str, preset: str, title: str = "out", **changes: Any) -> str:
-    origin = Origin(Path("base"), Path("adapter"), None, Path("t"), name, None)
+def card(
+    format: str, name: str, preset: str, title: str = "out", base: str = "base", **changes: Any
+) -> str:
+    origin = Origin(Path(base), Path("adapter"), None, Path("t"), name, None)
     training = about_training(origin, ADAPTER)
     manifest = {
         "format": format,
@@ -196,6 +223,11 @@ def test_card() -> None:
     assert "checked with transformers 5.23.0." in card("merged", "demo", "gemma-2b")
     title = 'o"ut\\'
     assert 'path = "o\\"ut\\\\"\n' in card("merged", "demo", "gemma-2b", title)
+    text = card("peft", "/home/me/gemma.gguf", "gemma-2b", base="/home/me/gemma.gguf")
+    assert "jaxsft.export /path/to/gemma.gguf --format merged --output gemma.gguf-merged\n" in text
+    assert 'from_pretrained("gemma.gguf-merged", ' in text and "/home/me" not in text
+    demo = card("peft", "google/gemma-3-270m", "gemma-3-270m", base="/demo/gemma.gguf")
+    assert 'from_pretrained("google/gemma-3-270m", ' in demo and "First export" not in demo
     text = card("flax", "google/gemma-2b", "gemma-2b")
     assert "with the adapter merged" in text and "on the base, not on `model/`" in text
 
