@@ -1,4 +1,4 @@
-"""The command line of every command: options, errors and exit codes."""
+"""The command line of every command: recipe or file, dotted overrides, errors and exit codes."""
 
 import argparse
 import contextlib

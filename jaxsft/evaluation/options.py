@@ -147,7 +147,8 @@ def sides_of(options: EvaluateOptions, found: Mapping[str, Origin]) -> list[Side
 
 def shared_tokenizer(sides: Sequence[Side]) -> Tokenizer:
     """The tokenizer of all sides; ValueError where they don't have the same."""
-    tokenizers = [open_tokenizer(side.origin.tokenizer) for side in sides]
+    places = [side.origin.tokenizer for side in sides]  # mostly one file
+    tokenizers = [open_tokenizer(place) for place in dict.fromkeys(places)]
     if len({tokenizer.digest for tokenizer in tokenizers}) > 1:
         raise ValueError(
             f"{sides[1].name}: has another tokenizer than {sides[0].name}: losses per token would "

@@ -114,7 +114,7 @@ def _partial_directory(directory: Path) -> Iterator[Path]:
                 try:
                     partial.rename(directory)
                 except OSError:
-                    if not directory.is_dir():  # else another process was faster, with the same
+                    if not directory.is_dir():  # else another process was faster
                         raise
         except OSError as error:  # of writing: what cannot be read is a ValueError
             why = error.strerror or error
