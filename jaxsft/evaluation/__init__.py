@@ -1,1 +1,0 @@
-"""What a model does on rows that it has not seen: scores, their statistics, and a page of them."""

@@ -1,1 +1,0 @@
-"""What `python -m jaxsft.export` is made of: writing, checking in another library, describing."""

@@ -1,1 +1,0 @@
-"""The Hugging Face hub: data sets and models of it, pinned, checked, resumed."""

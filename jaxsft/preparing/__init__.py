@@ -1,1 +1,0 @@
-"""Prepared rows: samples packed once, and found again by everything that decides them."""
