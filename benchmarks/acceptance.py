@@ -1,9 +1,9 @@
 """The recipe's step and what is asked of it on a v5e-8, as numbers."""
 
 from jaxsft.config import TrainConfig
-from jaxsft.lora import resolve_targets
-from jaxsft.planning.run_plan import RunPlan
-from jaxsft.program import architecture
+from jaxsft.gemma.lora import resolve_targets
+from jaxsft.plan.run_plan import RunPlan
+from jaxsft.run.program import architecture
 
 TOPOLOGY = "v5e:2x4"
 # The most that the step may take; shares are 0 to 1.

@@ -29,8 +29,8 @@ from rich.table import Table
 
 from benchmarks.child import ChildError
 from benchmarks.tiny_run import TinyRuns, checkpoint_arrays, differences, same_arrays
-from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
+from jaxsft.run.checkpoints import Checkpoints
 
 DETECTED, HARMLESS, MISSED = "detected", "harmless", "missed"
 _NUM_FLIPS = 8  # places in a file: the first byte, the last one, and random ones

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.child import Child
 from benchmarks.fault_bench import NUM_STEPS, Bench, Row, until
-from tests.small_disk import fill, set_read_only, small_disk
+from tests.support.small_disk import fill, set_read_only, small_disk
 
 _DISK_BYTES = 100 * 2**20  # 64 MiB must be free at the start
 

@@ -13,7 +13,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from benchmarks.fault_bench import STEPS, Bench, Row, files, resumed_from
 from benchmarks.tiny_run import checkpoint_arrays, metrics, train_metrics, write_rows
-from jaxsft.packing import epoch_order
+from jaxsft.data.packing import epoch_order
 
 POISONED_STEPS = (70, 80)  # the first 64 are not judged
 _SPIKE_STEPS = 90

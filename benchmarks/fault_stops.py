@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.child import Child
 from benchmarks.fault_bench import GO_ON, NUM_STEPS, STEPS, STOPPED, Bench, Row, resumed_from
 from benchmarks.tiny_run import train_metrics
-from jaxsft.session import RESERVE_S
+from jaxsft.run.session import RESERVE_S
 
 _STOPPING = "Stopping soon; once more to stop at once.\n"
 _POLL_S = 0.002

@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxsft.cli import cache_dir
-from jaxsft.fused import FusedSpec, loss_and_gradients
-from jaxsft.packing import Batch
-from jaxsft.planning.estimate import StepEstimate, estimate_lowered
-from jaxsft.planning.run_plan import RunPlan
-from jaxsft.planning.tpu_aot import topology_devices
-from jaxsft.program import abstract_setup, abstract_weights, make_model, num_bytes_per_device
-from jaxsft.sharding import partition_spec
+from jaxsft.data.packing import Batch
+from jaxsft.gemma.sharding import partition_spec
+from jaxsft.plan.estimate import StepEstimate, estimate_lowered
+from jaxsft.plan.run_plan import RunPlan
+from jaxsft.plan.tpu_aot import topology_devices
+from jaxsft.run.program import abstract_setup, abstract_weights, make_model, num_bytes_per_device
+from jaxsft.step.fused import FusedSpec, loss_and_gradients
 
 
 def estimate_frozen(plan: RunPlan, console: Console) -> StepEstimate:

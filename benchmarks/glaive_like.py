@@ -90,7 +90,7 @@ _ENDINGS = ["n", "r", "s", "l", "ton", "man", "ville", "", "rd", "ck"]
 _LARGEST_NAME = len(_SYLLABLES) ** 2 * len(_ENDINGS)
 
 # A malformed response of every kind that the original is known to hold, made of thought and answer.
-# The names are what `jaxsft.reasoning` calls the outcome: a reason of rejection, or a note.
+# The names are what `jaxsft.data.rows` calls the outcome: a reason of rejection, or a note.
 DEFECTS: dict[str, Callable[[str, str], str]] = {
     "unclosed_thought": lambda thought, answer: f"<think>{thought}\n{answer}",
     "implicit_open": lambda thought, answer: f"{thought}</think>\n{answer}",

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxsft.chat import encode_chats
 from jaxsft.config import SYSTEM_PROMPT
-from jaxsft.data import batches
-from jaxsft.packing import Batch, PackedRows, Sample, StepBatches
-from jaxsft.reasoning import Conversation, Turn, convert_row
-from jaxsft.sources import read_rows
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.chat import encode_chats
+from jaxsft.data.packing import Batch, PackedRows, Sample, StepBatches
+from jaxsft.data.rows import Conversation, Turn, convert_row
+from jaxsft.data.samples import batches
+from jaxsft.data.sources import read_rows
+from jaxsft.data.tokenizer import Tokenizer
 
 
 class Feed(NamedTuple):

@@ -11,11 +11,11 @@ import pyarrow.parquet as parquet
 
 from benchmarks.input_feeding import training_turns
 from benchmarks.process_tree import ROOT, CommandError, run_measured
-from jaxsft.chat import encode_chat
 from jaxsft.config import SYSTEM_PROMPT
-from jaxsft.reasoning import Conversation, convert_row
-from jaxsft.sources import read_rows
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.chat import encode_chat
+from jaxsft.data.rows import Conversation, convert_row
+from jaxsft.data.sources import read_rows
+from jaxsft.data.tokenizer import Tokenizer
 
 _TURNS = arrow.list_(arrow.struct([("role", arrow.string()), ("content", arrow.string())]))
 _SCHEMA = arrow.schema([("prompt", _TURNS), ("completion", _TURNS)])

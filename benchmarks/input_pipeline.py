@@ -29,11 +29,11 @@ from benchmarks.input_feeding import feed_naive, feed_prepared
 from benchmarks.input_peers import prepare_with_trl, write_trl_rows
 from benchmarks.process_tree import ROOT, CommandError, Usage, run_measured
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail
-from jaxsft.json_file import write_json
-from jaxsft.preparing.store import Prepared, open_prepared
-from jaxsft.sources import MANIFEST
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import demo_model_path
+from jaxsft.common.files import write_json
+from jaxsft.data.prepared import Prepared, open_prepared
+from jaxsft.data.sources import MANIFEST
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.weights.load import demo_model_path
 
 RECIPE = "single_session_packed"
 SEED, DEFECT_RATE = 0, 0.002  # malformed rows are rare in the original

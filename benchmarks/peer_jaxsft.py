@@ -16,17 +16,17 @@ from flax import nnx
 
 from benchmarks.peer_lab import NUM_ROWS, ROW_LENGTH
 from benchmarks.peer_protocol import serve
-from jaxsft.build import build
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
-from jaxsft.packing import Batch
-from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config, save_adapter
-from jaxsft.prepare import load_data
-from jaxsft.step import init_state, put_batch, train_step
-from jaxsft.weights import demo_model_path
+from jaxsft.data.packing import Batch
+from jaxsft.prepare.__main__ import load_data
+from jaxsft.run.setup import build
+from jaxsft.step.train_step import init_state, put_batch, train_step
+from jaxsft.weights.load import demo_model_path
+from jaxsft.weights.peft import WEIGHTS_NAME, read_adapter_config, save_adapter
 
 
 class JaxsftTrainer:
-    """`jaxsft.step.train_step` as `jaxsft.train` builds it: float32, gradients clipped to 1."""
+    """The train step as `jaxsft.train` builds it: float32, gradients clipped to 1."""
 
     def __init__(self, model_dir: str, adapter_dir: str, learning_rate: float, data_file: str):
         jax.config.update("jax_default_matmul_precision", "highest")

@@ -13,15 +13,15 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.peer_protocol import Worker
-from jaxsft import lora
-from jaxsft.bins import one_per_row
 from jaxsft.config import DataOptions
-from jaxsft.data import load_samples
-from jaxsft.gguf_io import GGUFFile, hf_config
-from jaxsft.packing import Batch, PackedRows, Sample
-from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig, save_adapter
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import demo_model_path, hf_tensors, load_model
+from jaxsft.data.bins import one_per_row
+from jaxsft.data.packing import Batch, PackedRows, Sample
+from jaxsft.data.samples import load_samples
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.formats.gguf import GGUFFile, hf_config
+from jaxsft.gemma import lora
+from jaxsft.weights.load import demo_model_path, hf_tensors, load_model
+from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig, save_adapter
 
 ROOT = Path(__file__).parents[1]
 NUM_ROWS, ROW_LENGTH = 4, 256

@@ -15,7 +15,7 @@ import datasets
 import transformers
 from trl import SFTConfig, SFTTrainer
 
-# Gemma's template, for turns that alternate; the same tokens as jaxsft.chat.
+# Gemma's template, for turns that alternate; the same tokens as jaxsft.data.chat.
 TEMPLATE = """\
 {{ bos_token }}{% for turn in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}\
 {{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else 'user') + '\\n' }}\

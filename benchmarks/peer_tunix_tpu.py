@@ -21,7 +21,7 @@ from tunix.models.gemma import model as gemma
 from tunix.sft import peft_trainer
 
 from benchmarks.peer_tunix import TARGETS, model_input
-from jaxsft.planning.tpu_aot import Compiled, compile_for_tpu, topology_devices
+from jaxsft.plan.tpu_aot import Compiled, compile_for_tpu, topology_devices
 
 # The recipe on one v5e-8: fsdp 8, 32 sequences in four micro-batches, alpha = rank.
 BATCH_SIZE, ACCUMULATION_STEPS, ROW_LENGTH = 8, 4, 2048

@@ -28,9 +28,9 @@ from benchmarks import peer_venvs
 from benchmarks.peer_lab import ALLOCATORS, OURS, PEERS, ROOT, Lab, make_row_sets
 from benchmarks.peer_protocol import WorkerError
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
-from jaxsft.packing import Batch
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import demo_model_path
+from jaxsft.data.packing import Batch
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.weights.load import demo_model_path
 
 LOSS_BOUND = 1e-4  # nats
 # Relative, in the Frobenius norm: the gradient as a whole, and any one adapter matrix. They are

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsft.config import TrainConfig
-from jaxsft.packing import Batch
-from jaxsft.program import (
+from jaxsft.data.packing import Batch
+from jaxsft.run.program import (
     StepArguments,
     abstract_setup,
     architecture,

@@ -21,14 +21,14 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from jaxsft.build import build, check_early
-from jaxsft.checkpoint import Checkpoints
-from jaxsft.checkpoint_files import state_bytes
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
-from jaxsft.data import batches
-from jaxsft.prepare import load_data
-from jaxsft.step import put_batch, train_step
+from jaxsft.data.samples import batches
+from jaxsft.prepare.__main__ import load_data
+from jaxsft.run.checkpoint_files import state_bytes
+from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.setup import build, check_early
+from jaxsft.step.train_step import put_batch, train_step
 
 ROOT = Path(__file__).parents[1]
 MAX_STALL = 0.05

@@ -24,14 +24,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxsft import lora
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
+from jaxsft.common.files import write_json
 from jaxsft.config import EvalOptions
-from jaxsft.json_file import write_json
-from jaxsft.sample import generate
-from jaxsft.sources import read_rows
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import demo_model_path, load_model
+from jaxsft.data.sources import read_rows
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.gemma import lora
+from jaxsft.gemma.decode import generate
+from jaxsft.weights.load import demo_model_path, load_model
 
 PROMPTS = Path(__file__).parents[1] / "data" / "sample" / "train.jsonl"
 GOALS = {1: 1.0, 8: 1.0, 16: 1.5}  # batch size -> how many times as fast

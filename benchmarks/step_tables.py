@@ -7,9 +7,9 @@ from rich.console import Console
 
 from benchmarks.tunix_step import tunix_prices
 from jaxsft.config import TrainConfig
-from jaxsft.plan import PlanOptions, make_plan
-from jaxsft.planning.estimate import GIB, num_chips
-from jaxsft.planning.run_plan import RunPlan
+from jaxsft.plan.__main__ import PlanOptions, make_plan
+from jaxsft.plan.estimate import GIB, num_chips
+from jaxsft.plan.run_plan import RunPlan
 
 SCALING = ("v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
 OTHER_MODELS = ("google/gemma-2b", "google/gemma-3-1b-it")

@@ -34,16 +34,16 @@ from benchmarks.frozen_step import estimate_frozen
 from benchmarks.real_step import random_steps
 from benchmarks.step_tables import compare_with_tunix, show_scaling
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail, parse_config
+from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
-from jaxsft.json_file import write_json
-from jaxsft.plan import LOCAL, PlanOptions, make_plan, parse_options, prepare_compiler
-from jaxsft.planning.estimate import num_chips
-from jaxsft.planning.pricing import CHIPS
-from jaxsft.planning.report import show_plan
-from jaxsft.planning.run_plan import RunPlan, model_flops
-from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, CompilerError
-from jaxsft.program import architecture
-from jaxsft.sharding import CHIP_NAMES
+from jaxsft.gemma.sharding import CHIP_NAMES
+from jaxsft.plan.__main__ import LOCAL, PlanOptions, make_plan, parse_options, prepare_compiler
+from jaxsft.plan.estimate import num_chips
+from jaxsft.plan.pricing import CHIPS
+from jaxsft.plan.report import show_plan
+from jaxsft.plan.run_plan import RunPlan, model_flops
+from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, CompilerError
+from jaxsft.run.program import architecture
 
 DESCRIPTION = (
     "Estimates, or with --measure times, the train step; --peer tunix and --scaling print tables. "

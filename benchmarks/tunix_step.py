@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import peer_venvs
-from jaxsft.planning.pricing import CHIPS, Priced, PricedOp, price_program
-from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, Memory
+from jaxsft.plan.pricing import CHIPS, Priced, PricedOp, price_program
+from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, Memory
 
 ROOT = Path(__file__).parents[1]
 ACCUMULATION_STEPS = 4  # of 8 sequences, one a chip

@@ -37,10 +37,17 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, fail
-from jaxsft.hub.datasets import Progress, Request, convert_file, download_splits, finished, tidy_up
-from jaxsft.hub.retry import Hub, HubError, NoNetworkError
-from jaxsft.hub.splits import KNOWN, Known, parse_split
-from jaxsft.sources import converter_version
+from jaxsft.data.sources import converter_version
+from jaxsft.download.datasets import (
+    Progress,
+    Request,
+    convert_file,
+    download_splits,
+    finished,
+    tidy_up,
+)
+from jaxsft.download.retry import Hub, HubError, NoNetworkError
+from jaxsft.download.splits import KNOWN, Known, parse_split
 
 PLAIN_LINE_EVERY_S = 15.0
 NAME = re.compile(r"\w[\w.-]*")  # of an owner, a data set or a subset; safe as a folder's name

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
+from jaxsft.common.out_of_memory import parse_shortage
+from jaxsft.common.text import visible_line
 from jaxsft.config import TrainConfig
-from jaxsft.out_of_memory import parse_shortage
-from jaxsft.session import interrupts_kept
-from jaxsft.text import visible_line
+from jaxsft.run.session import interrupts_kept
 from jaxsft.validation import validate
 
 RECIPES = Path(__file__).parent / "recipes"

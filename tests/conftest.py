@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import pytest
 
-from jaxsft.model import Gemma
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import load_model
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.gemma.model import Gemma
+from jaxsft.weights.load import load_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,7 +67,7 @@ def tiny_model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
     spelt in bytes, and a loss takes a fiftieth of the time.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-    from twins import make_twin
+    from support.twins import make_twin
 
     proto = ModelProto.FromString(tokenizer.model_bytes)
     characters = {"\u2581", *map(chr, range(128))}

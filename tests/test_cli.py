@@ -13,9 +13,9 @@ import pytest
 
 from jaxsft import config as config_module
 from jaxsft.cli import check_output, command_line, parse_config, parse_options, recipe_names
+from jaxsft.common.files import read_json, write_json
 from jaxsft.config import TrainConfig
-from jaxsft.json_file import read_json, write_json
-from jaxsft.optimizer import make_schedule
+from jaxsft.step.optimizer import make_schedule
 from jaxsft.validation import check_devices, validate
 
 

@@ -550,7 +550,7 @@ def test_training_needs_no_planning():
         (layering, "unheard_of", "", "not in ORDER"),
         (layering, "layers", "from jaxsft import model", "imports model"),
         (layering, "layers", "def f():\n    from .model import Gemma", "layers.py:2: imports"),
-        (layering, "model", "import jaxsft.model", "imports model"),
+        (layering, "model", "import jaxsft.gemma.model", "imports model"),
         (only_the_top_layer_faces_the_user, "data", "import argparse", "imports argparse"),
         (
             only_the_top_layer_faces_the_user,
@@ -565,8 +565,18 @@ def test_training_needs_no_planning():
             "import jax\njax.config.update('a', 1)",
             "global JAX configuration",
         ),
-        (data_and_model_share_only_batch, "chat", "from jaxsft.model import Gemma", "share only"),
-        (data_and_model_share_only_batch, "step", "from jaxsft.packing import Sample", "Sample"),
+        (
+            data_and_model_share_only_batch,
+            "chat",
+            "from jaxsft.gemma.model import Gemma",
+            "share only",
+        ),
+        (
+            data_and_model_share_only_batch,
+            "step",
+            "from jaxsft.data.packing import Sample",
+            "Sample",
+        ),
         (data_and_model_share_only_batch, "data", "import jax.numpy as jnp", "NumPy only"),
         (nothing_happens_at_import, "data", "for i in range(3): pass", "runs at import"),
         (
@@ -628,7 +638,7 @@ def test_rules_leave_plain_code_alone():
     source = (
         '"""D."""\nimport re\nfrom typing import TYPE_CHECKING\n'
         "import jax\nimport jax.numpy as jnp\n"
-        "from flax import nnx\nfrom jaxsft.packing import Batch\n"
+        "from flax import nnx\nfrom jaxsft.data.packing import Batch\n"
         "if TYPE_CHECKING:\n    import numpy\n"
         "P = re.compile('a')\nD = jnp.dtype('bfloat16')\nF = lambda x: jnp.sin(x)\n"
         '@jax.jit\ndef f(x):\n    """D."""\n    return nnx.merge(*nnx.split(jnp.sin(x)))\n'

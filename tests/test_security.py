@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from fake_hub import FakeHub, parquet_bytes, running_hub
+from support.fake_hub import FakeHub, parquet_bytes, running_hub
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED
-from jaxsft.hub.retry import Hub
-from jaxsft.prepare import main as prepare
-from jaxsft.text import visible_line
-from jaxsft.train import main as train
+from jaxsft.common.text import visible_line
+from jaxsft.download.retry import Hub
+from jaxsft.prepare.__main__ import main as prepare
+from jaxsft.train.__main__ import main as train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DOWNLOAD = [sys.executable, str(ROOT / "data" / "download_sft_datasets.py")]
 NO_NETWORK = [sys.executable, str(ROOT / "tests" / "no_network.py"), sys.executable]
 REPO = "some/facts"
@@ -221,8 +221,8 @@ def test_a_model_is_that_of_its_commit_byte_for_byte(place: Place, hub: FakeHub)
     old = hub.add(name, {"model.safetensors": weights})
     program = (
         "import os, sys; from pathlib import Path\n"
-        "from jaxsft.hub.files import fetch_files, look_up\n"
-        "from jaxsft.hub.retry import Hub\n"
+        "from jaxsft.download.files import fetch_files, look_up\n"
+        "from jaxsft.download.retry import Hub\n"
         "hub = Hub(os.environ['HF_TOKEN'], retries=2, retry_wait_s=0)\n"
         "fetch_files(hub, look_up(hub, 'model', *sys.argv[1:]), ['*'], Path('model'))\n"
     )

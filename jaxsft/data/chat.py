@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.packing import Sample
-from jaxsft.reasoning import Conversation, Turn, check_roles, completion_text, with_reasoning
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.packing import Sample
+from jaxsft.data.rows import Conversation, Turn, check_roles, completion_text, with_reasoning
+from jaxsft.data.tokenizer import Tokenizer
 
 MIN_REASONING_TOKENS = 16  # below this a shortened reasoning, its tag included, teaches nothing
 _OPEN_CHARS = len("<reasoning>")

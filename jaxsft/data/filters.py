@@ -17,7 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from jaxsft.reasoning import Conversation, Rejected
+from jaxsft.data.rows import Conversation, Rejected
 
 Filter = Callable[[Conversation], Rejected | None]
 

@@ -61,7 +61,7 @@ class PackedRows:
     """All rows of a data set, for random access.
 
     Tokens and masks lie in one flat array each, and samples and rows are offsets into them: five
-    plain arrays, in memory or mapped from files (preparing.store). A sample may be in several rows.
+    plain arrays, in memory or mapped from files (data/prepared.py). A sample may be in several rows.
 
     Attributes:
       row_length: T, tokens in a row.

@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxsft import bins, packing
+from jaxsft.common.files import read_json
 from jaxsft.config import DataOptions
-from jaxsft.data import DataReport, SourceSample, check_any_left
-from jaxsft.json_file import read_json
-from jaxsft.packing import PackedRows, offsets, rows_digest
-from jaxsft.sources import MANIFEST
+from jaxsft.data import bins, packing
+from jaxsft.data.packing import PackedRows, offsets, rows_digest
+from jaxsft.data.samples import DataReport, SourceSample, check_any_left
+from jaxsft.data.sources import MANIFEST
 
 KIND = "jaxsft prepared rows"
 _ARRAYS = {

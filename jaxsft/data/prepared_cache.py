@@ -20,20 +20,20 @@ from typing import Any
 
 import sentencepiece
 
+from jaxsft.common.files import read_json, write_json
 from jaxsft.config import DataOptions
-from jaxsft.data import DataReport, as_list, check_any_left, read_samples
-from jaxsft.json_file import read_json, write_json
-from jaxsft.preparing.store import KIND, Prepared, map_prepared, open_prepared, sealed, write_rows
-from jaxsft.sources import MANIFEST, file_digest, row_files, stamp
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.prepared import KIND, Prepared, map_prepared, open_prepared, sealed, write_rows
+from jaxsft.data.samples import DataReport, as_list, check_any_left, read_samples
+from jaxsft.data.sources import MANIFEST, file_digest, row_files, stamp
+from jaxsft.data.tokenizer import Tokenizer
 
 # The modules that turn rows into packed samples.
 CODE = (
-    *("bins", "packing", "vocabulary", "tokenizer", "reasoning", "sources", "chat", "filters"),
-    *("data", "preparing.store", "preparing.cache"),
+    *("bins", "packing", "vocabulary", "tokenizer", "rows", "sources", "chat", "filters"),
+    *("samples", "prepared", "prepared_cache"),
 )
 
-_PACKAGE = Path(__file__).parents[1]
+_DATA = Path(__file__).parent
 _FILE_DIGESTS = "files.json"
 _PARTIAL, _LOCK = ".partial-", "lock"
 # Options that decide where rows are found or how many may be lost, not what they are.
@@ -137,7 +137,7 @@ def code_version() -> str:
     """12 hex digits that change with the code that turns rows into packed samples."""
     digest = hashlib.sha256(sentencepiece.__version__.encode())
     for name in CODE:
-        digest.update((_PACKAGE / f"{name.replace('.', '/')}.py").read_bytes())
+        digest.update((_DATA / f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from jaxsft.chat import encode_chats, shorten
+from jaxsft.common.text import visible_line
 from jaxsft.config import DataOptions
-from jaxsft.filters import Filter, contaminated, degenerate, duplicates
-from jaxsft.packing import Batch, Sample, StepBatches
-from jaxsft.reasoning import Conversation, Rejected, Turn, convert_row
-from jaxsft.sources import read_rows
-from jaxsft.text import visible_line
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.chat import encode_chats, shorten
+from jaxsft.data.filters import Filter, contaminated, degenerate, duplicates
+from jaxsft.data.packing import Batch, Sample, StepBatches
+from jaxsft.data.rows import Conversation, Rejected, Turn, convert_row
+from jaxsft.data.sources import read_rows
+from jaxsft.data.tokenizer import Tokenizer
 
 _CHUNK_ROWS = 512  # conversations tokenised by one call
 _NUM_EXAMPLES = 2  # kept for each reason

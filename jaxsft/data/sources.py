@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft import reasoning
-from jaxsft.json_file import read_json
+from jaxsft.common.files import read_json
+from jaxsft.data import rows as reasoning
 
 MANIFEST = "manifest.json"
 ROWS_KIND = "jaxsft rows"  # in the manifest of a directory of rows

@@ -21,7 +21,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from jaxsft.vocabulary import (
+from jaxsft.data.vocabulary import (
     CONTROL,
     UNKNOWN,
     Vocabulary,

@@ -12,7 +12,7 @@ from sentencepiece.sentencepiece_model_pb2 import (  # type: ignore[attr-defined
     TrainerSpec,
 )
 
-from jaxsft.gguf_io import GGUFFile
+from jaxsft.formats.gguf import GGUFFile
 
 # SentencePiece's piece types; `tokenizer.ggml.token_type` uses the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

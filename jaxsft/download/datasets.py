@@ -19,8 +19,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.hub.files import Snapshot, fetch, look_up, parquet_footer
-from jaxsft.hub.parts import (
+from jaxsft.common.files import read_json, write_json
+from jaxsft.data.sources import MANIFEST, ROWS_KIND, converter_version, row_files
+from jaxsft.download.files import Snapshot, fetch, look_up, parquet_footer
+from jaxsft.download.parts import (
     Counts,
     Part,
     check_some_accepted,
@@ -29,11 +31,9 @@ from jaxsft.hub.parts import (
     write_manifest,
     write_part,
 )
-from jaxsft.hub.pins import read_pins, write_pin
-from jaxsft.hub.retry import Hub
-from jaxsft.hub.splits import Plan, Split, check_end, file_pieces, plan_split
-from jaxsft.json_file import read_json, write_json
-from jaxsft.sources import MANIFEST, ROWS_KIND, converter_version, row_files
+from jaxsft.download.pins import read_pins, write_pin
+from jaxsft.download.retry import Hub
+from jaxsft.download.splits import Plan, Split, check_end, file_pieces, plan_split
 
 UNFINISHED = "unfinished.json"
 

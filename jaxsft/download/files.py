@@ -24,7 +24,7 @@ from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from jaxsft.hub.retry import TRIED_AGAIN, BadBodyError, Hub, HubError, Tries, WrongPartError
+from jaxsft.download.retry import TRIED_AGAIN, BadBodyError, Hub, HubError, Tries, WrongPartError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData

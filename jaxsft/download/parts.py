@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 
-from jaxsft.json_file import write_json
-from jaxsft.reasoning import ACCEPTED_SCHEMAS, Rejected, convert_row
-from jaxsft.sources import MANIFEST
+from jaxsft.common.files import write_json
+from jaxsft.data.rows import ACCEPTED_SCHEMAS, Rejected, convert_row
+from jaxsft.data.sources import MANIFEST
 
 # Of a row that `convert_row` refuses with an error, such as a null; the user cannot mend a hub's.
 INVALID_ROW = "invalid_row"

@@ -8,7 +8,7 @@ A file beside the copies:
 import re
 from pathlib import Path
 
-from jaxsft.json_file import read_json, write_json
+from jaxsft.common.files import read_json, write_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -11,9 +11,9 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 from fsspec.utils import glob_translate
 
-from jaxsft.hub.files import HubFile, Snapshot
-from jaxsft.hub.parts import check_columns, jsonl_batches, parquet_batches, schema_of_row
-from jaxsft.sources import read_rows
+from jaxsft.data.sources import read_rows
+from jaxsft.download.files import HubFile, Snapshot
+from jaxsft.download.parts import check_columns, jsonl_batches, parquet_batches, schema_of_row
 
 _SPLIT = re.compile(r"(\w+(?:[.-]\w+)*)(?:\[(\d*):(\d*)\])?")
 # The names that splits have by convention, for repositories whose card lists none.

@@ -24,13 +24,16 @@ import optax
 from rich.console import Console
 from rich.text import Text
 
-from jaxsft import lora
-from jaxsft.bins import pack
 from jaxsft.cli import cache_dir, parse_options, run_command
+from jaxsft.common.console import make_console
+from jaxsft.common.devices import configure_jax
+from jaxsft.common.text import visible_line
 from jaxsft.config import DataOptions
-from jaxsft.data import DataReport, as_list, read_samples
-from jaxsft.device_errors import check_device
-from jaxsft.evaluation.heldout import (
+from jaxsft.data.bins import pack
+from jaxsft.data.packing import PackedRows, Sample
+from jaxsft.data.samples import DataReport, as_list, read_samples
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.evaluate.heldout import (
     NEXT_QUESTION,
     Prompt,
     answer_mask,
@@ -41,7 +44,7 @@ from jaxsft.evaluation.heldout import (
     read_prompts,
     with_examples,
 )
-from jaxsft.evaluation.options import (
+from jaxsft.evaluate.options import (
     EvaluateOptions,
     Side,
     check,
@@ -51,23 +54,20 @@ from jaxsft.evaluation.options import (
     shared_tokenizer,
     sides_of,
 )
-from jaxsft.evaluation.results import Measured, describe, output_directory, write_results
-from jaxsft.evaluation.scoring import compare
-from jaxsft.evaluation.table import show_comparison, with_perplexity
-from jaxsft.exporting.hf_model import MergedWeights
-from jaxsft.exporting.verify import without_weights
-from jaxsft.jax_settings import configure_jax
-from jaxsft.models import Origin, check_tokenizer, load
-from jaxsft.packing import PackedRows, Sample
-from jaxsft.peft_io import WEIGHTS_NAME, load_adapter
-from jaxsft.prepare import all_samples, load_heldout
-from jaxsft.sample import num_rows
-from jaxsft.sharding import make_mesh
-from jaxsft.step import StepSpec
-from jaxsft.terminal import make_console
-from jaxsft.text import visible_line
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import file_sha256, open_weights
+from jaxsft.evaluate.results import Measured, describe, output_directory, write_results
+from jaxsft.evaluate.scoring import compare
+from jaxsft.evaluate.table import show_comparison, with_perplexity
+from jaxsft.export.hf_directory import MergedWeights
+from jaxsft.export.verify import without_weights
+from jaxsft.gemma import lora
+from jaxsft.gemma.decode import num_rows
+from jaxsft.gemma.sharding import make_mesh
+from jaxsft.prepare.__main__ import all_samples, load_heldout
+from jaxsft.run.device_errors import check_device
+from jaxsft.step.train_step import StepSpec
+from jaxsft.weights.find import Origin, check_tokenizer, load
+from jaxsft.weights.load import file_sha256, open_weights
+from jaxsft.weights.peft import WEIGHTS_NAME, load_adapter
 
 DESCRIPTION = (
     "Measures a model (a run, an adapter, or anything that train takes as model.path) on held-out "

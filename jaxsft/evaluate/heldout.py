@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
+from jaxsft.common.hosts import on_host
 from jaxsft.config import EvalOptions
-from jaxsft.evaluation.intervals import difference, ratio
-from jaxsft.evaluation.scoring import ANSWER_METRICS, Answer, Comparison, Metric
-from jaxsft.hosts import on_host
-from jaxsft.packing import PackedRows, Sample
-from jaxsft.sample import generate
-from jaxsft.sharding import named
-from jaxsft.step import StepSpec, eval_step
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.packing import PackedRows, Sample
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.evaluate.intervals import difference, ratio
+from jaxsft.evaluate.scoring import ANSWER_METRICS, Answer, Comparison, Metric
+from jaxsft.gemma.decode import generate
+from jaxsft.gemma.sharding import named
+from jaxsft.step.train_step import StepSpec, eval_step
 
 NEXT_QUESTION = "\n\nQuestion:"  # of `as_text`
 _ANSWER = "<answer>"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig
-from jaxsft.data import as_list
-from jaxsft.exporting.output import system_text
-from jaxsft.models import Origin, base_path, find_model, open_tokenizer, run_config
-from jaxsft.peft_io import holds_adapter
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.samples import as_list
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.export.output import system_text
 from jaxsft.validation import validate
+from jaxsft.weights.find import Origin, base_path, find_model, open_tokenizer, run_config
+from jaxsft.weights.peft import holds_adapter
 
 BASE = "base"
 

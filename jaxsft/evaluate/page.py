@@ -15,9 +15,11 @@ from html import escape
 from itertools import takewhile
 from typing import NamedTuple
 
-from jaxsft.evaluation.intervals import Difference, Estimate
-from jaxsft.evaluation.page_style import SCRIPT, STYLE
-from jaxsft.evaluation.scoring import (
+from jaxsft.common.text import visible, visible_line
+from jaxsft.data.rows import split_completion
+from jaxsft.evaluate.intervals import Difference, Estimate
+from jaxsft.evaluate.page_style import SCRIPT, STYLE
+from jaxsft.evaluate.scoring import (
     TAGS,
     Answer,
     AnswerScores,
@@ -31,8 +33,6 @@ from jaxsft.evaluation.scoring import (
     show_p_value,
     show_value,
 )
-from jaxsft.reasoning import split_completion
-from jaxsft.text import visible, visible_line
 
 _TAG = re.compile("(" + "|".join(TAGS) + ")")
 _NOTE = "In brackets: 95% intervals (of rates Wilson's, else the percentile bootstrap)."

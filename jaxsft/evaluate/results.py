@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxsft.data import DataReport, as_list
-from jaxsft.evaluation.heldout import SampleLosses
-from jaxsft.evaluation.options import EvaluateOptions
-from jaxsft.evaluation.page import compare_page
-from jaxsft.evaluation.scoring import Answer, Comparison, score_answer
-from jaxsft.json_file import write_json, write_text
-from jaxsft.models import Origin
+from jaxsft.common.files import write_json, write_text
+from jaxsft.data.samples import DataReport, as_list
+from jaxsft.evaluate.heldout import SampleLosses
+from jaxsft.evaluate.options import EvaluateOptions
+from jaxsft.evaluate.page import compare_page
+from jaxsft.evaluate.scoring import Answer, Comparison, score_answer
+from jaxsft.weights.find import Origin
 
 NUMBERS, ANSWERS, PAGE = "evaluation.json", "answers.jsonl", "page.html"
 

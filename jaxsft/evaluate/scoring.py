@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from jaxsft.evaluation.intervals import Difference, Estimate, difference, mean, share
-from jaxsft.evaluation.number_text import find_numbers, parse_number
-from jaxsft.reasoning import split_completion
+from jaxsft.data.rows import split_completion
+from jaxsft.evaluate.intervals import Difference, Estimate, difference, mean, share
+from jaxsft.evaluate.number_text import find_numbers, parse_number
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 # The first <answer> that no other <answer> follows before it is closed, or before the text ends.

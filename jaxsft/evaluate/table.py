@@ -8,15 +8,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from jaxsft.evaluation.intervals import Estimate
-from jaxsft.evaluation.scoring import (
+from jaxsft.common.text import visible_line
+from jaxsft.evaluate.intervals import Estimate
+from jaxsft.evaluate.scoring import (
     Comparison,
     Metric,
     show_interval,
     show_p_value,
     show_value,
 )
-from jaxsft.text import visible_line
 
 _MAX_LOSS = 700.0  # nats: the exponential of 710 is beyond float64
 

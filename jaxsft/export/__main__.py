@@ -19,11 +19,13 @@ from rich.console import Console
 
 from jaxsft import __version__
 from jaxsft.cli import EXIT_FAILED, command_line, fail, parse_options, run_command
-from jaxsft.device_errors import check_device
-from jaxsft.exporting.card import about_training, model_card
-from jaxsft.exporting.formats import Export, find_checker, needed_bytes, open_export, verify, write
-from jaxsft.exporting.options import ExportOptions
-from jaxsft.exporting.output import (
+from jaxsft.common.console import make_console
+from jaxsft.common.devices import configure_jax
+from jaxsft.common.files import write_json
+from jaxsft.export.card import about_training, model_card
+from jaxsft.export.formats import Export, find_checker, needed_bytes, open_export, verify, write
+from jaxsft.export.options import ExportOptions
+from jaxsft.export.output import (
     MANIFEST,
     check_replaceable,
     check_space,
@@ -33,14 +35,12 @@ from jaxsft.exporting.output import (
     put_in_place,
     scratch_beside,
 )
-from jaxsft.exporting.peers import Peer
-from jaxsft.exporting.verify import LOGIT_BOUND, Check, summary
-from jaxsft.jax_settings import configure_jax
-from jaxsft.json_file import write_json
-from jaxsft.models import find_model
-from jaxsft.peft_io import WEIGHTS_NAME
-from jaxsft.terminal import make_console
-from jaxsft.weights import file_sha256
+from jaxsft.export.peers import Peer
+from jaxsft.export.verify import LOGIT_BOUND, Check, summary
+from jaxsft.run.device_errors import check_device
+from jaxsft.weights.find import find_model
+from jaxsft.weights.load import file_sha256
+from jaxsft.weights.peft import WEIGHTS_NAME
 
 DESCRIPTION = (
     "Writes a run's model, an adapter or a base model for other programs, with a model card and a "

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsft.common.files import read_json
+from jaxsft.common.text import visible_line
 from jaxsft.config import TrainConfig
-from jaxsft.evaluation.heldout import METRICS
-from jaxsft.evaluation.table import metric_cell
-from jaxsft.flax_io import is_flax_checkpoint
-from jaxsft.json_file import read_json
-from jaxsft.metrics import last_step_of
-from jaxsft.models import RUN_ADAPTERS, Origin, run_config
-from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig
-from jaxsft.presets import GemmaConfig
-from jaxsft.text import visible_line
-from jaxsft.weights import file_sha256
+from jaxsft.evaluate.heldout import METRICS
+from jaxsft.evaluate.table import metric_cell
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.run.metrics import last_step_of
+from jaxsft.weights.find import RUN_ADAPTERS, Origin, run_config
+from jaxsft.weights.flax import is_flax_checkpoint
+from jaxsft.weights.load import file_sha256
+from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 _EVALUATION = Path("evaluation", "evaluation.json")  # what evaluate writes into a run
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.exporting.hf_model import (
+from jaxsft.common.files import read_json, write_json
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.export.hf_directory import (
     DTYPES,
     MergedWeights,
     base_for_peft,
@@ -17,11 +19,11 @@ from jaxsft.exporting.hf_model import (
     write_configs,
     write_weights,
 )
-from jaxsft.exporting.hf_tokenizer import write_tokenizer
-from jaxsft.exporting.options import ExportOptions
-from jaxsft.exporting.output import system_text
-from jaxsft.exporting.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
-from jaxsft.exporting.verify import (
+from jaxsft.export.options import ExportOptions
+from jaxsft.export.output import system_text
+from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
+from jaxsft.export.tokenizer import write_tokenizer
+from jaxsft.export.verify import (
     CHATS,
     Check,
     chat_problem,
@@ -34,16 +36,14 @@ from jaxsft.exporting.verify import (
     text_problem,
     without_weights,
 )
-from jaxsft.exporting.verify_flax import TUNIX_LORA, flax_problem, tunix_lacks
-from jaxsft.flax_io import write_flax
-from jaxsft.json_file import read_json, write_json
-from jaxsft.model import Gemma
-from jaxsft.models import Origin, check_tokenizer, open_tokenizer
-from jaxsft.peft_io import AdapterConfig, load_adapter, save_adapter
-from jaxsft.presets import PRESETS, GemmaConfig
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.tunix_io import write_tunix_lora
-from jaxsft.weights import TensorSource, WeightsInfo, load_model, open_weights
+from jaxsft.export.verify_flax import TUNIX_LORA, flax_problem, tunix_lacks
+from jaxsft.gemma.architecture import PRESETS, GemmaConfig
+from jaxsft.gemma.model import Gemma
+from jaxsft.weights.find import Origin, check_tokenizer, open_tokenizer
+from jaxsft.weights.flax import write_flax
+from jaxsft.weights.load import TensorSource, WeightsInfo, load_model, open_weights
+from jaxsft.weights.peft import AdapterConfig, load_adapter, save_adapter
+from jaxsft.weights.tunix import write_tunix_lora
 
 FLAX_MODEL = "model"
 _NUM_POSITIONS = 256  # of all probes, about: their logits come back in a file

@@ -17,14 +17,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxsft.json_file import write_json
-from jaxsft.lora import lora_scale
-from jaxsft.peft_io import WEIGHTS_NAME, adapter_parts, read_adapter_config
-from jaxsft.presets import GLOBAL, GemmaConfig
-from jaxsft.safetensors_io import SafetensorsDirectory
-from jaxsft.tensor_names import ROOT_TENSORS, check_shapes, layer_tensors
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import TensorSource, WeightsInfo, check_tensors
+from jaxsft.common.files import write_json
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.formats.safetensors import SafetensorsDirectory
+from jaxsft.gemma.architecture import GLOBAL, GemmaConfig
+from jaxsft.gemma.lora import lora_scale
+from jaxsft.weights.load import TensorSource, WeightsInfo, check_tensors
+from jaxsft.weights.names import ROOT_TENSORS, check_shapes, layer_tensors
+from jaxsft.weights.peft import WEIGHTS_NAME, adapter_parts, read_adapter_config
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _STORED = {"float32": "F32", "bfloat16": "BF16"}  # safetensors' names

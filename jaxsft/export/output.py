@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxsft.flax_io import is_flax_checkpoint
-from jaxsft.json_file import read_json
-from jaxsft.models import RUN_ADAPTERS, Origin, run_config
-from jaxsft.weights import file_sha256
+from jaxsft.common.files import read_json
+from jaxsft.weights.find import RUN_ADAPTERS, Origin, run_config
+from jaxsft.weights.flax import is_flax_checkpoint
+from jaxsft.weights.load import file_sha256
 
 MANIFEST = "manifest.json"
 _EARLIER = "earlier-"  # what is being replaced, in the scratch directory

@@ -10,9 +10,9 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from jaxsft.json_file import write_json
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from jaxsft.common.files import write_json
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.data.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 # What chat.py builds, as Jinja: texts trimmed, the system's in front of the first user's.
 _CHAT_TEMPLATE = r"""{{- bos_token -}}

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsft.chat import encode_prompt
-from jaxsft.exporting.peers import Probe
-from jaxsft.layers import Linear
-from jaxsft.model import Gemma
-from jaxsft.models import Origin, load
-from jaxsft.presets import GemmaConfig
-from jaxsft.reasoning import Turn
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.chat import encode_prompt
+from jaxsft.data.rows import Turn
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.export.peers import Probe
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.gemma.layers import Linear
+from jaxsft.gemma.model import Gemma
+from jaxsft.weights.find import Origin, load
 
 # Largest difference of two logits over all probes. Different orders of summation in float32
 # gave 4e-4 on Gemma 3 270M, whose largest logit was 98.

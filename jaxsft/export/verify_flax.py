@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxsft.json_file import read_json
-from jaxsft.lora import lora_scale
-from jaxsft.peft_io import WEIGHTS_NAME, read_adapter_config
-from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
-from jaxsft.safetensors_io import SafetensorsDirectory
-from jaxsft.tensor_names import LINEAR_TENSORS
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.common.files import read_json
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.formats.safetensors import SafetensorsDirectory
+from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.gemma.lora import lora_scale
+from jaxsft.weights.names import LINEAR_TENSORS
+from jaxsft.weights.peft import WEIGHTS_NAME, read_adapter_config
 
 TUNIX_LORA = "tunix-lora"
 _TUNIX_TARGETS = {

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsft.attention import Tokens
 from jaxsft.config import EvalOptions
-from jaxsft.model import Gemma, KVCache
-from jaxsft.sharding import constrain
+from jaxsft.gemma.attention import Tokens
+from jaxsft.gemma.model import Gemma, KVCache
+from jaxsft.gemma.sharding import constrain
 
 MIN_PADDED_LENGTH = 32
 # With one row a chip the TPU compiler leaves the matrix unit: by its estimate a token of Gemma 2 2B

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsft.layers import Linear, LoRA
+from jaxsft.gemma.layers import Linear, LoRA
 
 ALL_LINEAR = "all-linear"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsft.attention import soft_cap
-from jaxsft.sharding import AXIS_TABLE, partition_spec
+from jaxsft.gemma.attention import soft_cap
+from jaxsft.gemma.sharding import AXIS_TABLE, partition_spec
 
 # Rows of the table that meet a chunk of tokens at once: 2048 divides 256,000 and 262,144, and the
 # logits of 2048 x 2048 stay in a TPU's on-chip memory.

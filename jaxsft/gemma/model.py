@@ -20,10 +20,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from jaxsft.attention import Tokens, attend, soft_cap, visible
-from jaxsft.layers import Linear, RMSNorm, apply_rotary, rotary_table
-from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
-from jaxsft.sharding import constrain
+from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.gemma.attention import Tokens, attend, soft_cap, visible
+from jaxsft.gemma.layers import Linear, RMSNorm, apply_rotary, rotary_table
+from jaxsft.gemma.sharding import constrain
 
 # What the backward pass keeps of each layer; everything else is computed again.
 REMAT_POLICIES: dict[str, Any] = {

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from jaxsft.text import visible
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.common.text import visible
+from jaxsft.data.tokenizer import Tokenizer
 
 Kind = Literal["text", "tag", "reasoning", "answer"]
 

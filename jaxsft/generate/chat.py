@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from jaxsft.answer_style import Kind, parts_of_text, printable, text_of_tokens
-from jaxsft.chat import encode_prompt
 from jaxsft.cli import EXIT_BAD_INPUT, fail
 from jaxsft.config import EvalOptions
-from jaxsft.reasoning import Turn
-from jaxsft.sample import stream
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.chat import encode_prompt
+from jaxsft.data.rows import Turn
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.gemma.decode import stream
+from jaxsft.generate.answer_style import Kind, parts_of_text, printable, text_of_tokens
 
 CHAT_HELP = "/reset forgets what was said, Ctrl-C stops an answer, /quit or Ctrl-D ends."
 # Reasoning steps back, the answer stands out, tags are hardly seen.

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.reasoning import Rejected, Turn, convert_row
-from jaxsft.sources import read_rows
+from jaxsft.data.rows import Rejected, Turn, convert_row
+from jaxsft.data.sources import read_rows
 
 _ANSWER = "-"  # `convert_row` asks for one
 

@@ -15,15 +15,15 @@ from typing import NamedTuple
 from rich.console import Console
 
 from jaxsft.cli import EXIT_FAILED, check_output, parse_config, run_command
+from jaxsft.common.files import write_text
 from jaxsft.config import TrainConfig
-from jaxsft.inspecting.page import page
-from jaxsft.inspecting.report import legend, show_checks, show_counts, show_row
-from jaxsft.inspecting.rows import survey
-from jaxsft.inspecting.tokens import RowReader
-from jaxsft.json_file import write_text
-from jaxsft.prepare import load_data, load_tokenizer, model_path
-from jaxsft.preparing.store import Prepared, open_prepared
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.prepared import Prepared, open_prepared
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.inspect.page import page
+from jaxsft.inspect.report import legend, show_checks, show_counts, show_row
+from jaxsft.inspect.rows import survey
+from jaxsft.inspect.tokens import RowReader
+from jaxsft.prepare.__main__ import load_data, load_tokenizer, model_path
 
 DESCRIPTION = (
     "Shows some rows as the model will see them, every token with its mask, and the counts of all "

@@ -7,12 +7,12 @@ might come of a mistake there by its content security policy.
 from collections.abc import Sequence
 from html import escape
 
-from jaxsft.inspecting.charts import histogram
-from jaxsft.inspecting.page_style import STYLE
-from jaxsft.inspecting.rows import Check, Fate, Survey, facts, fates, plural
-from jaxsft.inspecting.tokens import RowView, Segment, Token
-from jaxsft.preparing.store import Prepared
-from jaxsft.text import visible
+from jaxsft.common.text import visible
+from jaxsft.data.prepared import Prepared
+from jaxsft.inspect.charts import histogram
+from jaxsft.inspect.page_style import STYLE
+from jaxsft.inspect.rows import Check, Fate, Survey, facts, fates, plural
+from jaxsft.inspect.tokens import RowView, Segment, Token
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 

@@ -10,10 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxsft.inspecting.rows import Check, Survey, facts, fates, plural
-from jaxsft.inspecting.tokens import RowView, Segment, Token
-from jaxsft.preparing.store import Prepared
-from jaxsft.text import visible
+from jaxsft.common.text import visible
+from jaxsft.data.prepared import Prepared
+from jaxsft.inspect.rows import Check, Survey, facts, fates, plural
+from jaxsft.inspect.tokens import RowView, Segment, Token
 
 # Two shades of each, in turn, show where one token ends and the next begins.
 _STYLES = {

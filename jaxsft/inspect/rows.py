@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxsft.packing import BoolArray, Int32Array
-from jaxsft.preparing.store import Prepared, source_of
-from jaxsft.text import visible_line
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.common.text import visible_line
+from jaxsft.data.packing import BoolArray, Int32Array
+from jaxsft.data.prepared import Prepared, source_of
+from jaxsft.data.tokenizer import Tokenizer
 
 PERCENTILES = (1, 5, 10, 50, 90, 95, 99)
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.preparing.store import Prepared, source_of
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.prepared import Prepared, source_of
+from jaxsft.data.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _UTF8_LENGTHS = ((0x80, 1), (0xC2, 0), (0xE0, 2), (0xF0, 3), (0xF5, 4))  # by first byte, below

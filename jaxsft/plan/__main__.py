@@ -18,28 +18,28 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxsft import lora
 from jaxsft.cli import EXIT_FAILED, cache_dir, fail, parse_config, run_command
+from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
-from jaxsft.json_file import write_json
-from jaxsft.planning.estimate import StepEstimate, estimate_step, num_chips
-from jaxsft.planning.local import plan_devices
-from jaxsft.planning.options import LOCAL, PlanOptions, parse_options
-from jaxsft.planning.plot import plot_plan
-from jaxsft.planning.report import NOTHING_FITS, describe_setting, show_plan, show_search
-from jaxsft.planning.run_plan import RunPlan, count_workloads, steps_without_data
-from jaxsft.planning.search import (
+from jaxsft.gemma import lora
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.plan.estimate import StepEstimate, estimate_step, num_chips
+from jaxsft.plan.local import plan_devices
+from jaxsft.plan.options import LOCAL, PlanOptions, parse_options
+from jaxsft.plan.plot import plot_plan
+from jaxsft.plan.report import NOTHING_FITS, describe_setting, show_plan, show_search
+from jaxsft.plan.run_plan import RunPlan, count_workloads, steps_without_data
+from jaxsft.plan.search import (
     Setting,
     all_settings,
     nearest_fit,
     setting_of,
     try_settings,
 )
-from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT, CompilerError
-from jaxsft.planning.workload import Workload, read_lengths
-from jaxsft.prepare import load_data, model_path
-from jaxsft.presets import GemmaConfig
-from jaxsft.program import architecture
+from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
+from jaxsft.plan.workload import Workload, read_lengths
+from jaxsft.prepare.__main__ import load_data, model_path
+from jaxsft.run.program import architecture
 from jaxsft.validation import check_devices
 
 EXIT_DOES_NOT_FIT = 1

@@ -16,21 +16,21 @@ from typing import Any
 
 import jax
 
+from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
-from jaxsft.json_file import write_json
-from jaxsft.planning.hlo_memory import saved_activation_bytes
-from jaxsft.planning.hlo_text import parse_program
-from jaxsft.planning.kernel_price import KernelPrice, price_kernels
-from jaxsft.planning.pricing import CHIPS, Chip, PricedOp, price_program
-from jaxsft.planning.tpu_aot import (
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.plan.hlo_memory import saved_activation_bytes
+from jaxsft.plan.hlo_text import parse_program
+from jaxsft.plan.kernel_price import KernelPrice, price_kernels
+from jaxsft.plan.pricing import CHIPS, Chip, PricedOp, price_program
+from jaxsft.plan.tpu_aot import (
     Compiled,
     OutOfMemory,
     compile_for_tpu,
     compiler_flags,
     topology_devices,
 )
-from jaxsft.presets import GemmaConfig
-from jaxsft.program import abstract_setup, lower_step, num_bytes_per_device, program_hash
+from jaxsft.run.program import abstract_setup, lower_step, num_bytes_per_device, program_hash
 
 GIB = 2**30
 # What the TPU compiler lets a program have of 16 and 32 GiB.
@@ -46,7 +46,7 @@ NUM_LARGEST_OPS = 40
 
 # The modules that decide what is made of a program.
 _PRICING = tuple(
-    f"planning/{name}" for name in ("estimate", "hlo_*", "kernel_*", "llo_*", "pricing", "tpu_aot")
+    f"plan/{name}" for name in ("estimate", "hlo_*", "kernel_*", "llo_*", "pricing", "tpu_aot")
 )
 
 
@@ -119,7 +119,7 @@ def estimate_step(
     """
     # By what the program is made from, which is quick to compare, and by the program itself.
     inputs = f"{dataclasses.asdict(config)} {model_config} {topology} {steps}"
-    by_inputs = cache_dir / f"{_cache_key(inputs, environment, ('*', 'planning/*'))}.json"
+    by_inputs = cache_dir / f"{_cache_key(inputs, environment, ('*', '*/*'))}.json"
     if (cached := _load(by_inputs)) is not None:
         return cached, True
     arguments = abstract_setup(config, model_config, topology_devices(topology), steps)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.planning.hlo_text import Computation, Instruction, Program
+from jaxsft.plan.hlo_text import Computation, Instruction, Program
 
 
 def matmuls(

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from jaxsft.planning.hlo_text import HBM, Array, Computation, Program
-from jaxsft.planning.hlo_values import origin
+from jaxsft.plan.hlo_text import HBM, Array, Computation, Program
+from jaxsft.plan.hlo_values import origin
 
 
 def saved_activation_bytes(program: Program) -> int:

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from jaxsft.planning.hlo_cost import matmuls
-from jaxsft.planning.hlo_text import HBM, VMEM, Computation, Instruction, Program
+from jaxsft.plan.hlo_cost import matmuls
+from jaxsft.plan.hlo_text import HBM, VMEM, Computation, Instruction, Program
 
 
 class Chip(NamedTuple):

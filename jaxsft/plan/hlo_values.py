@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.planning.hlo_text import Computation, Instruction, Program
+from jaxsft.plan.hlo_text import Computation, Instruction, Program
 
 _INTEGERS = {
     **{"pred": "int8", "s8": "int8", "s16": "int16", "s32": "int32"},

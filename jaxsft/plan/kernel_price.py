@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.planning.hlo_text import (
+from jaxsft.plan.hlo_text import (
     HBM,
     VMEM,
     Array,
@@ -29,13 +29,13 @@ from jaxsft.planning.hlo_text import (
     Program,
     parse_program,
 )
-from jaxsft.planning.hlo_values import Callers, constant_words
-from jaxsft.planning.llo_schedule import schedule
-from jaxsft.planning.pricing import Chip
-from jaxsft.planning.tpu_aot import CompilerError, compiler_flags, one_line
+from jaxsft.plan.hlo_values import Callers, constant_words
+from jaxsft.plan.llo_schedule import schedule
+from jaxsft.plan.pricing import Chip
+from jaxsft.plan.tpu_aot import CompilerError, compiler_flags, one_line
 
 _WORKER = (
-    "import pathlib, sys; from jaxsft.planning.kernel_worker import compile_kernels; "
+    "import pathlib, sys; from jaxsft.plan.kernel_worker import compile_kernels; "
     "compile_kernels(*map(pathlib.Path, sys.argv[1:]))"
 )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsft.planning.tpu_aot import topology_devices
+from jaxsft.plan.tpu_aot import topology_devices
 
 _DTYPES = {"bf16": "bfloat16", "pred": "bool"}
 

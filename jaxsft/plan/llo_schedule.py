@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxsft.planning.llo_text import Block, Instruction, parse_blocks
+from jaxsft.plan.llo_text import Block, Instruction, parse_blocks
 
 # DMA sizes are in granules: a bf16 (256, 256) window is 4096 of them.
 _GRANULE_BYTES = 32

@@ -6,13 +6,13 @@ import jax
 from rich.console import Console
 
 from jaxsft.config import TrainConfig
-from jaxsft.device_errors import free_memory
-from jaxsft.planning.estimate import GIB
-from jaxsft.planning.report import HASH_OF_GUESSED_STEPS, NOTHING_FITS, describe_setting
-from jaxsft.planning.search import Setting, nearest_fit
-from jaxsft.planning.tpu_aot import OutOfMemory, compile_or_refuse
-from jaxsft.presets import GemmaConfig
-from jaxsft.program import abstract_setup, architecture, lower_step, program_hash
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.plan.estimate import GIB
+from jaxsft.plan.report import HASH_OF_GUESSED_STEPS, NOTHING_FITS, describe_setting
+from jaxsft.plan.search import Setting, nearest_fit
+from jaxsft.plan.tpu_aot import OutOfMemory, compile_or_refuse
+from jaxsft.run.device_errors import free_memory
+from jaxsft.run.program import abstract_setup, architecture, lower_step, program_hash
 
 
 class LocalStep(NamedTuple):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxsft.cli import check_output
-from jaxsft.planning.plot import check_format
-from jaxsft.planning.tpu_aot import TOPOLOGIES
+from jaxsft.plan.plot import check_format
+from jaxsft.plan.tpu_aot import TOPOLOGIES
 
 LOCAL = "local"
 

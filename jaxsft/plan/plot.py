@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from jaxsft.planning.estimate import GIB
-from jaxsft.planning.run_plan import RunPlan
+from jaxsft.plan.estimate import GIB
+from jaxsft.plan.run_plan import RunPlan
 
 # Okabe and Ito's palette, told apart with any colour vision: https://jfly.uni-koeln.de/color/
 _BLUE, _ORANGE, _GREEN, _PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"

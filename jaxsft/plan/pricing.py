@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxsft.planning.hlo_price import (
+from jaxsft.plan.hlo_price import (
     COLLECTIVES,
     PARTS,
     Chip,
@@ -25,8 +25,8 @@ from jaxsft.planning.hlo_price import (
     is_free,
     price_op,
 )
-from jaxsft.planning.hlo_text import Computation, Instruction, Program, parse_program
-from jaxsft.planning.hlo_values import Callers, static_trip_count
+from jaxsft.plan.hlo_text import Computation, Instruction, Program, parse_program
+from jaxsft.plan.hlo_values import Callers, static_trip_count
 
 # https://cloud.google.com/tpu/docs/v5e and /v6e: 197 and 918 TFLOP/s; 819 and 1640 GB/s; 1600 and
 # 3584 Gbit/s a chip of interconnect, one way, on four links (2D torus). The peaks are those of four

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsft.config import TrainConfig
-from jaxsft.planning.estimate import CALIBRATION, GIB, StepEstimate
-from jaxsft.planning.pricing import CHIPS
-from jaxsft.planning.run_plan import RunPlan
-from jaxsft.planning.search import Setting
+from jaxsft.plan.estimate import CALIBRATION, GIB, StepEstimate
+from jaxsft.plan.pricing import CHIPS
+from jaxsft.plan.run_plan import RunPlan
+from jaxsft.plan.search import Setting
 
 HASH_OF_GUESSED_STEPS = (
     "The number of steps is not known but by --max_steps or --data: train logs another hash if its "

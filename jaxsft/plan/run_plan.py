@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import TrainConfig
-from jaxsft.lora import resolve_targets
-from jaxsft.packing import num_steps
-from jaxsft.planning.estimate import CALIBRATION, GIB, StepEstimate, num_loss_chunks
-from jaxsft.planning.pricing import CHIPS
-from jaxsft.planning.workload import Workload, count_work, fit_lengths
-from jaxsft.presets import GemmaConfig
-from jaxsft.program import fused_obstacles
+from jaxsft.data.packing import num_steps
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.gemma.lora import resolve_targets
+from jaxsft.plan.estimate import CALIBRATION, GIB, StepEstimate, num_loss_chunks
+from jaxsft.plan.pricing import CHIPS
+from jaxsft.plan.workload import Workload, count_work, fit_lengths
+from jaxsft.run.program import fused_obstacles
 
 PACKED, UNPACKED = "packed", "one sample a row"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxsft.config import TrainConfig
-from jaxsft.model import REMAT_POLICIES
+from jaxsft.gemma.model import REMAT_POLICIES
 
 REMATS = tuple(REMAT_POLICIES)  # from the most memory to the least
 MIN_ROW_LENGTH = 256

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 from jaxlib._hlo import HloPrintOptions  # no public module has it
 
-from jaxsft.out_of_memory import Shortage, parse_shortage
+from jaxsft.common.out_of_memory import Shortage, parse_shortage
 
 # A process without a TPU: don't look for one, and share libtpu with other such processes. The
 # accelerator type only has to be a valid one, the topology decides what is compiled for.

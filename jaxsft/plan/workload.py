@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.bins import one_per_row, pack
-from jaxsft.packing import num_steps
+from jaxsft.data.bins import one_per_row, pack
+from jaxsft.data.packing import num_steps
 
 MAX_SAMPLES = 100_000_000  # a histogram is expanded: 0.8 GB of lengths
 

@@ -17,14 +17,14 @@ from rich.console import Console
 
 from jaxsft.cli import cache_dir, parse_config, run_command
 from jaxsft.config import DataOptions, TrainConfig
-from jaxsft.data import DataReport, as_list
-from jaxsft.models import base_path, find_tokenizer, open_tokenizer
-from jaxsft.packing import Sample
-from jaxsft.preparing.cache import prepare
-from jaxsft.preparing.report import preparing, show_data
-from jaxsft.preparing.store import Prepared
-from jaxsft.sources import num_rows
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.packing import Sample
+from jaxsft.data.prepared import Prepared
+from jaxsft.data.prepared_cache import prepare
+from jaxsft.data.samples import DataReport, as_list
+from jaxsft.data.sources import num_rows
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.prepare.report import preparing, show_data
+from jaxsft.weights.find import base_path, find_tokenizer, open_tokenizer
 
 DESCRIPTION = (
     "Reads, converts, filters, tokenises and packs the rows that a config names and keeps them for "

@@ -7,8 +7,8 @@ from datetime import timedelta
 
 from rich.console import Console
 
-from jaxsft.data import DataReport
-from jaxsft.preparing.store import Prepared
+from jaxsft.data.prepared import Prepared
+from jaxsft.data.samples import DataReport
 
 _LINE_EVERY_S = 30.0  # where there is no terminal
 

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxsft.build import Setup, plain_weights
 from jaxsft.config import TrainConfig
-from jaxsft.fused import loss_and_gradients
-from jaxsft.fused_weights import FusedLayout, Layer, fuse, group_adapter, write_adapter
-from jaxsft.packing import Batch
-from jaxsft.program import make_fused_spec
-from jaxsft.sharding import named, partition_spec
-from jaxsft.step import StepSpec, init_state, train_step
+from jaxsft.data.packing import Batch
+from jaxsft.gemma.sharding import named, partition_spec
+from jaxsft.run.program import make_fused_spec
+from jaxsft.run.setup import Setup, plain_weights
+from jaxsft.step.fused import loss_and_gradients
+from jaxsft.step.fused_weights import FusedLayout, Layer, fuse, group_adapter, write_adapter
+from jaxsft.step.train_step import StepSpec, init_state, train_step
 
 # Largest relative differences of (loss, gradient) by dtype, some twice what rounding makes of the
 # real Gemma 3 270M: in bfloat16 4e-4 and 5e-2 with the kernels, whose scores 5% off give 3e-3 and

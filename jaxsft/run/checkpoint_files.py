@@ -21,8 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxsft.checkpoint_directory import is_object_store
-from jaxsft.hosts import array_from_first, on_host
+from jaxsft.common.hosts import array_from_first, on_host
+from jaxsft.run.checkpoint_directory import is_object_store
 
 PyTree = Any
 Fingerprint = Mapping[str, str | int | float]

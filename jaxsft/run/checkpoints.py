@@ -15,14 +15,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxsft.checkpoint_directory import (
+from jaxsft.common.hosts import any_of, from_first
+from jaxsft.run.checkpoint_directory import (
     clear_leftovers,
     is_object_store,
     list_steps,
     rename,
     retire,
 )
-from jaxsft.checkpoint_files import (
+from jaxsft.run.checkpoint_files import (
     DamagedError,
     Fingerprint,
     PyTree,
@@ -36,7 +37,6 @@ from jaxsft.checkpoint_files import (
     to_host,
     write_step,
 )
-from jaxsft.hosts import any_of, from_first
 
 
 class Restored(NamedTuple):

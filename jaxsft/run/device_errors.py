@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from jaxsft.cli import DEFAULT_RECIPE
-from jaxsft.out_of_memory import Shortage, parse_shortage
-from jaxsft.sharding import CHIP_NAMES
+from jaxsft.common.out_of_memory import Shortage, parse_shortage
+from jaxsft.gemma.sharding import CHIP_NAMES
 
 SEARCH_SECONDS = 600.0
 GENERAL_ADVICE = (

@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxsft import lora
-from jaxsft.checkpoint import Checkpoints
 from jaxsft.config import TrainConfig
-from jaxsft.identity import adapter_fingerprint, model_identity
-from jaxsft.model import Gemma
-from jaxsft.models import DEMO, DEMO_NAME, RUN_ADAPTERS, is_on_hub
-from jaxsft.peft_io import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
-from jaxsft.program import inject_adapter
-from jaxsft.step import TrainState
-from jaxsft.weights import WeightsInfo
+from jaxsft.gemma import lora
+from jaxsft.gemma.model import Gemma
+from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.identity import adapter_fingerprint, model_identity
+from jaxsft.run.program import inject_adapter
+from jaxsft.step.train_step import TrainState
+from jaxsft.weights.find import DEMO, DEMO_NAME, RUN_ADAPTERS, is_on_hub
+from jaxsft.weights.load import WeightsInfo
+from jaxsft.weights.peft import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
 
 # In the directory of a run; START is the adapter that a fork began with, whatever becomes of its
 # source.

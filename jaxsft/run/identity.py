@@ -3,8 +3,8 @@
 import dataclasses
 
 from jaxsft.config import TrainConfig
-from jaxsft.prepare import Data
-from jaxsft.weights import WeightsInfo
+from jaxsft.prepare.__main__ import Data
+from jaxsft.weights.load import WeightsInfo
 
 # Options that change no number of the run, or only through a digest that is compared as well.
 _NOT_IN_FINGERPRINT = (

@@ -8,18 +8,18 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxsft.build import Data, Setup, plain_weights
+from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
-from jaxsft.evaluation.heldout import (
+from jaxsft.evaluate.heldout import (
     answer_mask,
     answer_prompts,
     compare_losses,
     held_out_losses,
     read_prompts,
 )
-from jaxsft.evaluation.scoring import compare, is_exact_format
-from jaxsft.json_file import write_json
-from jaxsft.metrics import MetricsWriter
+from jaxsft.evaluate.scoring import compare, is_exact_format
+from jaxsft.run.metrics import MetricsWriter
+from jaxsft.run.setup import Data, Setup, plain_weights
 
 _BEFORE = "before.json"
 

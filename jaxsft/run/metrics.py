@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from jaxsft.append_file import AppendFile
+from jaxsft.common.append_file import AppendFile
 
 
 class MetricsWriter:

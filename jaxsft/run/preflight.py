@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxsft.agreement import Difference, compare_ways
-from jaxsft.build import Setup
+from jaxsft.common.hosts import from_first
 from jaxsft.config import TrainConfig
-from jaxsft.hosts import from_first
-from jaxsft.sharding import CHIP_NAMES
-from jaxsft.step import TrainState, put_batch, train_step
+from jaxsft.gemma.sharding import CHIP_NAMES
+from jaxsft.run.agreement import Difference, compare_ways
+from jaxsft.run.setup import Setup
+from jaxsft.step.train_step import TrainState, put_batch, train_step
 
 NUM_TIMED_STEPS = 20
 

@@ -20,24 +20,25 @@ from jax.experimental.mosaic.dialects import tpu
 from jax.extend.mlir import ir
 from jax.sharding import Mesh
 
-from jaxsft import flash_attention, lora
 from jaxsft.config import TrainConfig
-from jaxsft.flax_io import FlaxCheckpoint, is_flax_checkpoint
-from jaxsft.fused import FusedSpec
-from jaxsft.fused_weights import fuse, make_layout
-from jaxsft.gguf_io import GGUFFile, hf_config
-from jaxsft.model import Gemma
-from jaxsft.optimizer import make_transform, run_schedule
-from jaxsft.packing import Batch, num_steps
-from jaxsft.presets import PRESETS, GemmaConfig, from_hf_config
-from jaxsft.sharding import make_mesh, named, state_shardings
-from jaxsft.step import (
+from jaxsft.data.packing import Batch, num_steps
+from jaxsft.formats.gguf import GGUFFile, hf_config
+from jaxsft.gemma import lora
+from jaxsft.gemma.architecture import PRESETS, GemmaConfig, from_hf_config
+from jaxsft.gemma.model import Gemma
+from jaxsft.gemma.sharding import make_mesh, named, state_shardings
+from jaxsft.step import flash_attention
+from jaxsft.step.fused import FusedSpec
+from jaxsft.step.fused_weights import fuse, make_layout
+from jaxsft.step.optimizer import make_transform, run_schedule
+from jaxsft.step.train_step import (
     StepSpec,
     TrainState,
     init_state,
     train_state_shardings,
     train_step,
 )
+from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
 
 
 class StepArguments(NamedTuple):

@@ -27,7 +27,7 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
-from jaxsft.run_dir import ReplacedError
+from jaxsft.run.run_dir import ReplacedError
 
 _OWNER = ".owner"
 _LAST = "result.json"  # says that the run is finished, so all else must be there

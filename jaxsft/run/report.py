@@ -13,11 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from jaxsft.build import Setup, num_adapter_params
-from jaxsft.evaluation.heldout import METRICS
-from jaxsft.evaluation.table import metric_cell
-from jaxsft.preflight import Preflight
-from jaxsft.session import Clock, duration
+from jaxsft.evaluate.heldout import METRICS
+from jaxsft.evaluate.table import metric_cell
+from jaxsft.run.preflight import Preflight
+from jaxsft.run.session import Clock, duration
+from jaxsft.run.setup import Setup, num_adapter_params
 
 _OF_A_SESSION = ("deadline:", "max_seconds:", "fit_deadline:", "hang_seconds:")
 

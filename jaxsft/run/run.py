@@ -12,24 +12,24 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxsft.build import Setup, split_of, trained_model
-from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import EXIT_FAILED, cache_dir, fail
+from jaxsft.common.files import write_json
+from jaxsft.common.hosts import from_first
 from jaxsft.config import TrainConfig
-from jaxsft.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
-from jaxsft.hosts import from_first
-from jaxsft.json_file import write_json
-from jaxsft.measure import measure, write_before
-from jaxsft.metrics import MetricsWriter, last_step_of
-from jaxsft.peft_io import save_adapter
-from jaxsft.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
-from jaxsft.prepare import Data
-from jaxsft.remote import RunFiles, is_remote
-from jaxsft.report import show_preflight
-from jaxsft.run_dir import RunDir
-from jaxsft.schedule import SCHEDULE
-from jaxsft.session import Clock, Session
-from jaxsft.watchdog import Watchdog
+from jaxsft.prepare.__main__ import Data
+from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
+from jaxsft.run.measure import measure, write_before
+from jaxsft.run.metrics import MetricsWriter, last_step_of
+from jaxsft.run.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
+from jaxsft.run.remote import RunFiles, is_remote
+from jaxsft.run.report import show_preflight
+from jaxsft.run.run_dir import RunDir
+from jaxsft.run.schedule import SCHEDULE
+from jaxsft.run.session import Clock, Session
+from jaxsft.run.setup import Setup, split_of, trained_model
+from jaxsft.run.watchdog import Watchdog
+from jaxsft.weights.peft import save_adapter
 
 
 @dataclasses.dataclass

@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxsft.checkpoint import Checkpoints
-from jaxsft.hosts import any_of
-from jaxsft.run_dir import RunDir
-from jaxsft.session import Clock, Session, duration
-from jaxsft.step import TrainState
+from jaxsft.common.hosts import any_of
+from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.run_dir import RunDir
+from jaxsft.run.session import Clock, Session, duration
+from jaxsft.step.train_step import TrainState
 
 RETRY_STEPS = 10  # after a save that failed
 _RETRY_S = 5.0  # between tries once training has stopped

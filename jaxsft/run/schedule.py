@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxsft.build import Setup, with_num_steps
+from jaxsft.common.files import write_json
+from jaxsft.common.hosts import from_first
 from jaxsft.config import TrainConfig
-from jaxsft.hosts import from_first
-from jaxsft.json_file import write_json
-from jaxsft.preflight import TimedSteps, time_steps
-from jaxsft.session import Clock, duration
+from jaxsft.run.preflight import TimedSteps, time_steps
+from jaxsft.run.session import Clock, duration
+from jaxsft.run.setup import Setup, with_num_steps
 
 SCHEDULE = "schedule.json"  # in the run's directory, so that the run goes on as it began
 _NUM_TIMED_STEPS = 4

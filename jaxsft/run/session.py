@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
-from jaxsft.hosts import any_of
+from jaxsft.common.hosts import any_of
 
 RESERVE_S = 120.0
 _LONGEST_S = 366 * 86400.0

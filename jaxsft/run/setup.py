@@ -10,19 +10,16 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxsft import lora
-from jaxsft.checkpoint import Checkpoints
 from jaxsft.config import TrainConfig
-from jaxsft.fork import add_adapter, check_fork, with_forked_adapter
-from jaxsft.fused_weights import fuse, unfuse
-from jaxsft.identity import fingerprint
-from jaxsft.model import Gemma
-from jaxsft.models import check_tokenizer
-from jaxsft.optimizer import run_schedule
-from jaxsft.packing import StepBatches
-from jaxsft.peft_io import AdapterConfig
-from jaxsft.prepare import Data, model_path
-from jaxsft.program import (
+from jaxsft.data.packing import StepBatches
+from jaxsft.gemma import lora
+from jaxsft.gemma.model import Gemma
+from jaxsft.gemma.sharding import named, state_shardings
+from jaxsft.prepare.__main__ import Data, model_path
+from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.fork import add_adapter, check_fork, with_forked_adapter
+from jaxsft.run.identity import fingerprint
+from jaxsft.run.program import (
     StepArguments,
     abstract_batch,
     abstract_setup,
@@ -34,10 +31,13 @@ from jaxsft.program import (
     num_run_steps,
     program_hash,
 )
-from jaxsft.sharding import named, state_shardings
-from jaxsft.step import StepSpec, TrainState, init_state
+from jaxsft.step.fused_weights import fuse, unfuse
+from jaxsft.step.optimizer import run_schedule
+from jaxsft.step.train_step import StepSpec, TrainState, init_state
 from jaxsft.validation import check_devices
-from jaxsft.weights import WeightsInfo, load_model
+from jaxsft.weights.find import check_tokenizer
+from jaxsft.weights.load import WeightsInfo, load_model
+from jaxsft.weights.peft import AdapterConfig
 
 
 @dataclasses.dataclass(frozen=True)

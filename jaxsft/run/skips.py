@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 
-from jaxsft.metrics import MetricsWriter
-from jaxsft.packing import StepBatches
-from jaxsft.preparing.store import Prepared, source_of
+from jaxsft.data.packing import StepBatches
+from jaxsft.data.prepared import Prepared, source_of
+from jaxsft.run.metrics import MetricsWriter
 
 _ROWS_SHOWN = 8
 

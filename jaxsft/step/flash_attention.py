@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxsft.attention import MASKED_LOGIT
-from jaxsft.layers import rms_norm
-from jaxsft.row_kernels import VMEM_LIMIT_BYTES, Stacked
+from jaxsft.gemma.attention import MASKED_LOGIT
+from jaxsft.gemma.layers import rms_norm
+from jaxsft.step.row_kernels import VMEM_LIMIT_BYTES, Stacked
 
 # Query rows per block: 512 keeps four float32 score blocks of 512 x 2048 within 16 MiB. Causal
 # blocks that no query sees are left out: at 2048 tokens 10 of 16 remain.

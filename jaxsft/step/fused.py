@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.fused_layer import LayerSettings, layer_backward, layer_forward, make_attend
-from jaxsft.fused_weights import FusedLayout, Layer, write_adapter
-from jaxsft.loss import loss_and_gradient, token_losses
-from jaxsft.packing import Batch
-from jaxsft.row_kernels import Stacked, enter, enter_backward
+from jaxsft.data.packing import Batch
+from jaxsft.gemma.loss import loss_and_gradient, token_losses
+from jaxsft.step.fused_layer import LayerSettings, layer_backward, layer_forward, make_attend
+from jaxsft.step.fused_weights import FusedLayout, Layer, write_adapter
+from jaxsft.step.row_kernels import Stacked, enter, enter_backward
 
 
 class FusedSpec(NamedTuple):

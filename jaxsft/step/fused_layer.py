@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft import flash_attention
-from jaxsft.attention import Tokens, attend, visible
-from jaxsft.flash_attention import HeadLayout
-from jaxsft.fused_weights import Layer, split_heads
-from jaxsft.layers import apply_rotary, rms_norm, rotary_table
-from jaxsft.packing import Batch
-from jaxsft.presets import LOCAL, GemmaConfig
-from jaxsft.row_kernels import (
+from jaxsft.data.packing import Batch
+from jaxsft.gemma.architecture import LOCAL, GemmaConfig
+from jaxsft.gemma.attention import Tokens, attend, visible
+from jaxsft.gemma.layers import apply_rotary, rms_norm, rotary_table
+from jaxsft.step import flash_attention
+from jaxsft.step.flash_attention import HeadLayout
+from jaxsft.step.fused_weights import Layer, split_heads
+from jaxsft.step.row_kernels import (
     Stacked,
     enter,
     enter_backward,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsft.presets import GLOBAL, GemmaConfig
+from jaxsft.gemma.architecture import GLOBAL, GemmaConfig
 
 # One layer's or one stack of layers' arrays, by name.
 Layer = dict[str, Any]

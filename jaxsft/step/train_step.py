@@ -17,12 +17,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxsft.fused import FusedSpec, loss_and_gradients
-from jaxsft.fused import losses as fused_losses
-from jaxsft.fused_weights import group_adapter, write_adapter
-from jaxsft.loss import chunked_cross_entropy, chunked_token_losses
-from jaxsft.packing import Batch
-from jaxsft.sharding import (
+from jaxsft.data.packing import Batch
+from jaxsft.gemma.loss import chunked_cross_entropy, chunked_token_losses
+from jaxsft.gemma.sharding import (
     constrain,
     gather_shards,
     named,
@@ -32,7 +29,10 @@ from jaxsft.sharding import (
     shard_spec,
     state_shardings,
 )
-from jaxsft.spikes import History, empty_history, is_spike, remember
+from jaxsft.step.fused import FusedSpec, loss_and_gradients
+from jaxsft.step.fused import losses as fused_losses
+from jaxsft.step.fused_weights import group_adapter, write_adapter
+from jaxsft.step.spikes import History, empty_history, is_spike, remember
 
 
 class TrainState(NamedTuple):

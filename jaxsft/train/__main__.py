@@ -18,25 +18,24 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 
-from jaxsft.build import Setup, abstract_state, build, check_early, restore, split_of, trained_model
-from jaxsft.checkpoint import Checkpoints
-from jaxsft.checkpoint_files import state_bytes
 from jaxsft.cli import EXIT_FAILED, command_line, fail, failure_code, parse_config, parse_preflight
+from jaxsft.common.console import make_console
+from jaxsft.common.devices import configure_jax
+from jaxsft.common.hosts import join_hosts, reached_preemption
 from jaxsft.config import TrainConfig
-from jaxsft.data import batches
-from jaxsft.device_errors import GENERAL_ADVICE, check_device, explain_out_of_memory
-from jaxsft.fork import ADAPTER, START, as_begun
-from jaxsft.hosts import join_hosts, reached_preemption
-from jaxsft.jax_settings import configure_jax
-from jaxsft.measure import load_before, measured_of
-from jaxsft.metrics import MetricsWriter, Throughput
-from jaxsft.packing import batch_hash
-from jaxsft.peft_io import save_adapter
-from jaxsft.prepare import load_data
-from jaxsft.preparing.report import show_data
-from jaxsft.remote import RunFiles, is_remote
-from jaxsft.report import progress, show_finished, show_result, show_setup, show_stopped
-from jaxsft.run import (
+from jaxsft.data.packing import batch_hash
+from jaxsft.data.samples import batches
+from jaxsft.prepare.__main__ import load_data
+from jaxsft.prepare.report import show_data
+from jaxsft.run.checkpoint_files import state_bytes
+from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.device_errors import GENERAL_ADVICE, check_device, explain_out_of_memory
+from jaxsft.run.fork import ADAPTER, START, as_begun
+from jaxsft.run.measure import load_before, measured_of
+from jaxsft.run.metrics import MetricsWriter, Throughput
+from jaxsft.run.remote import RunFiles, is_remote
+from jaxsft.run.report import progress, show_finished, show_result, show_setup, show_stopped
+from jaxsft.run.run import (
     Run,
     catch_up,
     check_not_lost,
@@ -51,10 +50,10 @@ from jaxsft.run import (
     watch_metrics,
     write_results,
 )
-from jaxsft.run_dir import ReplacedError, RunDir, check_free_space
-from jaxsft.saver import Saver
-from jaxsft.schedule import SCHEDULE, check_fit, fit_schedule, fitted, forecast
-from jaxsft.session import (
+from jaxsft.run.run_dir import ReplacedError, RunDir, check_free_space
+from jaxsft.run.saver import Saver
+from jaxsft.run.schedule import SCHEDULE, check_fit, fit_schedule, fitted, forecast
+from jaxsft.run.session import (
     Clock,
     Session,
     StopNow,
@@ -62,10 +61,19 @@ from jaxsft.session import (
     interruptible,
     session_end_s,
 )
-from jaxsft.skips import SkippedSteps
-from jaxsft.step import put_batch, train_step
-from jaxsft.terminal import make_console
-from jaxsft.watchdog import Watchdog
+from jaxsft.run.setup import (
+    Setup,
+    abstract_state,
+    build,
+    check_early,
+    restore,
+    split_of,
+    trained_model,
+)
+from jaxsft.run.skips import SkippedSteps
+from jaxsft.run.watchdog import Watchdog
+from jaxsft.step.train_step import put_batch, train_step
+from jaxsft.weights.peft import save_adapter
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 

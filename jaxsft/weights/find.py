@@ -26,13 +26,13 @@ from jax.sharding import Mesh
 
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
-from jaxsft.flax_io import is_flax_checkpoint
-from jaxsft.model import Gemma
-from jaxsft.peft_io import AdapterConfig, holds_adapter, load_adapter, read_adapter_config
-from jaxsft.presets import GemmaConfig
-from jaxsft.safetensors_io import holds_model
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import WeightsInfo, demo_model_path, load_model
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.formats.safetensors import holds_model
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.gemma.model import Gemma
+from jaxsft.weights.flax import is_flax_checkpoint
+from jaxsft.weights.load import WeightsInfo, demo_model_path, load_model
+from jaxsft.weights.peft import AdapterConfig, holds_adapter, load_adapter, read_adapter_config
 
 DEMO = "demo"
 DEMO_NAME = "google/gemma-3-270m"  # what adapters that were trained on the demo call their base
@@ -223,7 +223,7 @@ def _find(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Foun
             f"{name}: there is nothing of this name in {path.parent}/; {hint}{repo}@main means "
             "the model on the hub"
         )
-    from jaxsft.hub.models import fetch_model  # slow to import, and only the hub's need it
+    from jaxsft.weights.hub import fetch_model  # slow to import, and only the hub's need it
 
     directory, commit = fetch_model(repo, revision or "main", say, needs_tokenizer=needs_tokenizer)
     return _Found(directory, repo, commit)

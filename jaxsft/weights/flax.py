@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from jaxsft.flax_names import (
+from jaxsft.common.files import write_json
+from jaxsft.common.text import visible_line
+from jaxsft.gemma.architecture import GemmaConfig, from_hf_config
+from jaxsft.weights.flax_names import (
     EMBEDDING,
     PADDING_ROWS,
     FlaxTensor,
@@ -25,10 +28,7 @@ from jaxsft.flax_names import (
     like_found,
     preset_of,
 )
-from jaxsft.json_file import write_json
-from jaxsft.presets import GemmaConfig, from_hf_config
-from jaxsft.tensor_names import check_shapes
-from jaxsft.text import visible_line
+from jaxsft.weights.names import check_shapes
 
 _OCDBT_FILE, _TREE_FILE = "manifest.ocdbt", "_METADATA"
 _DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # by the end of an array's metadata key

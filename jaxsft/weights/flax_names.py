@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.presets import PRESETS, GemmaConfig
+from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 
 EMBEDDING = "embedder/input_embedding"
 PADDING_ROWS = 128  # below the embedding of Gemma 1 and 2: 256,000 + 128

@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxsft.cli import cache_dir
-from jaxsft.hub.files import HubFile, Snapshot, fetch_files, look_up
-from jaxsft.hub.pins import COMMIT, read_pins, write_pin
-from jaxsft.hub.retry import Hub, HubError, NoNetworkError
-from jaxsft.json_file import read_json, write_json
-from jaxsft.peft_io import CONFIG_NAME, WEIGHTS_NAME
-from jaxsft.presets import from_hf_config
-from jaxsft.safetensors_io import INDEX_NAME, MODEL_NAME, pickle_hint
-from jaxsft.sources import MANIFEST
-from jaxsft.weights import file_sha256
+from jaxsft.common.files import read_json, write_json
+from jaxsft.data.sources import MANIFEST
+from jaxsft.download.files import HubFile, Snapshot, fetch_files, look_up
+from jaxsft.download.pins import COMMIT, read_pins, write_pin
+from jaxsft.download.retry import Hub, HubError, NoNetworkError
+from jaxsft.formats.safetensors import INDEX_NAME, MODEL_NAME, pickle_hint
+from jaxsft.gemma.architecture import from_hf_config
+from jaxsft.weights.load import file_sha256
+from jaxsft.weights.peft import CONFIG_NAME, WEIGHTS_NAME
 
 _LINE_EVERY_S = 15.0
 

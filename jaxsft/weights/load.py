@@ -22,13 +22,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxsft.flax_io import FlaxCheckpoint, is_flax_checkpoint
-from jaxsft.gguf_io import GGUFFile, hf_config
-from jaxsft.model import Gemma, layer_location
-from jaxsft.presets import GemmaConfig, from_hf_config
-from jaxsft.safetensors_io import SafetensorsDirectory
-from jaxsft.sharding import state_shardings
-from jaxsft.tensor_names import ROOT_TENSORS, check_shapes, layer_tensors
+from jaxsft.formats.gguf import GGUFFile, hf_config
+from jaxsft.formats.safetensors import SafetensorsDirectory
+from jaxsft.gemma.architecture import GemmaConfig, from_hf_config
+from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.gemma.sharding import state_shardings
+from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
+from jaxsft.weights.names import ROOT_TENSORS, check_shapes, layer_tensors
 
 _FRESH_NS = 1_000_000_000  # clocks of file systems tick in up to 10 ms
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

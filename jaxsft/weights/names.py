@@ -6,7 +6,7 @@ Loading, merged export and PEFT adapters all go by it, in either direction.
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxsft.presets import GemmaConfig
+from jaxsft.gemma.architecture import GemmaConfig
 
 
 class TensorName(NamedTuple):

@@ -20,13 +20,13 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxsft import lora
-from jaxsft.hosts import on_host
-from jaxsft.model import Gemma, layer_location
-from jaxsft.presets import GemmaConfig
-from jaxsft.safetensors_io import SafetensorsDirectory, holds_model
-from jaxsft.tensor_names import LINEAR_TENSORS, check_shapes
-from jaxsft.weights import WeightsInfo, fill
+from jaxsft.common.hosts import on_host
+from jaxsft.formats.safetensors import SafetensorsDirectory, holds_model
+from jaxsft.gemma import lora
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.weights.load import WeightsInfo, fill
+from jaxsft.weights.names import LINEAR_TENSORS, check_shapes
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -13,12 +13,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jaxsft import lora
-from jaxsft.hosts import on_host
-from jaxsft.model import Gemma, layer_location
-from jaxsft.peft_io import AdapterConfig
-from jaxsft.presets import GemmaConfig
-from jaxsft.tensor_names import LINEAR_TENSORS
+from jaxsft.common.hosts import on_host
+from jaxsft.gemma import lora
+from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.weights.names import LINEAR_TENSORS
+from jaxsft.weights.peft import AdapterConfig
 
 
 class _Matrix(NamedTuple):

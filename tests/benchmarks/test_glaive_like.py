@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.glaive_like import DEFECTS, QUANTILES, main, rows, write_glaive_like
-from jaxsft.reasoning import Conversation, Rejected, convert_row
-from jaxsft.sources import read_rows
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.rows import Conversation, Rejected, convert_row
+from jaxsft.data.sources import read_rows
+from jaxsft.data.tokenizer import Tokenizer
 
 PUBLISHED = [0.01, 0.05, 0.10, 0.50, 0.90, 0.95, 0.98, 0.99]
 

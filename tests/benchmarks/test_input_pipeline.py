@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_tokenizer import FakeTokenizer
+from support.fake_tokenizer import FakeTokenizer
 
 from benchmarks import process_tree
 from benchmarks.glaive_like import write_glaive_like
 from benchmarks.input_feeding import feed_prepared, naive_batches, training_turns
 from benchmarks.input_peers import write_trl_rows
 from benchmarks.process_tree import CommandError, run_measured
-from jaxsft.chat import encode_chat
-from jaxsft.packing import PackedRows, Sample
-from jaxsft.reasoning import convert_row
-from jaxsft.sources import read_rows
+from jaxsft.data.chat import encode_chat
+from jaxsft.data.packing import PackedRows, Sample
+from jaxsft.data.rows import convert_row
+from jaxsft.data.sources import read_rows
 
 # A child of a process that holds 200 MiB, both until a file says that the memory of both was seen.
 HOLDING = """

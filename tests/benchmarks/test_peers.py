@@ -10,8 +10,8 @@ import pytest
 from benchmarks import peer_venvs, peers, tunix_step
 from benchmarks.peer_lab import ROOT, make_row_sets, save_rows
 from benchmarks.peer_protocol import Worker, WorkerError
-from jaxsft.packing import Batch
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.packing import Batch
+from jaxsft.data.tokenizer import Tokenizer
 
 # Doubles what it is told; steps take no time and the third fails.
 TOY = """

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_disk import fill, small_disk
+from support.small_disk import fill, small_disk
 
-from jaxsft.terminal import make_console
+from jaxsft.common.console import make_console
 
 # More than the buffer of stdout holds: it is full at the exit.
 PRINTING = """
 import sys
-from jaxsft.terminal import make_console
+from jaxsft.common.console import make_console
 
 console = make_console()
 for step in range(200):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxsft.bins import best_fit_decreasing, exact_fit, min_rows, one_per_row, pack
+from jaxsft.data.bins import best_fit_decreasing, exact_fit, min_rows, one_per_row, pack
 
 
 def test_best_fit_decreasing_by_hand():

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from fake_tokenizer import FakeTokenizer
+from support.fake_tokenizer import FakeTokenizer
 
-from jaxsft.chat import (
+from jaxsft.data.chat import (
     MIN_REASONING_TOKENS,
     cut_text,
     encode_chat,
@@ -10,7 +10,7 @@ from jaxsft.chat import (
     encode_prompt,
     shorten,
 )
-from jaxsft.reasoning import Conversation, Turn, completion_text, convert_row
+from jaxsft.data.rows import Conversation, Turn, completion_text, convert_row
 
 CHAT = [
     Turn("system", " Be brief. "),

@@ -1,5 +1,5 @@
-from jaxsft.filters import contaminated, degenerate, duplicates
-from jaxsft.reasoning import Conversation, Turn, completion_text
+from jaxsft.data.filters import contaminated, degenerate, duplicates
+from jaxsft.data.rows import Conversation, Turn, completion_text
 
 
 def chat(prompt: str, reasoning: str = "r", answer: str = "a") -> Conversation:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_tokenizer import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake_tokenizer import FakeTokenizer
 
-from jaxsft.chat import encode_chat
-from jaxsft.reasoning import Conversation, Rejected, Turn, convert_row, split_completion
-from jaxsft.sources import read_rows
+from jaxsft.data.chat import encode_chat
+from jaxsft.data.rows import Conversation, Rejected, Turn, convert_row, split_completion
+from jaxsft.data.sources import read_rows
 
 fuzzed = settings(deadline=None, max_examples=400)
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from jaxsft.bins import one_per_row
-from jaxsft.data import batches
-from jaxsft.packing import PackedRows, Sample, StepBatches, epoch_order, num_steps
+from jaxsft.data.bins import one_per_row
+from jaxsft.data.packing import PackedRows, Sample, StepBatches, epoch_order, num_steps
+from jaxsft.data.samples import batches
 
 
 def make_sample(ids: list[int], loss_mask: list[int]) -> Sample:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_tokenizer import FakeTokenizer
+from support.fake_tokenizer import FakeTokenizer
 
 import jaxsft
 from jaxsft.config import DataOptions
-from jaxsft.data import DataReport, load_samples
-from jaxsft.packing import PackedRows
-from jaxsft.preparing.cache import CODE, prepare
-from jaxsft.preparing.store import Prepared, open_prepared
+from jaxsft.data.packing import PackedRows
+from jaxsft.data.prepared import Prepared, open_prepared
+from jaxsft.data.prepared_cache import CODE, prepare
+from jaxsft.data.samples import DataReport, load_samples
 
 OPTIONS = DataOptions(max_length=256, packing=True, system_prompt=None)
 
@@ -127,7 +127,7 @@ def test_changed_data_tokenizer_or_heldout_rows_are_another_set(rows_file, tmp_p
     directories.append(make(root, rows_file).directory)
     monkeypatch.setattr(FakeTokenizer, "digest", "another")
     directories.append(make(root, rows_file).directory)
-    monkeypatch.setattr("jaxsft.preparing.cache.code_version", lambda: "newer")
+    monkeypatch.setattr("jaxsft.data.prepared_cache.code_version", lambda: "newer")
     directories.append(make(root, rows_file).directory)
     assert len(set(directories)) == 5
 
@@ -139,15 +139,26 @@ def test_the_report_names_the_files_that_were_read(rows_file, tmp_path):
 
 
 def test_every_module_that_decides_rows_is_in_the_fingerprint():
-    needed, found = {"preparing.cache"}, set()
+    needed, found = {"data.prepared_cache"}, set()
     while needed:
         found.add(name := needed.pop())
         source = (Path(jaxsft.__file__).parent / f"{name.replace('.', '/')}.py").read_text()
         needed |= set(re.findall(r"from jaxsft\.([\w.]+) import", source)) - found
-        for names in re.findall(r"from jaxsft import ([\w, ]+)", source):
-            needed |= set(names.split(", ")) - found
+        for folder, names in re.findall(r"from jaxsft\.(\w+) import ([a-z_, ]+)$", source, re.M):
+            files = {f"{folder}.{each}" for each in names.split(", ")}
+            needed |= {
+                each
+                for each in files
+                if (Path(jaxsft.__file__).parent / f"{each.replace('.', '/')}.py").exists()
+            } - found
+        needed -= {each for each in needed if "." not in each and each != "config"}
     # These hold options that are compared by value, formats of files, and words for a terminal.
-    assert found - set(CODE) == {"config", "json_file", "gguf_io", "text"}
+    assert found - {f"data.{name}" for name in CODE} == {
+        "config",
+        "common.files",
+        "formats.gguf",
+        "common.text",
+    }
 
 
 def test_failures_leave_nothing(rows_file, tmp_path):
@@ -177,7 +188,7 @@ def test_a_full_disk_is_named(rows_file, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxsft.preparing.cache.write_rows", full)
+    monkeypatch.setattr("jaxsft.data.prepared_cache.write_rows", full)
     with pytest.raises(OSError, match=r"sets: No space left on device while rows .* make room"):
         make(tmp_path / "sets", rows_file)
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["files.json"]
@@ -208,7 +219,7 @@ def test_a_set_where_nothing_can_be_written(rows_file, tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("jaxsft.preparing.cache.write_json", refuse)
+    monkeypatch.setattr("jaxsft.data.prepared_cache.write_json", refuse)
     assert make(tmp_path / "sets", rows_file).directory == first.directory
 
 

@@ -3,9 +3,9 @@ from typing import get_args
 
 import pytest
 
-from jaxsft import reasoning
 from jaxsft.config import SYSTEM_PROMPT
-from jaxsft.reasoning import (
+from jaxsft.data import rows as reasoning
+from jaxsft.data.rows import (
     Conversation,
     ConversionReason,
     Rejected,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from jaxsft.config import DataOptions
-from jaxsft.data import load_samples
-from jaxsft.reasoning import Conversation, convert_row
-from jaxsft.sources import read_rows
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.rows import Conversation, convert_row
+from jaxsft.data.samples import load_samples
+from jaxsft.data.sources import read_rows
+from jaxsft.data.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 TRAIN, HELDOUT = SAMPLE / "train.jsonl", SAMPLE / "heldout.jsonl"

@@ -8,7 +8,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as parquet
 import pytest
 
-from jaxsft.sources import RowFile, file_digest, num_rows, read_rows, row_files
+from jaxsft.data.sources import RowFile, file_digest, num_rows, read_rows, row_files
 
 GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"}
 MORE = {"prompt": "p", "response": "<think>r</think>a"}

@@ -3,14 +3,14 @@
 from typing import get_args
 
 import numpy as np
-from fake_tokenizer import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake_tokenizer import FakeTokenizer
 
-from jaxsft.bins import best_fit_decreasing, one_per_row
-from jaxsft.chat import cut_text, encode_chat, encode_prompt, shorten
-from jaxsft.packing import PackedRows, Sample, StepBatches, num_steps
-from jaxsft.reasoning import (
+from jaxsft.data.bins import best_fit_decreasing, one_per_row
+from jaxsft.data.chat import cut_text, encode_chat, encode_prompt, shorten
+from jaxsft.data.packing import PackedRows, Sample, StepBatches, num_steps
+from jaxsft.data.rows import (
     Conversation,
     ConversionReason,
     Rejected,

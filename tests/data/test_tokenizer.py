@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-from jaxsft.gguf_io import GGUFFile
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.vocabulary import BYTE, CONTROL, NORMAL, USER_DEFINED, Vocabulary
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.data.vocabulary import BYTE, CONTROL, NORMAL, USER_DEFINED, Vocabulary
+from jaxsft.formats.gguf import GGUFFile
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/tokenizer_gemma3.json").read_text())
+GOLDEN = json.loads(
+    (Path(__file__).parents[1] / "support/golden/tokenizer_gemma3.json").read_text()
+)
 CASES = GOLDEN["cases"]
 
 # Gemma 1/2 order, in which the turn tokens have the ids 106 and 107.

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
-from fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
-
 from jaxsft.hub import datasets as hub_datasets
 from jaxsft.hub import files as hub_files
-from jaxsft.hub.parts import columns_read, write_part
-from jaxsft.hub.retry import Hub
-from jaxsft.hub.splits import parse_split
-from jaxsft.reasoning import ACCEPTED_SCHEMAS, Conversation, convert_row
-from jaxsft.sources import read_rows
+from support.fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
+
+from jaxsft.data.rows import ACCEPTED_SCHEMAS, Conversation, convert_row
+from jaxsft.data.sources import read_rows
+from jaxsft.download.parts import columns_read, write_part
+from jaxsft.download.retry import Hub
+from jaxsft.download.splits import parse_split
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "data" / "download_sft_datasets.py"
@@ -641,8 +641,9 @@ def test_model_files_by_pattern(download: Download, hub: FakeHub, tmp_path: Path
     files = {"config.json": b"{}", "model-1.safetensors": b"\0" * 999, "README.md": b"#"}
     hub.add("google/gemma", files | {"sub/model-2.safetensors": b"\1" * 99})
     program = (
-        "import sys; from pathlib import Path; from jaxsft.hub.files import fetch_files, look_up\n"
-        "from jaxsft.hub.retry import Hub\n"
+        "import sys; from pathlib import Path\n"
+        "from jaxsft.download.files import fetch_files, look_up\n"
+        "from jaxsft.download.retry import Hub\n"
         "hub = Hub(retry_wait_s=0.01)\n"
         "snapshot = look_up(hub, 'model', 'google/gemma', 'main')\n"
         "for path in fetch_files(hub, snapshot, ['*.json', '*.safetensors'], Path(sys.argv[1])):\n"

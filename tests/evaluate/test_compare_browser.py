@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from jaxsft.evaluation.page import compare_page
-from jaxsft.evaluation.scoring import Answer, compare
-from jaxsft.reasoning import completion_text
+from jaxsft.data.rows import completion_text
+from jaxsft.evaluate.page import compare_page
+from jaxsft.evaluate.scoring import Answer, compare
 
 pytestmark = pytest.mark.browser
 

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxsft.evaluation.page import compare_page
-from jaxsft.evaluation.scoring import Answer, compare
-from jaxsft.reasoning import completion_text
+from jaxsft.data.rows import completion_text
+from jaxsft.evaluate.page import compare_page
+from jaxsft.evaluate.scoring import Answer, compare
 
 EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(1)>\" onclick='x' &amp;"
 SYSTEM = "Think.\n\nThen answer.\n\n"

@@ -14,14 +14,14 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxsft import lora
-from jaxsft.chat import encode_chat
 from jaxsft.config import SYSTEM_PROMPT
-from jaxsft.evaluate import main
-from jaxsft.peft_io import AdapterConfig, save_adapter
-from jaxsft.reasoning import Turn, completion_text
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import load_model
+from jaxsft.data.chat import encode_chat
+from jaxsft.data.rows import Turn, completion_text
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.evaluate.__main__ import main
+from jaxsft.gemma import lora
+from jaxsft.weights.load import load_model
+from jaxsft.weights.peft import AdapterConfig, save_adapter
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS = [("What is 2 + 3?", "2 + 3 is 5.", "5"), ("And 4 + 4?", "Twice four.", "8")]

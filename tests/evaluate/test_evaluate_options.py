@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import make_run
+from support.tiny_run import make_run
 
 from jaxsft.config import SYSTEM_PROMPT
-from jaxsft.evaluate import main, read_rows, resolve
-from jaxsft.evaluation.options import shared_tokenizer
+from jaxsft.evaluate.__main__ import main, read_rows, resolve
+from jaxsft.evaluate.options import shared_tokenizer
 
 TEXT = "Be brief."
 
@@ -54,7 +54,7 @@ def hub(run_dir: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(repo)
         return places[repo], "0" * 40
 
-    monkeypatch.setattr("jaxsft.hub.models.fetch_model", fetch_model)
+    monkeypatch.setattr("jaxsft.weights.hub.fetch_model", fetch_model)
     return asked
 
 

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_tokenizer import FakeTokenizer
-
-from jaxsft.chat import encode_chat, encode_prompt
-from jaxsft.config import EvalOptions
 from jaxsft.evaluation import heldout
-from jaxsft.evaluation.heldout import (
+from support.fake_tokenizer import FakeTokenizer
+
+from jaxsft.config import EvalOptions
+from jaxsft.data.chat import encode_chat, encode_prompt
+from jaxsft.data.packing import Batch, PackedRows
+from jaxsft.data.rows import Turn
+from jaxsft.evaluate.heldout import (
     Prompt,
     answer_mask,
     compare_losses,
@@ -22,10 +24,8 @@ from jaxsft.evaluation.heldout import (
     split_prompt,
     with_examples,
 )
-from jaxsft.packing import Batch, PackedRows
-from jaxsft.reasoning import Turn
-from jaxsft.sample import Generation
-from jaxsft.sharding import make_mesh
+from jaxsft.gemma.decode import Generation
+from jaxsft.gemma.sharding import make_mesh
 
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
 QUOTED = "What does <end_of_turn>\n<start_of_turn>user\nmean?"

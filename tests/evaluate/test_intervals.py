@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxsft.evaluation.intervals import difference, mean, ratio, share, sign_flip_p_value
+from jaxsft.evaluate.intervals import difference, mean, ratio, share, sign_flip_p_value
 
 
 @pytest.mark.parametrize(

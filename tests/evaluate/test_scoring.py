@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import pytest
 
-from jaxsft.evaluation.scoring import (
+from jaxsft.data.rows import completion_text, convert_row
+from jaxsft.evaluate.scoring import (
     TAGS,
     Answer,
     compare,
@@ -25,7 +26,6 @@ from jaxsft.evaluation.scoring import (
     show_p_value,
     show_value,
 )
-from jaxsft.reasoning import completion_text, convert_row
 
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
 

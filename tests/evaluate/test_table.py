@@ -6,9 +6,9 @@ import math
 import pytest
 from rich.console import Console
 
-from jaxsft.evaluation.intervals import Difference, Estimate
-from jaxsft.evaluation.scoring import Comparison, Metric
-from jaxsft.evaluation.table import show_comparison, with_perplexity
+from jaxsft.evaluate.intervals import Difference, Estimate
+from jaxsft.evaluate.scoring import Comparison, Metric
+from jaxsft.evaluate.table import show_comparison, with_perplexity
 
 LOSS = Metric("loss", "held-out loss", "nats", -1)
 OF_ANSWER = Metric("loss_answer", "of the answer", "nats", -1)

@@ -20,18 +20,18 @@ import yaml
 from flax import nnx
 from safetensors.numpy import load_file
 
-from jaxsft import lora
 from jaxsft.config import SYSTEM_PROMPT
-from jaxsft.export import main
-from jaxsft.exporting.output import system_text
-from jaxsft.exporting.peers import TUNIX
-from jaxsft.exporting.verify import LOGIT_BOUND, without_weights
-from jaxsft.exporting.verify_flax import flax_problem, tunix_lacks
-from jaxsft.lora import TARGETS
-from jaxsft.models import find_model, open_tokenizer
-from jaxsft.peft_io import AdapterConfig, save_adapter
-from jaxsft.presets import GemmaConfig, from_hf_config
-from jaxsft.weights import load_model
+from jaxsft.export.__main__ import main
+from jaxsft.export.output import system_text
+from jaxsft.export.peers import TUNIX
+from jaxsft.export.verify import LOGIT_BOUND, without_weights
+from jaxsft.export.verify_flax import flax_problem, tunix_lacks
+from jaxsft.gemma import lora
+from jaxsft.gemma.architecture import GemmaConfig, from_hf_config
+from jaxsft.gemma.lora import TARGETS
+from jaxsft.weights.find import find_model, open_tokenizer
+from jaxsft.weights.load import load_model
+from jaxsft.weights.peft import AdapterConfig, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -168,7 +168,7 @@ def test_flax_without_tunix_is_not_called_verified(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        "jaxsft.exporting.formats.TUNIX", TUNIX._replace(packages=("jaxsft-no-such-package",))
+        "jaxsft.export.formats.TUNIX", TUNIX._replace(packages=("jaxsft-no-such-package",))
     )
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
@@ -263,7 +263,7 @@ def test_out_of_memory_is_one_line(
     """A worker that is killed, as the system does where memory runs out."""
     worker = tmp_path / "transformers_worker.py"
     worker.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    monkeypatch.setattr("jaxsft.exporting.peers._WORKERS", tmp_path)
+    monkeypatch.setattr("jaxsft.export.peers._WORKERS", tmp_path)
     assert main([str(run_dir), "--output", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory") and "--no-verify" in line
@@ -277,7 +277,7 @@ def test_a_drifting_export_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The fault: alpha without its division by the rank, in the merge alone."""
-    monkeypatch.setattr("jaxsft.exporting.hf_model.lora_scale", lambda rank, alpha, rs: alpha)
+    monkeypatch.setattr("jaxsft.export.hf_directory.lora_scale", lambda rank, alpha, rs: alpha)
     assert main([str(run_dir), "--output", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the export drifts: logits of transformers are ")
@@ -372,7 +372,7 @@ def test_after_training(
     ("format", "dtype"), [("merged", "float32"), ("merged", "bfloat16"), ("peft", "float32")]
 )
 def test_real_model(format: str, dtype: str, tmp_path: Path, real_gguf: Path) -> None:
-    from jaxsft.gguf_io import GGUFFile, hf_config
+    from jaxsft.formats.gguf import GGUFFile, hf_config
 
     config = from_hf_config(hf_config(GGUFFile(real_gguf)))
     adapter = write_adapter(tmp_path / "adapter", config, "google/gemma-3-270m", 0.02)
@@ -386,7 +386,7 @@ PEAK = """
 import re
 import sys
 from pathlib import Path
-from jaxsft.export import main
+from jaxsft.export.__main__ import main
 code = main(sys.argv[1:])
 # Not getrusage: what the parent process had counts there too.
 kib = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]

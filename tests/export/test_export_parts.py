@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxsft.exporting.card import about_training, model_card
-from jaxsft.exporting.hf_model import to_hf_config
-from jaxsft.exporting.output import (
+from jaxsft.common.files import write_json
+from jaxsft.export.card import about_training, model_card
+from jaxsft.export.hf_directory import to_hf_config
+from jaxsft.export.output import (
     check_replaceable,
     check_space,
     default_output,
@@ -21,11 +22,10 @@ from jaxsft.exporting.output import (
     scratch_beside,
     system_text,
 )
-from jaxsft.exporting.verify import max_difference
-from jaxsft.json_file import write_json
-from jaxsft.models import Origin
-from jaxsft.peft_io import WEIGHTS_NAME, AdapterConfig
-from jaxsft.presets import PRESETS, from_hf_config
+from jaxsft.export.verify import max_difference
+from jaxsft.gemma.architecture import PRESETS, from_hf_config
+from jaxsft.weights.find import Origin
+from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,19 +11,19 @@ import peft
 import pytest
 import torch
 import transformers
-from lora_twins import make_peft, twin
 from safetensors.numpy import load_file
-from twins import TWINS, WINDOW
+from support.lora_twins import make_peft, twin
+from support.twins import TWINS, WINDOW
 
-from jaxsft.chat import encode_chat, encode_prompt
-from jaxsft.exporting.hf_model import MergedWeights, to_hf_config, write_weights
-from jaxsft.exporting.hf_tokenizer import chat_template, write_tokenizer
-from jaxsft.exporting.verify import without_weights
-from jaxsft.json_file import write_json
-from jaxsft.peft_io import load_adapter, save_adapter
-from jaxsft.reasoning import Turn
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import load_model, open_weights
+from jaxsft.common.files import write_json
+from jaxsft.data.chat import encode_chat, encode_prompt
+from jaxsft.data.rows import Turn
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.export.hf_directory import MergedWeights, to_hf_config, write_weights
+from jaxsft.export.tokenizer import chat_template, write_tokenizer
+from jaxsft.export.verify import without_weights
+from jaxsft.weights.load import load_model, open_weights
+from jaxsft.weights.peft import load_adapter, save_adapter
 
 pytestmark = [
     # peft 0.21 reads it of every transformers model.
@@ -156,7 +156,9 @@ def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_tokenizer_gives_our_ids(exported: Any, tokenizer: Tokenizer) -> None:
-    golden = json.loads((Path(__file__).parents[1] / "golden/tokenizer_gemma3.json").read_text())
+    golden = json.loads(
+        (Path(__file__).parents[1] / "support/golden/tokenizer_gemma3.json").read_text()
+    )
     texts = [case["text"] for case in golden["cases"] + golden["literal_u2581"]]
     texts += [
         " " * 40,

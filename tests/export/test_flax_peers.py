@@ -17,21 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lora_twins import clone
-from twins import TWINS, make_twin, to_jax
+from support.lora_twins import clone
+from support.twins import TWINS, make_twin, to_jax
 
 from benchmarks import peer_venvs
-from jaxsft import tunix_io
-from jaxsft.export import main
-from jaxsft.exporting.verify import LOGIT_BOUND
-from jaxsft.flax_io import write_flax
-from jaxsft.flax_names import FlaxTensor
-from jaxsft.lora import inject, resolve_targets
-from jaxsft.model import Gemma
-from jaxsft.peft_io import AdapterConfig, save_adapter
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.tunix_io import write_tunix_lora
-from jaxsft.weights import hf_tensors, load_model
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.export.__main__ import main
+from jaxsft.export.verify import LOGIT_BOUND
+from jaxsft.gemma.lora import inject, resolve_targets
+from jaxsft.gemma.model import Gemma
+from jaxsft.weights import tunix as tunix_io
+from jaxsft.weights.flax import write_flax
+from jaxsft.weights.flax_names import FlaxTensor
+from jaxsft.weights.load import hf_tensors, load_model
+from jaxsft.weights.peft import AdapterConfig, save_adapter
+from jaxsft.weights.tunix import write_tunix_lora
 
 pytestmark = pytest.mark.slow
 

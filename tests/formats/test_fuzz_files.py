@@ -18,23 +18,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_tokenizer import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-
-from jaxsft.config import DataOptions
-from jaxsft.gguf_io import GGUFFile, hf_config
 from jaxsft.hub import files as hub_files
-from jaxsft.json_file import read_json
-from jaxsft.peft_io import load_adapter, read_adapter_config
-from jaxsft.preparing.cache import prepare
-from jaxsft.preparing.store import Prepared, open_prepared, sealed
-from jaxsft.presets import from_hf_config
-from jaxsft.safetensors_io import SafetensorsDirectory
-from jaxsft.text import visible_line
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.vocabulary import BYTE, CONTROL, NORMAL, REQUIRED_PIECES, UNKNOWN
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+from support.fake_tokenizer import FakeTokenizer
+
+from jaxsft.common.files import read_json
+from jaxsft.common.text import visible_line
+from jaxsft.config import DataOptions
+from jaxsft.data.prepared import Prepared, open_prepared, sealed
+from jaxsft.data.prepared_cache import prepare
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.data.vocabulary import BYTE, CONTROL, NORMAL, REQUIRED_PIECES, UNKNOWN
+from jaxsft.formats.gguf import GGUFFile, hf_config
+from jaxsft.formats.safetensors import SafetensorsDirectory
+from jaxsft.gemma.architecture import from_hf_config
+from jaxsft.weights.peft import load_adapter, read_adapter_config
 
 fuzzed = settings(deadline=None, max_examples=300)
 
@@ -523,8 +523,8 @@ def test_native_readers_are_bounded_too(directory: Path, vocabulary: bytes) -> N
         paths[-1].write_bytes(data)
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from jaxsft.safetensors_io import SafetensorsDirectory\n"
-        "from jaxsft.tokenizer import Tokenizer\n"
+        "from jaxsft.formats.safetensors import SafetensorsDirectory\n"
+        "from jaxsft.data.tokenizer import Tokenizer\n"
         "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
         "limit = pages * resource.getpagesize() + (64 << 20)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"

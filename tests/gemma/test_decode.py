@@ -18,16 +18,17 @@ import torch
 import transformers
 from flax import nnx
 from jax.sharding import AbstractMesh
-from lora_twins import short_twin
-from twins import TWINS, WINDOW, make_twin, to_jax
+from support.lora_twins import short_twin
+from support.twins import TWINS, WINDOW, make_twin, to_jax
 
-from jaxsft import lora, sample
-from jaxsft.attention import Tokens
 from jaxsft.config import EvalOptions
-from jaxsft.model import Gemma, KVCache
-from jaxsft.sample import Generation, generate, sample_token, stream
-from jaxsft.sharding import MESH_AXES
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.gemma import decode as sample
+from jaxsft.gemma import lora
+from jaxsft.gemma.attention import Tokens
+from jaxsft.gemma.decode import Generation, generate, sample_token, stream
+from jaxsft.gemma.model import Gemma, KVCache
+from jaxsft.gemma.sharding import MESH_AXES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

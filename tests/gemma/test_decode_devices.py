@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from other_devices import COMPILE_FAST, EIGHT_DEVICES, report_of
+from support.other_devices import COMPILE_FAST, EIGHT_DEVICES, report_of
 
 CASES = {"one": None, "eight": (4, 2)}
 
@@ -26,11 +26,12 @@ def measure() -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from jaxsft import lora, sample
     from jaxsft.config import EvalOptions
-    from jaxsft.model import Gemma
-    from jaxsft.presets import GLOBAL, LOCAL, PRESETS
-    from jaxsft.sharding import make_mesh, state_shardings
+    from jaxsft.gemma import decode as sample
+    from jaxsft.gemma import lora
+    from jaxsft.gemma.architecture import GLOBAL, LOCAL, PRESETS
+    from jaxsft.gemma.model import Gemma
+    from jaxsft.gemma.sharding import make_mesh, state_shardings
 
     config = dataclasses.replace(
         PRESETS["gemma-3-1b"],

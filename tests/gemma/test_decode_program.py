@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import pytest
-from other_devices import report_of
+from support.other_devices import report_of
 
-from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT
+from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT
 
 NUM_LAYERS = 4
 NUM_PROMPTS, PROMPT_LENGTH = 8, 64
@@ -48,16 +48,16 @@ def measure() -> dict[str, Any]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from jaxsft import sample
     from jaxsft.cli import parse_config
     from jaxsft.config import EvalOptions
-    from jaxsft.lora import split
-    from jaxsft.planning.hlo_price import COLLECTIVES
-    from jaxsft.planning.hlo_text import Instruction, parse_program
-    from jaxsft.planning.tpu_aot import Compiled, compile_for_tpu, topology_devices
-    from jaxsft.presets import PRESETS
-    from jaxsft.program import abstract_setup, make_model
-    from jaxsft.sharding import named, state_shardings
+    from jaxsft.gemma import decode as sample
+    from jaxsft.gemma.architecture import PRESETS
+    from jaxsft.gemma.lora import split
+    from jaxsft.gemma.sharding import named, state_shardings
+    from jaxsft.plan.hlo_price import COLLECTIVES
+    from jaxsft.plan.hlo_text import Instruction, parse_program
+    from jaxsft.plan.tpu_aot import Compiled, compile_for_tpu, topology_devices
+    from jaxsft.run.program import abstract_setup, make_model
 
     config, _ = parse_config("test", "", ["--config", "single_session"])
     preset = PRESETS["gemma-2-2b"]

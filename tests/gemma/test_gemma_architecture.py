@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from jaxsft.lora import TARGETS
-from jaxsft.presets import GLOBAL, LOCAL, PRESETS, GemmaConfig, from_hf_config
+from jaxsft.gemma.architecture import GLOBAL, LOCAL, PRESETS, GemmaConfig, from_hf_config
+from jaxsft.gemma.lora import TARGETS
 
 # As published, by hand from the model cards' config.json; keys that say nothing about the
 # architecture are left out.

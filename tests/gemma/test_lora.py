@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsft import lora
-from jaxsft.layers import Linear, LoRA, low_rank
-from jaxsft.model import Gemma
-from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.gemma import lora
+from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.gemma.layers import Linear, LoRA, low_rank
+from jaxsft.gemma.model import Gemma
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft.loss import chunked_cross_entropy, plain_cross_entropy
-from jaxsft.sharding import make_mesh
+from jaxsft.gemma.loss import chunked_cross_entropy, plain_cross_entropy
+from jaxsft.gemma.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers.models.gemma2.modeling_gemma2 as modeling_gemma2
 from flax import nnx
-from lora_twins import (
+from support.lora_twins import (
     ALPHA,
     RANK,
     AdapterTensors,
@@ -28,14 +28,14 @@ from lora_twins import (
     twin,
     with_adapter,
 )
-from twins import TWINS, WINDOW
+from support.twins import TWINS, WINDOW
 
-from jaxsft import lora
-from jaxsft.layers import RMSNorm
-from jaxsft.loss import chunked_cross_entropy
-from jaxsft.model import Gemma
-from jaxsft.packing import Batch, PackedRows
-from jaxsft.presets import GLOBAL, LOCAL
+from jaxsft.data.packing import Batch, PackedRows
+from jaxsft.gemma import lora
+from jaxsft.gemma.architecture import GLOBAL, LOCAL
+from jaxsft.gemma.layers import RMSNorm
+from jaxsft.gemma.loss import chunked_cross_entropy
+from jaxsft.gemma.model import Gemma
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

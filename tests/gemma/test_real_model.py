@@ -12,8 +12,8 @@ import torch
 from flax import nnx
 
 import jaxsft
-from jaxsft.model import Gemma
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.gemma.model import Gemma
 
 LOGIT_BOUND = 2e-3
 LONG_LENGTH = 768  # beyond the window of 512

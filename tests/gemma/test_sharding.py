@@ -5,9 +5,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from jaxsft import lora, sharding
-from jaxsft.model import Gemma
-from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.gemma import lora, sharding
+from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.gemma.model import Gemma
 
 TINY = GemmaConfig(
     name="tiny",

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsft.answer_style import Part, parts_of_text, printable, text_of_tokens
-from jaxsft.prompts import read_prompt_file
-from jaxsft.reasoning import Turn
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.rows import Turn
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.generate.answer_style import Part, parts_of_text, printable, text_of_tokens
+from jaxsft.generate.prompts import read_prompt_file
 
 ANSWER = "so\n<reasoning>1 < 2 </b> é</reasoning>\n<answer>5</answer>!"
 PARTS = [

@@ -17,20 +17,20 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from other_devices import EIGHT_DEVICES
 from safetensors.numpy import load_file, save_file
-from tiny_run import make_run
+from support.other_devices import EIGHT_DEVICES
+from support.tiny_run import make_run
 
 from benchmarks.child import HEARS_SIGNALS
-from jaxsft import lora
-from jaxsft.chat import encode_prompt
 from jaxsft.config import SYSTEM_PROMPT, EvalOptions
-from jaxsft.dialogue import Session, Voice
-from jaxsft.generate import main
-from jaxsft.models import find_model, load
-from jaxsft.reasoning import Turn
-from jaxsft.sample import generate
-from jaxsft.sharding import make_mesh
+from jaxsft.data.chat import encode_prompt
+from jaxsft.data.rows import Turn
+from jaxsft.gemma import lora
+from jaxsft.gemma.decode import generate
+from jaxsft.gemma.sharding import make_mesh
+from jaxsft.generate.__main__ import main
+from jaxsft.generate.chat import Session, Voice
+from jaxsft.weights.find import find_model, load
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -136,7 +136,7 @@ def test_an_export_is_asked_as_its_run_is(
         asked_with.append(turns[0].content)
         return SimpleNamespace(is_whole=True)
 
-    monkeypatch.setattr("jaxsft.generate.answer", answer)
+    monkeypatch.setattr("jaxsft.generate.__main__.answer", answer)
     export = shutil.copytree(run_dir / "adapter", tmp_path / "export")
     ask(export, "--prompt", "Why?")
     for text in (SYSTEM, "", 3):

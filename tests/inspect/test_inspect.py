@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxsft.data import DataReport
-from jaxsft.inspect import main
-from jaxsft.inspecting.rows import Check, survey
-from jaxsft.inspecting.tokens import RowReader
-from jaxsft.packing import PackedRows, Sample
-from jaxsft.preparing.store import Prepared, open_prepared, sealed, source_of
-from jaxsft.tokenizer import Tokenizer
+from jaxsft.data.packing import PackedRows, Sample
+from jaxsft.data.prepared import Prepared, open_prepared, sealed, source_of
+from jaxsft.data.samples import DataReport
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.inspect.__main__ import main
+from jaxsft.inspect.rows import Check, survey
+from jaxsft.inspect.tokens import RowReader
 
 T = 64
 EVIL = "<script>document.title='evil'</script>"
@@ -302,7 +302,7 @@ def test_slices_change_nothing(tiny_tokenizer: Tokenizer, monkeypatch: pytest.Mo
     samples = [Sample(np.full(n, 5, np.int32), np.arange(n) % 2 == 1) for n in lengths]
     prepared = by_hand(samples)
     whole = survey(prepared, tiny_tokenizer)
-    monkeypatch.setattr("jaxsft.inspecting.rows._SLICE_TOKENS", 4)
+    monkeypatch.setattr("jaxsft.inspect.rows._SLICE_TOKENS", 4)
     sliced = survey(prepared, tiny_tokenizer)
     assert sliced.checks == whole.checks
     assert whole.checks[1].num_failed == 6 and len(whole.checks[1].examples) == 5

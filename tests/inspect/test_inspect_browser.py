@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from jaxsft.inspect import main
+from jaxsft.inspect.__main__ import main
 
 pytestmark = pytest.mark.browser
 

@@ -10,12 +10,13 @@ import pytest
 
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
-from jaxsft.planning.estimate import GIB, StepEstimate, kernel_flops, num_loss_chunks
-from jaxsft.planning.hlo_memory import saved_activation_bytes
-from jaxsft.planning.hlo_text import parse_program
-from jaxsft.planning.kernel_price import KernelPrice
-from jaxsft.planning.pricing import CHIPS, PARTS, price_program
-from jaxsft.planning.run_plan import (
+from jaxsft.gemma.architecture import PRESETS
+from jaxsft.plan.estimate import GIB, StepEstimate, kernel_flops, num_loss_chunks
+from jaxsft.plan.hlo_memory import saved_activation_bytes
+from jaxsft.plan.hlo_text import parse_program
+from jaxsft.plan.kernel_price import KernelPrice
+from jaxsft.plan.pricing import CHIPS, PARTS, price_program
+from jaxsft.plan.run_plan import (
     PACKED,
     UNPACKED,
     RunPlan,
@@ -23,10 +24,9 @@ from jaxsft.planning.run_plan import (
     model_flops,
     steps_without_data,
 )
-from jaxsft.planning.search import Setting, all_settings, nearest_savings, try_settings
-from jaxsft.planning.workload import fit_lengths, read_lengths
-from jaxsft.presets import PRESETS
-from jaxsft.program import architecture
+from jaxsft.plan.search import Setting, all_settings, nearest_savings, try_settings
+from jaxsft.plan.workload import fit_lengths, read_lengths
+from jaxsft.run.program import architecture
 
 
 def recipe(name: str = "single_session", *options: str) -> TrainConfig:
@@ -375,7 +375,7 @@ def test_activations_are_what_one_loop_makes_and_another_reads() -> None:
 
 def test_recomputed_flops_are_also_those_of_kernels() -> None:
     """The kernel of the hand-counted program runs 15 times, at 1000 FLOPs each."""
-    text = (Path(__file__).parents[1] / "golden" / "hand_counted.hlo").read_text()
+    text = (Path(__file__).parents[1] / "support" / "golden" / "hand_counted.hlo").read_text()
     kernels = {"kernel": KernelPrice(1e-6, 1500, 0, 1000, ())}
     again = text.replace("jvp(attention)/pallas_call", "rematted_computation/pallas_call")
     assert again != text

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import yaml
 
-import jaxsft.plan
-import jaxsft.planning.local
+import jaxsft.plan.__main__
+import jaxsft.plan.local
 from benchmarks import profile_step, step_time
 from benchmarks.acceptance import violations, work_differences
 from jaxsft.cli import EXIT_BAD_INPUT, parse_config
-from jaxsft.plan import EXIT_DOES_NOT_FIT, main
-from jaxsft.planning.estimate import GIB, StepEstimate
-from jaxsft.planning.local import LocalStep
-from jaxsft.planning.pricing import PARTS
-from jaxsft.planning.run_plan import RunPlan
-from jaxsft.planning.tpu_aot import CompilerError, OutOfMemory
-from jaxsft.presets import PRESETS
+from jaxsft.gemma.architecture import PRESETS
+from jaxsft.plan.__main__ import EXIT_DOES_NOT_FIT, main
+from jaxsft.plan.estimate import GIB, StepEstimate
+from jaxsft.plan.local import LocalStep
+from jaxsft.plan.pricing import PARTS
+from jaxsft.plan.run_plan import RunPlan
+from jaxsft.plan.tpu_aot import CompilerError, OutOfMemory
 
 # Gemma 2 in small: two layers, a local and a global one, with heads as wide as the real ones.
 MODEL = {
@@ -226,7 +226,7 @@ def test_local_devices_are_told_what_fits_them(
         gib = 10 // config.gradient_accumulation_steps + 2 * (config.model.remat != "full")
         return LocalStep(options, "plain", gib * GIB, 8 * GIB)
 
-    monkeypatch.setattr(jaxsft.planning.local, "compile_local", compiled)
+    monkeypatch.setattr(jaxsft.plan.local, "compile_local", compiled)
     local = ("--topology", "local", "--gradient_accumulation_steps")
     code, values, screen = plan(*local, "2")
     assert (code, values["fits"], values["needed_bytes"]) == (0, True, 7 * GIB)
@@ -479,11 +479,11 @@ def test_plan_is_of_the_program_that_train_runs(hashes: dict[str, Any], step: st
 
 def print_hashes(model: str, directory: Path) -> None:
     """The child's part."""
-    from jaxsft.build import build
-    from jaxsft.prepare import load_data
+    from jaxsft.prepare.__main__ import load_data
+    from jaxsft.run.setup import build
 
     # Hashes are of what is compiled, which takes a minute.
-    jaxsft.planning.local.compile_or_refuse = lambda *_: OutOfMemory("hbm", 1, 2)
+    jaxsft.plan.local.compile_or_refuse = lambda *_: OutOfMemory("hbm", 1, 2)
     hashes, data, local = {}, None, ("--topology", "local", "--data")
     for step in STEPS:
         argv = [

@@ -10,13 +10,13 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsft.planning.hlo_cost import matmuls
-from jaxsft.planning.hlo_price import collective_seconds
-from jaxsft.planning.hlo_text import parse_program, parse_shape
-from jaxsft.planning.kernel_price import find_kernels, price_kernels
-from jaxsft.planning.llo_schedule import schedule
-from jaxsft.planning.pricing import CHIPS, Priced, price_program
-from jaxsft.planning.tpu_aot import (
+from jaxsft.plan.hlo_cost import matmuls
+from jaxsft.plan.hlo_price import collective_seconds
+from jaxsft.plan.hlo_text import parse_program, parse_shape
+from jaxsft.plan.kernel_price import find_kernels, price_kernels
+from jaxsft.plan.llo_schedule import schedule
+from jaxsft.plan.pricing import CHIPS, Priced, price_program
+from jaxsft.plan.tpu_aot import (
     AOT_ENVIRONMENT,
     Compiled,
     OutOfMemory,
@@ -26,7 +26,7 @@ from jaxsft.planning.tpu_aot import (
 )
 
 V5E = CHIPS["v5e"]  # 1.5 GHz, 819 GB/s of HBM, 50 GB/s a link
-HAND_COUNTED = (Path(__file__).parents[1] / "golden" / "hand_counted.hlo").read_text()
+HAND_COUNTED = (Path(__file__).parents[1] / "support" / "golden" / "hand_counted.hlo").read_text()
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
-from jaxsft.prepare import main
-from jaxsft.preparing.store import open_prepared
+from jaxsft.data.prepared import open_prepared
+from jaxsft.prepare.__main__ import main
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 GOOD = [

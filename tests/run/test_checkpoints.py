@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsft import checkpoint, checkpoint_directory, checkpoint_files
-from jaxsft.checkpoint import Checkpoints
-from jaxsft.checkpoint_files import state_bytes
+from jaxsft.run import checkpoint_directory, checkpoint_files
+from jaxsft.run import checkpoints as checkpoint
+from jaxsft.run.checkpoint_files import state_bytes
+from jaxsft.run.checkpoints import Checkpoints
 
 FINGERPRINT = {"model": "gemma3-270m", "lora_r": 8, "learning_rate": 2e-5, "seed": 0}
 

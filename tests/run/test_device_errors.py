@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import pytest
 
-from jaxsft import device_errors
-from jaxsft.device_errors import check_device, explain_out_of_memory, plan_options, tpu_topology
-from jaxsft.out_of_memory import Shortage, parse_shortage
-from jaxsft.planning.tpu_aot import TOPOLOGIES
+from jaxsft.common.out_of_memory import Shortage, parse_shortage
+from jaxsft.plan.tpu_aot import TOPOLOGIES
+from jaxsft.run import device_errors
+from jaxsft.run.device_errors import check_device, explain_out_of_memory, plan_options, tpu_topology
 
 MIB, GIB = 2**20, 2**30
 

@@ -14,23 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from two_tasks import two_tasks
+from support.two_tasks import two_tasks
 
 from benchmarks.tiny_run import Child, TinyRuns, train_metrics
-from jaxsft.checkpoint import Checkpoints
-from jaxsft.hosts import any_of, array_from_first, from_first, reached_preemption
-from jaxsft.train import EXIT_STOPPED
+from jaxsft.common.hosts import any_of, array_from_first, from_first, reached_preemption
+from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.train.__main__ import EXIT_STOPPED
 
 PROGRAM = """
 import json, sys
 from types import SimpleNamespace
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxsft.checkpoint import Checkpoints
+from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.evaluation import heldout
-from jaxsft.hosts import any_of, array_from_first, from_first, join_hosts, reached_preemption
-from jaxsft.packing import PackedRows, Sample
-from jaxsft.sharding import make_mesh
+from jaxsft.common.hosts import any_of, array_from_first, from_first, join_hosts, reached_preemption
+from jaxsft.data.packing import PackedRows, Sample
+from jaxsft.gemma.sharding import make_mesh
 
 join_hosts()
 index = jax.process_index()

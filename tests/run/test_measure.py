@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxsft.config import EvalOptions, TrainConfig
-from jaxsft.measure import load_before, measured_of, write_before
+from jaxsft.run.measure import load_before, measured_of, write_before
 
 DATA: Any = SimpleNamespace(heldout=None)
 SETUP: Any = SimpleNamespace(

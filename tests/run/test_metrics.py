@@ -4,12 +4,12 @@ import json
 import math
 import shutil
 
-from small_disk import fill, set_read_only, small_disk
+from support.small_disk import fill, set_read_only, small_disk
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from jaxsft import append_file
-from jaxsft.metrics import MetricsWriter, Throughput
+from jaxsft.common import append_file
+from jaxsft.run.metrics import MetricsWriter, Throughput
 
 ANSWER = {"prompt": "Why?", "text": "<answer>*1*</answer>\nend ü", "exact_format": False}
 

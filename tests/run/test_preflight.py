@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import pytest
 import yaml
 from jax.experimental import pallas as pl
-from twins import make_twin
-from two_tasks import two_tasks
+from support.twins import make_twin
+from support.two_tasks import two_tasks
 
-import jaxsft.agreement
-import jaxsft.train
-from jaxsft import flash_attention
-from jaxsft.agreement import Difference, compare_ways
-from jaxsft.build import build, check_early
+import jaxsft.run.agreement
+import jaxsft.train.__main__
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, parse_config
-from jaxsft.prepare import load_data
-from jaxsft.step import put_batch
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.train import EXIT_STOPPED, main
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.prepare.__main__ import load_data
+from jaxsft.run.agreement import Difference, compare_ways
+from jaxsft.run.setup import build, check_early
+from jaxsft.step import flash_attention
+from jaxsft.step.train_step import put_batch
+from jaxsft.train.__main__ import EXIT_STOPPED, main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -153,13 +153,13 @@ def test_a_signal_stops_the_preflight(
 def test_ways_that_disagree_stop_the_run(
     argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuse = jaxsft.agreement.fuse
+    fuse = jaxsft.run.agreement.fuse
 
     def fuse_wrongly(frozen: Any, layout: Any) -> Any:
         weights = fuse(frozen, layout)
         return weights | {"final_norm": weights["final_norm"] * 1.001}
 
-    monkeypatch.setattr(jaxsft.agreement, "fuse", fuse_wrongly)
+    monkeypatch.setattr(jaxsft.run.agreement, "fuse", fuse_wrongly)
     assert main([*argv, "--preflight"]) == EXIT_FAILED
     out, err = capsys.readouterr()
     assert "plain and fused step DISAGREE" in out

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jaxsft.agreement import Difference
-from jaxsft.json_file import write_json
-from jaxsft.planning.estimate import StepEstimate
-from jaxsft.preflight import Memory, Planned, Preflight, TimedSteps, find_plan, peak_memory
-from jaxsft.report import show_preflight
+from jaxsft.common.files import write_json
+from jaxsft.plan.estimate import StepEstimate
+from jaxsft.run.agreement import Difference
+from jaxsft.run.preflight import Memory, Planned, Preflight, TimedSteps, find_plan, peak_memory
+from jaxsft.run.report import show_preflight
 
 GIB = 2**30
 # 1800 steps at a median of 2 s: one hour.

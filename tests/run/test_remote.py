@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_gcs import FakeGcs, running_gcs
+from support.fake_gcs import FakeGcs, running_gcs
 
 from benchmarks.tiny_run import TinyRuns, differences
 

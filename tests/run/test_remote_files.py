@@ -7,10 +7,10 @@ from pathlib import Path
 import fsspec
 import pytest
 from etils import epath
-from fake_gcs import FakeGcs, running_gcs
+from support.fake_gcs import FakeGcs, running_gcs
 
-from jaxsft.remote import RunFiles, is_remote
-from jaxsft.run_dir import ReplacedError
+from jaxsft.run.remote import RunFiles, is_remote
+from jaxsft.run.run_dir import ReplacedError
 
 
 @pytest.fixture

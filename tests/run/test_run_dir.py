@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxsft.run_dir import ReplacedError, RunDir, check_free_space
+from jaxsft.run.run_dir import ReplacedError, RunDir, check_free_space
 
 MIB = 2**20
 Usage = namedtuple("Usage", "total used free")
@@ -18,7 +18,7 @@ Usage = namedtuple("Usage", "total used free")
 HOLDER = """
 import sys
 from pathlib import Path
-from jaxsft.run_dir import RunDir
+from jaxsft.run.run_dir import RunDir
 
 with RunDir(Path(sys.argv[1])):
     print("held", flush=True)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jaxsft import saver, session
-from jaxsft.run_dir import ReplacedError, RunDir
-from jaxsft.saver import Saver
-from jaxsft.session import Clock, Session
+from jaxsft.run import saver, session
+from jaxsft.run.run_dir import ReplacedError, RunDir
+from jaxsft.run.saver import Saver
+from jaxsft.run.session import Clock, Session
 
 
 class FakeCheckpoints:

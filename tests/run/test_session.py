@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from benchmarks.child import HEARS_SIGNALS
-from jaxsft import schedule
 from jaxsft.config import TrainConfig
-from jaxsft.preflight import TimedSteps
-from jaxsft.session import (
+from jaxsft.run import schedule
+from jaxsft.run.preflight import TimedSteps
+from jaxsft.run.session import (
     Clock,
     Session,
     StopNow,
@@ -35,7 +35,7 @@ NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 # Signals while the main thread is in a C call, which Python's own handlers wait for.
 BUSY = """
 import ctypes
-from jaxsft.session import catch_signals, interruptible
+from jaxsft.run.session import catch_signals, interruptible
 
 sleep = ctypes.CDLL(None).usleep  # without the interpreter lock, as a step is
 with interruptible(), catch_signals() as stopped:

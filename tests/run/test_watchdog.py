@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxsft.watchdog import Watchdog
+from jaxsft.run.watchdog import Watchdog
 
 ADVICE = "the checkpoint of step 100 is good"
 HANGING = f"""
 import ctypes, os, sys, threading, time
-from jaxsft.watchdog import Watchdog
+from jaxsft.run.watchdog import Watchdog
 
 def waits_for_ever():
     threading.Event().wait()
@@ -32,7 +32,7 @@ with Watchdog(2.0, lambda: "{ADVICE}") as watchdog:
 """
 DISARMED = """
 import os, time
-from jaxsft.watchdog import Watchdog
+from jaxsft.run.watchdog import Watchdog
 
 def num_threads():  # faulthandler's too, which Python doesn't list
     return len(os.listdir("/proc/self/task"))
@@ -119,7 +119,7 @@ def test_beats_start_the_time_anew(monkeypatch):
             looked.wait()  # the watching thread reads the new time,
             looked.wait()  # and again, so it has acted on the first reading
 
-    monkeypatch.setattr("jaxsft.watchdog.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("jaxsft.run.watchdog.time", SimpleNamespace(monotonic=clock))
     monkeypatch.setattr(os, "_exit", exit_process)
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
     with Watchdog(0.01, str) as watchdog:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft import flash_attention
-from jaxsft.fused_layer import make_attend
-from jaxsft.packing import Batch, PackedRows, Sample
-from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
-from jaxsft.row_kernels import Stacked
+from jaxsft.data.packing import Batch, PackedRows, Sample
+from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
+from jaxsft.step import flash_attention
+from jaxsft.step.fused_layer import make_attend
+from jaxsft.step.row_kernels import Stacked
 
 ROW_LENGTH, BLOCK = 64, 16
 

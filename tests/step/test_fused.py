@@ -10,12 +10,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from lora_twins import make_peft, random_samples, twin, with_adapter
+from support.lora_twins import make_peft, random_samples, twin, with_adapter
 
-from jaxsft import lora
-from jaxsft.bins import best_fit_decreasing
-from jaxsft.fused import FusedSpec, loss_and_gradients
-from jaxsft.fused_weights import (
+from jaxsft.data.bins import best_fit_decreasing
+from jaxsft.data.packing import Batch, PackedRows
+from jaxsft.gemma import lora
+from jaxsft.gemma.lora import TARGETS
+from jaxsft.gemma.model import Gemma
+from jaxsft.gemma.sharding import make_mesh
+from jaxsft.step.fused import FusedSpec, loss_and_gradients
+from jaxsft.step.fused_weights import (
     FusedLayout,
     fuse,
     group_adapter,
@@ -23,12 +27,8 @@ from jaxsft.fused_weights import (
     unfuse,
     write_adapter,
 )
-from jaxsft.lora import TARGETS
-from jaxsft.model import Gemma
-from jaxsft.optimizer import make_schedule
-from jaxsft.packing import Batch, PackedRows
-from jaxsft.sharding import make_mesh
-from jaxsft.step import StepSpec, eval_step, init_state, put_batch, train_step
+from jaxsft.step.optimizer import make_schedule
+from jaxsft.step.train_step import StepSpec, eval_step, init_state, put_batch, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

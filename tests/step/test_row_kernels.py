@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft import row_kernels
-from jaxsft.layers import rms_norm
-from jaxsft.row_kernels import Stacked, rowwise
+from jaxsft.gemma.layers import rms_norm
+from jaxsft.step import row_kernels
+from jaxsft.step.row_kernels import Stacked, rowwise
 
 EPS = 1e-6
 N, D = 32, 128

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsft.spikes import MIN_STEPS, WINDOW, empty_history, is_spike, remember
+from jaxsft.step.spikes import MIN_STEPS, WINDOW, empty_history, is_spike, remember
 
 
 def expected_spikes(values: np.ndarray, sigmas: float) -> list[bool]:

@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 import pytest
-from other_devices import report_of
+from support.other_devices import report_of
 
-from jaxsft.fused_weights import group_adapter
-from jaxsft.planning.tpu_aot import AOT_ENVIRONMENT
+from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT
+from jaxsft.step.fused_weights import group_adapter
 
 NUM_LAYERS = 2
 D, F, RANK = 2304, 9216, 64
@@ -102,12 +102,12 @@ def measure() -> dict[str, Any]:
     import jax
 
     from jaxsft.cli import parse_config
-    from jaxsft.planning.hlo_price import COLLECTIVES
-    from jaxsft.planning.hlo_text import parse_program
-    from jaxsft.planning.pricing import CHIPS, price_program
-    from jaxsft.planning.tpu_aot import Compiled, compile_for_tpu, topology_devices
-    from jaxsft.presets import PRESETS
-    from jaxsft.program import abstract_setup, lower_step, num_bytes_per_device
+    from jaxsft.gemma.architecture import PRESETS
+    from jaxsft.plan.hlo_price import COLLECTIVES
+    from jaxsft.plan.hlo_text import parse_program
+    from jaxsft.plan.pricing import CHIPS, price_program
+    from jaxsft.plan.tpu_aot import Compiled, compile_for_tpu, topology_devices
+    from jaxsft.run.program import abstract_setup, lower_step, num_bytes_per_device
 
     # Rows of 1024: of 2048, the activations would have the shape of o_proj's weight.
     options = ["--config", "single_session", "--data.max_length", "1024"]

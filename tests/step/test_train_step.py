@@ -11,7 +11,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from lora_twins import (
+from support.lora_twins import (
     AdapterTensors,
     make_peft,
     max_relative_difference,
@@ -23,15 +23,15 @@ from lora_twins import (
     twin,
     with_adapter,
 )
-from twins import WINDOW
+from support.twins import WINDOW
 
-from jaxsft import lora
-from jaxsft.bins import best_fit_decreasing, one_per_row
-from jaxsft.model import Gemma
-from jaxsft.optimizer import make_schedule, make_transform
-from jaxsft.packing import Batch, PackedRows, Sample
-from jaxsft.sharding import make_mesh, state_shardings
-from jaxsft.step import (
+from jaxsft.data.bins import best_fit_decreasing, one_per_row
+from jaxsft.data.packing import Batch, PackedRows, Sample
+from jaxsft.gemma import lora
+from jaxsft.gemma.model import Gemma
+from jaxsft.gemma.sharding import make_mesh, state_shardings
+from jaxsft.step.optimizer import make_schedule, make_transform
+from jaxsft.step.train_step import (
     StepSpec,
     TrainState,
     eval_step,

@@ -1,4 +1,4 @@
-"""A tokenizer small enough to read: the interface of `jaxsft.tokenizer`, without its vocabulary."""
+"""A tokenizer small enough to read: the interface of data/tokenizer.py without its vocabulary."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -14,11 +14,11 @@ import numpy as np
 import peft
 import torch
 from flax import nnx
-from twins import make_twin, to_jax
+from support.twins import make_twin, to_jax
 
-from jaxsft.lora import TARGETS, inject, split
-from jaxsft.model import Gemma, layer_location
-from jaxsft.packing import Sample
+from jaxsft.data.packing import Sample
+from jaxsft.gemma.lora import TARGETS, inject, split
+from jaxsft.gemma.model import Gemma, layer_location
 
 # alpha / rank is not 1 and not the same for rsLoRA.
 RANK, ALPHA = 3, 7.0

@@ -14,7 +14,7 @@ COMPILE_FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # on the CPU: halves the
 
 def report_of(script: str, variables: Mapping[str, str]) -> Any:
     """The JSON that the script prints with these variables; no warning is let pass."""
-    python_path = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+    python_path = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
     environment = {**os.environ, **variables, "PYTHONPATH": python_path}
     command = [sys.executable, "-W", "error", script]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)

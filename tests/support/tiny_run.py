@@ -5,11 +5,11 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxsft import lora
 from jaxsft.cli import parse_config
-from jaxsft.layers import LoRA
-from jaxsft.peft_io import AdapterConfig, save_adapter
-from jaxsft.weights import load_model
+from jaxsft.gemma import lora
+from jaxsft.gemma.layers import LoRA
+from jaxsft.weights.load import load_model
+from jaxsft.weights.peft import AdapterConfig, save_adapter
 
 TARGETS = ("o_proj",)
 

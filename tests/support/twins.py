@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import transformers
 
-from jaxsft.model import Gemma
-from jaxsft.presets import GemmaConfig, from_hf_config
+from jaxsft.gemma.architecture import GemmaConfig, from_hf_config
+from jaxsft.gemma.model import Gemma
 
 TWINS = ("gemma1", "gemma2", "gemma3-270m", "gemma3-1b")
 WINDOW = 8
@@ -103,7 +103,7 @@ def to_jax(hf_model: Any, tmp_path: Path, **kw: Any) -> Gemma:
 
     `kw` goes to load_model; dtype and param_dtype default to float32.
     """
-    from jaxsft.weights import load_model
+    from jaxsft.weights.load import load_model
 
     directory = tmp_path / "twin"
     hf_model.save_pretrained(directory)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import jaxsft.prepare
+import jaxsft.prepare.__main__
 from jaxsft.cli import EXIT_BAD_INPUT
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.train import main
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.train.__main__ import main
 
 GOOD_ROW = {"prompt": "Why?", "response": "<think>It has to be so.</think>\nBecause."}
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 241000000\n"
@@ -27,7 +27,7 @@ def shared_tokenizers() -> Iterator[None]:
     """Parses each tokenizer once."""
     with pytest.MonkeyPatch.context() as patch:
         from_file = functools.cache(Tokenizer.from_file)
-        patch.setattr(jaxsft.prepare.Tokenizer, "from_file", from_file)
+        patch.setattr(jaxsft.prepare.__main__.Tokenizer, "from_file", from_file)
         yield
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-import jaxsft.train
+import jaxsft.train.__main__
 from benchmarks.tiny_run import TinyRuns, differences
-from jaxsft.metrics import last_step_of
-from jaxsft.train import EXIT_STOPPED, main
+from jaxsft.run.metrics import last_step_of
+from jaxsft.train.__main__ import EXIT_STOPPED, main
 
 # The loss has its minimum on the way: eight rows, far too high a learning rate.
 OPTIONS = (

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from other_devices import COMPILE_FAST, EIGHT_DEVICES, report_of
+from support.other_devices import COMPILE_FAST, EIGHT_DEVICES, report_of
 
 CASES = {"one": (1, 1), "data": (8, 1), "data and fsdp": (4, 2), "fsdp": (1, 8)}
 FUSED_CASES = {"fused, one": (1, 1), "fused, data": (8, 1)}
@@ -81,14 +81,16 @@ def measure() -> dict[str, Any]:
     import optax
     from flax import nnx
 
-    from jaxsft import lora, optimizer, step
-    from jaxsft.bins import best_fit_decreasing
-    from jaxsft.fused import FusedSpec
-    from jaxsft.fused_weights import fuse, make_layout
-    from jaxsft.model import Gemma
-    from jaxsft.packing import PackedRows, Sample
-    from jaxsft.presets import GLOBAL, LOCAL, GemmaConfig
-    from jaxsft.sharding import make_mesh, named, state_shardings
+    from jaxsft.data.bins import best_fit_decreasing
+    from jaxsft.data.packing import PackedRows, Sample
+    from jaxsft.gemma import lora
+    from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
+    from jaxsft.gemma.model import Gemma
+    from jaxsft.gemma.sharding import make_mesh, named, state_shardings
+    from jaxsft.step import optimizer
+    from jaxsft.step import train_step as step
+    from jaxsft.step.fused import FusedSpec
+    from jaxsft.step.fused_weights import fuse, make_layout
 
     config = GemmaConfig(
         name="tiny",

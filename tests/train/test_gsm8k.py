@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import jaxsft.inspect
-import jaxsft.prepare
-from jaxsft.preparing.store import open_prepared
-from jaxsft.reasoning import split_completion
-from jaxsft.tokenizer import Tokenizer
+import jaxsft.inspect.__main__
+import jaxsft.prepare.__main__
+from jaxsft.data.prepared import open_prepared
+from jaxsft.data.rows import split_completion
+from jaxsft.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 # As the download leaves it, or a file of its rows.
@@ -32,7 +32,7 @@ def test_gsm8k_is_prepared_whole(
 ) -> None:
     files = ("--data.train_files", str(rows), "--data.eval_files", "data/sample/heldout.jsonl")
     options = ("--data.max_length", "1024", "--data.prepared_dir", str(tmp_path))
-    assert jaxsft.prepare.main([*files, *options]) == 0
+    assert jaxsft.prepare.__main__.main([*files, *options]) == 0
     printed = capsys.readouterr().out
     assert f"train: {NUM_ROWS:,} rows read" in printed
     (found,) = (
@@ -52,5 +52,5 @@ def test_gsm8k_is_prepared_whole(
         completion = tokenizer.decode(sample.ids[sample.loss_mask][:-1])
         parts = split_completion(completion)
         assert parts is not None and "<<" not in parts[0] and "####" not in parts[0]
-    assert jaxsft.inspect.main([*files, *options, "--rows", "2"]) == 0
+    assert jaxsft.inspect.__main__.main([*files, *options, "--rows", "2"]) == 0
     assert "FAILED" not in capsys.readouterr().out

@@ -22,17 +22,17 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.child import Child
-from jaxsft.build import abstract_state
-from jaxsft.checkpoint import Checkpoints
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, parse_config
 from jaxsft.config import DataOptions
-from jaxsft.data import load_samples
-from jaxsft.optimizer import make_schedule
-from jaxsft.packing import Sample
-from jaxsft.peft_io import load_adapter
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.train import EXIT_STOPPED, main
-from jaxsft.weights import load_model
+from jaxsft.data.packing import Sample
+from jaxsft.data.samples import load_samples
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.setup import abstract_state
+from jaxsft.step.optimizer import make_schedule
+from jaxsft.train.__main__ import EXIT_STOPPED, main
+from jaxsft.weights.load import load_model
+from jaxsft.weights.peft import load_adapter
 
 NUM_STEPS = 24
 FACTS = {

@@ -11,20 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_hub import FakeHub, running_hub
 from flax import nnx
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
-from tiny_run import make_run
+from support.fake_hub import FakeHub, running_hub
+from support.tiny_run import make_run
 
-from jaxsft import lora, models
 from jaxsft.cli import parse_config
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
-from jaxsft.fork import add_adapter
-from jaxsft.models import DEMO_NAME, Origin, base_path, find_model, find_tokenizer, load
-from jaxsft.peft_io import load_adapter, save_adapter
-from jaxsft.tokenizer import Tokenizer
-from jaxsft.weights import load_model
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.gemma import lora
+from jaxsft.run.fork import add_adapter
+from jaxsft.weights import find as models
+from jaxsft.weights.find import DEMO_NAME, Origin, base_path, find_model, find_tokenizer, load
+from jaxsft.weights.load import load_model
+from jaxsft.weights.peft import load_adapter, save_adapter
 
 FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
 TOKEN = "hf_" + "Canary" * 6
@@ -190,7 +191,7 @@ def test_a_run_notes_what_it_trains(
     config = dataclasses.replace(config, model=here, lora=shape, fork_from=str(run_dir / "adapter"))
     trained_on = dataclasses.replace(made, base_digest="d" * 64, rank=2, alpha=4.0)
     trained_on = dataclasses.replace(trained_on, targets=("o_proj",))
-    monkeypatch.setattr("jaxsft.fork.load_adapter", lambda *_: trained_on)
+    monkeypatch.setattr("jaxsft.run.fork.load_adapter", lambda *_: trained_on)
     made = add_adapter(config, model, info, tiny_model_dir, said.append)
     assert (made.base_digest, made.base_revision) == (info.digest, None)
     assert len(said) == 1 and "that adapter was trained on other weights" in said[0]
@@ -406,7 +407,7 @@ def test_an_interrupted_download_goes_on_with_its_commit(
     hub: FakeHub, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = hub.main[REPO]
-    monkeypatch.setattr("jaxsft.hub.retry.Tries.failed", give_up)
+    monkeypatch.setattr("jaxsft.download.retry.Tries.failed", give_up)
     hub.faults += [("cdn .*safetensors", "cut")]
     with pytest.raises(ConnectionError, match="goes on where it stopped"):
         find_model(REPO, say=lambda line: None)
@@ -419,7 +420,7 @@ def test_an_interrupted_download_goes_on_with_its_commit(
 
 
 def give_up(self: Any, error: Exception) -> None:
-    from jaxsft.hub.retry import HubError
+    from jaxsft.download.retry import HubError
 
     raise HubError(f"{self.what}: the connection was cut off; gave up")
 

@@ -14,14 +14,14 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 import torch
-from twins import TWINS, make_twin
+from support.twins import TWINS, make_twin
 
-from jaxsft import flax_io
-from jaxsft.flax_io import FlaxCheckpoint, is_flax_checkpoint, write_flax
-from jaxsft.flax_names import like_found, preset_of
-from jaxsft.model import Gemma
-from jaxsft.presets import PRESETS
-from jaxsft.weights import hf_tensors, load_model
+from jaxsft.gemma.architecture import PRESETS
+from jaxsft.gemma.model import Gemma
+from jaxsft.weights import flax as flax_io
+from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint, write_flax
+from jaxsft.weights.flax_names import like_found, preset_of
+from jaxsft.weights.load import hf_tensors, load_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

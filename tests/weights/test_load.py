@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from other_devices import EIGHT_DEVICES
 from safetensors.numpy import load_file
-from twins import TWINS, make_twin
+from support.other_devices import EIGHT_DEVICES
+from support.twins import TWINS, make_twin
 
-from jaxsft.model import Gemma, layer_location
-from jaxsft.presets import PRESETS, from_hf_config
-from jaxsft.weights import hf_tensors, load_model
+from jaxsft.gemma.architecture import PRESETS, from_hf_config
+from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.weights.load import hf_tensors, load_model
 
 FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
 # Where each tensor must arrive, written by hand: (tree attribute path, Hugging Face name).
@@ -177,8 +177,8 @@ import sys
 import jax
 import numpy as np
 from flax import nnx
-from jaxsft.sharding import make_mesh
-from jaxsft.weights import hf_tensors, load_model
+from jaxsft.gemma.sharding import make_mesh
+from jaxsft.weights.load import hf_tensors, load_model
 
 options = {"dtype": "float32", "param_dtype": "float32"}
 whole, _ = load_model(sys.argv[1], **options)
@@ -301,7 +301,7 @@ def test_a_gguf_that_leaves_out_what_llama_cpp_knows(
 
 
 def test_real_gguf_is_the_preset(real_gguf: Path) -> None:
-    from jaxsft.gguf_io import GGUFFile, hf_config
+    from jaxsft.formats.gguf import GGUFFile, hf_config
 
     preset = PRESETS["gemma-3-270m"]
     config = from_hf_config(hf_config(GGUFFile(real_gguf)))
@@ -335,7 +335,7 @@ def test_gguf_header_equals_the_reference_reader(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
 
-    from jaxsft.gguf_io import GGUFFile
+    from jaxsft.formats.gguf import GGUFFile
 
     ours, reference = GGUFFile(path), gguf.GGUFReader(path)
     expected = {k: v.contents() for k, v in reference.fields.items() if not k.startswith("GGUF.")}

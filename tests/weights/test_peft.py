@@ -13,15 +13,15 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from lora_twins import clone, twin
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from twins import TWINS, WINDOW
+from support.lora_twins import clone, twin
+from support.twins import TWINS, WINDOW
 
-from jaxsft import lora
-from jaxsft.lora import TARGETS
-from jaxsft.model import Gemma
-from jaxsft.peft_io import (
+from jaxsft.gemma import lora
+from jaxsft.gemma.lora import TARGETS
+from jaxsft.gemma.model import Gemma
+from jaxsft.weights.peft import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     AdapterConfig,
@@ -229,7 +229,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxsft.peft_io.save_file", fail)
+    monkeypatch.setattr("jaxsft.weights.peft.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, model, ("q_proj",), False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

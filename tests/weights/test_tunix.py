@@ -10,12 +10,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from lora_twins import ATTENTION, clone, twin
+from support.lora_twins import ATTENTION, clone, twin
 
-from jaxsft.lora import TARGETS, inject, resolve_targets
-from jaxsft.model import Gemma, layer_location
-from jaxsft.peft_io import AdapterConfig
-from jaxsft.tunix_io import write_tunix_lora
+from jaxsft.gemma.lora import TARGETS, inject, resolve_targets
+from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.weights.peft import AdapterConfig
+from jaxsft.weights.tunix import write_tunix_lora
 
 RANK, ALPHA = 3, 7.0
 NUM_LAYERS = 3  # one repetition of Gemma 2's two and a tail

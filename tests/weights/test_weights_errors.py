@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxsft import weights
-from jaxsft.gguf_io import GGUFFile, hf_config
-from jaxsft.presets import from_hf_config
-from jaxsft.weights import demo_model_path, load_model
+from jaxsft.formats.gguf import GGUFFile, hf_config
+from jaxsft.gemma.architecture import from_hf_config
+from jaxsft.weights import load as weights
+from jaxsft.weights.load import demo_model_path, load_model
 
 CONFIG = {
     "model_type": "gemma",
