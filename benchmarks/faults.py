@@ -4,7 +4,7 @@ Every row is the real command in processes of its own, on a tiny model: the faul
 `tries` times, and what comes of it is compared with a run that nothing happened to: every number of
 every step, the hashes of the batches, the held-out losses, the checkpoints and the adapter's bytes.
 Not here, for want of the machines: a TPU that another process has (the messages of libtpu are in
-tests/unit/test_device_errors.py) and the preemption of several hosts.
+tests/run/test_out_of_memory_advice.py) and the preemption of several hosts.
 
 Exit codes: 0 nothing was wrong; 1 otherwise; 2 there is no such row.
 """

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxsft.cli import cache_dir
-from jaxsft.data.packing import Batch
+from jaxsft.common.batch import Batch
+from jaxsft.common.files import cache_dir
 from jaxsft.gemma.sharding import partition_spec
 from jaxsft.plan.estimate import StepEstimate, estimate_lowered
 from jaxsft.plan.run_plan import RunPlan

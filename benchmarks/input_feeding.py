@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxsft.common.batch import Batch
 from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.data.chat import encode_chats
-from jaxsft.data.packing import Batch, PackedRows, Sample, StepBatches
+from jaxsft.data.packing import PackedRows, Sample, StepBatches
 from jaxsft.data.rows import Conversation, Turn, convert_row
 from jaxsft.data.samples import batches
 from jaxsft.data.sources import read_rows

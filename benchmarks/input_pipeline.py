@@ -28,8 +28,8 @@ from benchmarks import glaive_like, peer_venvs
 from benchmarks.input_feeding import feed_naive, feed_prepared
 from benchmarks.input_peers import prepare_with_trl, write_trl_rows
 from benchmarks.process_tree import ROOT, CommandError, Usage, run_measured
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, cache_dir, fail
-from jaxsft.common.files import write_json
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
+from jaxsft.common.files import cache_dir, write_json
 from jaxsft.data.prepared import Prepared, open_prepared
 from jaxsft.data.sources import MANIFEST
 from jaxsft.data.tokenizer import Tokenizer

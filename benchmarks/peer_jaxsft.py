@@ -16,8 +16,8 @@ from flax import nnx
 
 from benchmarks.peer_lab import NUM_ROWS, ROW_LENGTH
 from benchmarks.peer_protocol import serve
+from jaxsft.common.batch import Batch
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
-from jaxsft.data.packing import Batch
 from jaxsft.prepare.__main__ import load_data
 from jaxsft.run.setup import build
 from jaxsft.step.train_step import init_state, put_batch, train_step

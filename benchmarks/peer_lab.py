@@ -13,9 +13,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.peer_protocol import Worker
+from jaxsft.common.batch import Batch
 from jaxsft.config import DataOptions
 from jaxsft.data.bins import one_per_row
-from jaxsft.data.packing import Batch, PackedRows, Sample
+from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.data.samples import load_samples
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.gguf import GGUFFile, hf_config

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxsft.cli import cache_dir
+from jaxsft.common.files import cache_dir
 
 DEFAULT_DIR = cache_dir("peers")
 

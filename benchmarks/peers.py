@@ -28,7 +28,7 @@ from benchmarks import peer_venvs
 from benchmarks.peer_lab import ALLOCATORS, OURS, PEERS, ROOT, Lab, make_row_sets
 from benchmarks.peer_protocol import WorkerError
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
-from jaxsft.data.packing import Batch
+from jaxsft.common.batch import Batch
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.weights.load import demo_model_path
 

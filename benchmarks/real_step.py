@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsft.config import TrainConfig
-from jaxsft.data.packing import Batch
+from jaxsft.common.batch import Batch
+from jaxsft.config import TrainConfig, check_devices
 from jaxsft.run.program import (
     StepArguments,
     abstract_setup,
@@ -16,7 +16,6 @@ from jaxsft.run.program import (
     lower_step,
     num_run_steps,
 )
-from jaxsft.validation import check_devices
 
 BOUND = 0.02 * 3**0.5
 

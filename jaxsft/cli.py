@@ -17,10 +17,9 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from jaxsft.common.out_of_memory import parse_shortage
+from jaxsft.common.signals import interrupts_kept
 from jaxsft.common.text import visible_line
-from jaxsft.config import TrainConfig
-from jaxsft.run.session import interrupts_kept
-from jaxsft.validation import validate
+from jaxsft.config import TrainConfig, validate
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo"
@@ -68,12 +67,6 @@ def failure_code(error: ValueError | OSError) -> int:
         isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
     )
     return EXIT_FAILED if failed else EXIT_BAD_INPUT
-
-
-def cache_dir(name: str) -> Path:
-    """Where what can be made again is kept: "plan" for estimates, "prepared" for rows."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxsft" / name
 
 
 def check_output(option: str, path: str) -> None:

@@ -14,9 +14,8 @@ import pytest
 from jaxsft import config as config_module
 from jaxsft.cli import check_output, command_line, parse_config, parse_options, recipe_names
 from jaxsft.common.files import read_json, write_json
-from jaxsft.config import TrainConfig
+from jaxsft.config import TrainConfig, check_devices, validate
 from jaxsft.step.optimizer import make_schedule
-from jaxsft.validation import check_devices, validate
 
 
 def parse(*argv: str) -> TrainConfig:

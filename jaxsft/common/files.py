@@ -40,3 +40,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: is not a JSON object; make it again")
     return values
+
+
+def cache_dir(name: str) -> Path:
+    """Where what can be made again is kept: "plan" for estimates, "prepared" for rows."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jaxsft" / name

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from jaxsft.common.batch import Batch
 from jaxsft.common.text import visible_line
 from jaxsft.config import DataOptions
 from jaxsft.data.chat import encode_chats, shorten
 from jaxsft.data.filters import Filter, contaminated, degenerate, duplicates
-from jaxsft.data.packing import Batch, Sample, StepBatches
+from jaxsft.data.packing import Sample, StepBatches
 from jaxsft.data.rows import Conversation, Rejected, Turn, convert_row
 from jaxsft.data.sources import read_rows
 from jaxsft.data.tokenizer import Tokenizer

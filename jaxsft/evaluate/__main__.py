@@ -24,9 +24,10 @@ import optax
 from rich.console import Console
 from rich.text import Text
 
-from jaxsft.cli import cache_dir, parse_options, run_command
+from jaxsft.cli import parse_options, run_command
 from jaxsft.common.console import make_console
-from jaxsft.common.devices import configure_jax
+from jaxsft.common.devices import check_device, configure_jax
+from jaxsft.common.files import cache_dir
 from jaxsft.common.text import visible_line
 from jaxsft.config import DataOptions
 from jaxsft.data.bins import pack
@@ -57,16 +58,14 @@ from jaxsft.evaluate.options import (
 from jaxsft.evaluate.results import Measured, describe, output_directory, write_results
 from jaxsft.evaluate.scoring import compare
 from jaxsft.evaluate.table import show_comparison, with_perplexity
-from jaxsft.export.hf_directory import MergedWeights
-from jaxsft.export.verify import without_weights
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import num_rows
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.prepare.__main__ import all_samples, load_heldout
-from jaxsft.run.device_errors import check_device
 from jaxsft.step.train_step import StepSpec
 from jaxsft.weights.find import Origin, check_tokenizer, load
-from jaxsft.weights.load import file_sha256, open_weights
+from jaxsft.weights.load import file_sha256, open_weights, without_weights
+from jaxsft.weights.merged import MergedWeights
 from jaxsft.weights.peft import WEIGHTS_NAME, load_adapter
 
 DESCRIPTION = (

@@ -9,12 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig
+from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig, validate
 from jaxsft.data.samples import as_list
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.export.output import system_text
-from jaxsft.validation import validate
-from jaxsft.weights.find import Origin, base_path, find_model, open_tokenizer, run_config
+from jaxsft.weights.find import (
+    Origin,
+    base_path,
+    find_model,
+    open_tokenizer,
+    run_config,
+    system_text,
+)
 from jaxsft.weights.peft import holds_adapter
 
 BASE = "base"

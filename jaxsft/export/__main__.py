@@ -20,13 +20,12 @@ from rich.console import Console
 from jaxsft import __version__
 from jaxsft.cli import EXIT_FAILED, command_line, fail, parse_options, run_command
 from jaxsft.common.console import make_console
-from jaxsft.common.devices import configure_jax
+from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_json
 from jaxsft.export.card import about_training, model_card
 from jaxsft.export.formats import Export, find_checker, needed_bytes, open_export, verify, write
 from jaxsft.export.options import ExportOptions
 from jaxsft.export.output import (
-    MANIFEST,
     check_replaceable,
     check_space,
     default_output,
@@ -37,8 +36,7 @@ from jaxsft.export.output import (
 )
 from jaxsft.export.peers import Peer
 from jaxsft.export.verify import LOGIT_BOUND, Check, summary
-from jaxsft.run.device_errors import check_device
-from jaxsft.weights.find import find_model
+from jaxsft.weights.find import MANIFEST, find_model
 from jaxsft.weights.load import file_sha256
 from jaxsft.weights.peft import WEIGHTS_NAME
 

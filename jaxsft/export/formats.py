@@ -11,16 +11,8 @@ import numpy as np
 
 from jaxsft.common.files import read_json, write_json
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.export.hf_directory import (
-    DTYPES,
-    MergedWeights,
-    base_for_peft,
-    to_hf_config,
-    write_configs,
-    write_weights,
-)
+from jaxsft.export.hf_directory import base_for_peft, to_hf_config, write_configs, write_weights
 from jaxsft.export.options import ExportOptions
-from jaxsft.export.output import system_text
 from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
 from jaxsft.export.tokenizer import write_tokenizer
 from jaxsft.export.verify import (
@@ -34,14 +26,14 @@ from jaxsft.export.verify import (
     our_logits,
     reference_logits,
     text_problem,
-    without_weights,
 )
 from jaxsft.export.verify_flax import TUNIX_LORA, flax_problem, tunix_lacks
 from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 from jaxsft.gemma.model import Gemma
-from jaxsft.weights.find import Origin, check_tokenizer, open_tokenizer
+from jaxsft.weights.find import Origin, check_tokenizer, open_tokenizer, system_text
 from jaxsft.weights.flax import write_flax
-from jaxsft.weights.load import TensorSource, WeightsInfo, load_model, open_weights
+from jaxsft.weights.load import TensorSource, WeightsInfo, load_model, open_weights, without_weights
+from jaxsft.weights.merged import DTYPES, MergedWeights
 from jaxsft.weights.peft import AdapterConfig, load_adapter, save_adapter
 from jaxsft.weights.tunix import write_tunix_lora
 

@@ -14,19 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxsft.common.files import write_json
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.architecture import GLOBAL, GemmaConfig
-from jaxsft.gemma.lora import lora_scale
-from jaxsft.weights.load import TensorSource, WeightsInfo, check_tensors
-from jaxsft.weights.names import ROOT_TENSORS, check_shapes, layer_tensors
-from jaxsft.weights.peft import WEIGHTS_NAME, adapter_parts, read_adapter_config
+from jaxsft.weights.load import TensorSource, WeightsInfo
+from jaxsft.weights.merged import DTYPES, MergedWeights
 
-DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _STORED = {"float32": "F32", "bfloat16": "BF16"}  # safetensors' names
 _MODEL_TYPES = {
     "gemma": "GemmaForCausalLM",
@@ -35,89 +30,6 @@ _MODEL_TYPES = {
 }
 WEIGHTS = "model.safetensors"
 _HEADER_ALIGNMENT = 8
-
-
-class MergedWeights:
-    """A base model, with or without an adapter added, as a `TensorSource` of Hugging Face names.
-
-    W + scale · B A is computed in float64: the order of summation then has no part in which way it
-    is rounded to bfloat16. What no adapter touches comes as the base stores it (GGUF: dequantised,
-    norms without the 1 that it adds), so that it can be copied bit for bit.
-    """
-
-    def __init__(self, source: TensorSource, info: WeightsInfo, adapter: Path | None):
-        """`source` and `info` are the base's; raises ValueError where the adapter doesn't fit."""
-        self.path, self.config = source.path, info.config
-        self._source = source
-        self._names = _source_names(info)
-        self.shapes = {name: _shape(info.config, name) for name in self._names}
-        stored = {self._names[name]: shape for name, shape in self.shapes.items()}
-        check_tensors(source, stored, is_gguf=info.format == "gguf")
-        # GGUF stores 1 + weight for the norms.
-        self._shift = np.float32(-1.0 if info.format == "gguf" else 0.0)
-        self._updates: dict[str, dict[str, np.ndarray]] = {}
-        if adapter is not None:
-            self._add(adapter)
-
-    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, [rows, in]) of a tensor in order; [n] counts as one row.
-
-        Raises ValueError for NaN and infinity.
-        """
-        is_norm = len(self.shapes[name]) == 1
-        update = self._updates.get(name)
-        for start, block in self._source.blocks(self._names[name]):
-            if is_norm and self._shift:
-                block = block + self._shift
-            if update is not None:
-                a_RI, b_OR = (update[ab].astype(np.float64) for ab in "AB")
-                b_rows = self._scale * b_OR[start : start + len(block)]
-                block = block.astype(np.float64) + b_rows @ a_RI
-            if not np.isfinite(block).all():
-                raise ValueError(f"{self.path}: tensor {name} holds NaN or infinity: damaged")
-            yield start, block
-
-    def tensors(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, whole array in `dtype`) of every tensor, one after the other."""
-        for name, shape in self.shapes.items():
-            array = np.empty(shape, DTYPES[dtype])
-            rows = array[None] if array.ndim == 1 else array
-            for start, block in self.blocks(name):
-                rows[start : start + len(block)] = block
-            yield name, array
-
-    def _add(self, adapter: Path) -> None:
-        """Reads what is added to every adapted matrix: B [out, r] and A [r, in]."""
-        settings = read_adapter_config(adapter)
-        self._scale = lora_scale(settings.rank, settings.alpha, settings.use_rslora)
-        source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
-        parts = list(adapter_parts(self.config, settings.targets, settings.rank))
-        check_shapes(source.path, source.shapes, {part.key: part.shape for part in parts})
-        for part in parts:
-            name, _, ab = part.key.removeprefix("base_model.model.").partition(".lora_")
-            matrix = np.concatenate([block for _, block in source.blocks(part.key)])
-            self._updates.setdefault(f"{name}.weight", {})[ab[0]] = matrix
-
-
-def _source_names(info: WeightsInfo) -> dict[str, str]:
-    """Hugging Face's name of every tensor -> its name in the base, in the order of `hf_tensors`."""
-    is_gguf = info.format == "gguf"
-    names = {f"{t.hf}.weight": f"{t.gguf if is_gguf else t.hf}.weight" for t in ROOT_TENSORS}
-    for layer in range(info.config.num_layers):
-        for tensor in layer_tensors(info.config):
-            hf = f"model.layers.{layer}.{tensor.hf}.weight"
-            names[hf] = f"blk.{layer}.{tensor.gguf}.weight" if is_gguf else hf
-    return names
-
-
-def _shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
-    """The shape of a tensor by its Hugging Face name; linear weights are [out, in]."""
-    module = name.split(".")[-2]
-    if module in config.linear_shapes:
-        return config.linear_shapes[module][::-1]
-    if module == "embed_tokens":
-        return config.vocab_size, config.d_model
-    return (config.head_dim if module in ("q_norm", "k_norm") else config.d_model,)
 
 
 def write_weights(

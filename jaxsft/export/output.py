@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import glob
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxsft.common.files import read_json
-from jaxsft.weights.find import RUN_ADAPTERS, Origin, run_config
-from jaxsft.weights.flax import is_flax_checkpoint
+from jaxsft.weights.find import MANIFEST, RUN_ADAPTERS
 from jaxsft.weights.load import file_sha256
 
-MANIFEST = "manifest.json"
 _EARLIER = "earlier-"  # what is being replaced, in the scratch directory
 _SPARE_BYTES = 64 * 2**20  # tokenizer, card
 
@@ -37,32 +34,6 @@ def default_output(model: str, format: str) -> Path:
     else:
         name = Path(model.partition("@")[0]).name
     return Path("exports", f"{name}-{format}")
-
-
-def system_text(origin: Origin) -> str | None:
-    """The system text that a model was trained with, '' for none: its run's, or what the manifest
-    says if it is an export. None where neither tells, as of base models and foreign adapters.
-
-    Raises ValueError for a run whose config.yaml cannot be read; of a manifest that cannot be, or
-    that is another program's, nothing is believed.
-    """
-    if origin.run_dir is not None:
-        return run_config(origin.run_dir).data.system_prompt or ""
-    directory, format = origin.base, "merged"
-    if origin.adapter is not None:
-        directory, format = origin.adapter, "peft"
-    elif is_flax_checkpoint(origin.base):
-        directory, format = origin.base.resolve(), "flax"
-        if not (directory / MANIFEST).is_file():  # it is the export's model/
-            directory = directory.parent
-    try:
-        manifest = read_json(directory / MANIFEST)
-    except ValueError:
-        return None
-    text = manifest.get("system_prompt")
-    if manifest.get("format") != format or not isinstance(text, str):
-        return None
-    return None if re.search("[\ud800-\udfff]", text) else text  # JSON can escape what is no text
 
 
 def check_replaceable(path: Path, identity: Mapping[str, Any]) -> None:

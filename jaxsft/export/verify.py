@@ -11,7 +11,7 @@ import gc
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,14 +90,6 @@ def our_logits(model: Gemma, probes: Sequence[Probe]) -> list[np.ndarray]:
 def _hidden(graphdef: nnx.GraphDef, state: nnx.State, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     return nnx.merge(graphdef, state)(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
-
-
-def without_weights(config: GemmaConfig) -> Gemma:
-    """A model to put an adapter into: its own weights are zeros that take no memory."""
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0))))
-    state = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
-    model: Any = nnx.merge(graphdef, state)
-    return model
 
 
 def reference_logits(origin: Origin, dtype: str, probes: Sequence[Probe]) -> list[np.ndarray]:

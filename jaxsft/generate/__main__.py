@@ -24,20 +24,25 @@ from rich.console import Console
 
 from jaxsft.cli import EXIT_INTERRUPTED, check_output, parse_options, run_command
 from jaxsft.common.console import make_console
-from jaxsft.common.devices import configure_jax
+from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_text
-from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, ModelOptions, TrainConfig
+from jaxsft.config import (
+    SYSTEM_PROMPT,
+    DataOptions,
+    Dtype,
+    EvalOptions,
+    ModelOptions,
+    TrainConfig,
+    validate,
+)
 from jaxsft.data.rows import Turn, split_completion
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.export.output import system_text
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import Generation, generate, num_rows
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.generate.chat import Session, Voice, answer, chat, encode, show
 from jaxsft.generate.prompts import FilePrompt, read_prompt_file
-from jaxsft.run.device_errors import check_device
-from jaxsft.validation import validate
-from jaxsft.weights.find import Loaded, Origin, find_model, load, run_config
+from jaxsft.weights.find import Loaded, Origin, find_model, load, run_config, system_text
 
 DESCRIPTION = (
     "Asks a model, with its adapter: one prompt, a file of prompts, or, without either, a chat in "

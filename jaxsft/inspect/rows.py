@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jaxsft.common.batch import BoolArray, Int32Array
 from jaxsft.common.text import visible_line
-from jaxsft.data.packing import BoolArray, Int32Array
 from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.tokenizer import Tokenizer
 

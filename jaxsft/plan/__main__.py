@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxsft.cli import EXIT_FAILED, cache_dir, fail, parse_config, run_command
-from jaxsft.common.files import write_json
-from jaxsft.config import TrainConfig
+from jaxsft.cli import EXIT_FAILED, fail, parse_config, run_command
+from jaxsft.common.files import cache_dir, write_json
+from jaxsft.config import TrainConfig, check_devices
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.plan.estimate import StepEstimate, estimate_step, num_chips
@@ -40,7 +40,6 @@ from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
 from jaxsft.plan.workload import Workload, read_lengths
 from jaxsft.prepare.__main__ import load_data, model_path
 from jaxsft.run.program import architecture
-from jaxsft.validation import check_devices
 
 EXIT_DOES_NOT_FIT = 1
 DEFAULT_RECIPE = "single_session"

@@ -11,7 +11,7 @@ from jaxsft.plan.estimate import GIB
 from jaxsft.plan.report import HASH_OF_GUESSED_STEPS, NOTHING_FITS, describe_setting
 from jaxsft.plan.search import Setting, nearest_fit
 from jaxsft.plan.tpu_aot import OutOfMemory, compile_or_refuse
-from jaxsft.run.device_errors import free_memory
+from jaxsft.run.out_of_memory import free_memory
 from jaxsft.run.program import abstract_setup, architecture, lower_step, program_hash
 
 

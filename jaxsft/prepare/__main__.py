@@ -15,7 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxsft.cli import cache_dir, parse_config, run_command
+from jaxsft.cli import parse_config, run_command
+from jaxsft.common.files import cache_dir
 from jaxsft.config import DataOptions, TrainConfig
 from jaxsft.data.packing import Sample
 from jaxsft.data.prepared import Prepared

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxsft.common.batch import Batch
 from jaxsft.config import TrainConfig
-from jaxsft.data.packing import Batch
 from jaxsft.gemma.sharding import named, partition_spec
 from jaxsft.run.program import make_fused_spec
 from jaxsft.run.setup import Setup, plain_weights

@@ -20,8 +20,9 @@ from jax.experimental.mosaic.dialects import tpu
 from jax.extend.mlir import ir
 from jax.sharding import Mesh
 
+from jaxsft.common.batch import Batch
 from jaxsft.config import TrainConfig
-from jaxsft.data.packing import Batch, num_steps
+from jaxsft.data.packing import num_steps
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import PRESETS, GemmaConfig, from_hf_config

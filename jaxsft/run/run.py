@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxsft.cli import EXIT_FAILED, cache_dir, fail
-from jaxsft.common.files import write_json
+from jaxsft.cli import EXIT_FAILED, fail
+from jaxsft.common.files import cache_dir, write_json
 from jaxsft.common.hosts import from_first
 from jaxsft.config import TrainConfig
 from jaxsft.prepare.__main__ import Data

@@ -1,31 +1,21 @@
-"""When a run has to stop before its end: signals, and the clock of the session.
+"""When a run has to stop before its end: a signal came, or the session runs out of time.
 
 A session's end is an absolute time. What a stop takes is kept free before it, by the rule of
 `Clock.is_up`: two slow steps, three saves and 120 s for all that is not measured.
 """
 
-import contextlib
 import math
-import os
-import signal
 import statistics
-import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any
 
 from jaxsft.common.hosts import any_of
 
 RESERVE_S = 120.0
 _LONGEST_S = 366 * 86400.0
 _WINDOW = 200  # steps that the 99th percentile is taken of
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STOPPING = b"Stopping soon; once more to stop at once.\n"
 
 
 class Clock:
@@ -137,87 +127,6 @@ class Session:
         if why is not None:
             raise StopNow(why)
         self.beat(doing)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does, while nothing is there to save.
-
-    A second signal ends the process.
-    """
-    with interrupts_kept(), _signals_to(signal.default_int_handler, b""):
-        yield
-
-
-@contextmanager
-def interrupts_kept() -> Iterator[None]:
-    """No KeyboardInterrupt is lost. Python drops what is raised in a finalizer or a callback of the
-    garbage collector, such as JAX's, and a tenth of set-up is collection: it is raised again a
-    millisecond later."""
-    hook = sys.unraisablehook
-
-    def again(dropped: Any) -> None:
-        if dropped.exc_type is KeyboardInterrupt:
-            signal.setitimer(signal.ITIMER_REAL, 1e-3)
-        else:
-            hook(dropped)
-
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    sys.unraisablehook = again
-    try:
-        yield
-        if signal.getitimer(signal.ITIMER_REAL)[0]:
-            raise KeyboardInterrupt
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.unraisablehook = hook
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Takes over SIGINT, SIGTERM and SIGHUP; yields whether one came. A second ends the process."""
-    received: list[int] = []
-    with _signals_to(lambda number, _: received.append(number), _STOPPING):
-        yield lambda: bool(received)
-
-
-@contextmanager
-def _signals_to(handler: Callable[[int, Any], Any], line: bytes) -> Iterator[None]:
-    """Signals go to `handler`, as soon as the main thread is back in Python: not within a step or a
-    compilation. A thread hears of them at once: it writes `line` to stderr at the first, and ends
-    the process at the second, with 128 + its number as shells do.
-    """
-    # Not those that the user had ignored, as nohup does with SIGHUP.
-    taken = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)  # the interpreter demands it
-    thread = threading.Thread(target=_hear, args=(reader, line, taken), daemon=True)
-    thread.start()
-    handlers = {each: signal.signal(each, handler) for each in taken}
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for each, old in handlers.items():
-            signal.signal(each, old)
-        os.close(writer)
-        thread.join()
-
-
-def _hear(reader: int, line: bytes, numbers: Sequence[int]) -> None:
-    """Reads the numbers of signals from the pipe that the interpreter writes them to."""
-    is_second = False
-    while received := os.read(reader, 1):
-        if received[0] not in numbers:
-            continue
-        if is_second:
-            os._exit(128 + received[0])
-        is_second = True
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, line)
-    os.close(reader)
 
 
 def duration(seconds: float) -> str:

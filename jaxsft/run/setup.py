@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxsft.config import TrainConfig
+from jaxsft.config import TrainConfig, check_devices
 from jaxsft.data.packing import StepBatches
 from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
@@ -34,7 +34,6 @@ from jaxsft.run.program import (
 from jaxsft.step.fused_weights import fuse, unfuse
 from jaxsft.step.optimizer import run_schedule
 from jaxsft.step.train_step import StepSpec, TrainState, init_state
-from jaxsft.validation import check_devices
 from jaxsft.weights.find import check_tokenizer
 from jaxsft.weights.load import WeightsInfo, load_model
 from jaxsft.weights.peft import AdapterConfig

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.data.packing import Batch
+from jaxsft.common.batch import Batch
 from jaxsft.gemma.loss import loss_and_gradient, token_losses
 from jaxsft.step.fused_layer import LayerSettings, layer_backward, layer_forward, make_attend
 from jaxsft.step.fused_weights import FusedLayout, Layer, write_adapter

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.data.packing import Batch
+from jaxsft.common.batch import Batch
 from jaxsft.gemma.architecture import LOCAL, GemmaConfig
 from jaxsft.gemma.attention import Tokens, attend, visible
 from jaxsft.gemma.layers import apply_rotary, rms_norm, rotary_table

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxsft.data.packing import Batch
+from jaxsft.common.batch import Batch
 from jaxsft.gemma.loss import chunked_cross_entropy, chunked_token_losses
 from jaxsft.gemma.sharding import (
     constrain,

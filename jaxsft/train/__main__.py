@@ -19,20 +19,21 @@ import jax
 from rich.console import Console
 
 from jaxsft.cli import EXIT_FAILED, command_line, fail, failure_code, parse_config, parse_preflight
+from jaxsft.common.batch import batch_hash
 from jaxsft.common.console import make_console
-from jaxsft.common.devices import configure_jax
+from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.hosts import join_hosts, reached_preemption
+from jaxsft.common.signals import catch_signals, interruptible
 from jaxsft.config import TrainConfig
-from jaxsft.data.packing import batch_hash
 from jaxsft.data.samples import batches
 from jaxsft.prepare.__main__ import load_data
 from jaxsft.prepare.report import show_data
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
-from jaxsft.run.device_errors import GENERAL_ADVICE, check_device, explain_out_of_memory
 from jaxsft.run.fork import ADAPTER, START, as_begun
 from jaxsft.run.measure import load_before, measured_of
 from jaxsft.run.metrics import MetricsWriter, Throughput
+from jaxsft.run.out_of_memory import GENERAL_ADVICE, explain_out_of_memory
 from jaxsft.run.remote import RunFiles, is_remote
 from jaxsft.run.report import progress, show_finished, show_result, show_setup, show_stopped
 from jaxsft.run.run import (
@@ -53,14 +54,7 @@ from jaxsft.run.run import (
 from jaxsft.run.run_dir import ReplacedError, RunDir, check_free_space
 from jaxsft.run.saver import Saver
 from jaxsft.run.schedule import SCHEDULE, check_fit, fit_schedule, fitted, forecast
-from jaxsft.run.session import (
-    Clock,
-    Session,
-    StopNow,
-    catch_signals,
-    interruptible,
-    session_end_s,
-)
+from jaxsft.run.session import Clock, Session, StopNow, session_end_s
 from jaxsft.run.setup import (
     Setup,
     abstract_state,

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from jaxsft.cli import parse_config
+from jaxsft.common.files import read_json
 from jaxsft.config import TrainConfig
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.safetensors import holds_model
@@ -286,3 +287,32 @@ def _check_base(found: _Found) -> None:
         f"{path}: holds neither config.json, adapter_config.json, {RUN_CONFIG} nor a Flax "
         f"checkpoint; give {KINDS}"
     )
+
+
+MANIFEST = "manifest.json"
+
+
+def system_text(origin: Origin) -> str | None:
+    """The system text that a model was trained with, '' for none: its run's, or what the manifest
+    says if it is an export. None where neither tells, as of base models and foreign adapters.
+
+    Raises ValueError for a run whose config.yaml cannot be read; of a manifest that cannot be, or
+    that is another program's, nothing is believed.
+    """
+    if origin.run_dir is not None:
+        return run_config(origin.run_dir).data.system_prompt or ""
+    directory, format = origin.base, "merged"
+    if origin.adapter is not None:
+        directory, format = origin.adapter, "peft"
+    elif is_flax_checkpoint(origin.base):
+        directory, format = origin.base.resolve(), "flax"
+        if not (directory / MANIFEST).is_file():  # it is the export's model/
+            directory = directory.parent
+    try:
+        manifest = read_json(directory / MANIFEST)
+    except ValueError:
+        return None
+    text = manifest.get("system_prompt")
+    if manifest.get("format") != format or not isinstance(text, str):
+        return None
+    return None if re.search("[\ud800-\udfff]", text) else text  # JSON can escape what is no text

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxsft.cli import cache_dir
-from jaxsft.common.files import read_json, write_json
+from jaxsft.common.files import cache_dir, read_json, write_json
 from jaxsft.data.sources import MANIFEST
 from jaxsft.download.files import HubFile, Snapshot, fetch_files, look_up
 from jaxsft.download.pins import COMMIT, read_pins, write_pin

@@ -294,3 +294,11 @@ def _to_devices(leaf: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
     if sharding is None:
         return jax.device_put(leaf)
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def without_weights(config: GemmaConfig) -> Gemma:
+    """A model to put an adapter into: its own weights are zeros that take no memory."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
+    model: Any = nnx.merge(graphdef, state)
+    return model

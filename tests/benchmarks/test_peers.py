@@ -10,7 +10,7 @@ import pytest
 from benchmarks import peer_venvs, peers, tunix_step
 from benchmarks.peer_lab import ROOT, make_row_sets, save_rows
 from benchmarks.peer_protocol import Worker, WorkerError
-from jaxsft.data.packing import Batch
+from jaxsft.common.batch import Batch
 from jaxsft.data.tokenizer import Tokenizer
 
 # Doubles what it is told; steps take no time and the third fails.

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
-from jaxsft.hub import datasets as hub_datasets
-from jaxsft.hub import files as hub_files
 from support.fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
 
 from jaxsft.data.rows import ACCEPTED_SCHEMAS, Conversation, convert_row
 from jaxsft.data.sources import read_rows
+from jaxsft.download import datasets as hub_datasets
+from jaxsft.download import files as hub_files
 from jaxsft.download.parts import columns_read, write_part
 from jaxsft.download.retry import Hub
 from jaxsft.download.splits import parse_split

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxsft.evaluation import heldout
 from support.fake_tokenizer import FakeTokenizer
 
+from jaxsft.common.batch import Batch
 from jaxsft.config import EvalOptions
 from jaxsft.data.chat import encode_chat, encode_prompt
-from jaxsft.data.packing import Batch, PackedRows
+from jaxsft.data.packing import PackedRows
 from jaxsft.data.rows import Turn
+from jaxsft.evaluate import heldout
 from jaxsft.evaluate.heldout import (
     Prompt,
     answer_mask,

@@ -22,15 +22,14 @@ from safetensors.numpy import load_file
 
 from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.export.__main__ import main
-from jaxsft.export.output import system_text
 from jaxsft.export.peers import TUNIX
-from jaxsft.export.verify import LOGIT_BOUND, without_weights
+from jaxsft.export.verify import LOGIT_BOUND
 from jaxsft.export.verify_flax import flax_problem, tunix_lacks
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GemmaConfig, from_hf_config
 from jaxsft.gemma.lora import TARGETS
-from jaxsft.weights.find import find_model, open_tokenizer
-from jaxsft.weights.load import load_model
+from jaxsft.weights.find import find_model, open_tokenizer, system_text
+from jaxsft.weights.load import load_model, without_weights
 from jaxsft.weights.peft import AdapterConfig, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -20,11 +20,10 @@ from jaxsft.export.output import (
     digests,
     put_in_place,
     scratch_beside,
-    system_text,
 )
 from jaxsft.export.verify import max_difference
 from jaxsft.gemma.architecture import PRESETS, from_hf_config
-from jaxsft.weights.find import Origin
+from jaxsft.weights.find import Origin, system_text
 from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 

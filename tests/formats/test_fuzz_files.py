@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxsft.hub import files as hub_files
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from support.fake_tokenizer import FakeTokenizer
 
@@ -31,6 +30,7 @@ from jaxsft.data.prepared import Prepared, open_prepared, sealed
 from jaxsft.data.prepared_cache import prepare
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.data.vocabulary import BYTE, CONTROL, NORMAL, REQUIRED_PIECES, UNKNOWN
+from jaxsft.download import files as hub_files
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.architecture import from_hf_config

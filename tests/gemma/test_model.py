@@ -30,7 +30,8 @@ from support.lora_twins import (
 )
 from support.twins import TWINS, WINDOW
 
-from jaxsft.data.packing import Batch, PackedRows
+from jaxsft.common.batch import Batch
+from jaxsft.data.packing import PackedRows
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GLOBAL, LOCAL
 from jaxsft.gemma.layers import RMSNorm

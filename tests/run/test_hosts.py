@@ -27,7 +27,7 @@ from types import SimpleNamespace
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxsft.run.checkpoints import Checkpoints
-from jaxsft.evaluation import heldout
+from jaxsft.evaluate import heldout
 from jaxsft.common.hosts import any_of, array_from_first, from_first, join_hosts, reached_preemption
 from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.gemma.sharding import make_mesh

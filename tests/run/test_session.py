@@ -16,19 +16,11 @@ from typing import Any
 import pytest
 
 from benchmarks.child import HEARS_SIGNALS
+from jaxsft.common.signals import catch_signals, interruptible, interrupts_kept
 from jaxsft.config import TrainConfig
 from jaxsft.run import schedule
 from jaxsft.run.preflight import TimedSteps
-from jaxsft.run.session import (
-    Clock,
-    Session,
-    StopNow,
-    catch_signals,
-    duration,
-    interruptible,
-    interrupts_kept,
-    session_end_s,
-)
+from jaxsft.run.session import Clock, Session, StopNow, duration, session_end_s
 
 NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 

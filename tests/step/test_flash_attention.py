@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft.data.packing import Batch, PackedRows, Sample
+from jaxsft.common.batch import Batch
+from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
 from jaxsft.step import flash_attention
 from jaxsft.step.fused_layer import make_attend

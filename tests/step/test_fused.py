@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 from support.lora_twins import make_peft, random_samples, twin, with_adapter
 
+from jaxsft.common.batch import Batch
 from jaxsft.data.bins import best_fit_decreasing
-from jaxsft.data.packing import Batch, PackedRows
+from jaxsft.data.packing import PackedRows
 from jaxsft.gemma import lora
 from jaxsft.gemma.lora import TARGETS
 from jaxsft.gemma.model import Gemma

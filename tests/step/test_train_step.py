@@ -25,8 +25,9 @@ from support.lora_twins import (
 )
 from support.twins import WINDOW
 
+from jaxsft.common.batch import Batch
 from jaxsft.data.bins import best_fit_decreasing, one_per_row
-from jaxsft.data.packing import Batch, PackedRows, Sample
+from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import make_mesh, state_shardings

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import pytest
 
+from jaxsft.common.devices import check_device
 from jaxsft.common.out_of_memory import Shortage, parse_shortage
 from jaxsft.plan.tpu_aot import TOPOLOGIES
-from jaxsft.run import device_errors
-from jaxsft.run.device_errors import check_device, explain_out_of_memory, plan_options, tpu_topology
+from jaxsft.run import out_of_memory
+from jaxsft.run.out_of_memory import explain_out_of_memory, plan_options, tpu_topology
 
 MIB, GIB = 2**20, 2**30
 
@@ -124,7 +125,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any] | None]
         chip = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
         monkeypatch.setattr(jax, "devices", lambda: [chip] * 8)
         monkeypatch.setattr(jax, "device_count", lambda: 8)
-        monkeypatch.setattr(device_errors, "_run", run)
+        monkeypatch.setattr(out_of_memory, "_run", run)
         return calls
 
     return planned
@@ -189,7 +190,7 @@ def test_on_chip_memory_needs_no_plan(planned: Callable[..., list[Any]]) -> None
 
 def test_what_cpus_have_is_asked_of_the_system() -> None:
     """More than 64 MiB are free, and less than all memory."""
-    free = device_errors.free_memory(jax.local_devices())
+    free = out_of_memory.free_memory(jax.local_devices())
     assert free is not None
     assert 64 * MIB < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -199,8 +200,8 @@ def test_what_other_devices_have_is_what_they_count() -> None:
         return SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
 
     devices = [device(bytes_limit=100, bytes_in_use=n) for n in (40, 70)]
-    assert device_errors.free_memory([*devices, device()]) == 30
-    assert device_errors.free_memory([device()]) is None
+    assert out_of_memory.free_memory([*devices, device()]) == 30
+    assert out_of_memory.free_memory([device()]) is None
 
 
 def test_slices_are_named_as_plan_names_them() -> None:
@@ -221,7 +222,7 @@ def test_plan_gets_the_options_of_the_run() -> None:
 
 
 def run_shell(script: str, limit_s: float) -> str:
-    return device_errors._run(["bash", "-c", script], dict(os.environ), limit_s)
+    return out_of_memory._run(["bash", "-c", script], dict(os.environ), limit_s)
 
 
 def test_the_search_ends_with_all_that_it_started() -> None:
@@ -310,9 +311,9 @@ def test_training_on_the_cpu_beside_a_tpu_is_only_on_purpose(
 
     monkeypatch.setattr(jax, "devices", devices)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(device_errors, "tpu_device", lambda root: None)
+    monkeypatch.setattr(out_of_memory, "tpu_device", lambda root: None)
     check_device()
-    monkeypatch.setattr(device_errors, "tpu_device", lambda root: root / "dev/accel0")
+    monkeypatch.setattr(out_of_memory, "tpu_device", lambda root: root / "dev/accel0")
     with pytest.raises(ValueError, match=re.escape("pip install 'jaxsft[tpu]'")):
         check_device()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -320,13 +321,13 @@ def test_training_on_the_cpu_beside_a_tpu_is_only_on_purpose(
 
 
 def test_tpus_are_told_from_other_devices(tmp_path: Path) -> None:
-    assert device_errors.tpu_device(tmp_path) is None
+    assert out_of_memory.tpu_device(tmp_path) is None
     for group, vendor in (("7", "0x15b3"), ("96", "0x1ae0")):
         (tmp_path / "dev/vfio").mkdir(parents=True, exist_ok=True)
         (tmp_path / "dev/vfio" / group).touch()
         directory = tmp_path / f"sys/kernel/iommu_groups/{group}/devices/0000:00:04.0"
         directory.mkdir(parents=True)
         (directory / "vendor").write_text(f"{vendor}\n")
-    assert device_errors.tpu_device(tmp_path) == tmp_path / "dev/vfio/96"
+    assert out_of_memory.tpu_device(tmp_path) == tmp_path / "dev/vfio/96"
     (tmp_path / "dev/accel0").touch()
-    assert device_errors.tpu_device(tmp_path) == tmp_path / "dev/accel0"
+    assert out_of_memory.tpu_device(tmp_path) == tmp_path / "dev/accel0"

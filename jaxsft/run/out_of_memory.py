@@ -1,4 +1,4 @@
-"""What a device refuses, in one line for a person: memory that ran out, a TPU that is taken."""
+"""Memory that ran out, in one line: what was needed, and the next smaller setting that fits."""
 
 import json
 import os
@@ -23,7 +23,6 @@ GENERAL_ADVICE = (
     "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length or "
     "eval.batch_size"
 )
-_GOOGLE = "0x1ae0"  # PCI vendor
 
 
 def explain_out_of_memory(
@@ -231,59 +230,3 @@ def _run(command: Sequence[str], environment: Mapping[str, str], limit_s: float)
         return "interrupted"
     lines = [line for line in errors.splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else f"exit {process.returncode}"
-
-
-def check_device() -> None:
-    """Makes sure of the devices that JAX finds, before anything is loaded for them.
-
-    Raises ValueError where JAX finds none, and where this machine has a TPU that JAX was not told
-    to leave alone (JAX_PLATFORMS=cpu) and that cannot be opened, because another process has it
-    for instance: JAX may say so in a traceback, or train on the CPU after a warning.
-    """
-    try:
-        platform = jax.devices()[0].platform
-        device = tpu_device(Path("/"))
-        if platform != "cpu" or device is None or os.environ.get("JAX_PLATFORMS"):
-            return
-        jax.devices("tpu")  # raises, and says why there is none
-    except RuntimeError as error:
-        raise ValueError(explain_no_device(str(error))) from error
-
-
-def explain_no_device(message: str) -> str:
-    """What to do about JAX's complaint that it cannot start a backend, in one line."""
-    go_on = "JAX_PLATFORMS=cpu trains on the CPU on purpose"
-    reason = " ".join(message.split())
-    # libtpu's texts: jax-ml/jax#22070, #10192; google/gvisor#11545, where the device is busy.
-    if process := re.search(r"in use by process with pid (\d+)", reason):
-        return (
-            f"the TPU is taken by another process, {process[1]}: wait for its end or end it (kill "
-            f"{process[1]}), then run the same command again; {go_on}"
-        )
-    if re.search(r"TPU is already in use|resource busy|libtpu multi-process lockfile", reason):
-        return (
-            "the TPU is taken by another process: `sudo lsof -w /dev/accel* /dev/vfio/*` shows "
-            "which, end it and run the same command again (where there is none, a process that "
-            f"died has left a lock: sudo rm /tmp/libtpu_lockfile); {go_on}"
-        )
-    if "no platforms that are instances of tpu" in reason or "Unknown backend tpu" in reason:
-        return (
-            "this machine has a TPU and JAX does not find it: pip install 'jaxsft[tpu]' if libtpu "
-            f"is not installed; {go_on}"
-        )
-    return f"JAX cannot start the device: {reason}; {go_on}"
-
-
-def tpu_device(root: Path) -> Path | None:
-    """A TPU's device file under `root`, which is / but in tests; None on a machine without one.
-
-    /dev/accel0 on older kernels and chips, else a group in /dev/vfio, which other vendors' devices
-    have as well (ray-project/ray#65034).
-    """
-    for path in sorted(root.glob("dev/accel[0-9]*")):
-        return path
-    for path in sorted(root.glob("dev/vfio/[0-9]*")):
-        vendors = root.glob(f"sys/kernel/iommu_groups/{path.name}/devices/*/vendor")
-        if any(vendor.read_text(encoding="ascii").strip() == _GOOGLE for vendor in vendors):
-            return path
-    return None
