@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from jaxsft.common.text import visible, visible_line
 from jaxsft.data.rows import split_completion
-from jaxsft.evaluate.intervals import Difference, Estimate
+from jaxsft.evaluate.intervals import Estimate, PairedDifference
 from jaxsft.evaluate.page_style import SCRIPT, STYLE
 from jaxsft.evaluate.scoring import (
     TAGS,
@@ -206,7 +206,7 @@ def _estimate(metric: Metric, estimate: Estimate) -> str:
     )
 
 
-def _difference(metric: Metric, difference: Difference | None) -> list[str]:
+def _difference(metric: Metric, difference: PairedDifference | None) -> list[str]:
     if difference is None:
         return ["<td></td>", "<td></td>"]
     gain = difference.value * metric.better

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from jaxsft.data.rows import split_completion
-from jaxsft.evaluate.intervals import Difference, Estimate, difference, mean, share
+from jaxsft.evaluate.intervals import Estimate, PairedDifference, difference, mean, share
 from jaxsft.evaluate.number_text import find_numbers, parse_number
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -81,7 +81,7 @@ class Comparison(NamedTuple):
 
     metric: Metric
     estimates: Sequence[Estimate]
-    difference: Difference | None = None
+    difference: PairedDifference | None = None
 
 
 # In the order of the table, each the mean over answers of a field of AnswerScores.
@@ -264,7 +264,7 @@ def show_value(value: float, unit: str, *, signed: bool = False) -> str:
     return number.replace("-", "−") + ((" points" if signed else "%") if is_share else "")
 
 
-def show_interval(estimate: Estimate | Difference, unit: str, *, signed: bool = False) -> str:
+def show_interval(estimate: Estimate | PairedDifference, unit: str, *, signed: bool = False) -> str:
     """The interval for people, such as [38.4, 48.1] beside 43.2%; empty where there is none."""
     if math.isnan(estimate.low):
         return ""

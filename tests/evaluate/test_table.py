@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from jaxsft.evaluate.intervals import Difference, Estimate
+from jaxsft.evaluate.intervals import Estimate, PairedDifference
 from jaxsft.evaluate.scoring import Comparison, Metric
 from jaxsft.evaluate.table import show_comparison, with_perplexity
 
@@ -14,9 +14,9 @@ LOSS = Metric("loss", "held-out loss", "nats", -1)
 OF_ANSWER = Metric("loss_answer", "of the answer", "nats", -1)
 RATE = Metric("accuracy", "accuracy", "rate", 1)
 LINES = [
-    Comparison(LOSS, [Estimate(1.0, 0.5, 2.0, 9)] * 2, Difference(0.0, -0.5, 0.5, 9, 1.0)),
+    Comparison(LOSS, [Estimate(1.0, 0.5, 2.0, 9)] * 2, PairedDifference(0.0, -0.5, 0.5, 9, 1.0)),
     Comparison(OF_ANSWER, [Estimate(800.0, math.nan, math.nan, 9)] * 2),
-    Comparison(RATE, [Estimate(0.5, 0.4, 0.6, 9)] * 2, Difference(0.25, 0.1, 0.5, 9, 0.0001)),
+    Comparison(RATE, [Estimate(0.5, 0.4, 0.6, 9)] * 2, PairedDifference(0.25, 0.1, 0.5, 9, 0.0001)),
 ]
 
 
