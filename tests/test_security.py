@@ -22,7 +22,7 @@ from jaxsft.train.__main__ import main as train
 
 ROOT = Path(__file__).parents[1]
 DOWNLOAD = [sys.executable, str(ROOT / "data" / "download_sft_datasets.py")]
-NO_NETWORK = [sys.executable, str(ROOT / "tests" / "no_network.py"), sys.executable]
+NO_NETWORK = [sys.executable, str(ROOT / "tests" / "support" / "no_network.py"), sys.executable]
 REPO = "some/facts"
 TOKEN = "hf_" + "Canary" * 6
 FACTS = {"Name a red fruit.": "Apple", "Which animal barks?": "A dog", "What is 2 + 3?": "Five"}

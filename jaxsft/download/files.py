@@ -250,7 +250,7 @@ def _is_listed(path: Path, file: HubFile) -> bool:
     with path.open("rb") as data:
         if file.sha256:
             return hashlib.file_digest(data, "sha256").hexdigest() == file.sha256
-        digest = hashlib.sha1(f"blob {file.size}\0".encode())
+        digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
         while chunk := data.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest() == file.git_oid
