@@ -1,12 +1,8 @@
 """One or two models' answers as one page: prompt by prompt, side by side, to be filtered.
 
-Nothing is loaded from anywhere. Every text of a model, of data or of a file name goes through
-`html.escape`; whatever might come of a mistake there is forbidden by the content security policy,
-which lets no script run but the page's own, known by its hash.
+Every text of a model, of data or of a file name goes through `html.escape`.
 """
 
-import base64
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -15,10 +11,10 @@ from html import escape
 from itertools import takewhile
 from typing import NamedTuple
 
+from jaxsft.common.page_style import html_page
 from jaxsft.common.text import visible, visible_line
 from jaxsft.data.rows import split_completion
 from jaxsft.evaluate.intervals import Estimate, PairedDifference
-from jaxsft.evaluate.page_style import SCRIPT, STYLE
 from jaxsft.evaluate.scoring import (
     TAGS,
     Answer,
@@ -71,8 +67,6 @@ def compare_page(
     title, about, *names = map(visible_line, (title, about, *names))
     rows = [_row(each) for each in zip(*answers, strict=True)]
     common = _common_beginning([row.answers[0].prompt for row in rows])
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>",
         _table(names, table),
@@ -85,15 +79,7 @@ def compare_page(
             "</details>"
         )
     body += [_article(number, row, names, len(common)) for number, row in enumerate(rows, 1)]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return html_page(title, body, script=_SCRIPT)
 
 
 def _row(answers: Sequence[Answer]) -> _Row:
@@ -185,7 +171,7 @@ def _table(names: Sequence[str], table: Sequence[Comparison]) -> str:
             cells += _difference(metric, difference)
         lines.append(f'<tr><th scope="row">{escape(metric.label)}</th>{"".join(cells)}</tr>')
     return (
-        f'<section class="card"><table><thead><tr><th></th>{head}</tr></thead>'
+        f'<section class="card"><table class="metrics"><thead><tr><th></th>{head}</tr></thead>'
         f'<tbody>{"".join(lines)}</tbody></table><p class="note">{note}</p></section>'
     )
 
@@ -230,7 +216,7 @@ def _article(number: int, row: _Row, names: Sequence[str], num_common: int) -> s
     sides = "".join(map(_side, names, row.answers, row.scores))
     kinds = " ".join(sorted(row.kinds))
     return (
-        f'<article id="prompt-{number}" tabindex="-1" aria-label="Prompt {number}" '
+        f'<article class="card" id="prompt-{number}" tabindex="-1" aria-label="Prompt {number}" '
         f'data-kinds="{kinds}">'
         f'<h2>{number}</h2><div class="prompt">'
         f'<div class="text">{_shown(first.prompt[num_common:])}</div>'
@@ -292,3 +278,52 @@ def _coloured(text: str) -> str:
 def _shown(text: str) -> str:
     """The text line by line, what has no shape made visible; escaped."""
     return escape("\n".join(visible(line) for line in text.split("\n")))
+
+
+_SCRIPT = """
+const rows = [...document.querySelectorAll("article")];
+const texts = rows.map(row =>
+  [...row.querySelectorAll(".text")].map(text => text.textContent).join("\\n").toLowerCase());
+const form = document.querySelector(".filters");
+const search = document.querySelector("#search");
+
+function filter() {
+  const kind = form.querySelector(":checked").value;
+  const wanted = search.value.toLowerCase();
+  rows.forEach((row, i) => {
+    const fits = kind === "all" || row.dataset.kinds.split(" ").includes(kind);
+    row.hidden = !fits || !texts[i].includes(wanted);
+  });
+  const shown = rows.filter(row => !row.hidden).length;
+  form.querySelector("output").textContent = `${shown} of ${rows.length} prompts`;
+}
+
+function step(by) {
+  const shown = rows.filter(row => !row.hidden);
+  const here = shown.indexOf(document.activeElement.closest("article"));
+  const next = here < 0 ? shown[0] : shown[here + by];
+  if (next) { next.focus({preventScroll: true}); next.scrollIntoView(); }
+}
+
+document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape") {
+    search.value = "";
+    form.querySelector("[value=all]").checked = true;
+    filter();
+  } else if (event.target === search) {
+    return;
+  } else if (event.key === "/") {
+    event.preventDefault();
+    search.focus();
+  } else if (event.key === "j" || event.key === "k") {
+    step(event.key === "j" ? 1 : -1);
+  }
+});
+form.addEventListener("input", filter);
+form.addEventListener("submit", event => event.preventDefault());
+if (rows.length) {
+  document.documentElement.className = "scripted";
+  filter();
+}
+"""

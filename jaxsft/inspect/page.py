@@ -1,20 +1,26 @@
-"""An inspection as one page: no script, nothing loaded from anywhere, light or dark as the reader.
+"""An inspection as one page, without a script.
 
-Every text that comes from data or file names goes through `html.escape`; the page forbids whatever
-might come of a mistake there by its content security policy.
+Every text that comes from data or file names goes through `html.escape`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from jaxsft.common.page_style import html_page
 from jaxsft.common.text import visible
 from jaxsft.data.prepared import Prepared
-from jaxsft.inspect.charts import histogram
-from jaxsft.inspect.page_style import STYLE
 from jaxsft.inspect.rows import Check, Fate, Survey, facts, fates, plural
 from jaxsft.inspect.tokens import RowView, Segment, Token
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_NUM_BINS = 40
+_WIDTH, _HEIGHT = 360, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 20, 24, 42  # margins around the bars, for the axes' numbers
+_CHAR_WIDTH = 6.8  # of the labels, in the SVG's units
 
 
 def page(prepared: Prepared, survey: Survey, rows: Sequence[RowView], *, show_ids: bool) -> str:
@@ -28,10 +34,14 @@ def page(prepared: Prepared, survey: Survey, rows: Sequence[RowView], *, show_id
     """
     names = ", ".join(name.rpartition("/")[2] for name in prepared.report.by_source)
     failed = survey.num_failed
-    verdict = f"{failed} of {len(survey.checks)} checks failed" if failed else "all checks hold"
+    verdict = '<p class="badge verdict good">✓ all checks hold</p>'
+    if failed:
+        verdict = (
+            f'<p class="badge verdict bad">✗ {failed} of {len(survey.checks)} checks failed</p>'
+        )
     body = [
         "<header>",
-        f'<p class="verdict {"bad" if failed else "good"}">{"✗" if failed else "✓"} {verdict}</p>',
+        verdict,
         f"<h1>What the model will see <small>{escape(names)}</small></h1>",
         f'<p class="path">{escape(str(prepared.directory))}</p>',
         "</header>",
@@ -45,15 +55,7 @@ def page(prepared: Prepared, survey: Survey, rows: Sequence[RowView], *, show_id
     if rows:
         body.append(_legend())
         body += [_row(row, prepared.rows.row_length, show_ids) for row in rows]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Rows of {escape(names)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return html_page(f"Rows of {names}", body)
 
 
 def _tiles(prepared: Prepared, survey: Survey) -> str:
@@ -67,7 +69,7 @@ def _tiles(prepared: Prepared, survey: Survey) -> str:
         if first.endswith(";"):
             first = first[:-1]
         tiles.append(
-            f'<div class="tile"><b>{first}</b><span>{name}</span><i>{escape(rest)}</i></div>'
+            f'<div class="card tile"><b>{first}</b><span>{name}</span><i>{escape(rest)}</i></div>'
         )
     return f'<section class="tiles">{"".join(tiles)}</section>'
 
@@ -110,7 +112,7 @@ def _fates(prepared: Prepared) -> str:
         kind = "lost" if fate.name.startswith("rejected") else "kept"
         body.append(
             f'<tr><td class="number">{count}</td><td>{escape(fate.name)}'
-            f'<span class="share"><span class="{kind}" style="width:{share:.2f}%"></span></span>'
+            f'<span class="track"><span class="{kind}" style="width:{share:.2f}%"></span></span>'
             f"{small}</td></tr>"
         )
     return (
@@ -128,23 +130,109 @@ def _charts(prepared: Prepared, survey: Survey) -> str:
     def number(value: float) -> str:
         return f"{value:,.0f}"
 
-    shares = survey.num_labels_S / survey.lengths_S
+    lengths, shares = survey.lengths_S, survey.num_labels_S / survey.lengths_S
     fill = survey.row_tokens_R / rows.row_length
     marks = {name: quantiles[name] for name in ("p50", "p99", "p90", "p10")}
+    length_axis, fill_axis = "tokens in a sample", "share of a row that is not padding"
+    share_axis, longest = "share of a sample's tokens that is trained on", quantiles["max"]
     charts = {
-        "Sample length": histogram(
-            survey.lengths_S, quantiles["max"], "tokens in a sample", "samples", number, marks
-        ),
-        "Row fill": histogram(
-            fill, 1.0, "share of a row that is not padding", "rows", percent, {"mean": fill.mean()}
-        ),
-        "Loss share": histogram(
-            *(shares, 1.0, "share of a sample's tokens that is trained on", "samples", percent),
-            {"mean": shares.mean()},
+        "Sample length": _histogram(lengths, longest, length_axis, "samples", number, marks),
+        "Row fill": _histogram(fill, 1.0, fill_axis, "rows", percent, {"mean": fill.mean()}),
+        "Loss share": _histogram(
+            shares, 1.0, share_axis, "samples", percent, {"mean": shares.mean()}
         ),
     }
-    figures = [f"<figure><h2>{name}</h2>{svg}</figure>" for name, svg in charts.items()]
-    return f'<section class="charts">{"".join(figures)}</section>'
+    cards = [
+        f'<section class="card"><h2>{name}</h2>{svg}</section>' for name, svg in charts.items()
+    ]
+    return f'<section class="charts">{"".join(cards)}</section>'
+
+
+def _histogram(
+    values: npt.NDArray[Any],
+    limit: float,
+    axis: str,
+    what: str,
+    tick: Callable[[float], str],
+    marks: Mapping[str, float],
+) -> str:
+    """A histogram of `values` from 0 to `limit`.
+
+    Args:
+      values: [n], 0 to `limit` each.
+      limit: right end of the axis; above 0.
+      axis: what the values are, under the axis.
+      what: what is counted, in the plural: for each bar's tooltip.
+      tick: text of a value.
+      marks: upright lines, by name, the most important first.
+    """
+    counts, edges = np.histogram(values, bins=_NUM_BINS, range=(0.0, limit))
+    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    step = math.ceil(_nice_step(max(int(counts.max()), 1)))
+    top = step * math.ceil(max(int(counts.max()), 1) / step)
+    base = _TOP + height
+
+    def x_of(value: float) -> float:
+        return _LEFT + width * value / limit
+
+    def y_of(count: float) -> float:
+        return base - height * count / top
+
+    parts = []
+    for level in range(0, top + 1, step):
+        y = y_of(level)
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" class="end">{level:,}</text>')
+    for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
+        if count:
+            tip = f"{tick(low)} to {tick(high)}: {count:,} {what}"
+            bar_height = max(base - y_of(count), 1.5)  # one in a million is still to be seen
+            parts.append(
+                f'<rect class="bar" x="{x_of(low) + 0.5:.1f}" y="{base - bar_height:.1f}" '
+                f'width="{width / _NUM_BINS - 1:.1f}" height="{bar_height:.1f}">'
+                f"<title>{escape(tip)}</title></rect>"
+            )
+    parts.append(f'<path class="axis" d="M{_LEFT} {base}H{_WIDTH - _RIGHT}"/>')
+    for value in np.arange(0, limit * 1.001, _nice_step(limit)).tolist():
+        parts.append(
+            f'<text x="{x_of(value):.1f}" y="{base + 15}" class="mid">{tick(value)}</text>'
+        )
+    parts.append(
+        f'<text x="{_LEFT + width / 2}" y="{_HEIGHT - 7}" class="mid axis-name">'
+        f"{escape(axis)}</text>"
+    )
+    parts += _marks(marks, x_of, tick, base)
+    return (
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escape(f"Histogram: {axis}")}">{"".join(parts)}</svg>'
+    )
+
+
+def _marks(
+    marks: Mapping[str, float],
+    x_of: Callable[[float], float],
+    tick: Callable[[float], str],
+    base: float,
+) -> list[str]:
+    """Upright lines with names above, the first ones if there is no room for all names."""
+    parts: list[str] = []
+    taken: list[tuple[float, float]] = []
+    for name, value in marks.items():
+        x, half = x_of(value), _CHAR_WIDTH * len(name) / 2
+        parts.append(
+            f'<path class="mark" d="M{x:.1f} {_TOP - 4}V{base}"><title>{name}: {tick(value)}'
+            "</title></path>"
+        )
+        if all(x + half < low or x - half > high for low, high in taken):
+            taken.append((x - half, x + half))
+            parts.append(f'<text x="{x:.1f}" y="{_TOP - 9}" class="mid mark-name">{name}</text>')
+    return parts
+
+
+def _nice_step(most: float) -> float:
+    """1, 2, 2.5 or 5 times a power of ten, the least of which at most five make `most`."""
+    power = 10.0 ** math.floor(math.log10(most / 5))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * 5 >= most)
 
 
 def _quantiles(survey: Survey) -> str:
@@ -180,7 +268,7 @@ def _row(row: RowView, row_length: int, show_ids: bool) -> str:
         padding = f'<p class="t pad">{row.num_padding:,} tokens of padding</p>'
     segments = [_segment(each, number, show_ids) for number, each in enumerate(row.segments, 1)]
     return (
-        f'<section class="row" id="row-{row.number}"><h3>Row {row.number} <small>'
+        f'<section class="card row" id="row-{row.number}"><h3>Row {row.number} <small>'
         f"{row_length - row.num_padding:,} of {row_length:,} tokens</small></h3>"
         f'<div class="strip">{"".join(strip)}</div>{"".join(segments)}{padding}</section>'
     )
@@ -189,9 +277,9 @@ def _row(row: RowView, row_length: int, show_ids: bool) -> str:
 def _segment(segment: Segment, number: int, show_ids: bool) -> str:
     tokens = "".join(_token(token, show_ids) for token in segment.tokens)
     return (
-        f"<article><h4>segment {number} <small>sample {segment.sample} · {escape(segment.source)} "
+        f"<h4>segment {number} <small>sample {segment.sample} · {escape(segment.source)} "
         f"· {segment.num_tokens:,} tokens, {segment.num_labels:,} with loss</small></h4>"
-        f'<div class="tokens{" ids" if show_ids else ""}">{tokens}</div></article>'
+        f'<div class="tokens{" ids" if show_ids else ""}">{tokens}</div>'
     )
 
 

@@ -171,7 +171,7 @@ def test_page_escapes_what_comes_from_data(inspect: Inspect, files: Path) -> Non
     assert "<script" not in text and "<b>at" not in text and "\x1b" not in text
     shown = html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<small>[\d ]+</small>", "", text)))
     assert EVIL in shown and "(no <think> and no </think>)" in shown
-    assert text.count('<section class="row"') == 3 and text.count("<svg") == 3
+    assert text.count('<section class="card row"') == 3 and text.count("<svg") == 3
     assert "http:" not in text and "https:" not in text and "url(" not in text
     assert not list(files.glob("*.tmp"))
 

@@ -54,7 +54,7 @@ def page(tmp_path: Path, tiny_model_dir: Path) -> Path:
 
 def test_dom_has_the_rows_and_nothing_of_the_data_runs(page: Path, chromium: Chromium) -> None:
     dom = chromium(page, "--dump-dom")
-    assert re.findall(r'<section class="row" id="(row-\d)"', dom) == ["row-0", "row-1", "row-2"]
+    assert re.findall(r'class="card row" id="(row-\d)"', dom) == ["row-0", "row-1", "row-2"]
     assert "<title>Rows of rows.jsonl</title>" in dom
     assert "<script" not in dom and "<img" not in dom
     text = unescape(re.sub(r"<[^>]*>", "", dom))
