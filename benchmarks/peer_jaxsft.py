@@ -18,7 +18,7 @@ from benchmarks.peer_lab import NUM_ROWS, ROW_LENGTH
 from benchmarks.peer_protocol import serve
 from jaxsft.common.batch import Batch
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
-from jaxsft.prepare.__main__ import load_data
+from jaxsft.prepare.rows import load_data
 from jaxsft.run.setup import build
 from jaxsft.step.train_step import init_state, put_batch, train_step
 from jaxsft.weights.load import demo_model_path

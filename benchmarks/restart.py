@@ -24,7 +24,7 @@ from rich.console import Console
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.data.samples import batches
-from jaxsft.prepare.__main__ import load_data
+from jaxsft.prepare.rows import load_data
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.setup import build, check_early

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from benchmarks.tunix_step import tunix_prices
 from jaxsft.config import TrainConfig
-from jaxsft.plan.__main__ import PlanOptions, make_plan
-from jaxsft.plan.estimate import GIB, num_chips
+from jaxsft.plan.chips import GIB, num_chips
+from jaxsft.plan.command import PlanOptions, make_plan
 from jaxsft.plan.run_plan import RunPlan
 
 SCALING = ("v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")

@@ -37,12 +37,12 @@ from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail, parse_config
 from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
 from jaxsft.gemma.sharding import CHIP_NAMES
-from jaxsft.plan.__main__ import LOCAL, PlanOptions, make_plan, parse_options, prepare_compiler
-from jaxsft.plan.estimate import num_chips
-from jaxsft.plan.pricing import CHIPS
+from jaxsft.plan.chips import CHIPS, TOPOLOGIES, num_chips
+from jaxsft.plan.command import make_plan, prepare_compiler
+from jaxsft.plan.options import LOCAL, PlanOptions, parse_options
 from jaxsft.plan.report import show_plan
 from jaxsft.plan.run_plan import RunPlan, model_flops
-from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, CompilerError
+from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
 from jaxsft.run.program import architecture
 
 DESCRIPTION = (

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import peer_venvs
-from jaxsft.plan.pricing import CHIPS, Priced, PricedOp, price_program
-from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, TOPOLOGIES, Memory
+from jaxsft.plan.chips import CHIPS, TOPOLOGIES
+from jaxsft.plan.pricing import Priced, PricedOp, price_program
+from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, Memory
 
 ROOT = Path(__file__).parents[1]
 ACCUMULATION_STEPS = 4  # of 8 sequences, one a chip

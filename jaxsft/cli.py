@@ -25,6 +25,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo"
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the command again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 T = TypeVar("T")

@@ -1,30 +1,18 @@
-"""What a model can do: `python -m jaxsft.evaluate MODEL [--compare OTHER] [--files ROWS] …`.
-
-Held-out loss per completion token, of the reasoning and of the answer apart, and what the answers
-to the rows' prompts are worth: form, length, repetition, and accuracy where the rows have numbers
-for answers (GSM8K). Two models are compared on the same rows with a paired test. The numbers, the
-answers and a page that shows them side by side are written to a directory.
-
-Exit codes: 0 done; 1 out of memory, or a disk or a network that failed; 2 bad input; 130
-interrupted.
-"""
+"""Measures one or two models on held-out rows and writes what it found."""
 
 import gc
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from rich.console import Console
 from rich.text import Text
 
-from jaxsft.cli import parse_options, run_command
 from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import cache_dir
@@ -45,8 +33,10 @@ from jaxsft.evaluate.heldout import (
     read_prompts,
     with_examples,
 )
-from jaxsft.evaluate.options import (
-    EvaluateOptions,
+from jaxsft.evaluate.options import EvaluateOptions
+from jaxsft.evaluate.results import Measured, describe, output_directory, write_results
+from jaxsft.evaluate.scoring import compare
+from jaxsft.evaluate.sides import (
     Side,
     check,
     defaults_of,
@@ -55,30 +45,25 @@ from jaxsft.evaluate.options import (
     shared_tokenizer,
     sides_of,
 )
-from jaxsft.evaluate.results import Measured, describe, output_directory, write_results
-from jaxsft.evaluate.scoring import compare
 from jaxsft.evaluate.table import show_comparison, with_perplexity
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import num_rows
 from jaxsft.gemma.sharding import make_mesh
-from jaxsft.prepare.__main__ import all_samples, load_heldout
+from jaxsft.prepare.rows import all_samples, load_heldout
 from jaxsft.step.train_step import StepSpec
 from jaxsft.weights.find import Origin, check_tokenizer, load
 from jaxsft.weights.load import file_sha256, open_weights, without_weights
 from jaxsft.weights.merged import MergedWeights
 from jaxsft.weights.peft import WEIGHTS_NAME, load_adapter
 
-DESCRIPTION = (
-    "Measures a model (a run, an adapter, or anything that train takes as model.path) on held-out "
-    "rows: loss, and the form and accuracy of its answers, with 95% intervals. The defaults are a "
-    "run's own held-out rows, system text, lengths, precision and decoding options: the model's, "
-    "or else those of the run that it is compared with."
-)
 _CHUNK_TOKENS = 512  # loss positions per device that meet the vocabulary at once
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128  # a TPU's lanes; shorter rows pack badly
 _ANY_LENGTH = 1 << 24  # tokens
 _SHOWN = 80  # characters of a system text
 _LINE_EVERY_S = 30.0  # where there is no terminal
+
+
+Parse = Callable[[Mapping[str, Any]], EvaluateOptions]
 
 
 class Rows(NamedTuple):
@@ -89,16 +74,14 @@ class Rows(NamedTuple):
     about: str
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    argv, console = list(sys.argv[1:] if argv is None else argv), make_console()
-    advice = "lower --eval.batch_size or --max_length"
-    return run_command(lambda: command(argv, console), memory_advice=advice)
+def evaluate(parse: Parse) -> int:
+    """Measures what the options ask for; returns the exit code.
 
-
-def command(argv: Sequence[str], console: Console) -> int:
-    """Measures what `argv` asks for. ValueError and OSError are bad input."""
-    options, sides = resolve(argv)
+    `parse` gives the options, with these values as defaults of some. ValueError and OSError are bad
+    input.
+    """
+    console = make_console()
+    options, sides = resolve(parse)
     output = output_directory(options, sides[0].origin)
     check_device()
     configure_jax()
@@ -120,13 +103,12 @@ def command(argv: Sequence[str], console: Console) -> int:
     return 0
 
 
-def resolve(argv: Sequence[str]) -> tuple[EvaluateOptions, list[Side]]:
+def resolve(parse: Parse) -> tuple[EvaluateOptions, list[Side]]:
     """The options, with those of a run among the models for defaults, and the models.
 
-    ValueError where two were trained with different system texts and `argv` has none.
+    ValueError where two were trained with different system texts and the options have none.
     """
-    parse = partial(parse_options, "jaxsft.evaluate", DESCRIPTION, argv, EvaluateOptions)
-    options = parse()
+    options = parse({})
     # Runs are here. What is the hub's has no directory above it, and waits for the options' check.
     here = [name for name in names_of(options) if Path(name).parent.is_dir()]
     found = {name: find(name, options) for name in here}
@@ -286,7 +268,3 @@ def counting(
             num_begun = min(num_begun + batch_size, total)
 
         yield on_batch
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,28 +1,9 @@
-"""The options of `python -m jaxsft.evaluate`, a run's for defaults, and the models they name."""
+"""The options of `python -m jaxsft.evaluate`."""
 
 import dataclasses
-import json
-import os.path
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-from jaxsft.config import SYSTEM_PROMPT, DataOptions, Dtype, EvalOptions, TrainConfig, validate
-from jaxsft.data.samples import as_list
-from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.weights.find import (
-    Origin,
-    base_path,
-    find_model,
-    open_tokenizer,
-    run_config,
-    system_text,
-)
-from jaxsft.weights.peft import holds_adapter
-
-BASE = "base"
+from jaxsft.config import SYSTEM_PROMPT, Dtype, EvalOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,100 +44,3 @@ class EvaluateOptions:
     """Directory for evaluation.json, answers.jsonl and page.html, those of an earlier evaluation
     are replaced; by default evaluation/ in the model's directory if it is a run, elsewhere
     evaluation-NAME here."""
-
-
-class Side(NamedTuple):
-    """A model to measure: what it is called, and where it is read."""
-
-    name: str
-    origin: Origin
-
-
-def defaults_of(origin: Origin) -> dict[str, Any]:
-    """Defaults by option: what a run was measured with; an export's system text; {} of others."""
-    if origin.run_dir is None:
-        text = system_text(origin)
-        return {} if text is None else {"system_prompt": text or None}
-    config = run_config(origin.run_dir)
-    dtype, param_dtype = config.model.dtype, config.model.param_dtype
-    return {
-        "files": config.data.eval_files,
-        "few_shot_files": config.data.train_files,
-        "system_prompt": config.data.system_prompt,
-        "max_length": config.data.max_length,
-        "overlong": config.data.overlong,
-        "dtype": dtype,
-        "param_dtype": None if param_dtype == dtype else param_dtype,  # --dtype is for both
-    } | {f"eval.{name}": value for name, value in dataclasses.asdict(config.eval).items()}
-
-
-def check(options: EvaluateOptions) -> None:
-    """ValueError for options that can't be, together or alone."""
-    if not options.files:
-        raise ValueError("no rows to measure on: give --files ROWS (JSONL or Parquet)")
-    if options.few_shot < 0:
-        raise ValueError(f"few_shot is {options.few_shot}, but must be 0 or more")
-    if options.few_shot_style == "text" and not options.few_shot:
-        raise ValueError("few_shot_style needs few_shot, the number of examples")
-    if options.few_shot and not options.few_shot_files:
-        raise ValueError("few_shot needs --few_shot_files, other rows than those measured on")
-    try:
-        json.dumps(dataclasses.asdict(options), ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # found now, not when the results are written
-        raise ValueError("a file name among the options is not UTF-8; rename the file") from None
-    for name in ("files", "few_shot_files"):
-        counts = Counter(map(os.path.abspath, as_list(getattr(options, name))))
-        if twice := [file for file, count in counts.items() if count > 1]:
-            raise ValueError(f"{name} names {twice[0]} twice; name it once")
-    data = DataOptions(train_files=["none"], max_length=options.max_length)
-    validate(TrainConfig(eval=options.eval, data=data))
-
-
-def names_of(options: EvaluateOptions) -> list[str]:
-    """The model, and the one that it is compared with unless that is its own base."""
-    other = options.compare
-    return [options.model] if other in (None, BASE) else [options.model, other]
-
-
-def find(name: str, options: EvaluateOptions) -> Origin:
-    """The model of this name, on the base that the options give if it is an adapter."""
-    base = options.base_model
-    with suppress(ValueError):  # for an adapter or a run, or what find_model refuses as well
-        if base is not None and not holds_adapter(base_path(name, options.tokenizer)):
-            base = None
-    return find_model(name, options.tokenizer, base)
-
-
-def sides_of(options: EvaluateOptions, found: Mapping[str, Origin]) -> list[Side]:
-    """The model and, if asked for, the one beside it; `found` are those already looked up, by name.
-
-    Their names are distinct. Raises ValueError where both are the same, and for a base_model that
-    nobody needs.
-    """
-    sides = [Side(name, found.get(name) or find(name, options)) for name in names_of(options)]
-    if options.base_model is not None and all(side.origin.adapter is None for side in sides):
-        raise ValueError("base_model is for adapters and runs, and none is given")
-    if options.compare == BASE:
-        origin = sides[0].origin
-        is_same = Path(origin.name) == Path(options.model)  # of the adapter beside it, say
-        name = f"{origin.name} (base)" if is_same else origin.name
-        sides.append(Side(name, dataclasses.replace(origin, adapter=None)))
-    parts = [(side.origin.base, side.origin.adapter) for side in sides]
-    places = {(base.resolve(), adapter and adapter.resolve()) for base, adapter in parts}
-    if len(places) < len(sides):
-        if options.compare == BASE:
-            raise ValueError(f"compare: {options.model} has no adapter, it is the base itself")
-        raise ValueError(f"compare: {options.compare} is the model itself")
-    return sides
-
-
-def shared_tokenizer(sides: Sequence[Side]) -> Tokenizer:
-    """The tokenizer of all sides; ValueError where they don't have the same."""
-    places = [side.origin.tokenizer for side in sides]  # mostly one file
-    tokenizers = [open_tokenizer(place) for place in dict.fromkeys(places)]
-    if len({tokenizer.digest for tokenizer in tokenizers}) > 1:
-        raise ValueError(
-            f"{sides[1].name}: has another tokenizer than {sides[0].name}: losses per token would "
-            "not compare; evaluate each by itself"
-        )
-    return tokenizers[0]

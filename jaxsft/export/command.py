@@ -1,24 +1,11 @@
-"""Writes what was trained for other programs: `python -m jaxsft.export RUN --format merged`.
-
-The other library loads the export again, in a process of its own, and the logits are compared
-before it gets its name. Where there is no Tunix, or none that could compute the model, jaxsft alone
-reads a Flax export, which is then not called verified. Nothing is left of one that was interrupted.
-The check holds the whole model in float32, here and then in the other library; writing holds a
-tensor.
-
-Exit codes: 0 exported; 1 drifting (kept as NAME.drifting), not written, no memory; 2 bad input.
-"""
+"""Writes an export, has another library load it, and names it."""
 
 import importlib.metadata
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from jaxsft import __version__
-from jaxsft.cli import EXIT_FAILED, command_line, fail, parse_options, run_command
+from jaxsft.cli import EXIT_FAILED, fail
 from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_json
@@ -40,33 +27,15 @@ from jaxsft.weights.find import MANIFEST, find_model
 from jaxsft.weights.load import file_sha256
 from jaxsft.weights.peft import WEIGHTS_NAME
 
-DESCRIPTION = (
-    "Writes a run's model, an adapter or a base model for other programs, with a model card and a "
-    "manifest, and has the other library (transformers and PEFT; Tunix for flax) load it and "
-    "compute the same logits."
-)
 
+def export(options: ExportOptions, command: str) -> int:
+    """Writes, checks and names the export; returns the exit code. Raises ValueError, OSError.
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(
-        lambda: command(arguments),
-        interrupted="nothing of the export is left",
-        memory_advice="the check holds the model in float32, --no-verify goes without it",
-    )
-
-
-def command(arguments: Sequence[str]) -> int:
-    """Exports what `arguments` ask for. ValueError and OSError are bad input."""
-    options = parse_options("jaxsft.export", DESCRIPTION, arguments, ExportOptions)
+    `command` is the command line, for the manifest.
+    """
     check_device()
     configure_jax()
-    return export(options, command_line("jaxsft.export", arguments), make_console())
-
-
-def export(options: ExportOptions, command: str, console: Console) -> int:
-    """Writes, checks and names the export; returns the exit code. Raises ValueError, OSError."""
+    console = make_console()
     if options.max_shard_bytes < 1:
         raise ValueError(f"--max_shard_bytes {options.max_shard_bytes}: must be above 0")
     output = Path(options.output or default_output(options.model, options.format)).resolve()
@@ -138,7 +107,3 @@ def identity(made: Export) -> dict[str, Any]:
         "base": {"digest": made.info.digest},
         "adapter": adapter and {"digest": file_sha256(adapter / WEIGHTS_NAME)},
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,9 @@
-"""Plans a run without a TPU: `python -m jaxsft.plan [--config RECIPE] [--topology v5e:2x4] …`.
-
-Compiles the very train step that `train` would run with XLA's TPU compiler, on this machine, and
-says whether it fits, how long it takes and why. All numbers are estimates.
-
-Exit codes: 0 the run fits; 1 it does not fit the chips' memory or --budget-hours, or the compiler
-failed; 2 bad input.
-"""
+"""Plans a run: for a TPU that need not be there, or for the devices of this machine."""
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +11,15 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxsft.cli import EXIT_FAILED, fail, parse_config, run_command
+from jaxsft.cli import EXIT_FAILED, fail
 from jaxsft.common.files import cache_dir, write_json
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GemmaConfig
-from jaxsft.plan.estimate import StepEstimate, estimate_step, num_chips
+from jaxsft.plan.chips import num_chips
+from jaxsft.plan.estimate import StepEstimate, estimate_step
 from jaxsft.plan.local import plan_devices
-from jaxsft.plan.options import LOCAL, PlanOptions, parse_options
+from jaxsft.plan.options import LOCAL, PlanOptions
 from jaxsft.plan.plot import plot_plan
 from jaxsft.plan.report import NOTHING_FITS, describe_setting, show_plan, show_search
 from jaxsft.plan.run_plan import RunPlan, count_workloads, steps_without_data
@@ -38,37 +32,23 @@ from jaxsft.plan.search import (
 )
 from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
 from jaxsft.plan.workload import Workload, read_lengths
-from jaxsft.prepare.__main__ import load_data, model_path
+from jaxsft.prepare.rows import load_data, model_path
 from jaxsft.run.program import architecture
 
 EXIT_DOES_NOT_FIT = 1
-DEFAULT_RECIPE = "single_session"
-
-DESCRIPTION = (
-    "Plans a run on a TPU slice that need not exist: fit, time and memory, by kind and part. "
-    "Options of its own: --topology v5e:2x4 (or another slice of v5e or v6e; local: the memory and "
-    "the hash of the program on this machine's devices), --budget-hours H (exit code 1 when the "
-    "run takes longer), --lengths FILE (tokens of each sample: a JSON histogram {length: count} or "
-    "one number a line), --data (read the run's own data for them), --search (rank micro-batches, "
-    "row lengths and remat policies), --plot FILE.png, --json FILE. All others are train's."
-)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+def plan_run(config: TrainConfig, options: PlanOptions) -> int:
+    """Plans a run; returns the exit code. ValueError and OSError are bad input."""
     try:
-        return run_command(lambda: command(argv))
+        return _plan(config, options)
     except CompilerError as error:
         return fail(error, EXIT_FAILED)
 
 
-def command(argv: Sequence[str]) -> int:
-    """Plans what `argv` asks for. ValueError and OSError are bad input."""
+def _plan(config: TrainConfig, options: PlanOptions) -> int:
     width = None if sys.stdout.isatty() else 120  # logs have room, whatever the terminal has
     console = Console(highlight=False, markup=False, width=width)
-    options, rest = parse_options(argv)
-    config, _ = parse_config("jaxsft.plan", DESCRIPTION, rest, DEFAULT_RECIPE)
     lora.resolve_targets(config.lora.target_modules)
     # As train does: the default on accelerators is bfloat16 passes for float32 matmuls.
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -226,7 +206,3 @@ def plan_local(config: TrainConfig, options: PlanOptions, console: Console) -> i
     if options.json:
         write_json(Path(options.json), {"topology": LOCAL} | values)
     return 0 if values["fits"] else EXIT_DOES_NOT_FIT
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,10 +19,11 @@ import jax
 from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
 from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.plan.chips import CHIPS, GIB, HBM_LIMIT_BYTES, num_chips
 from jaxsft.plan.hlo_memory import saved_activation_bytes
 from jaxsft.plan.hlo_text import parse_program
 from jaxsft.plan.kernel_price import KernelPrice, price_kernels
-from jaxsft.plan.pricing import CHIPS, Chip, PricedOp, price_program
+from jaxsft.plan.pricing import Chip, PricedOp, price_program
 from jaxsft.plan.tpu_aot import (
     Compiled,
     OutOfMemory,
@@ -31,10 +32,6 @@ from jaxsft.plan.tpu_aot import (
     topology_devices,
 )
 from jaxsft.run.program import abstract_setup, lower_step, num_bytes_per_device, program_hash
-
-GIB = 2**30
-# What the TPU compiler lets a program have of 16 and 32 GiB.
-HBM_LIMIT_BYTES = {"v5e": int(15.75 * GIB), "v6e": int(31.25 * GIB)}
 
 # The one measurement that such estimates can be held against.
 CALIBRATION = (
@@ -252,11 +249,6 @@ def num_loss_chunks(config: TrainConfig, num_chips: int, loss_share: float = 1.0
     # Shares come from counts: half of 4096 positions must not become 2049.
     num_loss = math.ceil(loss_share * positions - 1e-6)
     return -(-num_loss // min(config.loss_chunk_tokens, positions))
-
-
-def num_chips(topology: str) -> int:
-    """Chips of a topology such as v5e:2x4."""
-    return math.prod(int(size) for size in topology.split(":")[1].split("x"))
 
 
 def _memory_by_kind(compiled: Compiled, argument_bytes: Mapping[str, int]) -> dict[str, int]:

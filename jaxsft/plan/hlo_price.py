@@ -5,21 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from jaxsft.plan.chips import Chip
 from jaxsft.plan.hlo_cost import matmuls
 from jaxsft.plan.hlo_text import HBM, VMEM, Computation, Instruction, Program
-
-
-class Chip(NamedTuple):
-    """One TPU chip in SI units: peak is dense bf16, link bandwidth is one link's, one way."""
-
-    name: str
-    clock_hz: float
-    peak_flops: float
-    hbm_bytes_per_s: float
-    link_bytes_per_s: float
-    mxu_size: int
-    mxu_rows_per_cycle: int
-
 
 PARTS = (
     *("attention", "mlp", "lora", "norm", "loss head", "recomputation", "copies"),

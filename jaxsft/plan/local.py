@@ -7,7 +7,7 @@ from rich.console import Console
 
 from jaxsft.config import TrainConfig
 from jaxsft.gemma.architecture import GemmaConfig
-from jaxsft.plan.estimate import GIB
+from jaxsft.plan.chips import GIB
 from jaxsft.plan.report import HASH_OF_GUESSED_STEPS, NOTHING_FITS, describe_setting
 from jaxsft.plan.search import Setting, nearest_fit
 from jaxsft.plan.tpu_aot import OutOfMemory, compile_or_refuse

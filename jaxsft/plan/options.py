@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxsft.cli import check_output
-from jaxsft.plan.plot import check_format
-from jaxsft.plan.tpu_aot import TOPOLOGIES
+from jaxsft.plan.chips import TOPOLOGIES
 
 LOCAL = "local"
 
@@ -64,3 +63,12 @@ def parse_options(argv: Sequence[str]) -> tuple[PlanOptions, list[str]]:
 def _with_train_names(argv: Sequence[str]) -> list[str]:
     """--budget-hours is train's --budget_hours."""
     return [re.sub(r"^--budget-hours(?==|$)", "--budget_hours", argument) for argument in argv]
+
+
+def check_format(path: Path) -> None:
+    """ValueError for a name that does not end as one of matplotlib's picture formats."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(f"--plot {path}: its name must end in one of .{', .'.join(formats)}")

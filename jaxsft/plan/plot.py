@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxsft.plan.estimate import GIB
+from jaxsft.plan.chips import GIB
 from jaxsft.plan.run_plan import RunPlan
 
 # Okabe and Ito's palette, told apart with any colour vision: https://jfly.uni-koeln.de/color/
@@ -16,15 +16,6 @@ _COLOURS = {
     **{"temporaries": _YELLOW, "needed": _RED},
 }
 _MIN_SHARE = 0.015  # what is less has no room for a label
-
-
-def check_format(path: Path) -> None:
-    """ValueError for a name that does not end as one of matplotlib's picture formats."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.lower().removeprefix(".") not in formats:
-        raise ValueError(f"--plot {path}: its name must end in one of .{', .'.join(formats)}")
 
 
 def plot_plan(plan: RunPlan, path: Path) -> None:

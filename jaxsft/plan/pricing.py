@@ -16,25 +16,10 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxsft.plan.hlo_price import (
-    COLLECTIVES,
-    PARTS,
-    Chip,
-    PricedOp,
-    collective_of,
-    is_free,
-    price_op,
-)
+from jaxsft.plan.chips import Chip
+from jaxsft.plan.hlo_price import COLLECTIVES, PARTS, PricedOp, collective_of, is_free, price_op
 from jaxsft.plan.hlo_text import Computation, Instruction, Program, parse_program
 from jaxsft.plan.hlo_values import Callers, static_trip_count
-
-# https://cloud.google.com/tpu/docs/v5e and /v6e: 197 and 918 TFLOP/s; 819 and 1640 GB/s; 1600 and
-# 3584 Gbit/s a chip of interconnect, one way, on four links (2D torus). The peaks are those of four
-# 128×128 matrix units at 1.5 GHz, and of two 256×256 ones that take two rows a cycle at 1.75 GHz.
-CHIPS = {
-    "v5e": Chip("v5e", 1.5e9, 197e12, 819e9, 1600e9 / 8 / 4, 128, 1),
-    "v6e": Chip("v6e", 1.75e9, 918e12, 1640e9, 3584e9 / 8 / 4, 256, 2),
-}
 
 
 class Unpriced(NamedTuple):

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsft.config import TrainConfig
-from jaxsft.plan.estimate import CALIBRATION, GIB, StepEstimate
-from jaxsft.plan.pricing import CHIPS
+from jaxsft.plan.chips import CHIPS, GIB
+from jaxsft.plan.estimate import CALIBRATION, StepEstimate
 from jaxsft.plan.run_plan import RunPlan
 from jaxsft.plan.search import Setting
 

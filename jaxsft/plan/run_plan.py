@@ -8,8 +8,8 @@ from jaxsft.config import TrainConfig
 from jaxsft.data.packing import num_steps
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.lora import resolve_targets
-from jaxsft.plan.estimate import CALIBRATION, GIB, StepEstimate, num_loss_chunks
-from jaxsft.plan.pricing import CHIPS
+from jaxsft.plan.chips import CHIPS, GIB
+from jaxsft.plan.estimate import CALIBRATION, StepEstimate, num_loss_chunks
 from jaxsft.plan.workload import Workload, count_work, fit_lengths
 from jaxsft.run.program import fused_obstacles
 

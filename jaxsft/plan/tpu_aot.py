@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jaxlib._hlo import HloPrintOptions  # no public module has it
 
 from jaxsft.common.out_of_memory import Shortage, parse_shortage
+from jaxsft.plan.chips import TOPOLOGIES
 
 # A process without a TPU: don't look for one, and share libtpu with other such processes. The
 # accelerator type only has to be a valid one, the topology decides what is compiled for.
@@ -22,22 +23,6 @@ AOT_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-}
-
-# Chips per host, as Cloud TPU offers them: 8 chips in one host, larger slices of hosts with 4.
-# https://cloud.google.com/tpu/docs/v5e and /v6e, "Configurations".
-_SHAPES = {
-    "1x1": (1, 1, 1),
-    "2x2": (2, 2, 1),
-    "2x4": (2, 4, 1),
-    "4x4": (2, 2, 1),
-    "4x8": (2, 2, 1),
-    "8x8": (2, 2, 1),
-    "8x16": (2, 2, 1),
-    "16x16": (2, 2, 1),
-}
-TOPOLOGIES = {
-    f"{chip}:{shape}": hosts for chip in ("v5e", "v6e") for shape, hosts in _SHAPES.items()
 }
 
 

@@ -1,21 +1,11 @@
-"""Makes a run's rows, once: `python -m jaxsft.prepare [--config RECIPE] [--OPTION …]`.
-
-Reads, converts, filters, tokenises and packs what the config names and keeps the result, so that
-`train`, which does the same where it is missing, begins at once. The same command again with
-nothing changed only says what is there; any option that changes a row makes a set of its own.
-
-Exit codes: 0 done; 2 bad input (one line says where, what and how to fix it; nothing is left); 130
-interrupted.
-"""
+"""All rows of a run, prepared where they are not yet."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from jaxsft.cli import parse_config, run_command
 from jaxsft.common.files import cache_dir
 from jaxsft.config import DataOptions, TrainConfig
 from jaxsft.data.packing import Sample
@@ -24,14 +14,8 @@ from jaxsft.data.prepared_cache import prepare
 from jaxsft.data.samples import DataReport, as_list
 from jaxsft.data.sources import num_rows
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.prepare.report import preparing, show_data
+from jaxsft.prepare.report import preparing
 from jaxsft.weights.find import base_path, find_tokenizer, open_tokenizer
-
-DESCRIPTION = (
-    "Reads, converts, filters, tokenises and packs the rows that a config names and keeps them for "
-    "jaxsft.train. Takes the options of jaxsft.train; those of data, and the model's tokenizer, "
-    "count."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,25 +111,3 @@ def _num_rows(options: DataOptions) -> int | None:
         return None if options.stop is None else options.stop - options.start
     stop = sum(filter(None, counts)) if options.stop is None else options.stop
     return max(stop - options.start, 0)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: command(argv), memory_advice="shorter lines take less")
-
-
-def command(argv: Sequence[str]) -> int:
-    """Prepares the rows that `argv` asks for. ValueError and OSError are bad input."""
-    # No markup: file names may hold brackets.
-    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-    config, _ = parse_config("jaxsft.prepare", DESCRIPTION, argv)
-    data = load_data(config, model_path(config), console)
-    show_data(console, data.train, data.heldout)
-    for prepared in filter(None, (data.train, data.heldout)):
-        console.print(f"in {prepared.directory}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

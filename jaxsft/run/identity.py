@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxsft.config import TrainConfig
-from jaxsft.prepare.__main__ import Data
+from jaxsft.prepare.rows import Data
 from jaxsft.weights.load import WeightsInfo
 
 # Options that change no number of the run, or only through a digest that is compared as well.

@@ -16,7 +16,7 @@ from jaxsft.cli import EXIT_FAILED, fail
 from jaxsft.common.files import cache_dir, write_json
 from jaxsft.common.hosts import from_first
 from jaxsft.config import TrainConfig
-from jaxsft.prepare.__main__ import Data
+from jaxsft.prepare.rows import Data
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from jaxsft.run.measure import measure, write_before

@@ -15,7 +15,7 @@ from jaxsft.data.packing import StepBatches
 from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import named, state_shardings
-from jaxsft.prepare.__main__ import Data, model_path
+from jaxsft.prepare.rows import Data, model_path
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fork import add_adapter, check_fork, with_forked_adapter
 from jaxsft.run.identity import fingerprint

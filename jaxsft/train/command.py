@@ -1,24 +1,12 @@
-"""Fine-tunes a Gemma on reasoning traces: `python -m jaxsft.train [--config RECIPE] [--OPTION …]`.
-
-Measures the model on held-out rows, trains, measures again, and leaves everything in
-output_dir/name, the adapter in PEFT format among it. The same command again continues an
-interrupted run, and a finished one says so. `--preflight` checks the step on this machine, times it
-and stops; on a TPU every run begins with that.
-
-Exit codes: 0 finished; 1 the preflight or the run failed (one line says how; the last checkpoint is
-good); 2 bad input (one line says what, nothing was trained); 75 stopped by a signal or the clock
-and saved, run the command again; 130 or 143 ended at once by a second SIGINT or SIGTERM.
-"""
+"""The training run, from its options to its results, with the visible loop."""
 
 import dataclasses
-import sys
 import time
-from collections.abc import Sequence
 
 import jax
 from rich.console import Console
 
-from jaxsft.cli import EXIT_FAILED, command_line, fail, failure_code, parse_config, parse_preflight
+from jaxsft.cli import EXIT_FAILED, EXIT_STOPPED, command_line, fail
 from jaxsft.common.batch import batch_hash
 from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
@@ -26,8 +14,8 @@ from jaxsft.common.hosts import join_hosts, reached_preemption
 from jaxsft.common.signals import catch_signals, interruptible
 from jaxsft.config import TrainConfig
 from jaxsft.data.samples import batches
-from jaxsft.prepare.__main__ import load_data
 from jaxsft.prepare.report import show_data
+from jaxsft.prepare.rows import load_data
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fork import ADAPTER, START, as_begun
@@ -69,32 +57,21 @@ from jaxsft.run.watchdog import Watchdog
 from jaxsft.step.train_step import put_batch, train_step
 from jaxsft.weights.peft import save_adapter
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-
-DESCRIPTION = (
-    "Fine-tunes a Gemma with LoRA on reasoning traces. Without options: the demo. --preflight "
-    "checks the train step on this machine against another way to compute it, times it on the "
-    "run's own rows and stops, with exit code 1 when it disagrees or the run would take longer "
-    "than budget_hours; on a TPU every run begins with that."
-)
 _FORECAST_AFTER = 10  # steps, where no preflight has timed them
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    started_s = time.time()
-    argv = list(sys.argv[1:] if argv is None else argv)
+def run_training(
+    config: TrainConfig, yaml: str, preflight_only: bool, argv: list[str], began_s: float
+) -> int:
+    """Trains as the options ask; returns the exit code. ValueError and OSError are bad input."""
     console = make_console()
     try:
         with interruptible():
-            return command(argv, console, started_s)
+            return command(config, yaml, preflight_only, argv, began_s, console)
     except KeyboardInterrupt:
-        console.print(
-            f"Interrupted, nothing is lost. To go on: {command_line('jaxsft.train', argv)}"
-        )
+        again = command_line("jaxsft.train", argv)
+        console.print(f"Interrupted, nothing is lost. To go on: {again}")
         return EXIT_STOPPED
-    except (ValueError, OSError) as error:
-        return fail(error, failure_code(error))
     except MemoryError as error:
         return fail(f"out of memory: {error}; {GENERAL_ADVICE}", EXIT_FAILED)
     except jax.errors.JaxRuntimeError as error:
@@ -104,10 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(line, EXIT_FAILED)
 
 
-def command(argv: list[str], console: Console, started_s: float) -> int:
-    """Sets up what `argv` asks for and runs it. ValueError and OSError are bad input."""
-    preflight_only, rest = parse_preflight(argv)
-    config, yaml = parse_config("jaxsft.train", DESCRIPTION, rest)
+def command(
+    config: TrainConfig,
+    yaml: str,
+    preflight_only: bool,
+    argv: list[str],
+    began_s: float,
+    console: Console,
+) -> int:
+    """Says what a finished run gave, or starts one that isn't. Errors as in `run_training`."""
     if config.multihost:
         join_hosts()
         console.quiet = jax.process_index() > 0
@@ -118,7 +100,7 @@ def command(argv: list[str], console: Console, started_s: float) -> int:
                 return fail(problem, EXIT_FAILED)
             show_finished(console, path, yaml, files.shown)
             return 0
-        clock = Clock(session_end_s(config.deadline, config.max_seconds, started_s))
+        clock = Clock(session_end_s(config.deadline, config.max_seconds, began_s))
         return start(config, yaml, files, clock, argv, console, preflight_only)
 
 
@@ -131,7 +113,7 @@ def start(
     console: Console,
     preflight_only: bool,
 ) -> int:
-    """Sets up and runs what isn't finished; errors as in `command`."""
+    """Sets up and runs what isn't finished; errors as in `run_training`."""
     path = files.run_dir
     check_fit(config, path, clock)
     check_device()
@@ -286,7 +268,3 @@ def train(
     if step > first_step:
         saver.finish(step, state, session)
     return dataclasses.replace(setup, state=state, frozen=frozen)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

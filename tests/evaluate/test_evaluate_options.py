@@ -3,18 +3,27 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.tiny_run import make_run
 
+from jaxsft.cli import parse_options
 from jaxsft.config import SYSTEM_PROMPT
-from jaxsft.evaluate.__main__ import main, read_rows, resolve
-from jaxsft.evaluate.options import shared_tokenizer
+from jaxsft.evaluate import command
+from jaxsft.evaluate.__main__ import main
+from jaxsft.evaluate.command import read_rows
+from jaxsft.evaluate.options import EvaluateOptions
+from jaxsft.evaluate.sides import Side, shared_tokenizer
 
 TEXT = "Be brief."
+
+
+def resolve(argv: Sequence[str]) -> tuple[EvaluateOptions, list[Side]]:
+    return command.resolve(partial(parse_options, "jaxsft.evaluate", "", argv, EvaluateOptions))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from benchmarks.tiny_run import TinyRuns, train_metrics
-from jaxsft.train.__main__ import EXIT_STOPPED
+from jaxsft.cli import EXIT_STOPPED
 
 NUM_STEPS = 30
 # Devices, and the step whose line is answered with SIGTERM; None runs to the end.

@@ -136,7 +136,7 @@ def test_an_export_is_asked_as_its_run_is(
         asked_with.append(turns[0].content)
         return SimpleNamespace(is_whole=True)
 
-    monkeypatch.setattr("jaxsft.generate.__main__.answer", answer)
+    monkeypatch.setattr("jaxsft.generate.command.answer", answer)
     export = shutil.copytree(run_dir / "adapter", tmp_path / "export")
     ask(export, "--prompt", "Why?")
     for text in (SYSTEM, "", 3):

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import yaml
 
-import jaxsft.plan.__main__
+import jaxsft.plan.command
 import jaxsft.plan.local
 from benchmarks import profile_step, step_time
 from benchmarks.acceptance import violations, work_differences
 from jaxsft.cli import EXIT_BAD_INPUT, parse_config
 from jaxsft.gemma.architecture import PRESETS
-from jaxsft.plan.__main__ import EXIT_DOES_NOT_FIT, main
-from jaxsft.plan.estimate import GIB, StepEstimate
+from jaxsft.plan.__main__ import main
+from jaxsft.plan.chips import GIB
+from jaxsft.plan.command import EXIT_DOES_NOT_FIT
+from jaxsft.plan.estimate import StepEstimate
 from jaxsft.plan.local import LocalStep
 from jaxsft.plan.pricing import PARTS
 from jaxsft.plan.run_plan import RunPlan
@@ -138,7 +140,7 @@ def test_rows_of_384_and_the_plain_step_by_part(
 def test_plan_without_a_fused_step_says_why(
     plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jaxsft.plan, "estimate_step", fake_estimate)
+    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", fake_estimate)
     code, values, screen = plan("--data.max_length", "640", "--model.remat", "full")
     assert (code, values["formulation"]) == (0, "plain")
     line = "The fused step is not for data.max_length 640 (its kernels take 128, 256"
@@ -153,7 +155,7 @@ def test_too_little_on_chip_memory_says_what_helps(
         misfit = "130.00 of 128.00 MiB of VMEM"
         return dataclasses.replace(found, misfit=misfit, hbm_bytes={}, seconds=0.0, parts={}), False
 
-    monkeypatch.setattr(jaxsft.plan, "estimate_step", vmem)
+    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", vmem)
     code, values, screen = plan()
     assert code == EXIT_DOES_NOT_FIT
     assert values["nearest"] is values["hbm_gib_per_chip"] is None
@@ -171,7 +173,7 @@ def test_a_failing_compiler_is_one_line(
     def broken(*_: Any, **__: Any) -> Any:
         raise CompilerError("the TPU compiler failed: INTERNAL: Mosaic")
 
-    monkeypatch.setattr(jaxsft.plan, "estimate_step", broken)
+    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", broken)
     assert command(["--config", str(config)]) == 1
     assert capsys.readouterr().err == "error: the TPU compiler failed: INTERNAL: Mosaic\n"
 
@@ -204,7 +206,7 @@ def fake_estimate(config: Any, *_: Any, **__: Any) -> tuple[StepEstimate, bool]:
 def test_what_does_not_fit_is_told_the_nearest_that_does(
     plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(jaxsft.plan, "estimate_step", fake_estimate)
+    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", fake_estimate)
     options = ("--gradient_accumulation_steps", "1", "--plot", str(tmp_path / "step.png"))
     code, values, screen = plan(*options)
     assert code == EXIT_DOES_NOT_FIT
@@ -239,7 +241,7 @@ def test_local_devices_are_told_what_fits_them(
 
 
 def test_search_ranks_by_speed(plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxsft.plan, "estimate_step", fake_estimate)
+    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", fake_estimate)
     code, values, screen = plan("--model.remat", "full", "--search")
     assert code == 0
     ranked = values["search"]
@@ -326,7 +328,7 @@ def test_acceptance_is_a_budget_of_seven_hours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A second a step, 0.8 s without adapters: 25,200 steps are 7 hours."""
-    monkeypatch.setattr(jaxsft.plan, "estimate_step", fake_estimate)
+    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", fake_estimate)
 
     def frozen(plan: RunPlan, *_: Any) -> StepEstimate:
         parts = plan.estimate.parts | {"mlp": 0.8}
@@ -392,7 +394,7 @@ def test_the_recipe_has_bounds_which_are_named_when_they_do_not_hold() -> None:
 def test_plain_step_has_no_overhead_to_show(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jaxsft.plan, "estimate_step", fake_estimate)
+    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", fake_estimate)
     path = tmp_path / "step.json"
     options = ["--config", str(config), "--model.remat", "full", "--json", str(path)]
     assert step_time.main([*options, "--step", "plain"]) == 0
@@ -479,7 +481,7 @@ def test_plan_is_of_the_program_that_train_runs(hashes: dict[str, Any], step: st
 
 def print_hashes(model: str, directory: Path) -> None:
     """The child's part."""
-    from jaxsft.prepare.__main__ import load_data
+    from jaxsft.prepare.rows import load_data
     from jaxsft.run.setup import build
 
     # Hashes are of what is compiled, which takes a minute.

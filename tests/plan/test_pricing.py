@@ -10,12 +10,13 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsft.plan.chips import CHIPS
 from jaxsft.plan.hlo_cost import matmuls
 from jaxsft.plan.hlo_price import collective_seconds
 from jaxsft.plan.hlo_text import parse_program, parse_shape
 from jaxsft.plan.kernel_price import find_kernels, price_kernels
 from jaxsft.plan.llo_schedule import schedule
-from jaxsft.plan.pricing import CHIPS, Priced, price_program
+from jaxsft.plan.pricing import Priced, price_program
 from jaxsft.plan.tpu_aot import (
     AOT_ENVIRONMENT,
     Compiled,

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from support.two_tasks import two_tasks
 
 from benchmarks.tiny_run import Child, TinyRuns, train_metrics
+from jaxsft.cli import EXIT_STOPPED
 from jaxsft.common.hosts import any_of, array_from_first, from_first, reached_preemption
 from jaxsft.run.checkpoints import Checkpoints
-from jaxsft.train.__main__ import EXIT_STOPPED
 
 PROGRAM = """
 import json, sys

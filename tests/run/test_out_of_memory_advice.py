@@ -13,7 +13,7 @@ import pytest
 
 from jaxsft.common.devices import check_device
 from jaxsft.common.out_of_memory import Shortage, parse_shortage
-from jaxsft.plan.tpu_aot import TOPOLOGIES
+from jaxsft.plan.chips import TOPOLOGIES
 from jaxsft.run import out_of_memory
 from jaxsft.run.out_of_memory import explain_out_of_memory, plan_options, tpu_topology
 

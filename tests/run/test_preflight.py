@@ -19,14 +19,14 @@ from support.two_tasks import two_tasks
 
 import jaxsft.run.agreement
 import jaxsft.train.__main__
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, parse_config
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.prepare.__main__ import load_data
+from jaxsft.prepare.rows import load_data
 from jaxsft.run.agreement import Difference, compare_ways
 from jaxsft.run.setup import build, check_early
 from jaxsft.step import flash_attention
 from jaxsft.step.train_step import put_batch
-from jaxsft.train.__main__ import EXIT_STOPPED, main
+from jaxsft.train.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import jaxsft.prepare.__main__
 from jaxsft.cli import EXIT_BAD_INPUT
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.train.__main__ import main
@@ -27,7 +26,7 @@ def shared_tokenizers() -> Iterator[None]:
     """Parses each tokenizer once."""
     with pytest.MonkeyPatch.context() as patch:
         from_file = functools.cache(Tokenizer.from_file)
-        patch.setattr(jaxsft.prepare.__main__.Tokenizer, "from_file", from_file)
+        patch.setattr(Tokenizer, "from_file", from_file)
         yield
 
 

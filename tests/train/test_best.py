@@ -11,8 +11,9 @@ import pytest
 
 import jaxsft.train.__main__
 from benchmarks.tiny_run import TinyRuns, differences
+from jaxsft.cli import EXIT_STOPPED
 from jaxsft.run.metrics import last_step_of
-from jaxsft.train.__main__ import EXIT_STOPPED, main
+from jaxsft.train.__main__ import main
 
 # The loss has its minimum on the way: eight rows, far too high a learning rate.
 OPTIONS = (

@@ -22,7 +22,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.child import Child
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, parse_config
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.config import DataOptions
 from jaxsft.data.packing import Sample
 from jaxsft.data.samples import load_samples
@@ -30,7 +30,7 @@ from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.setup import abstract_state
 from jaxsft.step.optimizer import make_schedule
-from jaxsft.train.__main__ import EXIT_STOPPED, main
+from jaxsft.train.__main__ import main
 from jaxsft.weights.load import load_model
 from jaxsft.weights.peft import load_adapter
 

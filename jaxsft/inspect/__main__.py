@@ -1,0 +1,40 @@
+"""Shows what the model will really see: `python -m jaxsft.inspect [--config RECIPE] [--rows 3] …`.
+
+Takes what train takes, and prepares its rows where they are missing, or a prepared directory. Rows
+are shown token by token with their mask, then the counts of the whole set; every sample is checked.
+
+Exit codes: 0 every sample is as it must be; 1 some are not (each is named); 2 bad input.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jaxsft.cli import parse_config, run_command
+from jaxsft.inspect.options import parse_options
+
+DESCRIPTION = (
+    "Shows some rows as the model will see them, every token with its mask, and the counts of all "
+    "rows, and checks every sample. Options of its own: --rows N (the first N rows; default 3), "
+    "--row I (this row, from 0; may be repeated), --ids (each token's id), --html FILE (the same "
+    "and histograms, as a page), --prepared DIR (a directory of prepared rows, made with the "
+    "config's tokenizer, in place of the config's data). All others are train's."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: command(argv), memory_advice="shorter lines take less")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Shows and checks what `argv` asks for. ValueError and OSError are bad input."""
+    options, rest = parse_options(argv)
+    config, _ = parse_config("jaxsft.inspect", DESCRIPTION, rest)
+    from jaxsft.inspect.command import show_rows  # the tokenizer and readers take a second
+
+    return show_rows(config, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Prepares the rows of a config and says what became of them."""
+
+import sys
+
+from rich.console import Console
+
+from jaxsft.config import TrainConfig
+from jaxsft.prepare.report import show_data
+from jaxsft.prepare.rows import load_data, model_path
+
+
+def prepare_rows(config: TrainConfig) -> int:
+    """Prepares what is missing; returns the exit code. ValueError and OSError are bad input."""
+    # No markup: file names may hold brackets.
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    data = load_data(config, model_path(config), console)
+    show_data(console, data.train, data.heldout)
+    for prepared in filter(None, (data.train, data.heldout)):
+        console.print(f"in {prepared.directory}")
+    return 0
