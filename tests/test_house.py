@@ -87,7 +87,9 @@ class Module:
 
 
 def only_commands_touch_the_process(module: Module) -> Iterator[tuple[ast.AST, str]]:
-    is_command = module.name.endswith("__main__") or module.name in TOUCHES_THE_PROCESS
+    is_command = (
+        module.name.endswith(("__main__", ".command")) or module.name in TOUCHES_THE_PROCESS
+    )
     for node in [] if is_command else ast.walk(module.tree):
         if PROCESS.fullmatch(name := module.dotted(node)):
             yield node, f"{name}: pass the value in, only commands touch it"

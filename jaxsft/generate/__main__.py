@@ -35,9 +35,9 @@ def command(argv: Sequence[str]) -> int:
     """Answers what `argv` asks for. ValueError and OSError are bad input."""
     options = parse_options("jaxsft.generate", DESCRIPTION, argv, GenerateOptions)
     check_options(options)
-    from jaxsft.generate.command import ask  # JAX, which takes seconds
+    from jaxsft.generate.command import generate_answers  # JAX, which takes seconds
 
-    return ask(options)
+    return generate_answers(options)
 
 
 if __name__ == "__main__":

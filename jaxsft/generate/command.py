@@ -28,7 +28,7 @@ from jaxsft.generate.prompts import FilePrompt, read_prompt_file
 from jaxsft.weights.find import Loaded, Origin, find_model, load, run_config, system_text
 
 
-def ask(options: GenerateOptions) -> int:
+def generate_answers(options: GenerateOptions) -> int:
     """Loads the model and answers; returns the exit code. ValueError and OSError are bad input."""
     check_device()
     configure_jax()
