@@ -216,30 +216,35 @@ def test_a_token_in_an_address(place: Place, hub: FakeHub) -> None:
     )
 
 
-def test_a_model_is_that_of_its_commit_byte_for_byte(place: Place, hub: FakeHub) -> None:
-    name, weights = "google/gemma", bytes(range(200))
-    old = hub.add(name, {"model.safetensors": weights})
-    program = (
-        "import os, sys; from pathlib import Path\n"
-        "from jaxsft.download.files import fetch_files, look_up\n"
-        "from jaxsft.download.retry import Hub\n"
-        "hub = Hub(os.environ['HF_TOKEN'], retries=2, retry_wait_s=0)\n"
-        "fetch_files(hub, look_up(hub, 'model', *sys.argv[1:]), ['*'], Path('model'))\n"
-    )
-
-    def fetch(revision: str) -> Said:
-        command = [sys.executable, "-c", program, name, revision]
-        return place.run("model", command, HF_ENDPOINT=hub.endpoint)
-
-    assert fetch("main").code == 0
-    file = place.directory / "model" / "model.safetensors"
-    # Another file under its name, and a branch that has moved, change nothing at that commit.
-    file.write_bytes(weights[::-1])
-    new = hub.add(name, {"model.safetensors": weights[::-1] + b"!"})
-    assert fetch(old).code == 0 and file.read_bytes() == weights
-    hub.faults += [("cdn .*model", "corrupt")] * 2
-    assert "the bytes are not those listed, 2 times" in fetch(new).err
-    assert not file.exists() and place.holding(TOKEN) == set()
+@pytest.mark.parametrize("has_login", [False, True])
+def test_a_model_of_the_hub(
+    has_login: bool, place: Place, hub: FakeHub, tiny_model_dir: Path
+) -> None:
+    """Its token is in HF_TOKEN, or where `hf auth login` leaves it, and nowhere else after."""
+    name = f"google/gemma-{has_login}"
+    hub.add(name, {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()})
+    stored = place.directory / "hf_home" / "token"
+    environment = {"HF_ENDPOINT": hub.endpoint}
+    if has_login:
+        stored.write_text(TOKEN)
+        environment["HF_TOKEN"] = ""
+    command = ["jaxsft.prepare", "--config", str(place.directory / "config.yaml"), "--model.path"]
+    for model, fault, code in (
+        ("google/other", "", EXIT_BAD_INPUT),
+        (name, "hub /api/models", EXIT_FAILED),
+        (name, "cdn .*safetensors", EXIT_FAILED),
+        (name, "", 0),
+    ):
+        hub.faults += [(fault, "500")] if fault else []
+        said = place.run("model", [sys.executable, "-m", *command, model], **environment)
+        assert said.code == code and "Traceback" not in said.err, said
+    asked = [r for r in hub.log if name in r.path]
+    assert {r.authorization for r in asked if r.server == "hub"} == {f"Bearer {TOKEN}"}
+    assert {r.authorization for r in asked if r.server == "cdn"} == {None}
+    offline = [*NO_NETWORK, "-m", *command, name]
+    assert place.run("offline", offline, HF_HUB_OFFLINE="1").code == 0
+    stored.unlink(missing_ok=True)
+    assert place.holding(hub.main[name]) and place.holding(TOKEN) == set()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsft.common.files import read_json, write_json
+from jaxsft.common.pins import read_pins, write_pin
 from jaxsft.data.sources import MANIFEST, ROWS_KIND, converter_version, row_files
 from jaxsft.download.files import Snapshot, fetch, look_up, parquet_footer
 from jaxsft.download.parts import (
@@ -31,7 +32,6 @@ from jaxsft.download.parts import (
     write_manifest,
     write_part,
 )
-from jaxsft.download.pins import read_pins, write_pin
 from jaxsft.download.retry import Hub
 from jaxsft.download.splits import Plan, Split, check_end, file_pieces, plan_split
 

@@ -6,17 +6,15 @@ hub alone: the client drops it when the hub redirects to another host, and no me
 server answered. Every file is compared with the size and the digest that the hub lists for it; a
 file that was cut off goes on where it stopped, in this process or in the next.
 
-A name that the hub lists becomes a path in `fetch_files` only, and is refused if it could leave
-the directory.
+A name that the hub lists is refused if, as a path, it could leave the directory.
 """
 
-import fnmatch
 import hashlib
 import io
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -90,28 +88,6 @@ def look_up(hub: Hub, kind: Kind, repo: str, revision: str) -> Snapshot:
     if not _SHA1.fullmatch(info.sha or ""):
         raise HubError(f"{repo}: the hub names no commit for {revision!r}")
     return Snapshot(kind, repo, info.sha, tuple(sorted(files)), configs or [])
-
-
-def fetch_files(
-    hub: Hub,
-    snapshot: Snapshot,
-    patterns: Sequence[str],
-    directory: Path,
-    received: Callable[[int], None] = lambda num_bytes: None,
-) -> list[Path]:
-    """Downloads the files that a pattern (`*.safetensors`) matches to `directory`/their name.
-
-    Those that are there already, whole, are not asked for again. `received` gets the number of
-    bytes as they come. Errors as `fetch`, and ValueError where nothing matches.
-    """
-    wanted = [f for f in snapshot.files if any(fnmatch.fnmatch(f.path, p) for p in patterns)]
-    if not wanted:
-        raise ValueError(f"{snapshot.repo} holds no file {' or '.join(patterns)}")
-    paths = [directory / file.path for file in wanted]
-    for file, path in zip(wanted, paths, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fetch(hub, snapshot, file, path, received)
-    return paths
 
 
 def fetch(

@@ -9,7 +9,7 @@
     runs/demo                a run: its adapter and the model that it was trained on
 
 Where there are both an adapter and a whole model, the adapter is meant, on the base that it names.
-HF_TOKEN goes to the hub, if it is set, and nowhere else.
+The token of HF_TOKEN or `hf auth login` goes to the hub, and nowhere else.
 """
 
 import dataclasses

@@ -637,30 +637,6 @@ def test_terminal_shows_the_time_left(download: Download, hub: FakeHub) -> None:
     assert re.search(rb"convert .*\d+ of 180 rows", shown)
 
 
-def test_model_files_by_pattern(download: Download, hub: FakeHub, tmp_path: Path) -> None:
-    files = {"config.json": b"{}", "model-1.safetensors": b"\0" * 999, "README.md": b"#"}
-    hub.add("google/gemma", files | {"sub/model-2.safetensors": b"\1" * 99})
-    program = (
-        "import sys; from pathlib import Path\n"
-        "from jaxsft.download.files import fetch_files, look_up\n"
-        "from jaxsft.download.retry import Hub\n"
-        "hub = Hub(retry_wait_s=0.01)\n"
-        "snapshot = look_up(hub, 'model', 'google/gemma', 'main')\n"
-        "for path in fetch_files(hub, snapshot, ['*.json', '*.safetensors'], Path(sys.argv[1])):\n"
-        "    print(path)\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "model")]
-    wanted = ["config.json", "model-1.safetensors", "sub/model-2.safetensors"]
-    for num_requests in (3, 0):
-        hub.log.clear()
-        result = subprocess.run(
-            command, env=download.environment, capture_output=True, text=True, check=True
-        )
-        assert result.stdout.split() == [str(tmp_path / "model" / name) for name in wanted]
-        assert len([r for r in hub.log if r.server == "cdn"]) == num_requests
-    assert contents(tmp_path / "model").keys() == set(wanted)
-
-
 def test_a_full_disk_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**8))
     file = hub_files.HubFile("big.parquet", 10**9, "0" * 40, None)

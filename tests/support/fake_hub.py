@@ -109,8 +109,18 @@ class FakeHub:
 
 
 def _is_footer(bytes_range: str | None) -> bool:
-    first, last = (bytes_range or "bytes=0-0").removeprefix("bytes=").split("-")
-    return int(last) - int(first) + 1 == FOOTER_BYTES
+    first, last = (bytes_range or "bytes=0-").removeprefix("bytes=").split("-")
+    return bool(last) and int(last) - int(first) + 1 == FOOTER_BYTES
+
+
+def _listing(name: str, data: bytes) -> dict[str, Any]:
+    """A file as the API lists it."""
+    git_oid = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+    entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git_oid}
+    if name.endswith((".parquet", ".safetensors", ".model")):
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
+    return entry
 
 
 @contextmanager
@@ -159,6 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
+    do_HEAD = do_GET  # what huggingface_hub asks of a file before it downloads it
+
     def _fail_or_answer(self, path: str, fault: str | None) -> None:
         if fault in ("500", "503", "401", "403"):
             return self._send(int(fault), self._echo())
@@ -173,34 +185,44 @@ class _Handler(BaseHTTPRequestHandler):
         if len(parts) < 4:
             return self._send(404, b"")  # the client asks for more than data
         if parts[:2] == ["api", "datasets"] or parts[:2] == ["api", "models"]:
-            return self._info("/".join(parts[2:4]), parts[5] if len(parts) > 5 else None)
-        if parts[0] == "datasets":
-            parts = parts[1:]
+            is_tree = parts[4:5] == ["tree"]
+            revision = parts[5] if len(parts) > 5 else None
+            return self._info("/".join(parts[2:4]), revision, is_tree=is_tree)
+        parts = parts[1:] if parts[0] == "datasets" else parts
         repo, commit, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
-        if file not in self.hub.repos.get(repo, {}).get(commit, {}):
+        commit = self.hub.main.get(repo, "") if commit == "main" else commit
+        data = self.hub.repos.get(repo, {}).get(commit, {}).get(file)
+        if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-        location = f"{self.hub.cdn}/{repo}/{commit}/{file}"
-        return self._send(302, b"", {"Location": location, "X-Repo-Commit": commit})
+        listed = _listing(file, data)
+        headers = {
+            "Location": f"{self.hub.cdn}/{repo}/{commit}/{file}",
+            "X-Repo-Commit": commit,
+            "X-Linked-Etag": f'"{listed.get("lfs", {}).get("sha256", listed["blobId"])}"',
+            "X-Linked-Size": str(len(data)),
+        }
+        return self._send(302, b"", headers)
 
     def _echo(self) -> bytes:
         """An error that repeats the caller's own headers, as a careless proxy would."""
         return json.dumps({"error": str(dict(self.headers))}).encode()
 
-    def _info(self, repo: str, revision: str | None) -> None:
+    def _info(self, repo: str, revision: str | None, is_tree: bool) -> None:
         commits = self.hub.repos.get(repo)
         if commits is None:
             return self._send(404, self._echo(), {"X-Error-Code": "RepoNotFound"})
         commit = self.hub.main[repo] if revision in (None, "main") else revision
         if commit not in commits:
             return self._send(404, self._echo(), {"X-Error-Code": "RevisionNotFound"})
-        siblings = []
-        for name, data in commits[commit].items():
-            git_oid = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-            entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git_oid}
-            if name.endswith((".parquet", ".safetensors")):
-                sha256 = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
-            siblings.append(entry)
+        siblings = [_listing(name, data) for name, data in commits[commit].items()]
+        if is_tree:
+            tree = [
+                {"type": "file", "path": each["rfilename"], "oid": each["blobId"]}
+                | {"size": each["size"]}
+                | ({"lfs": each["lfs"] | {"oid": each["lfs"]["sha256"]}} if "lfs" in each else {})
+                for each in siblings
+            ]
+            return self._send(200, json.dumps(tree).encode())
         card = {"configs": self.hub.configs[repo]} if repo in self.hub.configs else None
         body = {"id": repo, "sha": commit, "siblings": siblings, "cardData": card, "tags": []}
         return self._send(200, json.dumps(body).encode())
@@ -211,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         start, stop = 0, len(data)
         if wanted := self.headers.get("range"):
             first, last = wanted.removeprefix("bytes=").split("-")
-            start, stop = int(first), int(last) + 1
+            start, stop = int(first), int(last) + 1 if last else len(data)
         total = len(data)
         body = data[start:stop]
         if fault == "corrupt":
@@ -220,9 +242,10 @@ class _Handler(BaseHTTPRequestHandler):
             total -= 7
         half = len(body) // 2
         shown = half if fault == "short" else len(body)
-        self.send_response(206)
+        self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(shown))
-        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
         self.end_headers()
         if fault in ("cut", "stall", "hold", "short"):
             self.wfile.write(body[:half])
@@ -241,4 +264,5 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)

@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from safetensors.numpy import load_file, save_file
 from support.fake_hub import FakeHub, running_hub
 from support.tiny_run import make_run
@@ -297,6 +298,7 @@ def hub(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 600)
         template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
@@ -326,7 +328,7 @@ def test_the_hub_s_model_is_fetched_once_and_stays(
     assert (found.name, found.revision, found.adapter) == (REPO, commit, None)
     asked = {name for name, _ in hub.downloads()}
     assert asked == {"config.json", "tokenizer.model", "model.safetensors"}
-    assert {path.name for path in found.base.iterdir()} == asked | {"manifest.json"}
+    assert {path.name for path in found.base.iterdir()} == asked
     for name in asked:
         assert (found.base / name).read_bytes() == (tiny_model_dir / name).read_bytes()
     assert len(said) == 1 and commit in said[0] and str(found.base) in said[0]
@@ -366,22 +368,81 @@ def test_an_adapter_s_base_on_the_hub_is_the_one_that_it_was_trained_on(
     assert find_model(str(tmp_path), base=REPO, say=lambda line: None).revision == hub.main[REPO]
 
 
+def offline(*arguments: str) -> str:
+    """The one line with which `find_model` fails for want of a network, or of a hub's answer."""
+    with pytest.raises(ConnectionError) as caught:
+        find_model(*arguments, say=lambda line: None)
+    line = str(caught.value)
+    assert line.startswith(f"{REPO}, a model of the hub (there is no such directory here): the ")
+    assert "\n" not in line and TOKEN not in line
+    return line
+
+
 def test_without_a_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    line = refused(REPO)
-    assert f"{REPO}: no such directory here" in line and "HF_HUB_OFFLINE is set" in line
+    assert "the cache lacks files of it, and HF_HUB_OFFLINE is set" in offline(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "cannot be reached or stopped sending (ConnectError)" in offline(REPO)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    hub.faults += [("hub /api/models", "503")]
+    assert "the hub answered HTTP 503; run the same command again" in offline(REPO)
     found = find_model(REPO, say=lambda line: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_model(REPO) == found
-    # A copy that is damaged is none.
     weights = found.base / "model.safetensors"
-    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
-    assert "no whole copy of the hub's" in refused(REPO)
+    whole = weights.read_bytes()
+    weights.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    line = refused(REPO)
+    assert line.startswith(f"{weights}: is damaged") and f"delete {weights.resolve()}" in line
+    weights.resolve().unlink()
+    assert "the cache lacks files of it" in offline(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.log.clear()
-    assert find_model(REPO, say=lambda line: None) == found
+    assert find_model(REPO, say=lambda line: None) == found and weights.read_bytes() == whole
     assert [name for name, _ in hub.downloads()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("has_network", [True, False])
+def test_a_model_that_is_in_the_user_s_cache_is_not_downloaded_again(
+    hub: FakeHub, has_network: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers leaves it: file by file, with a note of what `main` meant."""
+    for name in ("config.json", "tokenizer.model", "model.safetensors"):
+        hf_hub_download(REPO, name)
+    hub.log.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not has_network)
+    said: list[str] = []
+    found = find_model(REPO, say=said.append)
+    assert found.revision == hub.main[REPO] and hub.downloads() == []
+    assert find_model(REPO, say=said.append) == found and len(said) == 1
+    (found.base / "tokenizer.model").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "the cache lacks files of it" in offline(REPO)
+    bare = find_model(REPO, tokenizer=str(found.base / "config.json"), say=said.append)
+    assert bare.base == found.base
+
+
+def test_a_stored_token_is_sent_to_the_hub_alone(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What `hf auth login` leaves."""
+    monkeypatch.delenv("HF_TOKEN")
+    stored = tmp_path / "login" / "token"
+    stored.parent.mkdir()
+    stored.write_text(TOKEN)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(stored))
+    find_model(REPO, say=print)
+    assert {r.authorization for r in hub.log if r.server == "hub"} == {f"Bearer {TOKEN}"}
+    assert {r.authorization for r in hub.log if r.server == "cdn"} == {None}
+    assert holding(tmp_path, TOKEN) == [stored] and TOKEN not in "".join(capfd.readouterr())
+
+
+def test_a_disk_that_is_full(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    line = refused(REPO, say=lambda line: None)
+    assert "0.00 GB free" in line and "set HF_HOME to a place with more" in line
+    assert [name for name, _ in hub.downloads()] == ["config.json"]
 
 
 def test_weights_are_hashed_once(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +458,7 @@ def test_weights_are_hashed_once(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(time, "time_ns", lambda: now_ns)
     origin = find_model(REPO)
     info = load(origin, **FLOAT32).info
-    assert sorted(hashed) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(hashed) == ["model.safetensors", "tokenizer.model"]
     weights = origin.base / "model.safetensors"
     save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     assert load(origin, **FLOAT32).info.digest != info.digest
@@ -407,10 +468,9 @@ def test_an_interrupted_download_goes_on_with_its_commit(
     hub: FakeHub, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = hub.main[REPO]
-    monkeypatch.setattr("jaxsft.download.retry.Tries.failed", give_up)
-    hub.faults += [("cdn .*safetensors", "cut")]
-    with pytest.raises(ConnectionError, match="goes on where it stopped"):
-        find_model(REPO, say=lambda line: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.faults += [("cdn .*safetensors", "cut"), ("cdn .*safetensors", "503")]
+    assert "run the same command again" in offline(REPO)
     hub.add(REPO, repository(tiny_model_dir, b"\n"))
     hub.log.clear()
     found = find_model(REPO, say=lambda line: None)
@@ -419,23 +479,17 @@ def test_an_interrupted_download_goes_on_with_its_commit(
     assert name == "model.safetensors" and not str(part).startswith("bytes=0-")
 
 
-def give_up(self: Any, error: Exception) -> None:
-    from jaxsft.download.retry import HubError
-
-    raise HubError(f"{self.what}: the connection was cut off; gave up")
-
-
 @pytest.mark.parametrize("status", ["401", "403"])
 @pytest.mark.parametrize("where", ["hub /api/models", "hub .*/resolve/"])
 def test_gated(hub: FakeHub, where: str, status: str, tmp_path: Path) -> None:
     hub.faults += [(where, status)]
     line = refused(REPO, say=lambda line: None)
-    assert line.startswith(f"{REPO}: ") and "accept the terms" in line and "set HF_TOKEN" in line
+    assert line.startswith(f"{REPO}: ") and "accept the terms" in line and "HF_TOKEN or run" in line
     assert TOKEN not in line and holding(tmp_path, TOKEN) == [] and not hub.faults
 
 
 def test_what_the_hub_has_not(hub: FakeHub, tiny_model_dir: Path) -> None:
-    assert "is not on the hub, or is private" in refused("google/no-such")
+    assert "is not on the hub, or not open to you" in refused("google/no-such")
     assert refused(f"{REPO}@v7") == f"{REPO}: has no revision 'v7'"
     files = repository(tiny_model_dir)
     hub.add("some/gguf", {"model.gguf": b""})
@@ -467,7 +521,7 @@ def test_shards_and_adapters_of_the_hub(hub: FakeHub, run_dir: Path, tiny_model_
     files["model.safetensors.index.json"] = json.dumps(index).encode()
     hub.add("some/sharded", files)
     found = find_model("some/sharded", say=lambda line: None)
-    assert {path.name for path in found.base.iterdir()} == {*files, "manifest.json"}
+    assert {path.name for path in found.base.iterdir()} == files.keys()
 
     names = ("adapter_config.json", "adapter_model.safetensors")
     hub.add("some/lora", {name: (run_dir / "adapter" / name).read_bytes() for name in names})
@@ -476,10 +530,8 @@ def test_shards_and_adapters_of_the_hub(hub: FakeHub, run_dir: Path, tiny_model_
     both = {name: (run_dir / "adapter" / name).read_bytes() for name in names}
     hub.add("some/config", both | {"config.json": b"{}"})
     tuned = find_model("some/config", base=REPO, say=lambda line: None)
-    assert tuned.adapter is not None and {path.name for path in tuned.adapter.iterdir()} == {
-        *names,
-        "manifest.json",
-    }
+    assert tuned.adapter is not None
+    assert {path.name for path in tuned.adapter.iterdir()} == set(names)
     hub.add("some/both", both | repository(tiny_model_dir))
     said: list[str] = []
     tuned = find_model("some/both", base=REPO, say=said.append)
