@@ -34,8 +34,13 @@ from jaxsft.evaluate.heldout import (
     with_examples,
 )
 from jaxsft.evaluate.options import EvaluateOptions
-from jaxsft.evaluate.results import Measured, describe, output_directory, write_results
-from jaxsft.evaluate.scoring import compare
+from jaxsft.evaluate.results import (
+    Measured,
+    describe_evaluation,
+    output_directory,
+    write_evaluation,
+)
+from jaxsft.evaluate.scoring import compare_answers
 from jaxsft.evaluate.sides import (
     Side,
     check,
@@ -95,9 +100,9 @@ def evaluate(parse: Parse) -> int:
         measured.append(measure(name, side, rows, tokenizer, options, console))
         lines = compare_losses(*(each.losses for each in measured))
         if options.eval.num_prompts:
-            lines += compare(*(each.answers for each in measured))
+            lines += compare_answers(*(each.answers for each in measured))
         lines = with_perplexity(lines)
-        write_results(output, options, rows.about, measured, lines)
+        write_evaluation(output, options, rows.about, measured, lines)
     console.print(show_comparison(rows.about, [each.name for each in measured], lines))
     console.print(f"The numbers, the answers and a page with them are in {output}.")
     return 0
@@ -151,7 +156,7 @@ def read_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
         prompts = as_text(prompts, solved, tokenizer)
     else:
         prompts = with_examples(prompts, examples, tokenizer)
-    about = describe(options, heldout.report, len(prompts))
+    about = describe_evaluation(options, heldout.report, len(prompts))
     if options.system_prompt:
         text = visible_line(options.system_prompt)
         about += f'; system text "{text[:_SHOWN]}{"…" if len(text) > _SHOWN else ""}"'

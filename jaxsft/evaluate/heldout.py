@@ -1,4 +1,4 @@
-"""What a model does on held-out rows: the loss of every token, and answers to the prompts."""
+"""A model on held-out rows: the loss of every token, and generated answers to the prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,22 +13,20 @@ from jaxsft.config import EvalOptions
 from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.intervals import difference, ratio
-from jaxsft.evaluate.scoring import ANSWER_METRICS, Answer, Comparison, Metric
+from jaxsft.evaluate.scoring import ANSWER_METRICS, Comparison, GeneratedAnswer, Metric
 from jaxsft.gemma.decode import generate
 from jaxsft.gemma.sharding import named
 from jaxsft.step.train_step import StepSpec, eval_step
 
-NEXT_QUESTION = "\n\nQuestion:"  # of `as_text`
+NEXT_QUESTION = "\n\nQuestion:"  # ends an answer to a prompt of `as_text`
 _ANSWER = "<answer>"
-
-Floats = npt.NDArray[np.float64]
 
 
 class SampleLosses(NamedTuple):
-    """Sums in nats and numbers of tokens [S] of every sample that has any such token."""
+    """Loss sums in nats and numbers of tokens, both [S], of the samples that have such tokens."""
 
-    sums_S: Floats
-    tokens_S: Floats
+    sums_S: npt.NDArray[np.float64]
+    tokens_S: npt.NDArray[np.float64]
 
 
 _LOSSES = {
@@ -36,7 +34,7 @@ _LOSSES = {
     "reasoning": Metric("loss_reasoning", "of the reasoning", "nats", -1),
     "answer": Metric("loss_answer", "of the answer", "nats", -1),
 }
-METRICS = (*_LOSSES.values(), *ANSWER_METRICS)  # of a model, in the order of a table
+METRICS = (*_LOSSES.values(), *ANSWER_METRICS)  # in the order of a table
 
 
 def held_out_losses(
@@ -49,19 +47,19 @@ def held_out_losses(
     batch_size: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, SampleLosses]:
-    """Losses of every sample by part: "all", and "reasoning" and "answer" apart.
+    """The loss of every sample: of its whole completion ("all"), "reasoning" and "answer".
 
     Args:
       is_answer_N: `answer_mask` of the rows.
-      batch_size: over all processes; a multiple of the mesh's size.
-      on_batch: is called before each batch and may raise.
+      batch_size: rows over all processes; a multiple of the mesh's size.
+      on_batch: called before each batch; may raise.
     """
     losses_N = np.zeros(len(rows.tokens_N))
     sharding = named(spec.mesh, "batch", None)
     for low in range(0, len(rows), batch_size):
         on_batch()
         indices = [i if i < len(rows) else -1 for i in range(low, low + batch_size)]
-        # Every process knows all rows: each device takes its own, in whatever order they stand.
+        # Every process has all rows; each device takes its own of them.
         batch = jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
             rows.batch(indices),
@@ -72,7 +70,7 @@ def held_out_losses(
             for sample in rows.row_samples[rows.row_offsets[index] : rows.row_offsets[index + 1]]:
                 first, end = rows.sample_offsets[sample : sample + 2]
                 stop = start + int(end - first)
-                # A position's loss is that of the token after it.
+                # The loss at a position is of the token after it.
                 losses_N[first + 1 : end] = losses_BT[row, start : stop - 1]
                 start = stop
     is_label_N = rows.loss_mask_N.copy()
@@ -89,8 +87,8 @@ def held_out_losses(
 
 
 def answer_mask(rows: PackedRows, tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
-    """bool [N]: the tokens of a completion from the one that begins <answer> to its end; all of a
-    completion without that tag."""
+    """bool [N]: the tokens of a completion from <answer> to its end; all tokens of a completion
+    without that tag."""
     is_answer_N = np.zeros(len(rows.tokens_N), bool)
     for first, end in zip(rows.sample_offsets[:-1], rows.sample_offsets[1:], strict=True):
         labels = rows.loss_mask_N[first:end]
@@ -103,11 +101,13 @@ def answer_mask(rows: PackedRows, tokenizer: Tokenizer) -> npt.NDArray[np.bool_]
 
 
 def _answer_start(ids: list[int], tokenizer: Tokenizer) -> int:
-    """Index of the token in which <answer> begins: tags are matched on text, as what stands before
-    a tag decides its ids. 0 without the tag."""
+    """Index of the token in which <answer> begins, 0 without the tag.
+
+    The tag is searched for in the text: its token ids depend on the text before it.
+    """
     at = tokenizer.decode(ids).find(_ANSWER)
     low, high = 0, len(ids)
-    while low < high and at > 0:  # the longest head whose text ends before the tag
+    while low < high and at > 0:  # the longest beginning whose text ends before the tag
         middle = (low + high + 1) // 2
         if len(tokenizer.decode(ids[:middle])) <= at:
             low = middle
@@ -119,7 +119,7 @@ def _answer_start(ids: list[int], tokenizer: Tokenizer) -> int:
 def compare_losses(
     left: dict[str, SampleLosses], right: dict[str, SampleLosses] | None = None
 ) -> list[Comparison]:
-    """Loss per completion token of one model, or of two on the same rows, all and by part."""
+    """Loss per completion token of one model, or of two on the same rows, whole and by part."""
     lines = []
     for name, metric in _LOSSES.items():
         sides = [left[name]] if right is None else [left[name], right[name]]
@@ -134,7 +134,7 @@ def compare_losses(
 
 
 class Prompt(NamedTuple):
-    """A prompt's ids, BOS included, its last user turn, and the row's own answer, as text."""
+    """A prompt's ids with BOS, the text of its last user turn, and the row's own answer."""
 
     ids: list[int]
     text: str
@@ -144,7 +144,7 @@ class Prompt(NamedTuple):
 def read_prompts(
     samples: Sequence[Sample], tokenizer: Tokenizer, system_prompt: str | None
 ) -> list[Prompt]:
-    """The prompts of samples, which `system_prompt` stands in front of; it isn't shown."""
+    """The prompts of samples; their text is without the `system_prompt` in front."""
     prompts = []
     for sample in samples:
         ids, completion = split_prompt(sample)
@@ -156,9 +156,9 @@ def read_prompts(
 
 
 def _last_user_text(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text of a prompt's last user turn, the system text in front of it included.
+    """The text of a prompt's last user turn, with the system text in front of it.
 
-    The control ids bound it, as a user's text may quote what these decode to.
+    It is cut at control ids, as a user's text may contain the text of control tokens.
     """
     start, _ = [i for i, token in enumerate(ids) if token == tokenizer.start_of_turn_id][-2:]
     turn = ids[start + 1 : ids.index(tokenizer.end_of_turn_id, start)]
@@ -166,7 +166,7 @@ def _last_user_text(ids: list[int], tokenizer: Tokenizer) -> str:
 
 
 def split_prompt(sample: Sample) -> tuple[list[int], list[int]]:
-    """(prompt ids, completion ids) of a sample, cut where its last assistant turn begins."""
+    """(prompt ids, completion ids) of a sample; the completion is its last assistant turn."""
     start = sample.completion_start
     return sample.ids[:start].tolist(), sample.ids[start:].tolist()
 
@@ -174,9 +174,9 @@ def split_prompt(sample: Sample) -> tuple[list[int], list[int]]:
 def with_examples(
     prompts: Sequence[Prompt], examples: Sequence[Sample], tokenizer: Tokenizer
 ) -> list[Prompt]:
-    """The prompts with solved examples as the turns before them, `encode_prompt` of all in one.
+    """The prompts with solved examples as the turns before them.
 
-    Only the first example may have a system text, as only the first turn of a conversation can.
+    Only the first example may have a system text, as in any conversation.
     """
     ids: list[int] = []
     for example in examples:
@@ -187,10 +187,10 @@ def with_examples(
 def as_text(
     prompts: Sequence[Prompt], examples: Sequence[Prompt], tokenizer: Tokenizer
 ) -> list[Prompt]:
-    """The prompts as plain text behind solved examples, the form of lm-evaluation-harness's GSM8K.
+    """The prompts as plain text after solved examples, as in lm-evaluation-harness's GSM8K.
 
-    A pretrained model has never seen the ends of turns, and can't end one. An answer in this form
-    ends where `NEXT_QUESTION` begins.
+    A pretrained model has never seen the end of a turn and cannot write one. Such an answer ends
+    where `NEXT_QUESTION` begins.
     """
     head = "".join(f"Question: {each.text}\nAnswer: {each.reference}\n\n" for each in examples)
     texts = (f"{head}Question: {prompt.text}\nAnswer:" for prompt in prompts)
@@ -208,12 +208,11 @@ def answer_prompts(
     options: EvalOptions,
     on_batch: Callable[[], None] = lambda: None,
     stop_text: str | None = None,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Generates an answer to each prompt; `on_batch` as in `held_out_losses`.
 
-    An answer ends before `stop_text`. It is cut where the model begins another turn, as a base
-    model does that goes on with questions of its own; such a one neither stopped by itself nor
-    reached the limit.
+    An answer ends before `stop_text`. It is cut where the model begins another turn, as base models
+    do; then it is neither `stopped` nor `truncated`.
     """
     generations = generate(
         spec.graphdef,
@@ -236,5 +235,7 @@ def answer_prompts(
         if stop_text is not None and stop_text in text:
             text = text.partition(stop_text)[0]
             ids, stopped, truncated = tokenizer.encode(text), True, False
-        answers.append(Answer(prompt.text, prompt.reference, text, len(ids), stopped, truncated))
+        answers.append(
+            GeneratedAnswer(prompt.text, prompt.reference, text, len(ids), stopped, truncated)
+        )
     return answers

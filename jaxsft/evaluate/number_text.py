@@ -1,22 +1,22 @@
 r"""The numbers in a text that a model or a data set wrote, as exact fractions.
 
     72   -3   −3   +4   1,234.50   1\,234   .5   5.       as they stand
-    $18   -$5   $-5   25%   72km   3 apples              the number; what it counts is not looked at
+    $18   -$5   $-5   25%   72km   3 apples              the number; its unit is ignored
     3/4   3 / 4   1 1/2   1½   \frac{3}{4}   \frac34     fractions and mixed numbers
     2.5e3   1.5×10^6   1.5 \times 10^{6}                 powers of ten, up to two digits
     3-4   10 - 3   x-5   (2)-1                           a range or a subtraction: no signs here
     2024-05-01   12/25/2024                              a date: no number
     m2   H2O   v1.2.3 from its second point on           part of a name: no number
 
-A comma groups thousands or separates numbers; a point begins decimals. A percent sign doesn't
-divide by 100, and "million" doesn't multiply: both are what is counted.
+A comma groups thousands or separates numbers; a point begins decimals. A percent sign and "million"
+are units: the one doesn't divide by 100, the other doesn't multiply.
 """
 
 import re
 import unicodedata
 from fractions import Fraction
 
-_MAX_DIGITS = 100  # more is a model that repeats itself; int() itself refuses beyond 4,300
+_MAX_DIGITS = 100  # a longer one is of a model that repeats itself; int() refuses over 4,300
 _MAX_GROUPS = 40  # of three digits; without a limit 1,111,…,11 takes quadratic time
 
 _MINUS = r"\-\u2212\u2013"  # hyphen, minus sign, en dash
@@ -54,7 +54,7 @@ def find_numbers(text: str) -> list[Fraction]:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The one number that the whole text is, but for signs and marks around it; None otherwise."""
+    """The number, if the text is one number and at most marks around it; otherwise None."""
     text = _plain(text).replace("\\boxed", "")
     numbers = find_numbers(text)
     is_bare = len(numbers) == 1 and not any(c.isalnum() for c in _NUMBER.sub("", text))
@@ -62,7 +62,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def _values(match: re.Match[str]) -> list[Fraction]:
-    """What a match of _NUMBER stands for: nothing for a date, two for a whole beside a 5/2."""
+    """The numbers of a match of _NUMBER: none for a date, two for "2 5/2"."""
     sign = -1 if match["sign"] else 1
     if len(match[0]) > _MAX_DIGITS:
         return []
@@ -81,7 +81,7 @@ def _values(match: re.Match[str]) -> list[Fraction]:
 
 
 def _plain(text: str) -> str:
-    """The text with LaTeX's and Unicode's own ways to write numbers in plain characters."""
+    """The text with the notations of LaTeX and Unicode for numbers in plain characters."""
     text = _VULGAR.sub(_latex_fraction, text)
     text = text.replace("\u2044", "/").replace("\u00a0", " ").replace("{,}", ",")
     text = text.replace("\\!", "").replace("\\$", "$").replace("\\%", "%")

@@ -1,4 +1,4 @@
-"""One or two models' answers as one page: prompt by prompt, side by side, to be filtered.
+"""The answers of one or two models on one page: side by side for each prompt, with filters.
 
 Every text of a model, of data or of a file name goes through `html.escape`.
 """
@@ -17,18 +17,16 @@ from jaxsft.data.rows import split_completion
 from jaxsft.evaluate.intervals import Estimate, PairedDifference
 from jaxsft.evaluate.scoring import (
     TAGS,
-    Answer,
     AnswerScores,
     Comparison,
+    GeneratedAnswer,
     Metric,
     answer_part,
     final_number,
     format_fault,
     score_answer,
-    show_interval,
-    show_p_value,
-    show_value,
 )
+from jaxsft.evaluate.table import show_interval, show_p_value, show_value
 
 _TAG = re.compile("(" + "|".join(TAGS) + ")")
 _NOTE = "In brackets: 95% intervals (of rates Wilson's, else the percentile bootstrap)."
@@ -38,10 +36,21 @@ _PAIRED_NOTE = (
 )
 
 
-class _Row(NamedTuple):
-    """The answers to one prompt and their scores; `kinds` are the filters that show it."""
+# By which answers are correct, of one model or of two.
+_KINDS: dict[tuple[bool | None, ...], str] = {
+    (True,): "right",
+    (False,): "wrong",
+    (True, True): "both-right",
+    (True, False): "only-first-right",
+    (False, True): "only-second-right",
+    (False, False): "none-right",
+}
 
-    answers: Sequence[Answer]
+
+class _Row(NamedTuple):
+    """The answers to one prompt and their scores; `kinds` are the filters that show this row."""
+
+    answers: Sequence[GeneratedAnswer]
     scores: Sequence[AnswerScores]
     kinds: frozenset[str]
 
@@ -49,7 +58,7 @@ class _Row(NamedTuple):
 def compare_page(
     title: str,
     names: Sequence[str],
-    answers: Sequence[Sequence[Answer]],
+    answers: Sequence[Sequence[GeneratedAnswer]],
     table: Sequence[Comparison],
     *,
     about: str = "",
@@ -60,7 +69,7 @@ def compare_page(
       title: of the page.
       names: of the one or two models.
       answers: each model's, to the same prompts in the same order.
-      table: the lines of the summary (`scoring.compare`, and losses).
+      table: the lines of the summary: losses, and those of `compare_answers`.
       about: a line below the title, such as the data and the decoding options.
     """
     assert 1 <= len(names) <= 2 and len(names) == len(answers)
@@ -82,22 +91,10 @@ def compare_page(
     return html_page(title, body, script=_SCRIPT)
 
 
-def _row(answers: Sequence[Answer]) -> _Row:
+def _row(answers: Sequence[GeneratedAnswer]) -> _Row:
     scores = [score_answer(answer) for answer in answers]
-    kinds = set()
-    match [score.correct for score in scores]:
-        case [True]:
-            kinds.add("right")
-        case [False]:
-            kinds.add("wrong")
-        case [True, True]:
-            kinds.add("both-right")
-        case [True, False]:
-            kinds.add("only-first-right")
-        case [False, True]:
-            kinds.add("only-second-right")
-        case [False, False]:
-            kinds.add("none-right")
+    correct = tuple(score.correct for score in scores)
+    kinds = {_KINDS[correct]} if correct in _KINDS else set()
     if len({_said(answer, score) for answer, score in zip(answers, scores, strict=True)}) > 1:
         kinds.add("differ")
     if any(format_fault(answer.text) for answer in answers):
@@ -107,8 +104,8 @@ def _row(answers: Sequence[Answer]) -> _Row:
     return _Row(answers, scores, frozenset(kinds))
 
 
-def _said(answer: Answer, score: AnswerScores) -> Fraction | str | None:
-    """What two answers must share not to differ: the number where it counts, else the text."""
+def _said(answer: GeneratedAnswer, score: AnswerScores) -> Fraction | str | None:
+    """What is compared to tell whether two answers differ: the number if it counts, or the text."""
     if score.correct is not None:
         return final_number(answer.text)
     part = answer_part(answer.text)
@@ -116,7 +113,7 @@ def _said(answer: Answer, score: AnswerScores) -> Fraction | str | None:
 
 
 def _common_beginning(prompts: Sequence[str]) -> str:
-    """The paragraphs that all prompts begin with, such as the system text; nothing for one."""
+    """The paragraphs that all prompts begin with, such as the system text; "" for one prompt."""
     if len(prompts) < 2:
         return ""
     paragraphs = zip(*(prompt.split("\n\n")[:-1] for prompt in prompts), strict=False)
@@ -125,7 +122,7 @@ def _common_beginning(prompts: Sequence[str]) -> str:
 
 
 def _filters(names: Sequence[str], rows: Sequence[_Row]) -> str:
-    """The form that the script listens to, each filter with its count; none that shows nothing."""
+    """The form that the script listens to: every filter that shows any rows, with their number."""
     labels = {
         "all": "all",
         "right": "right",
@@ -226,7 +223,7 @@ def _article(number: int, row: _Row, names: Sequence[str], num_common: int) -> s
     )
 
 
-def _side(name: str, answer: Answer, score: AnswerScores) -> str:
+def _side(name: str, answer: GeneratedAnswer, score: AnswerScores) -> str:
     badges = []
     if score.correct is not None:
         number = final_number(answer.text)
@@ -256,13 +253,13 @@ def _badge(kind: str, text: str) -> str:
 
 
 def _number(number: Fraction) -> str:
-    """As a decimal where that is exact, else as a fraction."""
+    """As a decimal if that is exact, otherwise as a fraction."""
     decimal = f"{float(number):.12g}"
     return decimal if Fraction(decimal) == number else str(number)
 
 
 def _coloured(text: str) -> str:
-    """The text with its tags marked, reasoning dim, answer bright, the rest odd; escaped."""
+    """The text as HTML, its tags, reasoning, answer and the rest each in a class of its own."""
     parts = _TAG.split(text)
     inside, shown = "outside" if len(parts) > 1 else "untagged", []
     for part in parts:
@@ -276,7 +273,7 @@ def _coloured(text: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """The text line by line, what has no shape made visible; escaped."""
+    """The text as HTML, with invisible characters made visible."""
     return escape("\n".join(visible(line) for line in text.split("\n")))
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: its numbers, its answers and a page, in a directory of its own."""
+"""The files of an evaluation: numbers, answers and a page, in a directory of their own."""
 
 import dataclasses
 import json
@@ -13,31 +13,33 @@ from jaxsft.data.samples import DataReport, as_list
 from jaxsft.evaluate.heldout import SampleLosses
 from jaxsft.evaluate.options import EvaluateOptions
 from jaxsft.evaluate.page import compare_page
-from jaxsft.evaluate.scoring import Answer, Comparison, score_answer
+from jaxsft.evaluate.scoring import Comparison, GeneratedAnswer, score_answer
 from jaxsft.weights.find import Origin
 
 NUMBERS, ANSWERS, PAGE = "evaluation.json", "answers.jsonl", "page.html"
 
 
 class Measured(NamedTuple):
-    """What one model did; `adapter` is the SHA-256 of its adapter's weights, None of a base."""
+    """One model's results; `adapter` is the SHA-256 of its adapter's weights, None for a base."""
 
     name: str
     adapter: str | None
     losses: dict[str, SampleLosses]
-    answers: list[Answer]
+    answers: list[GeneratedAnswer]
 
 
 def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
-    """Where results go. `write_results` makes it; here it is tried, so that it can't fail after the
-    work, and ValueError says why not."""
+    """The directory for the results; `write_evaluation` makes it.
+
+    Raises ValueError, before any work is done, where it can't be made or written.
+    """
     if options.output is not None:
         directory = Path(options.output)
     elif origin.run_dir is not None:
         directory = origin.run_dir / "evaluation"
     else:
         directory = Path(f"evaluation-{Path(options.model).resolve().name}")
-    ours = (NUMBERS, ANSWERS, PAGE)  # and what a kill may leave of one, with .tmp at the end
+    ours = (NUMBERS, ANSWERS, PAGE)  # and, after a kill, one of these with .tmp at the end
     new = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
         raise ValueError(f"--output {directory}: {why}; name a directory") from None
     finally:
         for path in new:
-            with suppress(OSError):  # not made, or another process is at work in it
+            with suppress(OSError):  # it was not made, or another process uses it
                 path.rmdir()
     if foreign:
         raise ValueError(f"--output {directory}: holds {foreign[0]}; name a directory of its own")
@@ -57,8 +59,8 @@ def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
     return directory
 
 
-def describe(options: EvaluateOptions, report: DataReport, num_prompts: int) -> str:
-    """The data and the decoding in a line."""
+def describe_evaluation(options: EvaluateOptions, report: DataReport, num_prompts: int) -> str:
+    """The data and the decoding, in one line."""
     files = ", ".join(file.name for file in as_list(options.files))
     parts = [f"{files}: {_count(report.samples, 'row')}, {_count(num_prompts, 'answer')}"]
     unlike_the_file = [(report.num_rejected, "left out of"), (report.shortened, "shortened for")]
@@ -80,14 +82,14 @@ def _count(num: int, what: str) -> str:
     return f"{num:,} {what}{'s' * (num != 1)}"
 
 
-def write_results(
+def write_evaluation(
     directory: Path,
     options: EvaluateOptions,
     about: str,
     measured: Sequence[Measured],
     lines: Sequence[Comparison],
 ) -> None:
-    """Writes the three files, each whole or not at all, into the directory, made if need be."""
+    """Writes the three files, each whole or not at all; makes the directory if necessary."""
     directory.mkdir(parents=True, exist_ok=True)
     names = [each.name for each in measured]
     answers = [

@@ -1,9 +1,9 @@
-r"""What an evaluation counts in the answers that a model generated, and how two models compare.
+r"""Scores of generated answers, and the comparison of two models' answers.
 
-A number is looked for in two places. `final_number` takes the first one inside the answer's tags,
-as the field's GRPO demonstrations do, or the first in the last `\boxed{}` there. `last_number`
-takes the last one of the whole text, tags or none, as GSM8K is scored without a format: it is fair
-to a base model that has never seen the tags.
+A number is read in two ways. `final_number` is the first number inside the answer's tags, as in the
+field's GRPO demonstrations, or the first in the last `\boxed{}` there. `last_number` is the last
+number of the whole text, with or without tags, as GSM8K is scored without a format: this is fair to
+a base model, which has never seen the tags.
 """
 
 import dataclasses
@@ -25,12 +25,14 @@ _REPEATED_WORDS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """A generated answer beside its prompt and the row's own completion, as text.
+class GeneratedAnswer:
+    """A generated answer, its prompt and the row's own completion, as text.
 
-    `num_tokens`: generated, without the stop token. `stopped`: by itself, at a stop token or the
-    stop text. `truncated`: at `max_new_tokens`. One that is cut where another turn begins is
-    neither.
+    Attributes:
+      num_tokens: tokens of the answer, without the stop token.
+      stopped: the answer ended at a stop token or the stop text.
+      truncated: the answer ended at `max_new_tokens`. Neither where it was cut because the model
+        began another turn.
     """
 
     prompt: str
@@ -43,11 +45,11 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerScores:
-    """What one answer counts for; None where the question does not arise.
+    """The scores of one answer; None where a score does not apply.
 
-    The words of the parts are None without the exact format. `repetition` is `repeated_share`.
+    The numbers of words are None without the exact format. `repetition` is `repeated_share`.
     `correct` (`final_number` equals `reference_number`), `partial` (it is at most 10% off) and
-    `last_number_correct` are None where the reference is no number.
+    `last_number_correct` are None where the reference is not a number.
     """
 
     exact_format: bool
@@ -64,10 +66,10 @@ class AnswerScores:
 
 
 class Metric(NamedTuple):
-    """What a line of the table or a series of a plot shows.
+    """What one line of a table or one series of a plot measures.
 
-    `name` in files and TensorBoard, `label` for people. A "rate" is a share of the answers, a
-    "share" a mean of shares. `better` is 1 where more is better, -1 where less is, 0 elsewhere.
+    `name` is for files and TensorBoard, `label` for people. A "rate" is a share of the answers, a
+    "share" a mean of shares. `better`: 1 where more is better, -1 where less is, else 0.
     """
 
     name: str
@@ -77,14 +79,14 @@ class Metric(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A metric of one model or of two; the difference (second minus first) is on what both have."""
+    """A metric of one or two models; the difference (second minus first) is over what both have."""
 
     metric: Metric
     estimates: Sequence[Estimate]
     difference: PairedDifference | None = None
 
 
-# In the order of the table, each the mean over answers of a field of AnswerScores.
+# Field of AnswerScores -> its mean over the answers, in the order of the table.
 _METRICS = {
     "exact_format": Metric("exact_format", "exact format", "rate", 1),
     "each_tag_once": Metric("each_tag_once", "each tag once", "rate", 1),
@@ -106,12 +108,12 @@ _ACCURACIES = [_METRICS[field] for field in ("correct", "partial", "last_number_
 def exact_parts(text: str) -> tuple[str, str] | None:
     r"""(reasoning, answer) of a text in the exact format, None for another.
 
-    The format is that of the field's GRPO demonstrations, with a dot for newlines too:
+    The format is that of the field's GRPO demonstrations (the dot matches newlines):
 
         ^\s*<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>\s*$
 
-    By hand, as the pattern takes cubic time over many tags. It lets tags stand inside the parts:
-    `has_each_tag_once` is for those.
+    This is code because the pattern takes cubic time over many tags. The pattern allows tags inside
+    the parts: `has_each_tag_once` finds those.
     """
     text = text.strip()
     opened, closed, begin, end = TAGS
@@ -123,17 +125,17 @@ def exact_parts(text: str) -> tuple[str, str] | None:
 
 
 def is_exact_format(text: str) -> bool:
-    """The whole text is <reasoning>…</reasoning>, then <answer>…</answer>."""
+    """Whether the whole text is <reasoning>…</reasoning>, then <answer>…</answer>."""
     return exact_parts(text) is not None
 
 
 def has_each_tag_once(text: str) -> bool:
-    """Each of the four tags stands in the text once, wherever."""
+    """Whether each of the four tags stands in the text once, anywhere."""
     return all(text.count(tag) == 1 for tag in TAGS)
 
 
 def format_fault(text: str) -> str | None:
-    """Why the text isn't in the exact format with each tag once, briefly; None where it is."""
+    """Why the text isn't in the exact format with each tag once, in a few words; None if it is."""
     if has_each_tag_once(text) and is_exact_format(text):
         return None
     missing = [tag for tag in TAGS if tag not in text]
@@ -152,10 +154,10 @@ def format_fault(text: str) -> str | None:
 
 
 def answer_part(text: str) -> str | None:
-    """What stands between the answer's tags, whatever stands around them; None without <answer>.
+    """The text between the answer's tags, whatever stands around them; None without <answer>.
 
-    An answer that is never closed reaches to the end of the text. Of several the first counts that
-    follows the reasoning, which may quote the tags.
+    An answer that is never closed ends with the text. Of several answers the first one after the
+    reasoning counts, as the reasoning may quote the tags.
     """
     match = _ANSWER.search(text, text.find("</reasoning>") + 1) or _ANSWER.search(text)
     return match[1] if match else None
@@ -169,13 +171,13 @@ def final_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of the whole text, whatever its form; None without one."""
+    """The last number of the whole text; None without one."""
     numbers = find_numbers(text)
     return numbers[-1] if numbers else None
 
 
 def reference_number(reference: str) -> Fraction | None:
-    """The number that a row's own completion gives as its whole answer (GSM8K); None elsewhere."""
+    """The number that is the whole answer of a row's own completion (GSM8K); None elsewhere."""
     parts = split_completion(reference)
     return parse_number(parts[1] if parts else reference)
 
@@ -183,8 +185,8 @@ def reference_number(reference: str) -> Fraction | None:
 def repeated_share(text: str) -> float | None:
     """1 - distinct / all runs of four words; None in a text without four words.
 
-    This is seq-rep-4 of Welleck et al. (2019, arXiv:1908.04319, equation 8), over words between
-    white space where theirs is over tokens.
+    This is seq-rep-4 of Welleck et al. (2019, arXiv:1908.04319, equation 8), over words where
+    theirs is over tokens.
     """
     words = text.split()
     num_runs = len(words) - _REPEATED_WORDS + 1
@@ -194,8 +196,8 @@ def repeated_share(text: str) -> float | None:
     return 1 - len(runs) / num_runs
 
 
-def score_answer(answer: Answer) -> AnswerScores:
-    """Scores one answer."""
+def score_answer(answer: GeneratedAnswer) -> AnswerScores:
+    """The scores of one answer."""
     parts = exact_parts(answer.text)
     wanted, given = reference_number(answer.reference), final_number(answer.text)
     is_number = wanted is not None
@@ -220,16 +222,18 @@ def _is_near(given: Fraction | None, wanted: Fraction) -> bool:
     return _NEAR[0] <= given / wanted <= _NEAR[1]
 
 
-def count_distinct(answers: Sequence[Answer]) -> int:
-    """How many different answer parts the exactly formatted answers have."""
+def _num_distinct(answers: Sequence[GeneratedAnswer]) -> int:
+    """The number of different answer parts among the answers in the exact format."""
     return len({parts[1].strip() for each in answers if (parts := exact_parts(each.text))})
 
 
-def compare(left: Sequence[Answer], right: Sequence[Answer] | None = None) -> list[Comparison]:
+def compare_answers(
+    left: Sequence[GeneratedAnswer], right: Sequence[GeneratedAnswer] | None = None
+) -> list[Comparison]:
     """Every metric of one model's answers, or of two models' answers to the same prompts.
 
-    The accuracies are left out where no reference is a number. A length is NaN without any exactly
-    formatted answer; its difference is over the prompts to which both models' answers are.
+    The accuracies are left out where no reference is a number. A length is NaN without any answer
+    in the exact format; its difference is over the prompts that both models answered in it.
 
     Raises:
       ValueError: there are no answers, or the two models were asked differently.
@@ -250,30 +254,5 @@ def compare(left: Sequence[Answer], right: Sequence[Answer] | None = None) -> li
         pairs = [pair for pair in zip(*columns, strict=True) if None not in pair]
         gain = difference(*zip(*pairs, strict=True)) if right is not None and pairs else None
         lines.append(Comparison(metric, estimates, gain))
-    distinct = [Estimate(count_distinct(side), math.nan, math.nan, len(side)) for side in sides]
+    distinct = [Estimate(_num_distinct(side), math.nan, math.nan, len(side)) for side in sides]
     return [*lines, Comparison(_DISTINCT, distinct)]
-
-
-def show_value(value: float, unit: str, *, signed: bool = False) -> str:
-    """A value for people, such as 43.2%, – for NaN; signed a difference, such as −1.5 points."""
-    if math.isnan(value):
-        return "–"
-    is_share = unit in ("rate", "share")
-    digits = {"nats": 4, "perplexity": 2, "count": 0}.get(unit, 1)
-    number = f"{value * (100 if is_share else 1):{'+' if signed else ''},.{digits}f}"
-    return number.replace("-", "−") + ((" points" if signed else "%") if is_share else "")
-
-
-def show_interval(estimate: Estimate | PairedDifference, unit: str, *, signed: bool = False) -> str:
-    """The interval for people, such as [38.4, 48.1] beside 43.2%; empty where there is none."""
-    if math.isnan(estimate.low):
-        return ""
-    bounds = [show_value(x, unit, signed=signed) for x in (estimate.low, estimate.high)]
-    return f"[{bounds[0]}, {bounds[1]}]".replace("%", "").replace(" points", "")
-
-
-def show_p_value(p_value: float) -> str:
-    """The p value for people, such as 0.034 or < 0.001; – for NaN."""
-    if math.isnan(p_value):
-        return "–"
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -17,7 +17,7 @@ from jaxsft.evaluate.heldout import (
     held_out_losses,
     read_prompts,
 )
-from jaxsft.evaluate.scoring import compare, is_exact_format
+from jaxsft.evaluate.scoring import compare_answers, is_exact_format
 from jaxsft.run.metrics import MetricsWriter
 from jaxsft.run.setup import Data, Setup, plain_weights
 
@@ -113,7 +113,7 @@ def measure(
             options=config.eval,
             on_batch=on_batch,
         )
-        lines += compare(generated)
+        lines += compare_answers(generated)
         for i, answer in enumerate(generated):
             flags = {"exact_format": is_exact_format(answer.text)}
             answers.append(dataclasses.asdict(answer) | flags)

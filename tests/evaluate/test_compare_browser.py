@@ -12,7 +12,7 @@ import pytest
 
 from jaxsft.data.rows import completion_text
 from jaxsft.evaluate.page import compare_page
-from jaxsft.evaluate.scoring import Answer, compare
+from jaxsft.evaluate.scoring import GeneratedAnswer, compare_answers
 
 pytestmark = pytest.mark.browser
 
@@ -138,13 +138,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = completion_text("Because.", "7")
     sides = [
         [
-            Answer(f"Question {number}?", reference, texts[side], 9, stopped=True, truncated=False)
+            GeneratedAnswer(
+                f"Question {number}?", reference, texts[side], 9, stopped=True, truncated=False
+            )
             for number, texts in enumerate(ANSWERS, 1)
         ]
         for side in (0, 1)
     ]
     page = tmp_path_factory.mktemp("page") / "compare.html"
-    html = compare_page(f"Two models {EVIL}", ["base", "tuned"], sides, compare(*sides))
+    html = compare_page(f"Two models {EVIL}", ["base", "tuned"], sides, compare_answers(*sides))
     page.write_text(html, encoding="utf-8")
     return page
 

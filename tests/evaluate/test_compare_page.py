@@ -9,7 +9,7 @@ import pytest
 
 from jaxsft.data.rows import completion_text
 from jaxsft.evaluate.page import compare_page
-from jaxsft.evaluate.scoring import Answer, compare
+from jaxsft.evaluate.scoring import GeneratedAnswer, compare_answers
 
 EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(1)>\" onclick='x' &amp;"
 SYSTEM = "Think.\n\nThen answer.\n\n"
@@ -50,9 +50,11 @@ class Tree(HTMLParser):
         ]
 
 
-def answers(*texts: str, reference: str = completion_text("So.", "7")) -> list[Answer]:
+def answers(*texts: str, reference: str = completion_text("So.", "7")) -> list[GeneratedAnswer]:
     return [
-        Answer(f"{SYSTEM}Question {number}?", reference, text, 5, bool(text), text == "cut")
+        GeneratedAnswer(
+            f"{SYSTEM}Question {number}?", reference, text, 5, bool(text), text == "cut"
+        )
         for number, text in enumerate(texts, 1)
     ]
 
@@ -62,9 +64,9 @@ LEFT = answers("The last is 7", GOOD, EVIL, "a\rb\x1b[31m\u202e\x00c")
 RIGHT = answers(GOOD, BAD, "cut", "")
 
 
-def page(*sides: list[Answer]) -> str:
+def page(*sides: list[GeneratedAnswer]) -> str:
     names = ["base", "tuned"][: len(sides)]
-    return compare_page("Title", names, sides, compare(*sides), about="greedy")
+    return compare_page("Title", names, sides, compare_answers(*sides), about="greedy")
 
 
 def test_each_prompt_has_a_row_with_both_answers() -> None:
@@ -122,8 +124,8 @@ def test_tags_are_marked_and_parts_too() -> None:
 
 
 def test_foreign_text_is_inert() -> None:
-    evil = [Answer(EVIL, EVIL, EVIL, 5, stopped=True, truncated=False)]
-    html = compare_page(EVIL, [EVIL, EVIL], [evil, evil], compare(evil, evil), about=EVIL)
+    evil = [GeneratedAnswer(EVIL, EVIL, EVIL, 5, stopped=True, truncated=False)]
+    html = compare_page(EVIL, [EVIL, EVIL], [evil, evil], compare_answers(evil, evil), about=EVIL)
     tree = Tree(html)
     plain = Tree(page(answers("7"), answers("7")))
     assert {tag for tag, _, _ in tree.elements} == {tag for tag, _, _ in plain.elements}
@@ -137,7 +139,7 @@ def test_foreign_text_is_inert() -> None:
 def test_what_has_no_shape_is_visible() -> None:
     texts = Tree(page(LEFT, RIGHT)).texts("div", class_="text")
     assert "a\\u{d}b\\u{1b}[31m\\u{202e}\\u{0}c" in texts
-    named = compare_page("a\u202eb", ["\ud800"], [LEFT], compare(LEFT), about="\u2028")
+    named = compare_page("a\u202eb", ["\ud800"], [LEFT], compare_answers(LEFT), about="\u2028")
     assert named.encode() and "\u202e" not in named and "\u2028" not in named
     html = page(answers("one\ntwo\tthree"))
     assert "one\ntwo⇥\tthree" in Tree(html).texts("div", class_="text")
@@ -160,7 +162,7 @@ def test_page_asks_for_nothing_and_runs_its_own_script_alone() -> None:
 
 
 def test_table_has_a_line_for_each_metric() -> None:
-    table = compare(LEFT, RIGHT)
+    table = compare_answers(LEFT, RIGHT)
     tree = Tree(page(LEFT, RIGHT))
     assert tree.texts("th", scope="col") == ["base", "tuned", "difference", "p"]
     assert tree.texts("th", scope="row") == [line.metric.label for line in table]

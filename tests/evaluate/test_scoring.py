@@ -11,8 +11,8 @@ import pytest
 from jaxsft.data.rows import completion_text, convert_row
 from jaxsft.evaluate.scoring import (
     TAGS,
-    Answer,
-    compare,
+    GeneratedAnswer,
+    compare_answers,
     exact_parts,
     final_number,
     format_fault,
@@ -22,24 +22,22 @@ from jaxsft.evaluate.scoring import (
     reference_number,
     repeated_share,
     score_answer,
-    show_interval,
-    show_p_value,
-    show_value,
 )
+from jaxsft.evaluate.table import show_interval, show_p_value, show_value
 
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
 
 
-def summarize(answers: list[Answer]) -> dict[str, float]:
+def summarize(answers: list[GeneratedAnswer]) -> dict[str, float]:
     """The value of every metric, and the number of answers."""
-    values = {metric.name: estimates[0].value for metric, estimates, _ in compare(answers)}
+    values = {metric.name: estimates[0].value for metric, estimates, _ in compare_answers(answers)}
     return values | {"num_answers": len(answers)}
 
 
 def answer(
     text: str, reference: str = "r", *, stopped: bool = True, truncated: bool = False
-) -> Answer:
-    return Answer("p", reference, text, 9, stopped=stopped, truncated=truncated)
+) -> GeneratedAnswer:
+    return GeneratedAnswer("p", reference, text, 9, stopped=stopped, truncated=truncated)
 
 
 def wrapped(text: str) -> str:
@@ -254,7 +252,7 @@ def test_nothing_in_the_form_has_no_mean_length() -> None:
 
 def test_two_models_are_compared_on_what_both_have() -> None:
     other = [dataclasses.replace(each, text=GOOD, num_tokens=12, stopped=True) for each in ANSWERS]
-    lines = {line.metric.name: line for line in compare(ANSWERS, other)}
+    lines = {line.metric.name: line for line in compare_answers(ANSWERS, other)}
     rate = lines["exact_format"]
     assert [each.value for each in rate.estimates] == [0.75, 1]
     assert rate.difference is not None
@@ -266,7 +264,7 @@ def test_two_models_are_compared_on_what_both_have() -> None:
     assert words.difference is not None and (words.difference.value, words.difference.num) == (0, 3)
     assert lines["distinct_answers"].difference is None
     assert "accuracy" not in lines
-    none = compare([answer("no")], [answer(GOOD)])
+    none = compare_answers([answer("no")], [answer(GOOD)])
     assert {line.metric.name: line.difference for line in none}["mean_answer_words"] is None
 
 
@@ -274,13 +272,13 @@ def test_what_cannot_be_scored() -> None:
     with pytest.raises(ValueError, match="no answers"):
         summarize([])
     with pytest.raises(ValueError, match="different prompts"):
-        compare(ANSWERS, ANSWERS[:3])
+        compare_answers(ANSWERS, ANSWERS[:3])
     with pytest.raises(ValueError, match="different prompts"):
-        compare([ANSWERS[0]], [dataclasses.replace(ANSWERS[0], prompt="another")])
+        compare_answers([ANSWERS[0]], [dataclasses.replace(ANSWERS[0], prompt="another")])
 
 
 def test_numbers_for_people() -> None:
-    exact, words = compare(ANSWERS)[0], compare(ANSWERS)[-2]
+    exact, words = compare_answers(ANSWERS)[0], compare_answers(ANSWERS)[-2]
     assert show_value(exact.estimates[0].value, "rate") == "75.0%"
     # Wilson, 3 of 4.
     assert show_interval(exact.estimates[0], "rate") == "[30.1, 95.4]"
@@ -288,5 +286,5 @@ def test_numbers_for_people() -> None:
     assert show_value(words.estimates[0].value, "words") == "1.3"
     assert (show_value(1.23456, "nats"), show_value(1234, "count")) == ("1.2346", "1,234")
     assert show_value(math.nan, "words") == "–"
-    assert show_interval(compare(ANSWERS)[-1].estimates[0], "count") == ""
+    assert show_interval(compare_answers(ANSWERS)[-1].estimates[0], "count") == ""
     assert (show_p_value(0.0341), show_p_value(1e-9)) == ("0.034", "< 0.001")
