@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 
 from benchmarks.child import Child, ChildError
 from jaxsft.data.vocabulary import Vocabulary, canonical_types, read_gguf, serialize
-from jaxsft.gemma.architecture import from_hf_config
 from jaxsft.gemma.model import Gemma
 from jaxsft.run.checkpoint_files import DamagedError, read_arrays, read_record
+from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import demo_model_path, hf_tensors
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_json
 from jaxsft.export.card import about_training, model_card
-from jaxsft.export.formats import Export, find_checker, needed_bytes, open_export, verify, write
+from jaxsft.export.formats import Export, needed_bytes, open_export, write
 from jaxsft.export.options import ExportOptions
 from jaxsft.export.output import (
     check_replaceable,
@@ -22,7 +22,7 @@ from jaxsft.export.output import (
     scratch_beside,
 )
 from jaxsft.export.peers import Peer
-from jaxsft.export.verify import LOGIT_BOUND, Check, summary
+from jaxsft.export.verify import LOGIT_BOUND, Check, find_checker, summary, verify
 from jaxsft.weights.find import MANIFEST, find_model
 from jaxsft.weights.load import file_sha256
 from jaxsft.weights.peft import WEIGHTS_NAME

@@ -1,43 +1,41 @@
-"""The formats of an export: what each of them writes, and how another library checks it."""
+"""What an export is made from, and what each format writes.
+
+Tensors pass through in blocks of rows: memory stays at a few of them, whatever the model's size (at
+one whole tensor where the format needs it).
+"""
 
 import dataclasses
+import json
+import math
+import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsft.common.files import read_json, write_json
+from jaxsft.common.files import write_json
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.export.hf_directory import base_for_peft, to_hf_config, write_configs, write_weights
 from jaxsft.export.options import ExportOptions
-from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
+from jaxsft.export.peers import Peer
 from jaxsft.export.tokenizer import write_tokenizer
-from jaxsft.export.verify import (
-    CHATS,
-    Check,
-    chat_problem,
-    drift,
-    give_memory_back,
-    make_probes,
-    max_difference,
-    our_logits,
-    reference_logits,
-    text_problem,
-)
-from jaxsft.export.verify_flax import TUNIX_LORA, flax_problem, tunix_lacks
 from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights.find import Origin, check_tokenizer, open_tokenizer, system_text
 from jaxsft.weights.flax import write_flax
-from jaxsft.weights.load import TensorSource, WeightsInfo, load_model, open_weights, without_weights
+from jaxsft.weights.hf_config import to_hf_config
+from jaxsft.weights.load import TensorSource, WeightsInfo, open_weights, without_weights
 from jaxsft.weights.merged import DTYPES, MergedWeights
 from jaxsft.weights.peft import AdapterConfig, load_adapter, save_adapter
 from jaxsft.weights.tunix import write_tunix_lora
 
-FLAX_MODEL = "model"
+FLAX_MODEL, TUNIX_LORA = "model", "tunix-lora"
+_STORED = {"float32": "F32", "bfloat16": "BF16"}  # safetensors' names
+WEIGHTS = "model.safetensors"
+_HEADER_ALIGNMENT = 8
 _NUM_POSITIONS = 256  # of all probes, about: their logits come back in a file
 
 
@@ -74,24 +72,6 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
         )
     text = system_text(origin)
     return Export(options, origin, tokenizer, source, info, weights, adapter, model, text)
-
-
-def find_checker(options: ExportOptions, config: GemmaConfig) -> tuple[Peer | None, str | None]:
-    """(the library that will check the export, or None; why none does).
-
-    Raises ValueError where there is none and there must be: for all formats but flax, and where
-    the options name its Python.
-    """
-    if options.format != "flax":
-        return find_peer(TRANSFORMERS, options.peer_python), None
-    if lacks := tunix_lacks(config):
-        return None, f"Tunix has no {lacks}"
-    try:
-        return find_peer(TUNIX, options.peer_python), None
-    except ValueError:
-        if options.peer_python is not None:
-            raise
-        return None, "Tunix is not installed here; --peer_python names a Python that has it"
 
 
 def needed_bytes(made: Export, peer: Peer | None) -> int:
@@ -134,65 +114,80 @@ def write(directory: Path, made: Export) -> None:
             write_json(directory / f"{TUNIX_LORA}.json", given)
 
 
-def verify(
-    directory: Path, made: Export, peer: Peer | None, gap: str | None, scratch: Path
-) -> Check:
-    """Compares the export, loaded elsewhere, with the model that it was made from.
+def write_weights(
+    directory: Path, weights: MergedWeights, *, dtype: str, max_shard_bytes: int
+) -> None:
+    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` (a larger tensor gets one
+    of its own) and their index, as `save_pretrained` names them.
 
-    `peer` and `gap` are `find_checker`'s; `scratch` is a directory for what the check writes.
+    Format: https://huggingface.co/docs/safetensors. Its own library wants a whole file in memory.
     """
-    probes = make_probes(made.tokenizer, made.info.config)
-    if peer is None:
-        return _read_again(directory, made, probes, gap)
-    if made.options.format == "flax":
-        return _verify_flax(directory, made, probes, peer, scratch)
-    dtype = "float32" if made.options.format == "peft" else made.options.dtype
-    ours = reference_logits(made.origin, dtype, probes)
-    give_memory_back()
-    settings = {"chats": [[turn._asdict() for turn in chat] for chat in CHATS]}
-    if made.options.format == "merged":
-        name = peer.library.name
-        found = ask(peer, directory, probes, scratch=scratch, settings=settings)
-    else:
-        name = f"{peer.library.name} and PEFT"
-        with base_for_peft(made.source, made.info, made.tokenizer, scratch) as base:
-            found = ask(peer, base, probes, scratch=scratch, adapter=directory, settings=settings)
-    difference = max_difference(ours, found.logits)
-    problem = chat_problem(made.tokenizer, made.system_prompt, found.ids)
-    return Check(name, difference, drift(name, difference) or problem, None)
+    item_bytes = np.dtype(DTYPES[dtype]).itemsize
+    sizes = {name: math.prod(shape) * item_bytes for name, shape in weights.shapes.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = [WEIGHTS]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        weight_map = {name: f for f, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(directory / f"{WEIGHTS}.index.json", index)
+    for file, names in zip(files, shards, strict=True):
+        _write_shard(directory / file, weights, names, dtype)
 
 
-def _verify_flax(
-    directory: Path, made: Export, probes: list[Probe], peer: Peer, scratch: Path
-) -> Check:
-    """Has Tunix load model/, and then, as its notebooks do, the base with tunix-lora/ on it."""
-    name, options = peer.library.name, made.options
-    settings = {"config": dataclasses.asdict(made.info.config), "texts": []}
-    texts = [turn.content for chat in CHATS for turn in chat]
-    ours = reference_logits(made.origin, options.dtype, probes)
-    give_memory_back()
-    model = directory / FLAX_MODEL
-    found = ask(peer, model, probes, scratch=scratch, settings=settings | {"texts": texts})
-    difference = max_difference(ours, found.logits)
-    problem = drift(f"{name}, from {FLAX_MODEL}/,", difference)
-    problem = problem or text_problem(made.tokenizer, texts, found.ids)
-    if made.adapter is not None and problem is None:
-        if options.dtype != "float32":
-            ours = reference_logits(made.origin, "float32", probes)
-            give_memory_back()
-        settings |= {"lora": read_json(directory / f"{TUNIX_LORA}.json")}
-        with _base_for_tunix(made, scratch) as base:
-            lora = directory / TUNIX_LORA
-            found = ask(peer, base, probes, scratch=scratch, adapter=lora, settings=settings)
-        of_lora = max_difference(ours, found.logits)
-        problem = drift(f"{name}, from the base and {TUNIX_LORA}/,", of_lora)
-        difference = max(difference, of_lora)
-    problem = problem or flax_problem(directory, made.tokenizer, made.origin.adapter)
-    return Check(name, difference, problem, None)
+def _write_shard(path: Path, weights: MergedWeights, names: list[str], dtype: str) -> None:
+    item_bytes = np.dtype(DTYPES[dtype]).itemsize
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name in names:
+        start, end = end, end + math.prod(weights.shapes[name]) * item_bytes
+        shape = list(weights.shapes[name])
+        header[name] = {"dtype": _STORED[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            for _, block in weights.blocks(name):
+                file.write(block.astype(DTYPES[dtype]).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_configs(directory: Path, config: GemmaConfig, tokenizer: Tokenizer, dtype: str) -> None:
+    """Writes `config.json` and `generation_config.json`; generation ends at either stop token."""
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    values = to_hf_config(config) | ids | {"eos_token_id": tokenizer.eos_id, "dtype": dtype}
+    write_json(directory / "config.json", values)
+    stops = {"eos_token_id": list(tokenizer.stop_ids)}
+    write_json(directory / "generation_config.json", ids | stops)
 
 
 @contextmanager
-def _base_for_tunix(made: Export, scratch: Path) -> Iterator[Path]:
+def base_for_peft(
+    source: TensorSource, info: WeightsInfo, tokenizer: Tokenizer, scratch: Path
+) -> Iterator[Path]:
+    """The base as transformers loads it: itself, or, of another format, written anew for now."""
+    if info.format == "safetensors":
+        yield source.path
+        return
+    with TemporaryDirectory(dir=scratch, prefix=".base-") as name:
+        path = Path(name)
+        write_configs(path, info.config, tokenizer, "float32")
+        base = MergedWeights(source, info, None)
+        write_weights(path, base, dtype="float32", max_shard_bytes=2**30)
+        yield path
+
+
+@contextmanager
+def base_for_tunix(made: Export, scratch: Path) -> Iterator[Path]:
     """The base in Kaggle's layout: itself, or, of another format, written anew for now."""
     if made.info.format == "flax":
         yield made.source.path
@@ -201,18 +196,3 @@ def _base_for_tunix(made: Export, scratch: Path) -> Iterator[Path]:
         base = MergedWeights(made.source, made.info, None)
         write_flax(Path(name, FLAX_MODEL), base.tensors("float32"), made.info.config)
         yield Path(name, FLAX_MODEL)
-
-
-def _read_again(directory: Path, made: Export, probes: list[Probe], gap: str | None) -> Check:
-    """A Flax export where Tunix cannot check it."""
-    ours = reference_logits(made.origin, made.options.dtype, probes)
-    give_memory_back()
-    model, _ = load_model(directory / FLAX_MODEL, dtype="float32", param_dtype="float32")
-    difference = max_difference(ours, our_logits(model, probes))
-    name = "jaxsft's own reader"
-    problem = drift(name, difference) or flax_problem(
-        directory, made.tokenizer, made.origin.adapter
-    )
-    parts = f"{FLAX_MODEL}/, {TUNIX_LORA}/ and" if made.adapter else f"{FLAX_MODEL}/ and"
-    why = f"{parts} tokenizer.model were read by jaxsft alone, not by Tunix: {gap}"
-    return Check(name, difference, problem, why)

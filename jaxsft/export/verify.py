@@ -7,25 +7,43 @@ in other places, would be so far apart that a wrong tensor could hide.
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import nnx
 
+from jaxsft.common.files import read_json
 from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.export.peers import Probe
-from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.export.formats import (
+    FLAX_MODEL,
+    TUNIX_LORA,
+    Export,
+    base_for_peft,
+    base_for_tunix,
+)
+from jaxsft.export.options import ExportOptions
+from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
+from jaxsft.formats.safetensors import SafetensorsDirectory
+from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
 from jaxsft.gemma.layers import Linear
+from jaxsft.gemma.lora import lora_scale
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights.find import Origin, load
+from jaxsft.weights.load import load_model
+from jaxsft.weights.names import LINEAR_TENSORS
+from jaxsft.weights.peft import WEIGHTS_NAME, read_adapter_config
 
 # Largest difference of two logits over all probes. Different orders of summation in float32
 # gave 4e-4 on Gemma 3 270M, whose largest logit was 98.
@@ -45,6 +63,12 @@ CHATS = (
         Turn("user", "Und jetzt auf Deutsch, bitte: Größe, 面積, <b>fett</b>."),
     ],
 )
+_TUNIX_TARGETS = {
+    "qkv_einsum": ("q_proj", "k_proj", "v_proj"),
+    "q_einsum": ("q_proj",),
+    "kv_einsum": ("k_proj", "v_proj"),
+    "attn_vec_einsum": ("o_proj",),
+}
 
 
 class Check(NamedTuple):
@@ -55,6 +79,96 @@ class Check(NamedTuple):
     difference: float
     problem: str | None
     gap: str | None
+
+
+def find_checker(options: ExportOptions, config: GemmaConfig) -> tuple[Peer | None, str | None]:
+    """(the library that will check the export, or None; why none does).
+
+    Raises ValueError where there is none and there must be: for all formats but flax, and where
+    the options name its Python.
+    """
+    if options.format != "flax":
+        return find_peer(TRANSFORMERS, options.peer_python), None
+    if lacks := tunix_lacks(config):
+        return None, f"Tunix has no {lacks}"
+    try:
+        return find_peer(TUNIX, options.peer_python), None
+    except ValueError:
+        if options.peer_python is not None:
+            raise
+        return None, "Tunix is not installed here; --peer_python names a Python that has it"
+
+
+def verify(
+    directory: Path, made: Export, peer: Peer | None, gap: str | None, scratch: Path
+) -> Check:
+    """Compares the export, loaded elsewhere, with the model that it was made from.
+
+    `peer` and `gap` are `find_checker`'s; `scratch` is a directory for what the check writes.
+    """
+    probes = make_probes(made.tokenizer, made.info.config)
+    if peer is None:
+        return _read_again(directory, made, probes, gap)
+    if made.options.format == "flax":
+        return _verify_flax(directory, made, probes, peer, scratch)
+    dtype = "float32" if made.options.format == "peft" else made.options.dtype
+    ours = reference_logits(made.origin, dtype, probes)
+    give_memory_back()
+    settings = {"chats": [[turn._asdict() for turn in chat] for chat in CHATS]}
+    if made.options.format == "merged":
+        name = peer.library.name
+        found = ask(peer, directory, probes, scratch=scratch, settings=settings)
+    else:
+        name = f"{peer.library.name} and PEFT"
+        with base_for_peft(made.source, made.info, made.tokenizer, scratch) as base:
+            found = ask(peer, base, probes, scratch=scratch, adapter=directory, settings=settings)
+    difference = max_difference(ours, found.logits)
+    problem = chat_problem(made.tokenizer, made.system_prompt, found.ids)
+    return Check(name, difference, drift(name, difference) or problem, None)
+
+
+def _verify_flax(
+    directory: Path, made: Export, probes: list[Probe], peer: Peer, scratch: Path
+) -> Check:
+    """Has Tunix load model/, and then, as its notebooks do, the base with tunix-lora/ on it."""
+    name, options = peer.library.name, made.options
+    settings = {"config": dataclasses.asdict(made.info.config), "texts": []}
+    texts = [turn.content for chat in CHATS for turn in chat]
+    ours = reference_logits(made.origin, options.dtype, probes)
+    give_memory_back()
+    model = directory / FLAX_MODEL
+    found = ask(peer, model, probes, scratch=scratch, settings=settings | {"texts": texts})
+    difference = max_difference(ours, found.logits)
+    problem = drift(f"{name}, from {FLAX_MODEL}/,", difference)
+    problem = problem or text_problem(made.tokenizer, texts, found.ids)
+    if made.adapter is not None and problem is None:
+        if options.dtype != "float32":
+            ours = reference_logits(made.origin, "float32", probes)
+            give_memory_back()
+        settings |= {"lora": read_json(directory / f"{TUNIX_LORA}.json")}
+        with base_for_tunix(made, scratch) as base:
+            lora = directory / TUNIX_LORA
+            found = ask(peer, base, probes, scratch=scratch, adapter=lora, settings=settings)
+        of_lora = max_difference(ours, found.logits)
+        problem = drift(f"{name}, from the base and {TUNIX_LORA}/,", of_lora)
+        difference = max(difference, of_lora)
+    problem = problem or flax_problem(directory, made.tokenizer, made.origin.adapter)
+    return Check(name, difference, problem, None)
+
+
+def _read_again(directory: Path, made: Export, probes: list[Probe], gap: str | None) -> Check:
+    """A Flax export where Tunix cannot check it."""
+    ours = reference_logits(made.origin, made.options.dtype, probes)
+    give_memory_back()
+    model, _ = load_model(directory / FLAX_MODEL, dtype="float32", param_dtype="float32")
+    difference = max_difference(ours, our_logits(model, probes))
+    name = "jaxsft's own reader"
+    problem = drift(name, difference) or flax_problem(
+        directory, made.tokenizer, made.origin.adapter
+    )
+    parts = f"{FLAX_MODEL}/, {TUNIX_LORA}/ and" if made.adapter else f"{FLAX_MODEL}/ and"
+    why = f"{parts} tokenizer.model were read by jaxsft alone, not by Tunix: {gap}"
+    return Check(name, difference, problem, why)
 
 
 def make_probes(tokenizer: Tokenizer, config: GemmaConfig) -> list[Probe]:
@@ -189,3 +303,63 @@ def _ids_problem(
         if list(ids) != list(expected):
             return f"the exported tokenizer has other ids for {text[:40]!r}"
     return None
+
+
+def tunix_lacks(config: GemmaConfig) -> str | None:
+    """What Tunix's Gemma has written into its code and this one has otherwise, if anything."""
+    fixed: dict[str, Any] = {"query_scale": config.head_dim**-0.5, "rms_norm_eps": 1e-6}
+    if config.qk_norm:
+        pattern = cycle([LOCAL] * 5 + [GLOBAL])
+        fixed |= {"layer_types": tuple(islice(pattern, config.num_layers))}
+        fixed |= {"attn_softcap": None, "final_softcap": None}
+    else:
+        fixed |= {"rope_theta_local": 10_000.0, "rope_theta_global": 10_000.0}
+    other = {name: value for name, value in fixed.items() if getattr(config, name) != value}
+    return ", ".join(f"{name} other than {value}" for name, value in other.items()) or None
+
+
+def flax_problem(directory: Path, tokenizer: Tokenizer, adapter: Path | None) -> str | None:
+    """What is wrong with the files beside the model of a Flax export, if anything."""
+    written = (directory / "tokenizer.model").read_bytes()
+    if hashlib.sha256(written).digest() != hashlib.sha256(tokenizer.model_bytes).digest():
+        return "tokenizer.model is not what was written"
+    if adapter is None:
+        return None
+    settings = read_json(directory / f"{TUNIX_LORA}.json")
+    return _tunix_problem(directory / TUNIX_LORA, settings, adapter)
+
+
+def _tunix_problem(directory: Path, settings: Mapping[str, Any], adapter: Path) -> str | None:
+    """What is wrong with a checkpoint of `write_tunix_lora`, which Orbax reads again, if anything.
+
+    `settings` are its `rank` and `alpha`. Random rows x must give x·A·B as PEFT's `adapter` does.
+    """
+    config, source = read_adapter_config(adapter), SafetensorsDirectory(adapter, WEIGHTS_NAME)
+    our_scale = lora_scale(config.rank, config.alpha, config.use_rslora)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        layers = checkpointer.restore((directory / "0" / "model_params").absolute())["layers"]
+    rng = np.random.default_rng(0)
+    names = {tensor.tree[1]: tensor.hf for tensor in LINEAR_TENSORS}
+    compared = 0
+    for layer, block in layers.items():
+        for module, leaves in {**block.get("attn", {}), **block.get("mlp", {})}.items():
+            targets = _TUNIX_TARGETS.get(module, (module,))
+            found = {name[-1]: np.asarray(leaf["value"], float) for name, leaf in leaves.items()}
+            a = found["a"].reshape(-1, settings["rank"])
+            b = found["b"].reshape(settings["rank"], len(targets), -1)
+            x = rng.standard_normal((2, len(a)))
+            theirs = settings["alpha"] / settings["rank"] * np.einsum("xi,ir,rto->txo", x, a, b)
+            for target, each in zip(targets, theirs, strict=True):
+                key = f"base_model.model.model.layers.{layer}.{names[target]}.lora_{{}}.weight"
+                ours = np.zeros_like(each)
+                if target in config.targets:
+                    pair = (
+                        np.concatenate([rows for _, rows in source.blocks(key.format(ab))])
+                        for ab in "AB"
+                    )
+                    ours = our_scale * np.linalg.multi_dot([x, *(m.T.astype(float) for m in pair)])
+                    compared += 1
+                if not np.allclose(each, ours, rtol=1e-6, atol=1e-9):
+                    return f"{directory.name}/ has another update for {target} of layer {layer}"
+    missing = len(source.shapes) // 2 - compared
+    return f"{directory.name}/ lacks {missing} of the adapter's matrices" if missing else None

@@ -25,7 +25,7 @@ from jaxsft.config import TrainConfig
 from jaxsft.data.packing import num_steps
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.gemma import lora
-from jaxsft.gemma.architecture import PRESETS, GemmaConfig, from_hf_config
+from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import make_mesh, named, state_shardings
 from jaxsft.step import flash_attention
@@ -40,6 +40,7 @@ from jaxsft.step.train_step import (
     train_step,
 )
 from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
+from jaxsft.weights.hf_config import from_hf_config
 
 
 class StepArguments(NamedTuple):

@@ -24,10 +24,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import SafetensorsDirectory
-from jaxsft.gemma.architecture import GemmaConfig, from_hf_config
+from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.model import Gemma, layer_location
 from jaxsft.gemma.sharding import state_shardings
 from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
+from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.names import ROOT_TENSORS, check_shapes, layer_tensors
 
 _FRESH_NS = 1_000_000_000  # clocks of file systems tick in up to 10 ms

@@ -23,12 +23,12 @@ from safetensors.numpy import load_file
 from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.export.__main__ import main
 from jaxsft.export.peers import TUNIX
-from jaxsft.export.verify import LOGIT_BOUND
-from jaxsft.export.verify_flax import flax_problem, tunix_lacks
+from jaxsft.export.verify import LOGIT_BOUND, flax_problem, tunix_lacks
 from jaxsft.gemma import lora
-from jaxsft.gemma.architecture import GemmaConfig, from_hf_config
+from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.lora import TARGETS
 from jaxsft.weights.find import find_model, open_tokenizer, system_text
+from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import load_model, without_weights
 from jaxsft.weights.peft import AdapterConfig, save_adapter
 
@@ -167,7 +167,7 @@ def test_flax_without_tunix_is_not_called_verified(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        "jaxsft.export.formats.TUNIX", TUNIX._replace(packages=("jaxsft-no-such-package",))
+        "jaxsft.export.verify.TUNIX", TUNIX._replace(packages=("jaxsft-no-such-package",))
     )
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
@@ -276,7 +276,7 @@ def test_a_drifting_export_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The fault: alpha without its division by the rank, in the merge alone."""
-    monkeypatch.setattr("jaxsft.export.hf_directory.lora_scale", lambda rank, alpha, rs: alpha)
+    monkeypatch.setattr("jaxsft.weights.merged.lora_scale", lambda rank, alpha, rs: alpha)
     assert main([str(run_dir), "--output", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the export drifts: logits of transformers are ")

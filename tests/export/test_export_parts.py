@@ -12,7 +12,6 @@ import yaml
 
 from jaxsft.common.files import write_json
 from jaxsft.export.card import about_training, model_card
-from jaxsft.export.hf_directory import to_hf_config
 from jaxsft.export.output import (
     check_replaceable,
     check_space,
@@ -22,8 +21,9 @@ from jaxsft.export.output import (
     scratch_beside,
 )
 from jaxsft.export.verify import max_difference
-from jaxsft.gemma.architecture import PRESETS, from_hf_config
+from jaxsft.gemma.architecture import PRESETS
 from jaxsft.weights.find import Origin, system_text
+from jaxsft.weights.hf_config import from_hf_config, to_hf_config
 from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 

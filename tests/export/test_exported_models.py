@@ -19,8 +19,9 @@ from jaxsft.common.files import write_json
 from jaxsft.data.chat import encode_chat, encode_prompt
 from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.export.hf_directory import to_hf_config, write_weights
+from jaxsft.export.formats import write_weights
 from jaxsft.export.tokenizer import chat_template, write_tokenizer
+from jaxsft.weights.hf_config import to_hf_config
 from jaxsft.weights.load import load_model, open_weights, without_weights
 from jaxsft.weights.merged import MergedWeights
 from jaxsft.weights.peft import load_adapter, save_adapter

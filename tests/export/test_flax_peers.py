@@ -27,8 +27,7 @@ from jaxsft.export.verify import LOGIT_BOUND
 from jaxsft.gemma.lora import inject, resolve_targets
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights import tunix as tunix_io
-from jaxsft.weights.flax import write_flax
-from jaxsft.weights.flax_names import FlaxTensor
+from jaxsft.weights.flax import FlaxTensor, write_flax
 from jaxsft.weights.load import hf_tensors, load_model
 from jaxsft.weights.peft import AdapterConfig, save_adapter
 from jaxsft.weights.tunix import write_tunix_lora

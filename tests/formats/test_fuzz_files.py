@@ -33,7 +33,7 @@ from jaxsft.data.vocabulary import BYTE, CONTROL, NORMAL, REQUIRED_PIECES, UNKNO
 from jaxsft.download import files as hub_files
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import SafetensorsDirectory
-from jaxsft.gemma.architecture import from_hf_config
+from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.peft import load_adapter, read_adapter_config
 
 fuzzed = settings(deadline=None, max_examples=300)

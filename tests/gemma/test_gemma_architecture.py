@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from jaxsft.gemma.architecture import GLOBAL, LOCAL, PRESETS, GemmaConfig, from_hf_config
+from jaxsft.gemma.architecture import GLOBAL, LOCAL, PRESETS, GemmaConfig
 from jaxsft.gemma.lora import TARGETS
+from jaxsft.weights.hf_config import from_hf_config
 
 # As published, by hand from the model cards' config.json; keys that say nothing about the
 # architecture are left out.

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import transformers
 
-from jaxsft.gemma.architecture import GemmaConfig, from_hf_config
+from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.model import Gemma
+from jaxsft.weights.hf_config import from_hf_config
 
 TWINS = ("gemma1", "gemma2", "gemma3-270m", "gemma3-1b")
 WINDOW = 8

@@ -19,8 +19,13 @@ from support.twins import TWINS, make_twin
 from jaxsft.gemma.architecture import PRESETS
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights import flax as flax_io
-from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint, write_flax
-from jaxsft.weights.flax_names import like_found, preset_of
+from jaxsft.weights.flax import (
+    FlaxCheckpoint,
+    is_flax_checkpoint,
+    like_found,
+    preset_of,
+    write_flax,
+)
 from jaxsft.weights.load import hf_tensors, load_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

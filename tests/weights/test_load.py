@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 from support.other_devices import EIGHT_DEVICES
 from support.twins import TWINS, make_twin
 
-from jaxsft.gemma.architecture import PRESETS, from_hf_config
+from jaxsft.gemma.architecture import PRESETS
 from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import hf_tensors, load_model
 
 FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxsft.formats.gguf import GGUFFile, hf_config
-from jaxsft.gemma.architecture import from_hf_config
 from jaxsft.weights import load as weights
+from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import demo_model_path, load_model
 
 CONFIG = {
