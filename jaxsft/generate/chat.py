@@ -1,11 +1,15 @@
-"""Answers on a terminal, or a pipe, as they come: one prompt's, or a chat's."""
+"""Answers on a terminal or a pipe while they are generated: to one prompt, or in a chat.
+
+Neither a character of several tokens nor a tag is ever shown in part: text that may be the
+beginning of one is held back.
+"""
 
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from flax import nnx
 from rich.console import Console
@@ -13,21 +17,32 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from jaxsft.cli import EXIT_BAD_INPUT, fail
+from jaxsft.common.text import visible
 from jaxsft.config import EvalOptions
 from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma.decode import stream
-from jaxsft.generate.answer_style import Kind, parts_of_text, printable, text_of_tokens
+
+TextKind = Literal["text", "tag", "reasoning", "answer"]
 
 CHAT_HELP = "/reset forgets what was said, Ctrl-C stops an answer, /quit or Ctrl-D ends."
-# Reasoning steps back, the answer stands out, tags are hardly seen.
-_STYLES: dict[Kind, str] = {
+_STYLES: dict[TextKind, str] = {
     "text": "",
     "tag": "bright_black",
     "reasoning": "dim",
     "answer": "bold",
 }
+# The kind of the text after a tag.
+_AFTER_TAG: dict[str, TextKind] = {
+    "<reasoning>": "reasoning",
+    "</reasoning>": "text",
+    "<answer>": "answer",
+    "</answer>": "text",
+}
+_TAG = re.compile("|".join(_AFTER_TAG))
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how the vocabulary spells one byte of UTF-8
+_MAX_HELD_BYTES = 3  # of a character's four
 
 
 class Voice(NamedTuple):
@@ -39,8 +54,8 @@ class Voice(NamedTuple):
     frozen: nnx.State
 
 
-class Session(NamedTuple):
-    """What all answers have in common."""
+class ChatSession(NamedTuple):
+    """The settings of all answers."""
 
     tokenizer: Tokenizer
     max_positions: int
@@ -48,17 +63,24 @@ class Session(NamedTuple):
     console: Console
 
 
-class Answer(NamedTuple):
-    """What a voice said; `is_whole` is False where Ctrl-C stopped it."""
+class ChatAnswer(NamedTuple):
+    """An answer that was shown; `is_whole` is False where Ctrl-C stopped it."""
 
     text: str
     is_whole: bool
 
 
-def chat(voices: Sequence[Voice], session: Session, system: str) -> None:
-    """Answers the lines of stdin, each with what was said before, until it ends.
+class TextPart(NamedTuple):
+    """A piece of an answer."""
 
-    Unless a person types them, a line that can't be answered raises ValueError, and Ctrl-C
+    kind: TextKind
+    text: str
+
+
+def chat(voices: Sequence[Voice], session: ChatSession, system: str) -> None:
+    """Answers the lines of stdin, each with the conversation before it, until stdin ends.
+
+    If stdin is not a terminal, a line that can't be answered raises ValueError, and Ctrl-C raises
     KeyboardInterrupt.
     """
     console, start = session.console, [Turn("system", system)]
@@ -101,8 +123,8 @@ def chat(voices: Sequence[Voice], session: Session, system: str) -> None:
                 fail(f"{error} (/reset forgets what was said)", EXIT_BAD_INPUT)
 
 
-def reply(voice: Voice, turns: list[Turn], session: Session) -> list[Turn]:
-    """The turns with the answer to the last one; without both where nothing was said."""
+def reply(voice: Voice, turns: list[Turn], session: ChatSession) -> list[Turn]:
+    """The turns with the answer to the last one; without that one if the answer is empty."""
     text, is_whole = answer(voice, turns, session)
     if not is_whole and not sys.stdin.isatty():
         raise KeyboardInterrupt
@@ -110,10 +132,10 @@ def reply(voice: Voice, turns: list[Turn], session: Session) -> list[Turn]:
     return [*turns, Turn("assistant", text)] if text.strip() else turns[:-1]
 
 
-def answer(voice: Voice, turns: Sequence[Turn], session: Session) -> Answer:
-    """Shows an answer as it comes, under the voice's heading; Ctrl-C stops it.
+def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> ChatAnswer:
+    """Shows an answer while it is generated, under the voice's heading; Ctrl-C stops it.
 
-    Raises ValueError, as `encode`, before anything is shown.
+    Raises ValueError, as `encode` does, before anything is shown.
     """
     prompt, (tokenizer, _, decoding, console) = encode(turns, session), session
     if voice.heading:
@@ -144,10 +166,10 @@ def answer(voice: Voice, turns: Sequence[Turn], session: Session) -> Answer:
         note("stopped")
     elif len(ids) == decoding.max_new_tokens:
         note(f"cut off after --max_new_tokens {len(ids)}")
-    return Answer(tokenizer.decode(ids), not stopped)
+    return ChatAnswer(tokenizer.decode(ids), not stopped)
 
 
-def encode(turns: Sequence[Turn], session: Session) -> list[int]:
+def encode(turns: Sequence[Turn], session: ChatSession) -> list[int]:
     """The prompt's ids; ValueError where they leave no room for an answer."""
     ids, longest = encode_prompt(session.tokenizer, turns), session.decoding.max_new_tokens
     if len(ids) + longest > session.max_positions:
@@ -159,21 +181,68 @@ def encode(turns: Sequence[Turn], session: Session) -> list[int]:
     return ids
 
 
+def text_of_tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text in pieces, mostly one for each token; together they are `tokenizer.decode(ids)`."""
+    held: list[int] = []  # byte tokens that may begin a character
+    for token in ids:
+        held.append(token)
+        num_held = 0
+        if _BYTE.fullmatch(tokenizer.piece(token)):
+            text = tokenizer.decode(held)
+            # Each byte of an unfinished character is a U+FFFD of its own.
+            num_held = min(len(text) - len(text.rstrip("\ufffd")), _MAX_HELD_BYTES)
+        whole = len(held) - num_held
+        if whole:
+            yield tokenizer.decode(held[:whole])
+        held = held[whole:]
+    if held:
+        yield tokenizer.decode(held)
+
+
+def parts_of_text(texts: Iterable[str]) -> Iterator[TextPart]:
+    """Cuts a text, which comes in pieces, at its tags; together the parts are the text."""
+    kind: TextKind = "text"
+    held = ""
+    for text in texts:
+        held += text
+        while tag := _TAG.search(held):
+            if tag.start():
+                yield TextPart(kind, held[: tag.start()])
+            yield TextPart("tag", tag[0])
+            kind, held = _AFTER_TAG[tag[0]], held[tag.end() :]
+        start = held.rfind("<")
+        if start < 0 or not any(name.startswith(held[start:]) for name in _AFTER_TAG):
+            start = len(held)
+        if start:
+            yield TextPart(kind, held[:start])
+        held = held[start:]
+    if held:
+        yield TextPart(kind, held)
+
+
+def printable(text: str) -> str:
+    """The text without control characters but line ends and tabs; see `visible`.
+
+    Joiners (U+200C and U+200D) stay too: Persian words and many emoji need them.
+    """
+    return re.sub(r"[^\n\t\u200c\u200d]+", lambda run: visible(run[0]), text)
+
+
 def show(console: Console, text: str, style: str = "") -> None:
-    """Prints the text as it is; in its style where the terminal has any and NO_COLOR is not set."""
+    """Prints the text; in the style if the terminal has colours and NO_COLOR is not set."""
     is_styled = console.is_terminal and not console.no_color
     segment = Segment(text, Style.parse(style if is_styled else ""))
     console.print(Segments([segment]), end="", soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """A remark that is no part of the answer."""
+    """Prints a remark that is not part of the answer."""
     print(f"({text})", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed; the second time it interrupts as ever."""
+    """Yields a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts."""
     pressed = False
 
     def press(*_: object) -> None:

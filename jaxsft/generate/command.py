@@ -22,7 +22,7 @@ from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import Generation, generate, num_rows
 from jaxsft.gemma.sharding import make_mesh
-from jaxsft.generate.chat import Session, Voice, answer, chat, encode, show
+from jaxsft.generate.chat import ChatSession, Voice, answer, chat, encode, show
 from jaxsft.generate.options import GenerateOptions
 from jaxsft.generate.prompts import FilePrompt, read_prompt_file
 from jaxsft.weights.find import Loaded, Origin, find_model, load, run_config, system_text
@@ -53,10 +53,11 @@ def generate_answers(options: GenerateOptions) -> int:
     console = make_console()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    console.file = sys.stdout  # which fails where nobody reads any more, and that ends the work
-    session = Session(loaded.tokenizer, loaded.info.config.max_positions, options.decoding, console)
+    console.file = sys.stdout  # raises when the reader has gone, which ends the work
+    positions = loaded.info.config.max_positions
+    session = ChatSession(loaded.tokenizer, positions, options.decoding, console)
     if options.prompts is not None:
-        write_lines(answer_prompts(prompts, voices, session, mesh), options.output, console)
+        write_lines(answer_file(prompts, voices, session, mesh), options.output, console)
         return 0
     if options.prompt is None:
         chat(voices, session, system)
@@ -67,8 +68,10 @@ def generate_answers(options: GenerateOptions) -> int:
 
 
 def voices_of(options: GenerateOptions, origin: Origin, loaded: Loaded) -> list[Voice]:
-    """The model and, if asked for, the base model, which share their weights. No headings for
-    one alone."""
+    """The model and, if asked for, the base model, which shares its weights.
+
+    One model alone has no heading.
+    """
     model = loaded.model
     tuned = Voice(f"{options.model}:" if options.base else "", *lora.split(model))
     if not options.base:
@@ -76,10 +79,10 @@ def voices_of(options: GenerateOptions, origin: Origin, loaded: Loaded) -> list[
     return [tuned, Voice(f"{origin.name}, untrained:", *lora.split(lora.without_adapter(model)))]
 
 
-def answer_prompts(
-    prompts: Sequence[FilePrompt], voices: Sequence[Voice], session: Session, mesh: Mesh | None
+def answer_file(
+    prompts: Sequence[FilePrompt], voices: Sequence[Voice], session: ChatSession, mesh: Mesh | None
 ) -> list[dict[str, Any]]:
-    """A row for each prompt, in their order: the answer, whole and in its parts.
+    """A row for each prompt, in order: the answer as a whole and in parts.
 
     ValueError names the file and line of a prompt that is too long.
     """
@@ -120,7 +123,7 @@ def answer_prompts(
 
 
 def answer_row(tokenizer: Tokenizer, generation: Generation) -> dict[str, Any]:
-    """An answer as JSON has it; reasoning and answer are null where the form is another."""
+    """An answer for JSON; reasoning and answer are null where it is not in the format."""
     text = tokenizer.decode(generation.ids)
     reasoning, final = split_completion(text) or (None, None)
     return {
@@ -134,7 +137,7 @@ def answer_row(tokenizer: Tokenizer, generation: Generation) -> dict[str, Any]:
 
 def write_lines(rows: Sequence[dict[str, Any]], output: str | None, console: Console) -> None:
     """Prints the rows as JSONL, or writes the file whole."""
-    # What goes to a terminal is ASCII: no control characters.
+    # ASCII for a terminal: no control characters.
     text = "".join(json.dumps(row, ensure_ascii=output is None) + "\n" for row in rows)
     if output is None:
         show(console, text)

@@ -1,11 +1,10 @@
-"""Files of prompts -> the turns that a model is asked.
+"""Reads files of prompts as turns, the same turns that `convert_row` makes for training.
 
-    {prompt}, {question}, {instruction}, {text, test_list}    one user turn, as training has it
+    {prompt}, {question}, {instruction}, {text, test_list}    one user turn
     {messages} or {conversations}                             up to the last user turn
     a line of a .txt file                                     one user turn
 
-What a row has besides, an answer for instance, is left out. Turns are those that `convert_row`
-makes of the same row for training.
+Other fields of a row, such as an answer, are left out.
 """
 
 from collections.abc import Iterator
@@ -19,16 +18,16 @@ _ANSWER = "-"  # `convert_row` asks for one
 
 
 class FilePrompt(NamedTuple):
-    """The turns before an answer, from a file's line that `where` names."""
+    """The turns to answer; `where` names the file and the line."""
 
     where: str
     turns: tuple[Turn, ...]
 
 
 def read_prompt_file(path: Path, system: str) -> list[FilePrompt]:
-    """The prompts of a .txt file, or of one that `read_rows` takes.
+    """The prompts of a .txt file, or of a file that `read_rows` reads.
 
-    `system` goes in front of those that have no system turn. ValueError names file and line.
+    Prompts without a system turn get `system`. ValueError names the file and the line.
     """
     rows = _read_lines(path) if path.suffix.lower() == ".txt" else read_rows(path)
     prompts = []
@@ -49,7 +48,7 @@ def read_prompt_file(path: Path, system: str) -> list[FilePrompt]:
 
 
 def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """The row up to its last prompt, and an answer."""
+    """The row up to its last prompt, with an answer."""
     for field in ("messages", "conversations"):
         if isinstance(messages := row.get(field), list):
             users = [i for i, message in enumerate(messages) if _role(message) in ("user", "human")]
@@ -59,7 +58,7 @@ def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
             return row
     for field in ("prompt", "question", "instruction"):
         if field in row:
-            if row.get("input"):  # Alpaca's, the half of what is asked
+            if row.get("input"):  # Alpaca's second half of the prompt
                 raise ValueError(f'has "input" beside "{field}"; put both into "prompt"')
             return {"prompt": row[field], "completion": _ANSWER}
     if "test_list" in row:

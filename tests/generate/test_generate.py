@@ -29,7 +29,7 @@ from jaxsft.gemma import lora
 from jaxsft.gemma.decode import generate
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.generate.__main__ import main
-from jaxsft.generate.chat import Session, Voice
+from jaxsft.generate.chat import ChatSession, Voice
 from jaxsft.weights.find import find_model, load
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -132,7 +132,7 @@ def test_an_export_is_asked_as_its_run_is(
     """With the system text of its manifest; the recipe's where that is another program's."""
     asked_with: list[str] = []
 
-    def answer(voice: Voice, turns: Sequence[Turn], session: Session) -> SimpleNamespace:
+    def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> SimpleNamespace:
         asked_with.append(turns[0].content)
         return SimpleNamespace(is_whole=True)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.generate.answer_style import Part, parts_of_text, printable, text_of_tokens
+from jaxsft.generate.chat import TextPart, parts_of_text, printable, text_of_tokens
 from jaxsft.generate.prompts import read_prompt_file
 
 ANSWER = "so\n<reasoning>1 < 2 </b> é</reasoning>\n<answer>5</answer>!"
@@ -27,7 +27,7 @@ PARTS = [
 ]
 
 
-def joined(parts: list[Part]) -> list[tuple[str, str]]:
+def joined(parts: list[TextPart]) -> list[tuple[str, str]]:
     """Neighbours of a kind made one."""
     result: list[tuple[str, str]] = []
     for kind, text in parts:
@@ -45,7 +45,7 @@ def test_tags_split_over_pieces(size: int) -> None:
 
 
 def test_only_what_may_become_a_tag_is_held_back() -> None:
-    shown: list[Part] = []
+    shown: list[TextPart] = []
     for pieces, expected in (
         (["a <"], ["a "]),
         (["a <", "ans"], ["a "]),
