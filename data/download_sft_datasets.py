@@ -26,7 +26,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -37,6 +36,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, fail
+from jaxsft.common.files import file_sha256
 from jaxsft.data.sources import converter_version
 from jaxsft.download.datasets import (
     Progress,
@@ -214,8 +214,7 @@ def file_requests(file: Path, options: argparse.Namespace) -> list[Request]:
         raise ValueError(f"{file}: no such file")
     if not NAME.fullmatch(file.stem):
         raise ValueError(f"{file}: names the output; rename it, with letters, digits, _ . and -")
-    with file.open("rb") as data:
-        source = {"file": file.name, "sha256": file_digest(data, "sha256").hexdigest()}
+    source = {"file": file.name, "sha256": file_sha256(file)}
     return _requests(options, file.stem, source, ("train",))
 
 

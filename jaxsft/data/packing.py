@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsft.common.batch import Batch, BoolArray, Int32Array
+from jaxsft.common.files import array_sha256
 
 
 class Sample(NamedTuple):
@@ -150,8 +151,7 @@ class PackedRows:
         """`rows_digest` of the rows' contents."""
         arrays: list[npt.NDArray[Any]] = [self.tokens_N, self.loss_mask_N, self.sample_offsets]
         arrays += [self.row_samples, self.row_offsets]
-        parts = [hashlib.sha256(np.ascontiguousarray(x).data).digest() for x in arrays]
-        return rows_digest(self.row_length, parts)
+        return rows_digest(self.row_length, [array_sha256(array) for array in arrays])
 
 
 def rows_digest(row_length: int, parts: Sequence[bytes]) -> str:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxsft.common.files import read_json
+from jaxsft.common.files import array_sha256, read_json
 from jaxsft.config import DataOptions
 from jaxsft.data import bins, packing
 from jaxsft.data.packing import PackedRows, offsets, rows_digest
@@ -58,7 +58,7 @@ def open_prepared(directory: Path) -> Prepared:
         manifest = prepared.manifest
         intact = (
             sealed(manifest) == manifest
-            and _array_digest(prepared.sample_rows).hex() == manifest["sample_rows"]
+            and array_sha256(prepared.sample_rows).hex() == manifest["sample_rows"]
             and prepared.rows.digest() == manifest["digest"]
         )
     except (OSError, ValueError, TypeError, LookupError, AssertionError):
@@ -102,10 +102,6 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in manifest.items() if name != "seal"}
     text = json.dumps(rest, sort_keys=True)
     return rest | {"seal": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _array_digest(array: npt.NDArray[Any]) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array).data).digest()
 
 
 def _map_array(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -199,10 +195,10 @@ def write_rows(
     for name, array in {**small, "sample_rows": sample_rows}.items():
         np.save(directory / f"{name}.npy", np.ascontiguousarray(array))
     parts = [file.sha.digest() for file in (tokens, loss_mask)]
-    parts += [_array_digest(array) for array in small.values()]
+    parts += [array_sha256(array) for array in small.values()]
     return {
         "digest": rows_digest(options.max_length, parts),
-        "sample_rows": _array_digest(sample_rows).hex(),
+        "sample_rows": array_sha256(sample_rows).hex(),
         "row_length": options.max_length,
         "rows": len(assigned),
         "fewest_rows": fewest,  # that any packing needs

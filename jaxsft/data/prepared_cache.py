@@ -7,13 +7,10 @@ compared again but times and sizes of files.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 import sentencepiece
 
 from jaxsft.common.files import read_json, write_json
+from jaxsft.common.locks import remove_leftovers, scratch_beside
 from jaxsft.config import DataOptions
 from jaxsft.data.prepared import KIND, Prepared, map_prepared, open_prepared, sealed, write_rows
 from jaxsft.data.samples import DataReport, as_list, check_any_left, read_samples
@@ -35,7 +33,6 @@ CODE = (
 
 _DATA = Path(__file__).parent
 _FILE_DIGESTS = "files.json"
-_PARTIAL, _LOCK = ".partial-", "lock"
 # Options that decide where rows are found or how many may be lost, not what they are.
 _NOT_IN_FINGERPRINT = ("train_files", "eval_files", "max_drop", "prepared_dir")
 
@@ -80,7 +77,7 @@ def prepare(
         prepared = open_prepared(directory)
         check_any_left(files, options, prepared.report)
         return prepared
-    _remove_leftovers(root)
+    remove_leftovers(root)
     with _partial_directory(directory) as partial:
         report = DataReport()
         found = read_samples(files, tokenizer, options, report, heldout_files=heldout)
@@ -95,41 +92,21 @@ def prepare(
 
 @contextlib.contextmanager
 def _partial_directory(directory: Path) -> Iterator[Path]:
-    """A new directory that takes its place at the end, and is removed where that fails.
-
-    A lock on a file in it says that its process lives, on this host or another: numbers of
-    processes say little where containers share a directory.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            name = f"{directory.name}{_PARTIAL}"
-            partial = Path(tempfile.mkdtemp(prefix=name, dir=directory.parent))
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)
-            shutil.copymode(directory.parent, partial)  # mkdtemp's is for its owner alone
-            with (partial / _LOCK).open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                yield partial
-                (partial / _LOCK).unlink()
-                try:
-                    partial.rename(directory)
-                except OSError:
-                    if not directory.is_dir():  # else another process was faster
-                        raise
-        except OSError as error:  # of writing: what cannot be read is a ValueError
-            why = error.strerror or error
-            raise OSError(
-                f"{directory.parent}: {why} while rows were prepared there; make room, or name "
-                "another place with data.prepared_dir, or XDG_CACHE_HOME for all that is cached"
-            ) from error
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Removes what processes that are gone left half-written: nobody holds its lock."""
-    for partial in root.glob(f"*{_PARTIAL}*"):
-        with contextlib.suppress(OSError), (partial / _LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(partial, ignore_errors=True)
+    """A new directory that is renamed to `directory` at the end, and removed where that fails."""
+    try:
+        with scratch_beside(directory) as partial:
+            yield partial
+            try:
+                partial.rename(directory)
+            except OSError:
+                if not directory.is_dir():  # else another process was faster
+                    raise
+    except OSError as error:  # of writing: what cannot be read is a ValueError
+        why = error.strerror or error
+        raise OSError(
+            f"{directory.parent}: {why} while rows were prepared there; make room, or name "
+            "another place with data.prepared_dir, or XDG_CACHE_HOME for all that is cached"
+        ) from error
 
 
 @functools.cache

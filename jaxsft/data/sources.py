@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.common.files import read_json
+from jaxsft.common.files import file_sha256, read_json
 from jaxsft.data import rows as reasoning
 
 MANIFEST = "manifest.json"
@@ -108,8 +108,7 @@ def file_digest(file: RowFile, known: dict[str, Any]) -> str:
     again. ValueError where the file cannot be read, or is not as it was downloaded."""
     key, now = str(file.path.absolute()), stamp(file.path)
     if known.get(key, [])[:-1] != now:
-        with file.path.open("rb") as opened:
-            known[key] = [*now, hashlib.file_digest(opened, "sha256").hexdigest()]
+        known[key] = [*now, file_sha256(file.path)]
     digest = str(known[key][-1])
     if file.sha256 not in (None, digest):
         raise _not_as_downloaded(file.path)

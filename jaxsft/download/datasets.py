@@ -10,16 +10,15 @@ their rows make which part, and whether the converter accepts the columns. A par
 the plan alone; an interrupted download goes on with the next one.
 """
 
-import fcntl
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsft.common.files import read_json, write_json
+from jaxsft.common.locks import DirectoryLock, LockedError
 from jaxsft.common.pins import read_pins, write_pin
 from jaxsft.data.sources import MANIFEST, ROWS_KIND, converter_version, row_files
 from jaxsft.download.files import Snapshot, fetch, look_up, parquet_footer
@@ -48,10 +47,6 @@ class Request(NamedTuple):
     source: dict[str, Any]
     split: Split
     rows_per_file: int
-
-
-class LockedError(ValueError):
-    """Another download is writing to the directory."""
 
 
 class Progress:
@@ -92,7 +87,7 @@ def tidy_up(requests: Sequence[Request]) -> None:
     left_over = [request.directory / UNFINISHED for request in requests]
     if not (home / _SOURCE).is_dir() and not any(file.is_file() for file in left_over):
         return
-    with suppress(OSError, LockedError), _locked(home):
+    with suppress(OSError, LockedError), DirectoryLock(home):
         for file in left_over:
             file.unlink(missing_ok=True)
         if not any(home.glob(f"*/{UNFINISHED}")):  # it would need the shards
@@ -114,7 +109,7 @@ def download_splits(
     """
     source, home = requests[0].source, requests[0].directory.parent
     shards = home / _SOURCE
-    with _locked(home):
+    with DirectoryLock(home):
         repo, revision = source["repo"], source["revision"]
         commit = read_pins(home, repo).get(revision, revision)
         snapshot = look_up(hub, "dataset", repo, commit)
@@ -137,7 +132,7 @@ def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, 
     Raises:
       ValueError: with file:line or file:row, where the file or a row of it is wrong.
     """
-    with _locked(request.directory.parent):
+    with DirectoryLock(request.directory.parent):
         progress.plan(str(request.directory), 0, 0)
         try:
             return _convert_file(file, request, progress)
@@ -256,24 +251,3 @@ def _keep_only(shards: Path, git_oids: set[str]) -> None:
     for file in shards.iterdir():
         if file.name.split(".")[0] not in git_oids:
             file.unlink()
-
-
-@contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """Keeps a second download out of the directory; removes it where nothing was put in it."""
-    home.mkdir(parents=True, exist_ok=True)
-    handle = os.open(home, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(f"{home}: another download is writing to it") from None
-        if not home.is_dir() or not os.path.samestat(os.fstat(handle), home.stat()):
-            raise LockedError(f"{home}: another download has just removed it; try again")
-        try:
-            yield
-        finally:
-            if not any(home.iterdir()):
-                home.rmdir()
-    finally:
-        os.close(handle)

@@ -12,7 +12,6 @@ A name that the hub lists is refused if, as a path, it could leave the directory
 import hashlib
 import io
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from huggingface_hub import HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+from jaxsft.common.files import check_free_space, file_sha256
 from jaxsft.download.retry import TRIED_AGAIN, BadBodyError, Hub, HubError, Tries, WrongPartError
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ Kind = Literal["dataset", "model"]
 
 _MAX_WRONG_DIGESTS = 2
 _FOOTER_GUESS_BYTES = 1 << 16  # what pyarrow, too, reads of a file's end at first
-_SPARE_BYTES = 64 << 20  # left free on the disk
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 
@@ -107,7 +106,12 @@ def fetch(
     if path.is_file():
         path.replace(partial)  # checked below as if it had just come
     have = partial.stat().st_size if partial.is_file() else 0
-    _check_space(path.parent, file, have)
+    check_free_space(
+        path.parent,
+        file.size - have,
+        what=file.path,
+        advice="make room or name another directory",
+    )
     tries, num_wrong = Tries(hub, file.path), 0
     received(min(have, file.size))
     while True:
@@ -209,24 +213,14 @@ def _check_path(repo: str, name: str) -> None:
     )
 
 
-def _check_space(directory: Path, file: HubFile, have: int) -> None:
-    free = shutil.disk_usage(directory).free
-    needed = file.size - have + _SPARE_BYTES
-    if free < needed:
-        raise ValueError(
-            f"{directory}: {free / 1e9:.2f} GB free, {file.path} needs {needed / 1e9:.2f} GB; "
-            "make room or name another directory"
-        )
-
-
 def _is_listed(path: Path, file: HubFile) -> bool:
     """Whether the file on disk is the one that the hub lists: its SHA-256, or else its git id."""
     if path.stat().st_size != file.size:
         return False
+    if file.sha256:
+        return file_sha256(path) == file.sha256
+    digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as data:
-        if file.sha256:
-            return hashlib.file_digest(data, "sha256").hexdigest() == file.sha256
-        digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
         while chunk := data.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest() == file.git_oid

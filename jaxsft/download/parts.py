@@ -4,7 +4,6 @@ A part is made from a fixed range of source rows, so that the same source gives 
 one go or in several. It holds the columns that `reasoning.convert_row` reads, unchanged.
 """
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 
-from jaxsft.common.files import write_json
+from jaxsft.common.files import file_sha256, whole_file, write_json
 from jaxsft.data.rows import ACCEPTED_SCHEMAS, Rejected, convert_row
 from jaxsft.data.sources import MANIFEST
 
@@ -173,18 +172,12 @@ def write_part(
     its number, `num_before` rows being before the part. Without `where` it is counted as
     "invalid_row".
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path) as partial:
         counts = _write_accepted(partial, batches, where, num_before)
-        if not counts.rows:  # a reader takes a file without rows for a mistake
-            return Part(counts, "", 0, "")
-        with partial.open("rb") as data:
-            sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-        num_bytes = partial.stat().st_size
-        partial.replace(path)
-        return Part(counts, path.name, num_bytes, sha256)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not counts.rows:  # a reader takes a file without rows for a mistake
+        path.unlink()
+        return Part(counts, "", 0, "")
+    return Part(counts, path.name, path.stat().st_size, file_sha256(path))
 
 
 def _write_accepted(

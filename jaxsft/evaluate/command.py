@@ -15,7 +15,7 @@ from rich.text import Text
 
 from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
-from jaxsft.common.files import cache_dir
+from jaxsft.common.files import cache_dir, file_sha256
 from jaxsft.common.text import visible_line
 from jaxsft.config import DataOptions
 from jaxsft.data.bins import pack
@@ -57,7 +57,7 @@ from jaxsft.gemma.sharding import make_mesh
 from jaxsft.prepare.rows import all_samples, load_heldout
 from jaxsft.step.train_step import StepSpec
 from jaxsft.weights.find import Origin, check_tokenizer, load
-from jaxsft.weights.load import file_sha256, open_weights, without_weights
+from jaxsft.weights.load import open_weights, without_weights
 from jaxsft.weights.merged import MergedWeights
 from jaxsft.weights.peft import WEIGHTS_NAME, load_adapter
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsft.common.files import read_json
+from jaxsft.common.files import file_sha256, read_json
 from jaxsft.common.text import visible_line
 from jaxsft.config import TrainConfig
 from jaxsft.evaluate.heldout import METRICS
@@ -16,7 +16,6 @@ from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.run.metrics import last_step_of
 from jaxsft.weights.find import RUN_ADAPTERS, Origin, run_config
 from jaxsft.weights.flax import is_flax_checkpoint
-from jaxsft.weights.load import file_sha256
 from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 _EVALUATION = Path("evaluation", "evaluation.json")  # what evaluate writes into a run

@@ -8,23 +8,21 @@ from jaxsft import __version__
 from jaxsft.cli import EXIT_FAILED, fail
 from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
-from jaxsft.common.files import write_json
+from jaxsft.common.files import check_free_space, file_sha256, write_json
 from jaxsft.export.card import about_training, model_card
 from jaxsft.export.formats import Export, needed_bytes, open_export, write
 from jaxsft.export.options import ExportOptions
 from jaxsft.export.output import (
     check_replaceable,
-    check_space,
     default_output,
     digests,
     drifting,
+    export_scratch,
     put_in_place,
-    scratch_beside,
 )
 from jaxsft.export.peers import Peer
 from jaxsft.export.verify import LOGIT_BOUND, Check, find_checker, summary, verify
 from jaxsft.weights.find import MANIFEST, find_model
-from jaxsft.weights.load import file_sha256
 from jaxsft.weights.peft import WEIGHTS_NAME
 
 
@@ -51,8 +49,10 @@ def export(options: ExportOptions, command: str) -> int:
     weights = identity(made)
     check_replaceable(output, weights)
     check_replaceable(set_aside, weights)
-    check_space(output, needed_bytes(made, peer))
-    with scratch_beside(output, console.print) as scratch:
+    check_free_space(
+        output, needed_bytes(made, peer), what="the export", advice="choose another --output"
+    )
+    with export_scratch(output, console.print) as scratch:
         directory = scratch / "new"
         directory.mkdir()
         console.print(f"Writing {output} ({options.format}) …")

@@ -4,22 +4,17 @@ Its manifest says which system text the model was trained with.
 """
 
 import contextlib
-import fcntl
-import glob
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxsft.common.files import read_json
+from jaxsft.common.files import file_sha256, read_json
+from jaxsft.common.locks import remove_leftovers, scratch_beside
 from jaxsft.weights.find import MANIFEST, RUN_ADAPTERS
-from jaxsft.weights.load import file_sha256
 
 _EARLIER = "earlier-"  # what is being replaced, in the scratch directory
-_SPARE_BYTES = 64 * 2**20  # tokenizer, card
 
 
 def default_output(model: str, format: str) -> Path:
@@ -61,79 +56,34 @@ def check_replaceable(path: Path, identity: Mapping[str, Any]) -> None:
             raise ValueError(f"{file} was changed after it was exported; {advice}")
 
 
-def check_space(output: Path, num_bytes: int) -> None:
-    """ValueError unless there is room for an export of so many bytes."""
-    needed = num_bytes + _SPARE_BYTES
-    existing = next(path for path in output.absolute().parents if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ValueError(
-            f"{output}: {free / 2**20:,.0f} MiB are free there and {needed / 2**20:,.0f} needed; "
-            "free some space or choose another --output"
-        )
-
-
 @contextmanager
-def scratch_beside(output: Path, say: Callable[[str], None]) -> Iterator[Path]:
+def export_scratch(output: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """A directory of this process beside `output`, removed at the end, for what becomes `output`.
 
-    What killed exports to the same place left there is removed first, and `say` hears of it. They
-    are known by the system's lock on the directory, which ends with the process that held it; where
-    the file system has no locks, nothing is removed.
+    What exports to `output` left when they were killed is removed first; `say` hears of it. An
+    earlier export that a killed one had moved aside is put back.
 
     Raises ValueError where nothing can be written there.
     """
-    prefix = f".{output.name}.partial-"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for path in output.parent.glob(f"{glob.escape(prefix)}*"):
-            _remove_abandoned(path, output, say)
-        scratch, handle = _make_scratch(output.parent, prefix)
-    except OSError as error:
-        raise ValueError(
-            f"{output} cannot be written ({error.strerror}): choose another --output"
-        ) from None
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(handle)  # last: what is removed is nobody else's
 
-
-def _make_scratch(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new directory, and the handle that it is locked by."""
-    while True:
-        scratch = Path(tempfile.mkdtemp(dir=parent, prefix=prefix)).absolute()
-        try:
-            handle = os.open(scratch, os.O_RDONLY)
-        except FileNotFoundError:  # another export took it for abandoned: it had no lock yet
-            continue
-        with contextlib.suppress(OSError):  # NFS without locks, say
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if scratch.exists():
-            return scratch, handle
-        os.close(handle)
-
-
-def _remove_abandoned(scratch: Path, output: Path, say: Callable[[str], None]) -> None:
-    """Removes the scratch directory of a process that is gone."""
-    try:
-        handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def put_back(scratch: Path) -> None:
         for place in (output, drifting(output)):
             earlier = scratch / f"{_EARLIER}{place.name}"
             if earlier.exists() and not place.exists():  # killed between the two renames
-                os.replace(earlier, place)
+                earlier.rename(place)
                 say(f"Put {place} back, which an export that was killed had moved aside.")
-        shutil.rmtree(scratch)
-        say(f"Removed {scratch}, which an export that was killed had left.")
-    except OSError:
-        pass  # its process is at work, or the file system has no locks
-    finally:
-        os.close(handle)
+
+    with contextlib.ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            for scratch in remove_leftovers(output.parent, output.name, put_back):
+                say(f"Removed {scratch}, which an export that was killed had left.")
+            scratch = stack.enter_context(scratch_beside(output))
+        except OSError as error:
+            raise ValueError(
+                f"{output} cannot be written ({error.strerror}): choose another --output"
+            ) from None
+        yield scratch
 
 
 def drifting(output: Path) -> Path:
@@ -147,12 +97,12 @@ def put_in_place(directory: Path, output: Path) -> None:
     earlier = directory.with_name(f"{_EARLIER}{output.name}")
     is_replaced = output.exists()
     if is_replaced:
-        os.replace(output, earlier)
+        output.rename(earlier)
     try:
-        os.replace(directory, output)
+        directory.rename(output)
     except OSError:
         if is_replaced:
-            os.replace(earlier, output)
+            earlier.rename(output)
         raise
 
 

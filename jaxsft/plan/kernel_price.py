@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxsft.common.files import whole_file
 from jaxsft.plan.hlo_text import (
     HBM,
     VMEM,
@@ -202,6 +203,5 @@ def _compile(
         cache_dir.mkdir(parents=True, exist_ok=True)
         for key in kernels:
             compressed = gzip.compress((dump / f"{key}.bundles").read_bytes(), mtime=0)
-            partial = cache_dir / f"{key}.partial"
-            partial.write_bytes(compressed)
-            partial.rename(cache_dir / f"{key}.bundles.gz")  # never half a file under this name
+            with whole_file(cache_dir / f"{key}.bundles.gz") as path:
+                path.write_bytes(compressed)

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxsft.common.files import array_sha256, write_text
 from jaxsft.common.hosts import array_from_first, on_host
 from jaxsft.run.checkpoint_directory import is_object_store
 
@@ -114,7 +116,7 @@ def write_step(
         checkpointer.save(
             path,
             args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays)),
-            custom_metadata={_RECORD: text, _SEAL: _sha256(text.encode())},
+            custom_metadata={_RECORD: text, _SEAL: _seal(text)},
         )
 
 
@@ -123,7 +125,7 @@ def read_record(path: epath.Path) -> dict[str, Any]:
     try:
         custom = json.loads((path / _METADATA_FILE).read_text())["custom_metadata"]
         text, seal = custom[_RECORD], custom[_SEAL]
-        intact = _sha256(text.encode()) == seal
+        intact = _seal(text) == seal
         record = json.loads(text) if intact else {}
     except Exception as error:  # what a damaged file raises is anything
         raise DamagedError(f"its metadata can't be read ({first_cause(error)})") from error
@@ -135,12 +137,14 @@ def read_record(path: epath.Path) -> dict[str, Any]:
 def add_eval_loss(path: epath.Path, eval_loss: float) -> None:
     """Puts the evaluation loss into the record of a whole step. DamagedError, OSError."""
     record = read_record(path) | {"eval_loss": eval_loss}
-    everything = json.loads((path / _METADATA_FILE).read_text())
+    file = path / _METADATA_FILE
+    everything = json.loads(file.read_text())
     text = json.dumps(record)
-    everything["custom_metadata"] |= {_RECORD: text, _SEAL: _sha256(text.encode())}
-    temporary = path / f"{_METADATA_FILE}.tmp"
-    temporary.write_text(json.dumps(everything))
-    temporary.replace(path / _METADATA_FILE)
+    everything["custom_metadata"] |= {_RECORD: text, _SEAL: _seal(text)}
+    if is_object_store(path):
+        file.write_text(json.dumps(everything))  # an object appears whole
+    else:
+        write_text(Path(file), json.dumps(everything))
 
 
 def read_arrays(path: epath.Path, described: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -237,15 +241,13 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname
 
 
-def _sha256(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _describe(array: np.ndarray) -> list[Any]:
     """[dtype, shape, SHA-256], as JSON gives it back."""
-    # A byte view first: bfloat16 has no buffer protocol.
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return [array.dtype.name, list(array.shape), _sha256(data.data)]
+    return [array.dtype.name, list(array.shape), array_sha256(array).hex()]
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ from jaxsft.run.run import (
     watch_metrics,
     write_results,
 )
-from jaxsft.run.run_dir import ReplacedError, RunDir, check_free_space
+from jaxsft.run.run_dir import ReplacedError, RunDir, check_room
 from jaxsft.run.saver import Saver
 from jaxsft.run.schedule import SCHEDULE, check_fit, fit_schedule, fitted, forecast
 from jaxsft.run.session import Clock, Session, StopNow, session_end_s
@@ -126,7 +126,7 @@ def start(
         checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
         num_missing = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
         if not is_remote(config.output_dir):
-            check_free_space(path, state_bytes(abstract_state(config, model)), max(num_missing, 0))
+            check_room(path, state_bytes(abstract_state(config, model)), max(num_missing, 0))
         watchdog.beat("reading rows")
         data = load_data(config, model, console, lambda: watchdog.beat("reading rows"))
         show_data(console, data.train, data.heldout)

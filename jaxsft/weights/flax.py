@@ -8,8 +8,6 @@ Format: https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_form
 """
 
 import math
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxsft.common.files import write_json
+from jaxsft.common.locks import scratch_beside
 from jaxsft.common.text import visible_line
 from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 from jaxsft.weights.hf_config import from_hf_config
@@ -210,9 +209,7 @@ def write_flax(
     by_part = {part: tensor for tensor in wanted for part in tensor.parts}
     missing = {tensor.name for tensor in wanted}
     waiting: dict[str, np.ndarray] = {}
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
-        partial.mkdir(parents=True)
+    with scratch_beside(directory) as partial:
         kvstore = _kvstore(partial, is_ocdbt=True)
         transaction, num_bytes = ts.Transaction(), 0
         for name, array in tensors:
@@ -233,9 +230,7 @@ def write_flax(
         with _os_errors(directory):
             transaction.commit_sync()
         _write_tree(partial, wanted)
-        partial.replace(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.rename(directory)
 
 
 @contextmanager

@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxsft.common.files import cache_dir
+from jaxsft.common.files import cache_dir, file_sha256
 from jaxsft.common.pins import COMMIT, read_pins, write_pin
 from jaxsft.formats.safetensors import INDEX_NAME, MODEL_NAME, SafetensorsDirectory, pickle_hint
 from jaxsft.weights.hf_config import from_hf_config
-from jaxsft.weights.load import file_sha256
 from jaxsft.weights.peft import CONFIG_NAME, WEIGHTS_NAME
 
 _TOKENIZER_NAME = "tokenizer.model"

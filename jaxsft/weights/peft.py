@@ -7,10 +7,9 @@ lora_B [out, r], one pair a layer; the tree keeps a [in, r] and b [r, out], stac
 import dataclasses
 import json
 import math
-import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxsft.common.files import whole_file, write_text
 from jaxsft.common.hosts import on_host
 from jaxsft.formats.safetensors import SafetensorsDirectory, holds_model
 from jaxsft.gemma import lora
@@ -103,8 +103,9 @@ def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> 
     metadata = {"format": "pt"}  # transformers refuses a file without it
     if config.base_digest is not None:
         metadata[_BASE_DIGEST] = config.base_digest
-    _replace(directory / WEIGHTS_NAME, lambda path: _write_tensors(path, tensors, metadata))
-    _replace(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    with whole_file(directory / WEIGHTS_NAME) as path:
+        _write_tensors(path, tensors, metadata)
+    write_text(directory / CONFIG_NAME, text)
 
 
 def load_adapter(
@@ -268,7 +269,10 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
 
 def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """A safetensors file whose bytes are always the same: the library shuffles the metadata."""
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # as it wraps what the system said
+        raise OSError(f"{path}: can't be written: {error}") from error
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size)) | {"__metadata__": metadata}
@@ -276,17 +280,3 @@ def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[st
         assert len(text) <= size, (len(text), size)
         file.seek(8)
         file.write(text.ljust(size))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Puts what `write` writes in place of `path` in one step, after it is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:  # as it wraps what the system said
-        raise OSError(f"{path}: can't be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,10 +1,8 @@
 """Prepared rows on disk: what is in them, when they are made again, what damages them."""
 
 import dataclasses
-import fcntl
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +10,11 @@ import numpy as np
 import pytest
 from support.fake_tokenizer import FakeTokenizer
 
-import jaxsft
+from jaxsft.common.locks import DirectoryLock
 from jaxsft.config import DataOptions
 from jaxsft.data.packing import PackedRows
 from jaxsft.data.prepared import Prepared, open_prepared
-from jaxsft.data.prepared_cache import CODE, prepare
+from jaxsft.data.prepared_cache import prepare
 from jaxsft.data.samples import DataReport, load_samples
 
 OPTIONS = DataOptions(max_length=256, packing=True, system_prompt=None)
@@ -138,29 +136,6 @@ def test_the_report_names_the_files_that_were_read(rows_file, tmp_path):
     assert list(make(tmp_path / "sets", copy).report.by_source) == [str(copy)]
 
 
-def test_every_module_that_decides_rows_is_in_the_fingerprint():
-    needed, found = {"data.prepared_cache"}, set()
-    while needed:
-        found.add(name := needed.pop())
-        source = (Path(jaxsft.__file__).parent / f"{name.replace('.', '/')}.py").read_text()
-        needed |= set(re.findall(r"from jaxsft\.([\w.]+) import", source)) - found
-        for folder, names in re.findall(r"from jaxsft\.(\w+) import ([a-z_, ]+)$", source, re.M):
-            files = {f"{folder}.{each}" for each in names.split(", ")}
-            needed |= {
-                each
-                for each in files
-                if (Path(jaxsft.__file__).parent / f"{each.replace('.', '/')}.py").exists()
-            } - found
-        needed -= {each for each in needed if "." not in each and each != "config"}
-    # These hold options that are compared by value, formats of files, and words for a terminal.
-    assert found - {f"data.{name}" for name in CODE} == {
-        "config",
-        "common.files",
-        "formats.gguf",
-        "common.text",
-    }
-
-
 def test_failures_leave_nothing(rows_file, tmp_path):
     root = tmp_path / "sets"
     broken = rows_file.read_text() + '{"prompt": "cut'
@@ -174,14 +149,11 @@ def test_failures_leave_nothing(rows_file, tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_work_of_others_is_not(rows_file, tmp_path):
-    left = [tmp_path / "sets" / f"0123456789abcdef.partial-{name}" for name in ("dead", "alive")]
-    for directory in left:
-        directory.mkdir(parents=True)
-        (directory / "lock").touch()
-    with (left[1] / "lock").open() as lock:  # held as by another process
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    dead, alive = (tmp_path / "sets" / f".0123456789abcdef.partial-{name}" for name in "da")
+    dead.mkdir(parents=True)
+    with DirectoryLock(alive):  # as another process holds it
         make(tmp_path / "sets", rows_file)
-    assert [directory.exists() for directory in left] == [False, True]
+        assert alive.exists() and not dead.exists()
 
 
 def test_a_full_disk_is_named(rows_file, tmp_path, monkeypatch):

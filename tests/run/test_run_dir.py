@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxsft.run.run_dir import ReplacedError, RunDir, check_free_space
+from jaxsft.run.run_dir import ReplacedError, RunDir, check_room
 
 MIB = 2**20
 Usage = namedtuple("Usage", "total used free")
@@ -120,10 +120,10 @@ def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two checkpoints of 300 MiB, a third that is being written, 100 for the adapter, 64 to spare.
     free = 1064 * MIB
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, free))
-    check_free_space(tmp_path, 300 * MIB, 2)
+    check_room(tmp_path, 300 * MIB, 2)
     free -= 1
     with pytest.raises(ValueError, match="1,064 MiB are needed for 2 checkpoints of 300 MiB, one"):
-        check_free_space(tmp_path, 300 * MIB, 2)
+        check_room(tmp_path, 300 * MIB, 2)
     free = 463 * MIB
     with pytest.raises(ValueError, match="463 MiB free, but 464 MiB are needed for 0 checkpoints"):
-        check_free_space(tmp_path, 300 * MIB, 0)
+        check_room(tmp_path, 300 * MIB, 0)
