@@ -1,16 +1,16 @@
-"""Shows what the model will really see: `python -m jaxsft.inspect [--config RECIPE] [--rows 3] …`.
+"""Shows what the model will see: `python -m jaxsft.inspect [--config RECIPE] [--rows 3] …`.
 
-Takes what train takes, and prepares its rows where they are missing, or a prepared directory. Rows
-are shown token by token with their mask, then the counts of the whole set; every sample is checked.
+It takes train's options, and prepares the rows if necessary, or a prepared directory. It shows some
+rows token by token with their mask, then the counts of the whole set, and checks every sample.
 
-Exit codes: 0 every sample is as it must be; 1 some are not (each is named); 2 bad input.
+Exit codes: 0 every sample passes the checks; 1 some do not (examples are named); 2 bad input.
 """
 
 import sys
 from collections.abc import Sequence
 
 from jaxsft.cli import parse_config, run_command
-from jaxsft.inspect.options import parse_options
+from jaxsft.inspect.options import parse_inspect_options
 
 DESCRIPTION = (
     "Shows some rows as the model will see them, every token with its mask, and the counts of all "
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str]) -> int:
     """Shows and checks what `argv` asks for. ValueError and OSError are bad input."""
-    options, rest = parse_options(argv)
+    options, rest = parse_inspect_options(argv)
     config, _ = parse_config("jaxsft.inspect", DESCRIPTION, rest)
     from jaxsft.inspect.command import show_rows  # the tokenizer and readers take a second
 

@@ -10,13 +10,13 @@ from jaxsft.config import TrainConfig
 from jaxsft.data.prepared import Prepared, open_prepared
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.inspect.options import InspectOptions
-from jaxsft.inspect.page import page
+from jaxsft.inspect.page import inspection_page
 from jaxsft.inspect.report import legend, show_checks, show_counts, show_row
 from jaxsft.inspect.rows import survey
 from jaxsft.inspect.tokens import RowReader
 from jaxsft.prepare.rows import load_data, load_tokenizer, model_path
 
-_LOG_WIDTH = 160  # logs have room, whatever the terminal has
+_LOG_WIDTH = 160  # of output that is no terminal
 
 
 def show_rows(config: TrainConfig, options: InspectOptions) -> int:
@@ -30,7 +30,8 @@ def show_rows(config: TrainConfig, options: InspectOptions) -> int:
     reader = RowReader(prepared, tokenizer)
     rows = [reader.view(index) for index in indices]
     if options.html is not None:
-        write_text(options.html, page(prepared, found, rows, show_ids=options.ids))
+        html = inspection_page(prepared, found, rows, show_ids=options.ids)
+        write_text(options.html, html)
     if rows:
         console.print(legend(), "", sep="\n", soft_wrap=True)
     for row in rows:
@@ -49,7 +50,7 @@ def show_rows(config: TrainConfig, options: InspectOptions) -> int:
 def find_rows(
     config: TrainConfig, options: InspectOptions, console: Console
 ) -> tuple[Prepared, Tokenizer]:
-    """The rows to look at and their tokenizer; ValueError where they do not belong together."""
+    """The rows to show and their tokenizer; ValueError where they do not belong together."""
     path = model_path(config)
     if options.prepared is None:
         data = load_data(config, path, console)

@@ -18,8 +18,8 @@ class InspectOptions(NamedTuple):
     prepared: Path | None = None
 
 
-def parse_options(argv: Sequence[str]) -> tuple[InspectOptions, list[str]]:
-    """(this command's options, the others); ValueError in one line."""
+def parse_inspect_options(argv: Sequence[str]) -> tuple[InspectOptions, list[str]]:
+    """(this command's own options, the other arguments); bad ones raise ValueError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rows", type=int, default=InspectOptions().rows)

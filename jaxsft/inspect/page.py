@@ -14,7 +14,7 @@ import numpy.typing as npt
 from jaxsft.common.page_style import html_page
 from jaxsft.common.text import visible
 from jaxsft.data.prepared import Prepared
-from jaxsft.inspect.rows import Check, Fate, Survey, facts, fates, plural
+from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, plural
 from jaxsft.inspect.tokens import RowView, Segment, Token
 
 _NUM_BINS = 40
@@ -23,14 +23,16 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 20, 24, 42  # margins around the bars, for th
 _CHAR_WIDTH = 6.8  # of the labels, in the SVG's units
 
 
-def page(prepared: Prepared, survey: Survey, rows: Sequence[RowView], *, show_ids: bool) -> str:
-    """The whole page.
+def inspection_page(
+    prepared: Prepared, survey: Survey, rows: Sequence[RowView], *, show_ids: bool
+) -> str:
+    """The whole page, as HTML.
 
     Args:
       prepared: the set.
-      survey: its numbers and checks.
-      rows: to be shown token by token.
-      show_ids: the id under each token, not only in its tooltip.
+      survey: its counts and checks.
+      rows: those to show token by token.
+      show_ids: show the id under each token, not only in its tooltip.
     """
     names = ", ".join(name.rpartition("/")[2] for name in prepared.report.by_source)
     failed = survey.num_failed
@@ -59,7 +61,7 @@ def page(prepared: Prepared, survey: Survey, rows: Sequence[RowView], *, show_id
 
 
 def _tiles(prepared: Prepared, survey: Survey) -> str:
-    """The counts, each large with its explanation small."""
+    """A tile for each count: the number large, its explanation small."""
     found = facts(prepared, survey)
     del found["sample length"]  # has a table of its own
     tiles = []
@@ -74,7 +76,7 @@ def _tiles(prepared: Prepared, survey: Survey) -> str:
     return f'<section class="tiles">{"".join(tiles)}</section>'
 
 
-def _checks(checks: Sequence[Check], num_samples: int) -> str:
+def _checks(checks: Sequence[SampleCheck], num_samples: int) -> str:
     items = []
     for check in checks:
         name = escape(check.name)
@@ -94,21 +96,12 @@ def _checks(checks: Sequence[Check], num_samples: int) -> str:
 
 
 def _fates(prepared: Prepared) -> str:
-    """What became of the rows that were read, with a bar as long as their share."""
-    report = prepared.report
-    lines = fates(prepared)
-    lines += [Fate(f"noted: {note}", count, []) for note, count in report.noted.items()]
-    if len(report.by_source) > 1:
-        lines += [
-            Fate(f"kept of {name.rpartition('/')[2]}", counts["samples"], [name])
-            for name, counts in report.by_source.items()
-        ]
-    body = []
-    for fate in lines:
+    """The rows that were read, each group with a bar as long as its share."""
+    num_read, body = prepared.report.rows_read, []
+    for fate in fates(prepared):
         count = "–" if fate.num is None else f"{fate.num:,}"
-        share = 100 * (fate.num or 0) / max(report.rows_read, 1)
-        examples = fate.examples or (["not looked for"] if fate.num is None else [])
-        small = "".join(f"<small>{escape(example)}</small>" for example in examples)
+        share = 100 * (fate.num or 0) / max(num_read, 1)
+        small = "".join(f"<small>{escape(example)}</small>" for example in fate.examples)
         kind = "lost" if fate.name.startswith("rejected") else "kept"
         body.append(
             f'<tr><td class="number">{count}</td><td>{escape(fate.name)}'
@@ -116,7 +109,7 @@ def _fates(prepared: Prepared) -> str:
             f"{small}</td></tr>"
         )
     return (
-        f'<section class="card"><h2>{report.rows_read:,} rows were read</h2>'
+        f'<section class="card"><h2>{num_read:,} rows were read</h2>'
         f'<table class="fates">{"".join(body)}</table></section>'
     )
 
@@ -156,15 +149,15 @@ def _histogram(
     tick: Callable[[float], str],
     marks: Mapping[str, float],
 ) -> str:
-    """A histogram of `values` from 0 to `limit`.
+    """A histogram of `values` from 0 to `limit`, as inline SVG.
 
     Args:
-      values: [n], 0 to `limit` each.
+      values: [n], each from 0 to `limit`.
       limit: right end of the axis; above 0.
-      axis: what the values are, under the axis.
-      what: what is counted, in the plural: for each bar's tooltip.
+      axis: name of the axis.
+      what: the things that are counted, for the tooltips.
       tick: text of a value.
-      marks: upright lines, by name, the most important first.
+      marks: positions of vertical lines, by name, the most important first.
     """
     counts, edges = np.histogram(values, bins=_NUM_BINS, range=(0.0, limit))
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
@@ -214,7 +207,7 @@ def _marks(
     tick: Callable[[float], str],
     base: float,
 ) -> list[str]:
-    """Upright lines with names above, the first ones if there is no room for all names."""
+    """Vertical lines with names above; without room for all names, the first ones have theirs."""
     parts: list[str] = []
     taken: list[tuple[float, float]] = []
     for name, value in marks.items():
@@ -230,7 +223,7 @@ def _marks(
 
 
 def _nice_step(most: float) -> float:
-    """1, 2, 2.5 or 5 times a power of ten, the least of which at most five make `most`."""
+    """The smallest of 1, 2, 2.5 or 5 times a power of ten that takes at most 5 steps to `most`."""
     power = 10.0 ** math.floor(math.log10(most / 5))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * 5 >= most)
 

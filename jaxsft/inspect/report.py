@@ -1,7 +1,7 @@
-"""An inspection as a terminal shows it: rows token by token, then the counts, then the checks.
+"""An inspection in the terminal: rows token by token, then the counts, then the checks.
 
-What must be seen without colours as well: text that is trained on stands between ⟦ and ⟧, and
-control tokens between ⟨ and ⟩, so that a literal "<end_of_turn>" in a text is not taken for one.
+It can be read without colours: text that is trained on stands between ⟦ and ⟧, control tokens stand
+between ⟨ and ⟩. So a literal "<end_of_turn>" in a text does not look like the control token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,10 @@ from rich.text import Text
 
 from jaxsft.common.text import visible
 from jaxsft.data.prepared import Prepared
-from jaxsft.inspect.rows import Check, Survey, facts, fates, plural
+from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, plural
 from jaxsft.inspect.tokens import RowView, Segment, Token
 
-# Two shades of each, in turn, show where one token ends and the next begins.
+# Two alternating shades show where a token ends and the next one begins.
 _STYLES = {
     "prompt": ("black on grey74", "black on grey82"),
     "loss": ("black on dark_sea_green2", "black on pale_green1"),
@@ -26,7 +26,7 @@ _MARKS = str.maketrans({mark: f"\\u{{{ord(mark):x}}}" for mark in "⟦⟧⟨⟩"
 
 
 def legend() -> Text:
-    """What the colours and marks mean."""
+    """The meaning of the colours and marks."""
     text = Text("Legend: ")
     for name, what in (("prompt", "prompt"), ("control", "⟨control token⟩")):
         text.append(f" {what} ", _STYLES[name][0]).append(" ")
@@ -64,7 +64,7 @@ def _segment_text(segment: Segment, show_ids: bool) -> Text:
 def _append_token(text: Text, token: Token, shade: int, show_ids: bool) -> None:
     kind = "loss" if token.is_label else "prompt"
     style = _STYLES["control" if token.is_control else kind][shade]
-    # A line's end is written behind the id, and never coloured to the terminal's edge.
+    # A line end is written after the id, so that no colour runs to the terminal's edge.
     shown = visible(token.text).translate(_MARKS)
     if token.is_control:
         shown = f"⟨{shown.strip('<>')}⟩"
@@ -77,7 +77,7 @@ def _append_token(text: Text, token: Token, shade: int, show_ids: bool) -> None:
 
 
 def show_counts(prepared: Prepared, survey: Survey) -> Iterator[RenderableType]:
-    """The counts of the set, then what became of the rows that were read."""
+    """The counts of the set, and of the rows that were read."""
     table = Table.grid(padding=(0, 2))
     for name, value in facts(prepared, survey).items():
         table.add_row(Text(name, "bold"), Text(value))
@@ -88,21 +88,13 @@ def show_counts(prepared: Prepared, survey: Survey) -> Iterator[RenderableType]:
     table.add_column(justify="right")
     for fate in fates(prepared):
         count = "–" if fate.num is None else f"{fate.num:,}"
-        lines = fate.examples or (["not looked for"] if fate.num is None else [""])
-        table.add_row(Text(count), Text(fate.name), Text(lines[0]))
-        for line in lines[1:]:
-            table.add_row("", "", Text(line))
-    for note, noted in sorted(prepared.report.noted.items(), key=lambda item: -item[1]):
-        table.add_row(Text(f"{noted:,}"), Text(f"noted: {note}"), "")
-    if len(prepared.report.by_source) > 1:
-        for name, counts in prepared.report.by_source.items():
-            table.add_row(Text(f"{counts['samples']:,}"), Text("kept of this file"), Text(name))
+        table.add_row(Text(count), Text(fate.name), Text("\n".join(fate.examples)))
     yield table
     yield Text()
 
 
-def show_checks(checks: Sequence[Check], num_samples: int) -> Iterator[RenderableType]:
-    """Each check with the samples where it does not hold."""
+def show_checks(checks: Sequence[SampleCheck], num_samples: int) -> Iterator[RenderableType]:
+    """Each check, with the samples that break it."""
     yield Text(f"Checked in all {num_samples:,} samples:", "bold")
     for check in checks:
         if not check.num_failed:

@@ -1,7 +1,7 @@
-"""What is known about all samples of a prepared set: lengths, labels, and checks of each of them.
+"""Counts and checks all samples of a prepared set.
 
-Pure NumPy over slices of the mapped arrays: hundreds of millions of tokens take seconds, and the
-memory of one slice. In text, the template of a sample is (chat.py)
+NumPy works on slices of the mapped arrays: hundreds of millions of tokens take seconds, and the
+memory of one slice. The template of a sample is (data/chat.py)
 
     <bos> (<start_of_turn> … <end_of_turn>  of the user, then the same of the model) one or more
 """
@@ -19,7 +19,7 @@ from jaxsft.data.tokenizer import Tokenizer
 
 PERCENTILES = (1, 5, 10, 50, 90, 95, 99)
 
-_SLICE_TOKENS = 1 << 22  # 21 MB of tokens and mask, and three times that while they are looked at
+_SLICE_TOKENS = 1 << 22  # 21 MB of tokens and mask, and three times that during the checks
 _NUM_EXAMPLES = 5  # kept of each check
 _CONTROLS_PER_EXCHANGE = 4  # a user turn and a model turn, each with its begin and its end
 _FILTERS = {"duplicate": "drop_duplicates", "contaminated": "drop_contaminated"}
@@ -27,8 +27,8 @@ _FILTERS = {"duplicate": "drop_duplicates", "contaminated": "drop_contaminated"}
 IndexArray = npt.NDArray[np.int64]
 
 
-class Check(NamedTuple):
-    """Something that must hold for each sample, and where it does not: the first few samples."""
+class SampleCheck(NamedTuple):
+    """A condition that must hold for each sample, and the first few samples that break it."""
 
     name: str
     num_failed: int
@@ -36,34 +36,34 @@ class Check(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """A prepared set in numbers.
+    """The counts and checks of a prepared set.
 
     Attributes:
       lengths_S: int64 [samples], tokens of each sample.
-      num_labels_S: int64 [samples], targets of it that carry loss.
+      num_labels_S: int64 [samples], targets with loss of each sample.
       row_tokens_R: int64 [rows], tokens of each row that are not padding.
-      checks: all that were made.
+      checks: of all samples.
     """
 
     lengths_S: IndexArray
     num_labels_S: IndexArray
     row_tokens_R: IndexArray
-    checks: list[Check]
+    checks: list[SampleCheck]
 
     @property
     def num_failed(self) -> int:
-        """Checks that do not hold."""
+        """The number of checks that do not hold."""
         return sum(check.num_failed > 0 for check in self.checks)
 
     def quantiles(self) -> dict[str, int]:
-        """Lengths that p% of the samples do not exceed, and the longest, by name."""
+        """Percentiles of the lengths and the longest, by name."""
         found = np.percentile(self.lengths_S, PERCENTILES, method="inverted_cdf")
         names = [f"p{percent}" for percent in PERCENTILES]
         return dict(zip(names, map(int, found), strict=True)) | {"max": int(self.lengths_S.max())}
 
 
 class Fate(NamedTuple):
-    """What became of some of the rows that were read; `num` is None where nobody looked."""
+    """A group of the rows that were read; `num` is None where the filter was off."""
 
     name: str
     num: int | None
@@ -91,7 +91,7 @@ def survey(prepared: Prepared, tokenizer: Tokenizer) -> Survey:
         arrays = rows.tokens_N[low:high], rows.loss_mask_N[low:high]
         part = _Part(tokenizer, *arrays, starts, loss_on_prompt)
         num_labels[first:last] = np.add.reduceat(part.mask, starts, dtype=np.int64)
-        num_labels[first:last] -= part.mask[starts]  # a first token is nobody's target
+        num_labels[first:last] -= part.mask[starts]  # a first token is never a target
         for name, failed, describe in part.checks(is_control):
             indices = np.flatnonzero(failed)
             num_failed[name] = num_failed.get(name, 0) + len(indices)
@@ -100,12 +100,12 @@ def survey(prepared: Prepared, tokenizer: Tokenizer) -> Survey:
                 sample = int(first) + i
                 kept.append(f"sample {sample} ({source_of(prepared, sample)}): {describe(i)}")
     row_tokens = np.add.reduceat(lengths[rows.row_samples], rows.row_offsets[:-1])
-    checks = [Check(name, count, examples[name]) for name, count in num_failed.items()]
+    checks = [SampleCheck(name, count, examples[name]) for name, count in num_failed.items()]
     return Survey(lengths, num_labels, row_tokens, checks)
 
 
 def _slices(sample_offsets: IndexArray) -> Iterator[tuple[int, int]]:
-    """Ranges of samples, of `_SLICE_TOKENS` tokens at most or of a single sample."""
+    """Ranges of samples with at most `_SLICE_TOKENS` tokens, or of one sample."""
     first, num_samples = 0, len(sample_offsets) - 1
     while first < num_samples:
         end = sample_offsets[first] + _SLICE_TOKENS
@@ -116,7 +116,7 @@ def _slices(sample_offsets: IndexArray) -> Iterator[tuple[int, int]]:
 
 
 class _Part:
-    """Some samples one after the other: `starts` int64 [n], in `tokens` and `mask` [N]."""
+    """Consecutive samples: `starts` int64 [n] are their places in `tokens` and `mask` [N]."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class _Part:
         self.last = np.append(starts[1:], len(tokens)) - 1
 
     def checks(self, is_control: BoolArray) -> Iterator[tuple[str, BoolArray, Callable]]:
-        """(what must hold, [n] where it does not, index -> what is there instead)."""
+        """(what must hold, bool [n] of the samples that break it, index -> what is wrong)."""
         bos, begin = self.tokenizer.bos_id, self.tokenizer.start_of_turn_id
         end, num = self.tokenizer.end_of_turn_id, len(self.starts)
         size = self.tokenizer.vocab_size
@@ -157,7 +157,7 @@ class _Part:
             lambda i: self._describe_bos(places[is_bos & (owners == i)] - self.starts[i]),
         )
 
-        # The others must be a begin and an end in turn: told from their number within the sample.
+        # The others must alternate between begin and end: by their number within the sample.
         turns, ids, whose = places[~is_bos], ids[~is_bos], owners[~is_bos]
         counts = np.bincount(whose, minlength=num)
         number = np.arange(len(ids)) - (np.cumsum(counts) - counts)[whose]
@@ -193,7 +193,7 @@ class _Part:
         )
 
     def _owners(self, places: IndexArray) -> IndexArray:
-        """Which sample each place is in."""
+        """The sample of each place."""
         return np.searchsorted(self.starts, places, "right") - 1
 
     def _describe_bos(self, places: IndexArray) -> str:
@@ -221,19 +221,26 @@ class _Part:
 
 
 def fates(prepared: Prepared) -> list[Fate]:
-    """What became of the rows that were read: kept, shortened, then rejects, most first."""
+    """The rows that were read: kept, shortened, rejected by reason, noted, kept by file."""
     report, made_from = prepared.report, prepared.manifest["made_from"]
     found = [Fate("kept", report.samples, [])]
     cut = [f"by {report.num_tokens_cut:,} tokens of reasoning in all"] if report.shortened else []
     found.append(Fate("of these shortened", report.shortened, cut))
     rejected = dict.fromkeys(_FILTERS, 0) | report.rejected
     for reason, count in sorted(rejected.items(), key=lambda item: -item[1]):
-        looked = made_from["options"].get(_FILTERS.get(reason, ""), True)
+        is_on = made_from["options"].get(_FILTERS.get(reason, ""), True)
         if reason == "contaminated":
-            looked = looked and bool(made_from["heldout_files"])
-        shown = count if looked or count else None
+            is_on = is_on and bool(made_from["heldout_files"])
         examples = [visible_line(each) for each in report.examples.get(reason, [])]
-        found.append(Fate(f"rejected: {reason}", shown, examples))
+        if not (is_on or count):
+            found.append(Fate(f"rejected: {reason}", None, ["not looked for"]))
+        else:
+            found.append(Fate(f"rejected: {reason}", count, examples))
+    noted = sorted(report.noted.items(), key=lambda item: -item[1])
+    found += [Fate(f"noted: {note}", count, []) for note, count in noted]
+    if len(report.by_source) > 1:
+        for name, counts in report.by_source.items():
+            found.append(Fate(f"kept of {name.rpartition('/')[2]}", counts["samples"], [name]))
     return found
 
 

@@ -1,7 +1,7 @@
-"""A packed row, token by token, as a person can read it: text, id, piece and mask of each.
+"""A packed row, token by token: text, id, piece and mask of each.
 
-Taken from the very `Batch` that the model gets. Several byte tokens that spell one character are
-shown as that character; bytes that spell none, as their hex.
+It is read from the same `Batch` that the model gets. Byte tokens that spell one character are shown
+as that character, other bytes as hexadecimal.
 """
 
 import re
@@ -20,7 +20,7 @@ _UTF8_LENGTHS = ((0x80, 1), (0xC2, 0), (0xE0, 2), (0xF0, 3), (0xF5, 4))  # by fi
 class Token(NamedTuple):
     """One token, or the byte tokens of one character.
 
-    `text` is what it stands for; `is_label`: the model is trained to predict it.
+    `is_label`: the model is trained to predict it.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Token(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A sample in a row: `source` is the raw row, `num_labels` the targets that carry loss."""
+    """A sample in a row; `source` names its raw row, `num_labels` counts its targets with loss."""
 
     sample: int
     source: str
@@ -40,7 +40,7 @@ class Segment(NamedTuple):
     tokens: list[Token]
 
     def runs(self) -> list[tuple[bool, int]]:
-        """Its stretches of tokens with the same mask: (are they labels, how many)."""
+        """Runs of tokens with the same mask: (whether they are labels, how many)."""
         runs: list[tuple[bool, int]] = []
         for token in self.tokens:
             if not runs or runs[-1][0] != token.is_label:
@@ -50,7 +50,7 @@ class Segment(NamedTuple):
 
 
 class RowView(NamedTuple):
-    """Row `number`, from 0, as the model gets it: segments, blind to each other, then padding."""
+    """Row `number`, from 0: segments, which do not attend to each other, then padding."""
 
     number: int
     segments: list[Segment]
@@ -58,7 +58,7 @@ class RowView(NamedTuple):
 
 
 class RowReader:
-    """Makes views of rows of a prepared set, whose tokenizer this is."""
+    """Reads rows of a prepared set, which was made with this tokenizer."""
 
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer):
         self._prepared, self._tokenizer = prepared, tokenizer
@@ -67,7 +67,7 @@ class RowReader:
         """Row `index`, from 0."""
         rows = self._prepared.rows
         batch = rows.row(index)
-        # A token is a label where the position before it has it as its target.
+        # A token is a label if it is the target of the position before it.
         is_label = np.append(False, batch.loss_mask_BT[:-1])
         samples = rows.row_samples[rows.row_offsets[index] : rows.row_offsets[index + 1]]
         segments = []
@@ -84,7 +84,7 @@ class RowReader:
         at = 0
         while at < len(ids):
             size, text = _character(pieces[at : at + 4])
-            if len(set(labels[at : at + size])) > 1:  # no character has two masks; show its bytes
+            if len(set(labels[at : at + size])) > 1:  # two masks in a character: show its bytes
                 size, text = 1, pieces[at]
             here = slice(at, at + size)
             is_control = ids[at] in self._tokenizer.control_ids
@@ -97,7 +97,7 @@ class RowReader:
 
 
 def _character(pieces: Sequence[str]) -> tuple[int, str]:
-    """(how many of the pieces belong together, their text), from the first one on."""
+    """(how many of the first pieces make one character, its text)."""
     matches = [_BYTE.fullmatch(piece) for piece in pieces]
     if matches[0] is None:
         return 1, pieces[0].replace("\u2581", " ")

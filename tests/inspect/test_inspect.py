@@ -17,7 +17,7 @@ from jaxsft.data.prepared import Prepared, open_prepared, sealed, source_of
 from jaxsft.data.samples import DataReport
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.inspect.__main__ import main
-from jaxsft.inspect.rows import Check, survey
+from jaxsft.inspect.rows import SampleCheck, survey
 from jaxsft.inspect.tokens import RowReader
 
 T = 64
@@ -278,7 +278,7 @@ def test_checks_bite(
     for check, (name, detail) in zip(failed, expected.items(), strict=True):
         assert name in check.name
         where = f"sample 1 (a.jsonl:row 2): {detail.format(**words)}"
-        assert check == Check(check.name, 1, [where])
+        assert check == SampleCheck(check.name, 1, [where])
     assert found.lengths_S.tolist() == [9, len(tokens), 9]
     # All but the first token and what is marked: nobody predicts a first token.
     assert found.num_labels_S.tolist() == [8, len(tokens) - 1 - len(untrained), 8]
@@ -324,7 +324,7 @@ def test_loss_outside_of_the_models_turns(tiny_tokenizer: Tokenizer) -> None:
     name = "no loss outside of the model's turns"
     found = survey(by_hand(samples, loss_on_prompt=False), tiny_tokenizer)
     failed = [check for check in found.checks if check.num_failed]
-    assert failed == [Check(name, 1, ["sample 1 (a.jsonl:row 2): 2 labels elsewhere"])]
+    assert failed == [SampleCheck(name, 1, ["sample 1 (a.jsonl:row 2): 2 labels elsewhere"])]
     assert survey(by_hand(samples), tiny_tokenizer).num_failed == 0
 
 
