@@ -156,7 +156,7 @@ def run_prepare(
     root = Path(tempfile.mkdtemp(dir=scratch))
     command = [sys.executable, "-m", "jaxsft.prepare", "--config", RECIPE, "--model.path", "demo"]
     command += ["--data.train_files", json.dumps([str(file) for file in files])]
-    command += ["--data.eval_files", "[]", "--data.stop", str(num_rows)]
+    command += ["--data.eval_files", "[]", "--eval_steps", "null", "--data.stop", str(num_rows)]
     command += ["--data.max_length", str(row_length), "--data.prepared_dir", str(root)]
     environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     usage = run_measured(

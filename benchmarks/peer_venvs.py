@@ -1,4 +1,7 @@
-"""A virtual environment for each peer: their pins conflict with one another and with ours."""
+"""A virtual environment for each peer: their pins conflict with one another and with ours.
+
+`python -m benchmarks.peer_venvs NAME [DIRECTORY]` makes that of one peer and prints its Python.
+"""
 
 import os
 import shutil
@@ -77,3 +80,7 @@ def ensure(
             "place, what pip printed says why packages do not install"
         ) from error
     return python
+
+
+if __name__ == "__main__":
+    print(ensure(sys.argv[1], REQUIREMENTS[sys.argv[1]], *map(Path, sys.argv[2:3])))

@@ -31,6 +31,7 @@ from jaxsft.run.setup import build, check_early
 from jaxsft.step.train_step import put_batch, train_step
 
 ROOT = Path(__file__).parents[1]
+UNMEASURED = ("--data.eval_files", "[]", "--eval_steps", "null")
 MAX_STALL = 0.05
 STEPS_BETWEEN = 6  # saves, while measuring
 
@@ -40,7 +41,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--saves", type=int, default=3)
     num_saves = parser.parse_args().saves
-    config, _ = parse_config("benchmarks.restart", "", ["--data.eval_files", "[]"])
+    config, _ = parse_config(
+        "benchmarks.restart", "", ["--data.eval_files", "[]", "--eval_steps", "null"]
+    )
     with tempfile.TemporaryDirectory() as directory:
         first_s, again_s = (time_to_first_step(Path(directory)) for _ in range(2))
         print(f"first step after {first_s:.1f} s, with the compile cache after {again_s:.1f} s")
@@ -57,7 +60,14 @@ def time_to_first_step(directory: Path) -> float:
     """Seconds from the start of the command to the line of its first step; then it is stopped."""
     environment = os.environ | {"XDG_CACHE_HOME": str(directory / "cache")}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    options = ["--output_dir", str(directory / "runs"), "--data.eval_files", "[]"]
+    options = [
+        "--output_dir",
+        str(directory / "runs"),
+        "--data.eval_files",
+        "[]",
+        "--eval_steps",
+        "null",
+    ]
     began_s = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", "jaxsft.train", *options],

@@ -1,6 +1,6 @@
 """What we write as Flax checkpoints, `gemma` and Tunix load, each with its own loader and model.
 
-A virtual environment each; pip makes them on the first run (benchmarks/peer_venvs.py).
+A virtual environment each; `benchmarks.peer_venvs` makes them, with pip, on the first run.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flax import nnx
 from support.lora_twins import clone
 from support.twins import TWINS, make_twin, to_jax
 
-from benchmarks import peer_venvs
+from jaxsft.common.files import cache_dir
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.export.__main__ import main
 from jaxsft.export.verify import LOGIT_BOUND
@@ -34,9 +35,11 @@ from jaxsft.weights.tunix import write_tunix_lora
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
 # The peers know no query scale but head_dim^-0.5.
 PEER_SCALE = {"gemma1": {}} | {name: {"query_pre_attn_scalar": 16} for name in TWINS[1:]}
+ENVIRONMENTS = cache_dir("peers")  # the user's: tests have a cache of their own
 PROMPTS = [
     "The capital of France is Paris, and the capital of Italy is Rome. The capital of Spain is",
     "Question: What is 12 times 12? Answer: 144. Question: What is 9 times 9? Answer: 81.",
@@ -137,14 +140,21 @@ for job in json.load(open(sys.argv[1])):
 """
 
 
+def peer_python(peer: str) -> str:
+    """The Python of the environment of `peer`."""
+    command = [sys.executable, "-m", "benchmarks.peer_venvs", peer, str(ENVIRONMENTS)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return found.stdout.strip()
+
+
 def run_worker(peer: str, program: str, jobs: list[dict[str, Any]], directory: Path) -> None:
     """Runs `program` in the environment of `peer`, with a file of `jobs`."""
-    python = peer_venvs.ensure(peer, peer_venvs.REQUIREMENTS[peer])
     jobs_file = directory / "jobs.json"
     jobs_file.write_text(json.dumps(jobs))
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
     result = subprocess.run(
-        [str(python), "-c", program, str(jobs_file)],
+        [peer_python(peer), "-c", program, str(jobs_file)],
         env=environment | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -294,9 +304,8 @@ def exported(
     exportable: Path, name: str, output: Path, *options: str
 ) -> tuple[int, dict[str, Any]]:
     """(exit code, manifest) of the command with Tunix's Python, for the adapter of `name`."""
-    python = peer_venvs.ensure("tunix", peer_venvs.REQUIREMENTS["tunix"])
     command = [str(exportable / f"{name}-adapter"), "--format=flax", *options]
-    code = main([*command, "--peer-python", str(python), "--output", str(output)])
+    code = main([*command, "--peer-python", peer_python("tunix"), "--output", str(output)])
     written = output if code == 0 else output.with_name(f"{output.name}.drifting")
     return code, json.loads((written / "manifest.json").read_text())
 

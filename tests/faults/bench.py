@@ -1,4 +1,4 @@
-"""What the rows of `benchmarks.faults` are made with: the command under a fault, and the verdict.
+"""What the rows of `faults.faults` are made with: the command under a fault, and the verdict.
 
 A fault is done to runs of the command on a tiny model, in processes of their own. What comes of
 it is compared with a run that nothing happened to.
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.child import Child, ChildError
-from benchmarks.tiny_run import TinyRuns, differences, train_metrics
+from support.child import Child, ChildError
+from support.tiny_runs import TinyRuns, differences, train_metrics
 
 NUM_STEPS = 30
 STEPS = ("--num_train_epochs", "2")

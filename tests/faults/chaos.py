@@ -1,8 +1,8 @@
 """Kills training with SIGKILL at random moments: does the same command again lose anything?
 
-`python -m benchmarks.chaos [--kills 200] [--seed 0] [--jobs 1]`: each scenario is run without a
-kill first. Then runs of it are killed, about half of the time while a checkpoint is being written,
-and started again until they finish. Every number of every step, the hash of its batch, the
+`cd tests && python -m faults.chaos [--kills 200] [--seed 0] [--jobs 1]`: each scenario is run
+without a kill first. Then runs of it are killed, about half of the time while a checkpoint is being
+written, and started again until they finish. Every number of every step, the hash of its batch, the
 checkpoints and the adapter's bytes must be those of the run that nothing happened to.
 
 Exit codes: 0 no mismatch, and at least a quarter of the kills were during a save; 1 otherwise.
@@ -17,18 +17,20 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import yaml
 from rich.console import Console
+from rich.table import Table
+from support.child import Child, ChildError
+from support.tiny_runs import BATCH_SIZE, TinyRuns, differences, metrics
 
-from benchmarks.chaos_report import Tally, show, total
-from benchmarks.child import Child, ChildError
-from benchmarks.tiny_run import BATCH_SIZE, TinyRuns, differences, metrics
 from jaxsft.cli import EXIT_FAILED, fail
 
 SCENARIOS: Mapping[str, tuple[str, ...]] = {
@@ -52,6 +54,25 @@ _LATE_SHARE = 0.25  # of the other kills: after the last step
 _FINISH_SHARE = 0.5  # of the starts when all steps are taken
 _MAX_NTH_SAVE = 4
 _POLL_S = 0.001  # a save takes about 0.1 s
+
+
+@dataclass
+class Tally:
+    """What the kills did. `lost` has the steps done again after each kill, where any were done."""
+
+    save_steps: int = 0
+    runs: int = 0
+    kills: int = 0
+    kills_during_save: int = 0
+    mismatches: list[str] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    resumed: Counter[str] = field(default_factory=Counter)  # where -> how often
+    seconds: float = 0.0
+
+    @property
+    def save_share(self) -> float:
+        """Kills during a save, of all kills."""
+        return self.kills_during_save / max(self.kills, 1)
 
 
 class Usual(NamedTuple):
@@ -254,9 +275,47 @@ def run_chaos(
         return {name: future.result() for name, future in futures.items()}
 
 
+def total(tallies: Sequence[Tally]) -> Tally:
+    """All of them as one."""
+    return Tally(
+        save_steps=max(each.save_steps for each in tallies),
+        runs=sum(each.runs for each in tallies),
+        kills=sum(each.kills for each in tallies),
+        kills_during_save=sum(each.kills_during_save for each in tallies),
+        mismatches=[line for each in tallies for line in each.mismatches],
+        lost=[steps for each in tallies for steps in each.lost],
+        resumed=sum((each.resumed for each in tallies), Counter()),
+        seconds=sum(each.seconds for each in tallies),
+    )
+
+
+def show(console: Console, tallies: Mapping[str, Tally]) -> None:
+    """One line a scenario, one for all, and every mismatch."""
+    table = Table("", "runs", "kills", "during a save", "mismatches", title="SIGKILL")
+    for name in ("steps lost, mean", "max", "save_steps", "resumed", "minutes"):
+        table.add_column(name)
+    for name, tally in [*tallies.items(), ("total", total([*tallies.values()]))]:
+        lost = (
+            (f"{statistics.mean(tally.lost):.1f}", f"{max(tally.lost)}") if tally.lost else ("", "")
+        )
+        table.add_row(
+            *(name, f"{tally.runs}", f"{tally.kills}"),
+            f"{tally.kills_during_save} ({tally.save_share:.0%})",
+            f"{len(tally.mismatches)}",
+            *lost,
+            f"{tally.save_steps}",
+            ", ".join(f"{count} {where}" for where, count in sorted(tally.resumed.items())),
+            f"{tally.seconds / 60:.1f}",
+        )
+    console.print(table)
+    for tally in tallies.values():
+        for line in tally.mismatches:
+            console.print(f"mismatch: {line}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos")
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m faults.chaos")
     parser.add_argument("--kills", type=int, default=200, help="in all scenarios together")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--jobs", type=int, default=1, help="scenarios that run at once")

@@ -1,8 +1,9 @@
 """Damages the files of a checkpoint, one at a time: is every damage found, or without effect?
 
-`python -m benchmarks.corruption [--seed 0]` finishes a run of the command, then flips bits of,
-truncates, empties and deletes each file of its newest checkpoint, and replaces its directory. Each
-time the checkpoint is restored in this process, for one damage of each kind by the command as well.
+`cd tests && python -m faults.corruption [--seed 0]` finishes a run of the command, then flips bits
+of, truncates, empties and deletes each file of its newest checkpoint, and replaces its directory.
+Each time the checkpoint is restored in this process, for one damage of each kind by the command as
+well.
 
 detected: the step was set aside, said in one line, and the one before it used
 harmless: the newest step's state, bit for bit
@@ -26,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from support.child import ChildError
+from support.tiny_runs import TinyRuns, checkpoint_arrays, differences, same_arrays
 
-from benchmarks.child import ChildError
-from benchmarks.tiny_run import TinyRuns, checkpoint_arrays, differences, same_arrays
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
 from jaxsft.run.checkpoints import Checkpoints
 
@@ -238,8 +239,8 @@ def show(console: Console, title: str, outcomes: Sequence[Outcome]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.corruption")
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m faults.corruption")
     parser.add_argument("--seed", type=int, default=0, help="of the places")
     args = parser.parse_args(argv)
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)

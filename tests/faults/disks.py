@@ -1,13 +1,13 @@
-"""Rows of `benchmarks.faults`: disks that are full or read-only, directories that vanish."""
+"""Rows of `faults.faults`: disks that are full or read-only, directories that vanish."""
 
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.child import Child
-from benchmarks.fault_bench import NUM_STEPS, Bench, Row, until
-from tests.support.small_disk import fill, set_read_only, small_disk
+from faults.bench import NUM_STEPS, Bench, Row, until
+from support.child import Child
+from support.small_disk import fill, set_read_only, small_disk
 
 _DISK_BYTES = 100 * 2**20  # 64 MiB must be free at the start
 

@@ -1,4 +1,4 @@
-"""Rows of `benchmarks.faults`: numbers that are not finite, spikes, and runs that are others."""
+"""Rows of `faults.faults`: numbers that are not finite, spikes, and runs that are others."""
 
 import json
 import shutil
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from faults.bench import STEPS, Bench, Row, files, resumed_from
 from safetensors.numpy import load_file, save_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+from support.tiny_runs import checkpoint_arrays, metrics, train_metrics, write_rows
 
-from benchmarks.fault_bench import STEPS, Bench, Row, files, resumed_from
-from benchmarks.tiny_run import checkpoint_arrays, metrics, train_metrics, write_rows
 from jaxsft.data.packing import epoch_order
 
 POISONED_STEPS = (70, 80)  # the first 64 are not judged

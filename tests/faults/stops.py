@@ -1,4 +1,4 @@
-"""Rows of `benchmarks.faults`: signals, the clock, hangs, and a second trainer."""
+"""Rows of `faults.faults`: signals, the clock, hangs, and a second trainer."""
 
 import contextlib
 import fcntl
@@ -10,9 +10,10 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from benchmarks.child import Child
-from benchmarks.fault_bench import GO_ON, NUM_STEPS, STEPS, STOPPED, Bench, Row, resumed_from
-from benchmarks.tiny_run import train_metrics
+from faults.bench import GO_ON, NUM_STEPS, STEPS, STOPPED, Bench, Row, resumed_from
+from support.child import Child
+from support.tiny_runs import train_metrics
+
 from jaxsft.run.session import RESERVE_S
 
 _STOPPING = "Stopping soon; once more to stop at once.\n"

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-
-from benchmarks.chaos import run_chaos
-from benchmarks.tiny_run import TinyRuns
+from faults.chaos import run_chaos
+from support.tiny_runs import TinyRuns
 
 NUM_KILLS = 10
 # Six epochs of five steps, rows of three samples, two micro-batches, dropout.

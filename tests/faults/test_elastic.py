@@ -4,8 +4,8 @@ import re
 import signal
 
 import pytest
+from support.tiny_runs import TinyRuns, train_metrics
 
-from benchmarks.tiny_run import TinyRuns, train_metrics
 from jaxsft.cli import EXIT_STOPPED
 
 NUM_STEPS = 30

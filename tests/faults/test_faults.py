@@ -1,10 +1,9 @@
-"""One try of each fault of `benchmarks.faults`: the command stops, refuses or goes on as promised,
+"""One try of each fault of `faults.faults`: the command stops, refuses or goes on as promised,
 and what it leaves equals what a run leaves that nothing happened to."""
 
 import pytest
-
-from benchmarks.fault_bench import Bench, try_fault
-from benchmarks.faults import FAULTS
+from faults.__main__ import FAULTS
+from faults.bench import Bench, try_fault
 
 SAVE_STEPS = 5  # of the tiny runs
 # Where nothing but a save that works may be lost: a kill, a hang, a second signal.

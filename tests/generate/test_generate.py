@@ -18,10 +18,10 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.child import HEARS_SIGNALS
 from support.other_devices import EIGHT_DEVICES
 from support.tiny_run import make_run
 
-from benchmarks.child import HEARS_SIGNALS
 from jaxsft.config import SYSTEM_PROMPT, EvalOptions
 from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn

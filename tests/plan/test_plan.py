@@ -15,17 +15,13 @@ import yaml
 
 import jaxsft.plan.command
 import jaxsft.plan.local
-from benchmarks import profile_step, step_time
-from benchmarks.acceptance import violations, work_differences
 from jaxsft.cli import EXIT_BAD_INPUT, parse_config
-from jaxsft.gemma.architecture import PRESETS
 from jaxsft.plan.__main__ import main
 from jaxsft.plan.chips import GIB
 from jaxsft.plan.command import EXIT_DOES_NOT_FIT
 from jaxsft.plan.estimate import StepEstimate
 from jaxsft.plan.local import LocalStep
 from jaxsft.plan.pricing import PARTS
-from jaxsft.plan.run_plan import RunPlan
 from jaxsft.plan.tpu_aot import CompilerError, OutOfMemory
 
 # Gemma 2 in small: two layers, a local and a global one, with heads as wide as the real ones.
@@ -163,18 +159,16 @@ def test_too_little_on_chip_memory_says_what_helps(
     assert "lower data.max_length, or --step plain" in screen and "use more devices" not in screen
 
 
-@pytest.mark.parametrize("command", [main, step_time.main])
 def test_a_failing_compiler_is_one_line(
     config: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    command: Callable[..., int],
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise CompilerError("the TPU compiler failed: INTERNAL: Mosaic")
 
     monkeypatch.setattr(jaxsft.plan.command, "estimate_step", broken)
-    assert command(["--config", str(config)]) == 1
+    assert main(["--config", str(config)]) == 1
     assert capsys.readouterr().err == "error: the TPU compiler failed: INTERNAL: Mosaic\n"
 
 
@@ -316,135 +310,6 @@ def test_help_names_the_options_of_plan_and_train(capsys: pytest.CaptureFixture[
     assert stop.value.code == 0
     for option in ("--topology", "--lengths", "--search", "--plot", "--data.max_length"):
         assert option in text
-
-
-# --- the acceptance benchmark ---
-
-
-def test_acceptance_is_a_budget_of_seven_hours(
-    config: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A second a step, 0.8 s without adapters: 25,200 steps are 7 hours."""
-    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", fake_estimate)
-
-    def frozen(plan: RunPlan, *_: Any) -> StepEstimate:
-        parts = plan.estimate.parts | {"mlp": 0.8}
-        return dataclasses.replace(plan.estimate, seconds=0.8, parts=parts)
-
-    monkeypatch.setattr(step_time, "estimate_frozen", frozen)
-    path = tmp_path / "step.json"
-    common = ["--config", str(config), "--model.remat", "full", "--json", str(path)]
-    assert step_time.main([*common, "--max_steps", "25200"]) == 0
-    values = json.loads(path.read_text())
-    assert (values["estimated_seconds_per_step"], values["hours"]) == (1.0, 7.0)
-    assert (values["fits"], values["hbm_gib_per_chip"]) == (True, 8.0)
-    assert values["parts"]["mlp"] == 1.0
-    assert values["lora_overhead"] == pytest.approx(0.25)
-    assert values["lora_overhead_parts"]["mlp"] == pytest.approx(0.2)
-    assert "LoRA overhead 25.0%" in capsys.readouterr().out
-    assert step_time.main([*common, "--max_steps", "25201"]) == 1
-    assert step_time.main([*common, "--max_steps", "25201", "--budget-hours", "8"]) == 0
-    assert step_time.main([*common, "--gradient_accumulation_steps", "1"]) == 1  # does not fit
-
-
-def test_the_recipe_has_bounds_which_are_named_when_they_do_not_hold() -> None:
-    config, _ = parse_config("test", "", ["--config", "single_session"])
-    assert work_differences(config, config) == []
-    other, _ = parse_config("test", "", ["--config", "single_session", "--lora.r", "8"])
-    assert work_differences(other, config) == ["lora.r"]
-    parts = dict.fromkeys(PARTS, 0.0) | {"mlp": 0.73, "loss head": 0.12}
-    good = dataclasses.replace(
-        fake_estimate(config)[0],
-        misfit="",
-        hbm_bytes={"weights": int(14.5 * GIB)},
-        seconds=0.85,
-        parts=parts,
-        matmul_flops=100.0,
-        recomputed_flops=5.0,
-    )
-    bad = dataclasses.replace(
-        good,
-        hbm_bytes={"weights": 15 * GIB},
-        seconds=1.5,
-        parts=parts | {"loss head": 0.13},
-        recomputed_flops=6.0,
-    )
-
-    def found(estimate: StepEstimate, overhead: float | None, is_recipe: bool = True) -> list[str]:
-        plan = RunPlan(config, PRESETS["gemma-2-2b"], "preset", estimate, 22_500, {})
-        return violations(plan, overhead, is_recipe=is_recipe)
-
-    assert found(good, 0.15) == []
-    assert found(good, None) == ["LoRA overhead is not known"]
-    over = "9.38 h of 9"
-    assert found(bad, 0.2, is_recipe=False) == [over]
-    assert found(bad, 0.2) == [
-        over,
-        "1.500 s a step, above 0.850 s a step",
-        "15.00 GiB a chip, above 14.50 GiB a chip",
-        "0.130 s of loss head, above 0.120 s of loss head",
-        "20.0% LoRA overhead, above 15.0% LoRA overhead",
-        "6.0% of matmul FLOPs recomputed, above 5.0% of matmul FLOPs recomputed",
-    ]
-
-
-def test_plain_step_has_no_overhead_to_show(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jaxsft.plan.command, "estimate_step", fake_estimate)
-    path = tmp_path / "step.json"
-    options = ["--config", str(config), "--model.remat", "full", "--json", str(path)]
-    assert step_time.main([*options, "--step", "plain"]) == 0
-    assert json.loads(path.read_text())["lora_overhead"] is None
-
-    def too_large(plan: RunPlan, *_: Any) -> StepEstimate:
-        return dataclasses.replace(plan.estimate, misfit="20 of 16 GiB", seconds=0.0, parts={})
-
-    monkeypatch.setattr(step_time, "estimate_frozen", too_large)
-    assert step_time.main(options) == 0
-    assert json.loads(path.read_text())["lora_overhead"] is None
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        (["--measure"], "--measure needs an accelerator and JAX finds none"),
-        (["--peer", "llama"], "argument --peer: invalid choice: 'llama'"),
-        (["--measure", "--scaling"], "--measure, --scaling and --peer are runs of their own"),
-        (["--scaling", "--topology", "v5e:4x4"], "--scaling, .* does nothing with --topology:"),
-        (["--scaling", "--budget-hours", "9"], "--scaling, .* does nothing with --budget-hours:"),
-        (["--search"], "this benchmark does nothing with --search:"),
-        (["--topology", "local"], "this benchmark does nothing with --topology local:"),
-        (["--peer", "tunix"], "--peer tunix compares the work of single_session alone: leave out "),
-        (
-            ["--peer=tunix", "--config=single_session", "--lora.r=64", "--topology=v5e:4x4"],
-            "--peer tunix is for 8 chips: --topology v5e:4x4 is not v5e:2x4, v6e:2x4",
-        ),
-    ],
-)
-def test_benchmark_refuses_in_one_line(
-    config: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
-) -> None:
-    assert step_time.main(["--config", str(config), *options]) == EXIT_BAD_INPUT
-    err = capsys.readouterr().err
-    assert re.match(f"error: {complaint}", err) and err.count("\n") == 1
-
-
-def test_profile_of_real_steps(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_compilation: None
-) -> None:
-    """On this machine's device, with random weights; the same steps are what --measure times."""
-    sizes = ["--data.max_length", "64", "--global_batch_size", "2", "--max_steps", "3"]
-    directory = tmp_path / "trace"
-    assert profile_step.main([str(directory), "--config", str(config), *sizes]) == 0
-    assert list(directory.rglob("*.xplane.pb"))
-    assert profile_step.main(["--config", str(config)]) == EXIT_BAD_INPUT
-    assert "name the directory" in capsys.readouterr().err
-    assert profile_step.main([str(config), "--config", str(config), *sizes]) == EXIT_BAD_INPUT
-    assert "cannot be made for the trace" in capsys.readouterr().err
 
 
 # --- the program that is planned is the one that runs ---

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.tiny_runs import Child, TinyRuns, train_metrics
 from support.two_tasks import two_tasks
 
-from benchmarks.tiny_run import Child, TinyRuns, train_metrics
 from jaxsft.cli import EXIT_STOPPED
 from jaxsft.common.hosts import any_of, array_from_first, from_first, reached_preemption
 from jaxsft.run.checkpoints import Checkpoints

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_gcs import FakeGcs, running_gcs
-
-from benchmarks.tiny_run import TinyRuns, differences
+from support.tiny_runs import TinyRuns, differences
 
 LENGTH = ("--max_steps", "12", "--save_total_limit", "3")
 OPTIONS = (*LENGTH, "--output_dir", "gs://bucket/runs")

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.child import HEARS_SIGNALS
 
-from benchmarks.child import HEARS_SIGNALS
 from jaxsft.common.signals import catch_signals, interruptible, interrupts_kept
 from jaxsft.config import TrainConfig
 from jaxsft.run import schedule

@@ -1,4 +1,4 @@
-"""Training runs that take seconds, on a model made here: what other benchmarks kill and damage.
+"""Training runs that take seconds, on a model made here: to be killed, stopped and damaged.
 
 The model is a random Gemma 3 of two layers with real tokens. Runs are those of the command, in
 processes of their own, on the CPU; they share compiled programs, so that a restart takes seconds.
@@ -18,15 +18,15 @@ import yaml
 from etils import epath
 from flax import nnx
 from safetensors.numpy import save_file
+from support.child import Child, ChildError
 
-from benchmarks.child import Child, ChildError
 from jaxsft.data.vocabulary import Vocabulary, canonical_types, read_gguf, serialize
 from jaxsft.gemma.model import Gemma
 from jaxsft.run.checkpoint_files import DamagedError, read_arrays, read_record
 from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import demo_model_path, hf_tensors
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 15
 BATCH_SIZE = 8  # splits over 8 devices
 # What depends on the clock in a line of metrics.jsonl.

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.tiny_runs import TinyRuns, differences
 
-import jaxsft.train.__main__
-from benchmarks.tiny_run import TinyRuns, differences
+import jaxsft.train.command
 from jaxsft.cli import EXIT_STOPPED
 from jaxsft.run.metrics import last_step_of
 from jaxsft.train.__main__ import main
@@ -50,7 +50,7 @@ def test_a_stop_at_the_best_step_does_not_lose_it(
     with monkeypatch.context() as patch:
         # As a signal in that step: before its evaluation.
         interrupted = lambda: last_step_of(stopped) >= int(best)  # noqa: E731
-        patch.setattr(jaxsft.train, "catch_signals", lambda: nullcontext(interrupted))
+        patch.setattr(jaxsft.train.command, "catch_signals", lambda: nullcontext(interrupted))
         assert run(runs, "stopped") == EXIT_STOPPED
     assert (stopped / "checkpoints" / best).is_dir()
     assert run(runs, "stopped") == 0
@@ -67,8 +67,8 @@ def test_measuring_is_no_slow_step(runs: TinyRuns, monkeypatch: pytest.MonkeyPat
         return {"loss": 1.0}
 
     times = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + passed_s[0])
-    monkeypatch.setattr(jaxsft.train, "measured", measured)
-    monkeypatch.setattr(jaxsft.train, "time", times)
+    monkeypatch.setattr(jaxsft.train.command, "measured", measured)
+    monkeypatch.setattr(jaxsft.train.command, "time", times)
     assert run(runs, "measured", "--max_steps", "12") == 0
     assert len(clocks) == 4 and 0 < clocks[-1].p99_step_s < 1e6
 

@@ -20,8 +20,8 @@ import transformers
 import yaml
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from support.child import Child
 
-from benchmarks.child import Child
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.config import DataOptions
 from jaxsft.data.packing import Sample
