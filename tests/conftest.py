@@ -106,6 +106,16 @@ def command_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One tab of Chromium."""
+    from support.browser import Browser
+
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="session")
 def real_model(real_gguf: Path) -> Gemma:
     """The pretrained Gemma 3 270M in float32; read only, change copies of it."""
     return load_model(real_gguf, dtype="float32", param_dtype="float32")[0]
