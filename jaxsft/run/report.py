@@ -16,7 +16,7 @@ from rich.text import Text
 from jaxsft.evaluate.heldout import METRICS
 from jaxsft.evaluate.table import metric_cell
 from jaxsft.run.preflight import Preflight
-from jaxsft.run.session import Clock, duration
+from jaxsft.run.session import Session, duration
 from jaxsft.run.setup import Setup, num_adapter_params
 
 _OF_A_SESSION = ("deadline:", "max_seconds:", "fit_deadline:", "hang_seconds:")
@@ -106,14 +106,19 @@ def progress(
 
 
 def show_stopped(
-    console: Console, setup: Setup, why: str, clock: Clock, run_dir: Path | epath.Path, command: str
+    console: Console,
+    setup: Setup,
+    why: str,
+    session: Session,
+    run_dir: Path | epath.Path,
+    command: str,
 ) -> None:
     """Why a run stopped before its end, what remains, and the command to go on: the last line."""
     step, last_step = int(setup.state.step), len(setup.step_batches)
     left = last_step - step
     remains = "only the last measurement remains"
     if left:
-        time_left = clock.median_step_s * left
+        time_left = session.median_step_s * left
         about = "" if math.isnan(time_left) else f", about {duration(time_left)}"
         remains = f"{left:,} of {last_step:,} steps remain{about}"
     saved = f"step {step:,} is saved" if step else "nothing was trained yet"

@@ -1,9 +1,9 @@
-"""One run of the command: what it knows all along, and its steps other than training."""
+"""One run of a trainer, whatever it trains on: what surrounds the steps, from start to end."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,50 +12,69 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxsft.cli import EXIT_FAILED, fail
+from jaxsft.cli import EXIT_FAILED, EXIT_STOPPED, fail
 from jaxsft.common.files import cache_dir, write_json
-from jaxsft.common.hosts import from_first
+from jaxsft.common.hosts import from_first, join_hosts
+from jaxsft.common.signals import interruptible
 from jaxsft.config import TrainConfig
 from jaxsft.prepare.rows import Data
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from jaxsft.run.measure import measure, write_before
 from jaxsft.run.metrics import MetricsWriter, last_step_of
+from jaxsft.run.out_of_memory import GENERAL_ADVICE, explain_out_of_memory
 from jaxsft.run.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.run.remote import RunFiles, is_remote
-from jaxsft.run.report import show_preflight
+from jaxsft.run.report import show_finished, show_preflight, show_result, show_stopped
 from jaxsft.run.run_dir import RunDir
-from jaxsft.run.schedule import SCHEDULE
-from jaxsft.run.session import Clock, Session
-from jaxsft.run.setup import Setup, split_of, trained_model
-from jaxsft.run.watchdog import Watchdog
+from jaxsft.run.saver import Saver
+from jaxsft.run.schedule import SCHEDULE, fit_schedule, forecast
+from jaxsft.run.session import Session, StopNow
+from jaxsft.run.setup import Setup, checkpoint_metadata, trained_model
 from jaxsft.weights.peft import save_adapter
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Run:
-    """What a run has besides its `Setup`, which the steps donate and replace."""
+    """What a run has besides its `Setup`, which the steps donate and replace.
+
+    Attributes:
+      config, yaml: the options, and the same as the text of config.yaml.
+      command: the command line that continues the run.
+      files: where the run's files are, here or on gs://; `run_dir` holds the local directory.
+      before: what was measured before training; None where that is still to be done.
+      measured_of: what `before` depends on.
+      num_steps: of a schedule that fit_deadline has set.
+      writer: metrics on disk; there from the first measurement on.
+    """
 
     config: TrainConfig
+    yaml: str
     command: str
     console: Console
-    run_dir: RunDir
-    clock: Clock
-    watchdog: Watchdog
-    data: Data
-    before: dict[str, Any] | None  # measured before training; None: still to be done
-    measured_of: dict[str, str]
-    yaml: str
+    session: Session
     files: RunFiles
-    num_steps: int | None = None  # of a schedule that fit_deadline has set
+    run_dir: RunDir
+    checkpoints: Checkpoints
+    data: Data
+    before: dict[str, Any] | None
+    measured_of: dict[str, str]
+    num_steps: int | None = None
+    writer: MetricsWriter = dataclasses.field(init=False)
+    _had_problem: bool = dataclasses.field(init=False, default=False)  # with writing metrics
 
     @property
     def path(self) -> Path:
-        """The run's directory."""
+        """The run's directory on this machine."""
         return self.run_dir.path
 
+    def say(self, line: str | None) -> None:
+        """Prints the line, if there is one."""
+        if line is not None:
+            self.console.print(line)
+
     def push(self) -> None:
-        """Copies the files to where the run belongs; a copy that fails is said and made up for."""
+        """Copies the files to gs:// where the run belongs there; a failure is only a warning."""
         if problem := self.files.push():
             self.console.print(f"WARNING: {problem}", style="bold red")
 
@@ -67,19 +86,144 @@ class Run:
         if self.num_steps is not None:
             write_json(self.path / SCHEDULE, {"num_steps": self.num_steps})
 
+    def saver(self, setup: Setup) -> Saver:
+        """What saves the states of the loop that begins with `setup`."""
+        return Saver(
+            checkpoints=self.checkpoints,
+            metadata=checkpoint_metadata(setup),
+            save_steps=self.config.save_steps,
+            session=self.session,
+            console=self.console,
+            run_dir=self.run_dir,
+            on_new_dir=self.write_files,
+            push=self.push,
+        )
+
+    def measure(self, setup: Setup) -> dict[str, Any]:
+        """Measures the held-out rows; {} without any. The session learns how long that took.
+
+        Raises StopNow where a signal came or there is no time for it.
+        """
+        began_s = time.monotonic()
+        doing = f"measuring at step {int(setup.state.step)}"
+        self.session.go_on(doing, more_s=self.session.measure_s)
+        found = measure(
+            config=self.config,
+            data=self.data,
+            setup=setup,
+            writer=self.writer,
+            console=self.console,
+            on_batch=lambda: self.session.go_on(doing),
+        )
+        if not found:
+            return {}
+        seconds = time.monotonic() - began_s
+        self.session.add_measurement(seconds)
+        said = [f"held-out loss {found['loss']:.4f}"]
+        if "exact_format" in found:
+            share = f"{found['exact_format']:.0%} of {found['num_answers']} answers"
+            said.append(f"exact format {share}")
+        self.console.print(f"  {', '.join(said)}")
+        return found | {"seconds": seconds}
+
+    def watch_metrics(self) -> None:
+        """Says when writing metrics begins to fail, and when it works again."""
+        problem = self.writer.problem
+        if self._had_problem != (problem is not None):
+            self.say(f"WARNING: {problem}" if problem else "Metrics are written again.")
+        self._had_problem = problem is not None
+
+
+def run_to_the_end(
+    run: Run, setup: Setup, loop: Callable[[Run, Setup], Setup], preflight_only: bool
+) -> int:
+    """Preflight, measurement, training by `loop`, measurement, results; returns the exit code.
+
+    `loop` trains from the state in the setup to the last step, or to where the session stops it,
+    and returns the setup as it stands then. The setup it is given is donated.
+    """
+    session, timed = run.session, None
+    with session.catching_signals():
+        try:
+            if preflight_only or is_on_tpu(setup):
+                setup, timed, code = preflight(run, setup)
+                if preflight_only or code:
+                    return code
+            resume_step = -1 if run.before is None else int(setup.state.step)
+            with run.checkpoints, MetricsWriter(run.path, resume_step) as run.writer:
+                if run.before is None:
+                    run.before = run.measure(setup)
+                    run.write_files()
+                session.measure_s = run.before.get("seconds", 0.0)
+                setup = _with_schedule(run, setup, timed)
+                _catch_up(run, setup)
+                setup = loop(run, setup)
+                save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
+                session.go_on("measuring", more_s=session.measure_s)
+                if int(setup.state.step) < len(setup.step_batches):
+                    raise StopNow("the machine is to be taken away")
+                after = run.measure(setup)
+                _save_vanished(run, setup)
+                _save_best(run, setup, after)
+        except StopNow as stop:
+            run.push()
+            show_stopped(
+                run.console,
+                setup=setup,
+                why=str(stop),
+                session=session,
+                run_dir=run.files.shown,
+                command=run.command,
+            )
+            return EXIT_STOPPED
+    run.say(run.writer.problem and f"WARNING: metrics are incomplete: {run.writer.problem}")
+    _write_result(run, setup, after)
+    if problem := run.files.push():
+        return fail(problem, EXIT_FAILED)
+    show_result(run.console, run.path)
+    run.say(f"The adapter is in {run.files.shown / ADAPTER}, everything else beside it.")
+    return 0
+
 
 def is_on_tpu(setup: Setup) -> bool:
     """Does the step run on TPUs?"""
     return setup.spec.mesh.devices.flat[0].platform == "tpu"
 
 
-@contextmanager
-def run_files(config: TrainConfig) -> Iterator[RunFiles]:
-    """Where a run's files are, made what is known of the run.
+def guarded(body: Callable[[], int], *, argv: Sequence[str], again: str, console: Console) -> int:
+    """What `body` returns. An interruption before anything is to be saved, and memory that ran out,
+    become one line and an exit code.
 
-    Processes other than the first of several write theirs for nobody, into a temporary directory.
+    `argv` is the command line, for the search of a setting that fits; `again` the command that
+    continues the run.
     """
-    index = jax.process_index() if config.multihost else 0
+    try:
+        with interruptible():
+            return body()
+    except KeyboardInterrupt:
+        console.print(f"Interrupted, nothing is lost. To go on: {again}")
+        return EXIT_STOPPED
+    except MemoryError as error:
+        return fail(f"out of memory: {error}; {GENERAL_ADVICE}", EXIT_FAILED)
+    except jax.errors.JaxRuntimeError as error:
+        line = explain_out_of_memory(error, argv)
+        if line is None:
+            raise
+        return fail(line, EXIT_FAILED)
+
+
+@contextmanager
+def open_run(config: TrainConfig, console: Console) -> Iterator[RunFiles]:
+    """Where the run's files are, with what is already known of the run; joins other processes.
+
+    Of several processes only the first one's files and lines count; the others are silent and write
+    into a temporary directory.
+    """
+    index = 0
+    if config.multihost:
+        join_hosts()
+        index = jax.process_index()
+        console.quiet = index > 0
     with ExitStack() as stack:
         output_dir, remote = config.output_dir, is_remote(config.output_dir)
         if index > 0 and not remote:
@@ -96,13 +240,62 @@ def run_files(config: TrainConfig) -> Iterator[RunFiles]:
         yield files
 
 
+def say_if_finished(files: RunFiles, yaml: str, console: Console) -> int | None:
+    """Shows what a finished run gave and returns the exit code; None for a run to be continued."""
+    if not (files.run_dir / "result.json").exists():
+        return None
+    if problem := files.push():
+        return fail(problem, EXIT_FAILED)
+    show_finished(console, files.run_dir, yaml, files.shown)
+    return 0
+
+
 def _read_all(run_dir: Path) -> dict[str, str]:
     """The files that say how far a run is."""
     return {path.name: path.read_text(encoding="utf-8") for path in run_dir.glob("*.json")}
 
 
+def preflight(run: Run, setup: Setup) -> tuple[Setup, TimedSteps, int]:
+    """Checks and times the step; returns the new setup, the timed steps, and an exit code that is 0
+    where the run may go on. The given setup is donated."""
+    config = run.config
+    if config.fit_deadline:  # then time is no reason to refuse the schedule
+        config = dataclasses.replace(config, budget_hours=None)
+    run.say(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
+    setup, found = run_preflight(config, setup, cache_dir("plan"), run.session.go_on)
+    show_preflight(run.console, found)
+    write_json(run.path / "preflight.json", found.as_dict())
+    code = fail("; ".join(found.problems), EXIT_FAILED) if found.problems else 0
+    return setup, found.times, code
+
+
+def _with_schedule(run: Run, setup: Setup, timed: TimedSteps | None) -> Setup:
+    """The setup with a schedule that fits the session where that is asked for; otherwise a line
+    says so where the run will not end in time. The given setup is donated."""
+    step, has_schedule = int(setup.state.step), (run.path / SCHEDULE).exists()
+    if run.config.fit_deadline and not (step and has_schedule):
+        setup, line = fit_schedule(run.config, setup, run.path, run.session, timed)
+        run.say(line)
+    elif timed is not None:
+        run.say(forecast(run.config, setup, step, run.session, timed.median_s))
+    if (run.path / SCHEDULE).exists():
+        run.num_steps = len(setup.step_batches)
+        run.write_files()  # the file may be left from a start that never trained
+    return setup
+
+
+def _catch_up(run: Run, setup: Setup) -> None:
+    """Makes the measurement that was due at the step the run continues from, if a stop prevented
+    it."""
+    step, every = int(setup.state.step), run.config.eval_steps
+    is_due = every and step and step % every == 0 and step < len(setup.step_batches)
+    # Only the first process has the lines written before the stop.
+    if is_due and not from_first(lambda: run.writer.has("eval/loss")):
+        run.checkpoints.add_eval_loss(step, run.measure(setup)["loss"])
+
+
 def is_best(loss: float | None, checkpoints: Checkpoints) -> bool:
-    """Is this held-out loss below that of every step that lies there?"""
+    """Is this held-out loss below that of every checkpoint?"""
     if loss is None:
         return False
     try:
@@ -112,41 +305,49 @@ def is_best(loss: float | None, checkpoints: Checkpoints) -> bool:
     return best is None or loss < best[1]
 
 
-def preflight(run: Run, setup: Setup, session: Session) -> tuple[Setup, TimedSteps, int]:
-    """(`setup` as it must be used from now on, the timed steps, exit code: 0 to go on)."""
-    config = run.config
-    if config.fit_deadline:  # then time is no reason to refuse the schedule
-        config = dataclasses.replace(config, budget_hours=None)
-    run.console.print(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
-    setup, found = run_preflight(config, setup, cache_dir("plan"), session.go_on)
-    show_preflight(run.console, found)
-    write_json(run.path / "preflight.json", found.as_dict())
-    code = fail("; ".join(found.problems), EXIT_FAILED) if found.problems else 0
-    return setup, found.times, code
+def check_not_lost(run_dir: Path, save_steps: int) -> None:
+    """ValueError where a run without a checkpoint has trained for longer than that can be."""
+    reached = last_step_of(run_dir)
+    if reached > 2 * save_steps or (run_dir / ADAPTER).exists():
+        raise ValueError(
+            f"{run_dir}: it had reached step {reached}, but there is no checkpoint any more; bring "
+            f"{CHECKPOINTS}/ back, or remove the directory to begin again from step 0"
+        )
 
 
-def measured(run: Run, setup: Setup, writer: MetricsWriter, session: Session) -> dict[str, Any]:
-    """What `measure` says; the clock learns how long that took.
-
-    Raises StopNow where a signal came or there is no time for it.
-    """
-    began_s = time.monotonic()
-    doing = f"measuring at step {int(setup.state.step)}"
-    session.go_on(doing, more_s=run.clock.measure_s)
-    found = measure(run.config, run.data, setup, writer, run.console, lambda: session.go_on(doing))
-    if not found:
-        return {}
-    seconds = time.monotonic() - began_s
-    run.clock.measure_s = max(run.clock.measure_s, seconds)
-    said = [f"held-out loss {found['loss']:.4f}"]
-    if "exact_format" in found:
-        said.append(f"exact format {found['exact_format']:.0%} of {found['num_answers']} answers")
-    run.console.print(f"  {', '.join(said)}")
-    return found | {"seconds": seconds}
+def _save_vanished(run: Run, setup: Setup) -> None:
+    """Writes everything again where the run's directory vanished after the last save."""
+    if run.run_dir.is_there():
+        return
+    run.run_dir.make_again()
+    run.write_files()
+    run.checkpoints.save(int(setup.state.step), setup.state, checkpoint_metadata(setup))
+    run.checkpoints.wait()
+    save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
+    run.say(f"WARNING: {run.path} had vanished; it was made again")
 
 
-def write_results(run: Run, setup: Setup, after: dict[str, Any]) -> None:
-    """result.json, with all that a finished run is known by."""
+def _save_best(run: Run, setup: Setup, after: Mapping[str, Any]) -> None:
+    """Writes the adapter with the lowest held-out loss, where that is not the last step's."""
+    best = run.checkpoints.best
+    if best is None or best[1] >= after.get("loss", -math.inf):  # a NaN is never best
+        return
+    try:
+        found = run.checkpoints.restore(setup.state, setup.fingerprint, step=best[0])
+    except ValueError as error:
+        run.say(f"WARNING: the best step is damaged, {BEST_ADAPTER} is left out: {error}")
+        return
+    assert found is not None
+    setup = dataclasses.replace(setup, state=found.state)
+    save_adapter(run.path / BEST_ADAPTER, trained_model(setup), setup.adapter_config)
+    run.say(
+        f"The held-out loss was lowest at step {best[0]}, {best[1]:.4f}: that adapter is in "
+        f"{run.path / BEST_ADAPTER}."
+    )
+
+
+def _write_result(run: Run, setup: Setup, after: dict[str, Any]) -> None:
+    """Writes result.json, which marks the run as finished."""
     assert run.before is not None
     report, heldout = run.data.train.report, run.data.heldout
     data = {
@@ -158,70 +359,3 @@ def write_results(run: Run, setup: Setup, after: dict[str, Any]) -> None:
     }
     result = {"before": run.before, "after": after, "data": data, "command": run.command}
     write_json(run.path / "result.json", result | {"program_hash": setup.program_hash})
-
-
-def catch_up(
-    run: Run, setup: Setup, checkpoints: Checkpoints, writer: MetricsWriter, session: Session
-) -> None:
-    """Measures the step that a run goes on from, where the stop came before that was done."""
-    step, every = int(setup.state.step), run.config.eval_steps
-    is_due = every and step and step % every == 0 and step < len(setup.step_batches)
-    # The first process alone has the lines of before.
-    if is_due and not from_first(lambda: writer.has("eval/loss")):
-        checkpoints.add_eval_loss(step, measured(run, setup, writer, session)["loss"])
-
-
-def check_not_lost(run_dir: Path, save_steps: int) -> None:
-    """ValueError where a run without any checkpoint has been further than it could be then."""
-    reached = last_step_of(run_dir)
-    if reached > 2 * save_steps or (run_dir / ADAPTER).exists():
-        raise ValueError(
-            f"{run_dir}: it had reached step {reached}, but there is no checkpoint any more; bring "
-            f"{CHECKPOINTS}/ back, or remove the directory to begin again from step 0"
-        )
-
-
-def save_vanished(run: Run, setup: Setup, checkpoints: Checkpoints) -> None:
-    """Writes anew what a run has at its end, where its directory vanished after the last save."""
-    if run.run_dir.is_there():
-        return
-    run.run_dir.make_again()
-    run.write_files()
-    metadata = {"fingerprint": setup.fingerprint, "split": split_of(setup)}
-    checkpoints.save(int(setup.state.step), setup.state, metadata)
-    checkpoints.wait()
-    save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
-    run.console.print(f"WARNING: {run.path} had vanished; it was made again")
-
-
-def save_best(run: Run, setup: Setup, checkpoints: Checkpoints, after: Mapping[str, Any]) -> None:
-    """Writes the adapter of the lowest held-out loss too, where that isn't the last step's."""
-    best = checkpoints.best
-    if best is None or best[1] >= after.get("loss", -math.inf):  # a NaN is never best
-        return
-    try:
-        found = checkpoints.restore(setup.state, setup.fingerprint, step=best[0])
-    except ValueError as error:
-        run.console.print(f"WARNING: the best step is damaged, {BEST_ADAPTER} is left out: {error}")
-        return
-    assert found is not None
-    setup = dataclasses.replace(setup, state=found.state)
-    save_adapter(run.path / BEST_ADAPTER, trained_model(setup), setup.adapter_config)
-    run.console.print(
-        f"The held-out loss was lowest at step {best[0]}, {best[1]:.4f}: that adapter is in "
-        f"{run.path / BEST_ADAPTER}."
-    )
-
-
-def watch_metrics(console: Console, writer: MetricsWriter, had_problem: bool) -> bool:
-    """Says when writing metrics begins to fail, and when it works again; does it fail?"""
-    problem = writer.problem
-    if had_problem != (problem is not None):
-        console.print(f"WARNING: {problem}" if problem else "Metrics are written again.")
-    return problem is not None
-
-
-def say(console: Console, line: str | None) -> None:
-    """Prints the line, if there is one."""
-    if line is not None:
-        console.print(line)

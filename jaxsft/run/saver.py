@@ -1,4 +1,4 @@
-"""Saving a run's state while disks fail: said loudly, tried again, training goes on."""
+"""Saves a run's state while disks fail: says so loudly, tries again, and training goes on."""
 
 import re
 import time
@@ -10,7 +10,7 @@ from rich.console import Console
 from jaxsft.common.hosts import any_of
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.run_dir import RunDir
-from jaxsft.run.session import Clock, Session, duration
+from jaxsft.run.session import Session, duration
 from jaxsft.step.train_step import TrainState
 
 RETRY_STEPS = 10  # after a save that failed
@@ -20,66 +20,66 @@ _PATIENCE_STOPPED_S = 15.0  # after a signal: its sender waits 30 s or so
 
 
 class Saver:
-    """Saves through `checkpoints` every `save_steps`, and again soon after a save that failed.
+    """Saves every `save_steps` steps, and soon again after a save that failed.
 
     Args:
-      checkpoints: where to.
+      checkpoints: where the states go.
       metadata: of every checkpoint.
       save_steps: steps between saves.
+      session: learns how long saves take.
+      console: is told what went wrong.
       run_dir: is made again when it has vanished; None where nothing local is to be watched.
-      on_new_dir: writes what else belongs into a directory made again; may raise OSError.
-      clock: is told how long saves take.
-      console: hears of what went wrong.
-      push: is called before each save: what lies beside a checkpoint must not be older than it.
+      on_new_dir: writes the run's other files into a directory made again; may raise OSError.
+      push: is called before each save: the files beside a checkpoint must not be older than it.
     """
 
     def __init__(
         self,
+        *,
         checkpoints: Checkpoints,
         metadata: dict[str, Any],
         save_steps: int,
+        session: Session,
+        console: Console,
         run_dir: RunDir | None,
         on_new_dir: Callable[[], None],
-        clock: Clock,
-        console: Console,
         push: Callable[[], None],
     ):
         self.checkpoints = checkpoints
         self._metadata, self._save_steps = metadata, save_steps
-        self._run_dir, self._on_new_dir = run_dir, on_new_dir
-        self._clock, self._console = clock, console
-        self._push = push
+        self._session, self._console = session, console
+        self._run_dir, self._on_new_dir, self._push = run_dir, on_new_dir, push
         self._retry_at: int | None = None
-        self._begun_step: int | None = None  # of the save that was begun last
-        self._problem = ""  # that is there now, without its numbers
+        self._begun_step: int | None = None  # of the newest save
+        self._problem = ""  # the present one, without its numbers
         self._began_s: float | None = None
 
     def is_due(self, step: int) -> bool:
-        """Is the state after `step` to be saved? Also notices what went wrong since it was last
-        asked, so ask after every step."""
+        """Is the state after `step` to be saved? Ask after every step: it also notices a save that
+        failed in the meantime."""
         self._watch(step)
         is_retry = self._retry_at is not None and step >= self._retry_at
         return step % self._save_steps == 0 or any_of(is_retry)
 
     def save(self, step: int, state: TrainState, eval_loss: float | None = None) -> None:
-        """Begins a save; failures are said and tried again `RETRY_STEPS` later.
+        """Begins a save. One that fails is reported and tried again `RETRY_STEPS` later.
 
-        Raises FloatingPointError for a state that isn't finite.
+        Raises FloatingPointError for a state that is not finite.
         """
         try:
             self._begin(step, state, eval_loss)
         except OSError as error:
             self._failed(step, error)
 
-    def finish(self, step: int, state: TrainState, session: Session) -> None:
+    def finish(self, step: int, state: TrainState) -> None:
         """Returns when the state after `step`, where training stopped, is on disk.
 
-        Tries for ten minutes, or for seconds when a signal has come. Raises OSError when that was
-        in vain, FloatingPointError for a state that isn't finite.
+        Tries for ten minutes, or for 15 seconds when a signal has come. Raises OSError where every
+        try failed, FloatingPointError for a state that is not finite.
         """
         began_s = time.monotonic()
         while True:
-            session.beat(f"saving step {step}")
+            self._session.beat(f"saving step {step}")
             try:
                 self._watch(step)
                 self._begin(step, state, None)
@@ -87,8 +87,8 @@ class Saver:
                 self._saved()
                 return
             except OSError as error:
-                patience_s = _PATIENCE_STOPPED_S if session.interrupted() else _PATIENCE_S
-                patience_s = min(patience_s, self._clock.left_s())
+                patience_s = _PATIENCE_STOPPED_S if self._session.interrupted() else _PATIENCE_S
+                patience_s = min(patience_s, self._session.left_s())
                 if any_of(time.monotonic() - began_s + _RETRY_S > patience_s):
                     raise OSError(
                         f"step {step} could not be saved ({error}); {self._newest()}"
@@ -131,7 +131,7 @@ class Saver:
 
     def _saved(self) -> None:
         if self._began_s is not None:
-            self._clock.save_s = time.monotonic() - self._began_s
+            self._session.save_s = time.monotonic() - self._began_s
             self._began_s = None
         if self._problem:
             self._console.print(f"Saved again: step {self._begun_step} is on disk.")
@@ -143,7 +143,7 @@ class Saver:
         self._say(str(error), f"trying again {when or f'at step {self._retry_at}'}")
 
     def _say(self, problem: str, remedy: str) -> None:
-        """Once for each problem, whatever its numbers: a full disk stays full for many tries."""
+        """Prints a problem once, whatever its numbers: a full disk stays full for many tries."""
         kind = re.sub(r"\d+", "", f"{problem}; {remedy}")
         if kind != self._problem:
             self._console.print(f"WARNING: {problem}; {remedy}", style="bold red")

@@ -1,15 +1,14 @@
-"""A run's schedule against the session's end: what fits, said and, on request, shortened to."""
+"""Does a run's schedule end before the session does? If not, say so or, on request, shorten it."""
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from jaxsft.common.files import write_json
 from jaxsft.common.hosts import from_first
 from jaxsft.config import TrainConfig
 from jaxsft.run.preflight import TimedSteps, time_steps
-from jaxsft.run.session import Clock, duration
+from jaxsft.run.session import Session, duration
 from jaxsft.run.setup import Setup, with_num_steps
 
 SCHEDULE = "schedule.json"  # in the run's directory, so that the run goes on as it began
@@ -18,7 +17,7 @@ _SLOWER = 1.03  # than the timed steps, with saving and logging
 
 
 def fitted(config: TrainConfig, setup: Setup, run_dir: Path) -> Setup:
-    """`setup` with the steps that its run, which has begun, was shortened to, if it was."""
+    """`setup` with the number of steps that its run was shortened to when it began, if it was."""
     path = run_dir / SCHEDULE
     if not path.exists():
         return setup
@@ -32,9 +31,9 @@ def fitted(config: TrainConfig, setup: Setup, run_dir: Path) -> Setup:
     return setup if steps == len(setup.step_batches) else with_num_steps(setup, config, steps)
 
 
-def check_fit(config: TrainConfig, run_dir: Path, clock: Clock) -> None:
-    """ValueError for fit_deadline without a deadline, but where the schedule was fitted before."""
-    if config.fit_deadline and math.isinf(clock.end_s) and not (run_dir / SCHEDULE).exists():
+def check_fit(config: TrainConfig, run_dir: Path, end_s: float) -> None:
+    """ValueError for fit_deadline without a deadline, unless the schedule was fitted before."""
+    if config.fit_deadline and math.isinf(end_s) and not (run_dir / SCHEDULE).exists():
         raise ValueError("fit_deadline needs a deadline or max_seconds")
 
 
@@ -42,15 +41,14 @@ def fit_schedule(
     config: TrainConfig,
     setup: Setup,
     run_dir: Path,
-    clock: Clock,
+    session: Session,
     timed: TimedSteps | None,
-    tick: Callable[[str], None],
 ) -> tuple[Setup, str]:
-    """(`setup` as it must be used from now on, a line for the user).
+    """Shortens the schedule to what fits; returns the new setup and a line for the user.
 
-    Called when nothing but the steps and the last measurement is still to be done. The number of
-    steps is kept in `run_dir`. Steps are timed here unless they were. `tick` hears of each timed
-    step and may raise. Raises ValueError when not even the warm-up fits.
+    The given setup is donated. Call it when only the steps and the last measurement are left to do.
+    The number of steps is kept in `run_dir`. Without `timed`, steps are timed here. Raises
+    ValueError when not even the warm-up fits, StopNow when the run has to stop.
     """
     asked = len(setup.step_batches)
     if int(setup.state.step) > 0:
@@ -60,12 +58,12 @@ def fit_schedule(
             f"--fork-from {run_dir} and another --name"
         )
     if timed is None:
-        setup, _, timed = time_steps(setup, _NUM_TIMED_STEPS, tick)
+        setup, _, timed = time_steps(setup, _NUM_TIMED_STEPS, session.go_on)
     seconds_per_step = timed.median_s
     # A shorter schedule is another program, to be compiled like the first; 2 steps as in reserve_s.
-    left_s = clock.left_s() - clock.reserve_s - clock.measure_s
+    left_s = session.left_s() - session.reserve_s - session.measure_s
     left_s -= timed.first_s + 2 * max(timed.seconds)
-    fitting = math.floor(left_s / (seconds_per_step * _SLOWER + _measuring_s(config, clock)))
+    fitting = math.floor(left_s / (seconds_per_step * _SLOWER + _measuring_s(config, session)))
     steps = from_first(lambda: min(asked, fitting))  # clocks differ
     at = f"{seconds_per_step:.3g} s a step"
     if steps <= config.warmup_steps:
@@ -82,24 +80,24 @@ def fit_schedule(
 
 
 def forecast(
-    config: TrainConfig, setup: Setup, step: int, clock: Clock, seconds_per_step: float
+    config: TrainConfig, setup: Setup, step: int, session: Session, seconds_per_step: float
 ) -> str | None:
-    """A line for the user when the steps after `step` will not all be done by the session's end."""
+    """A line for the user when the session ends before the steps after `step` are done."""
     last_step = len(setup.step_batches)
-    seconds_per_step += _measuring_s(config, clock)
-    needed_s = (last_step - step) * seconds_per_step + clock.measure_s
-    left_s = clock.left_s() - clock.reserve_s
+    seconds_per_step += _measuring_s(config, session)
+    needed_s = (last_step - step) * seconds_per_step + session.measure_s
+    left_s = session.left_s() - session.reserve_s
     if needed_s <= left_s:
         return None
     reached = min(step + max(math.floor(left_s / seconds_per_step), 0), last_step)
     return (
         f"WARNING: the {last_step - step:,} steps left take {duration(needed_s)} at "
-        f"{seconds_per_step:.3g} s each, the session has {duration(clock.left_s())}: it will stop "
-        f"at about step {reached:,} of {last_step:,}, to be continued in another session. A new "
-        "run with --fit-deadline shortens its schedule to what fits."
+        f"{seconds_per_step:.3g} s each, the session has {duration(session.left_s())}: it will "
+        f"stop at about step {reached:,} of {last_step:,}, to be continued in another session. "
+        "A new run with --fit-deadline shortens its schedule to what fits."
     )
 
 
-def _measuring_s(config: TrainConfig, clock: Clock) -> float:
-    """Seconds that a step has to bear of the measurements on the way."""
-    return clock.measure_s / config.eval_steps if config.eval_steps else 0.0
+def _measuring_s(config: TrainConfig, session: Session) -> float:
+    """Seconds of a measurement on the way, spread over the steps between two of them."""
+    return session.measure_s / config.eval_steps if config.eval_steps else 0.0

@@ -1,63 +1,116 @@
-"""When a run has to stop before its end: a signal came, or the session runs out of time.
+"""When a run has to stop before its end: a signal came, or the session's time runs out.
 
-A session's end is an absolute time. What a stop takes is kept free before it, by the rule of
-`Clock.is_up`: two slow steps, three saves and 120 s for all that is not measured.
+The end of a session is an absolute time. `Session.reserve_s` keeps time free before it for two slow
+steps, three saves and 120 s for everything that is not measured.
 """
 
+import contextlib
 import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 
 from jaxsft.common.hosts import any_of
+from jaxsft.common.signals import catch_signals
 
 RESERVE_S = 120.0
 _LONGEST_S = 366 * 86400.0
 _WINDOW = 200  # steps that the 99th percentile is taken of
 
 
-class Clock:
-    """The time that is left, and what the run's steps and saves take of it.
+class StopNow(Exception):
+    """The run has to stop before its end; the text says why."""
+
+
+class Session:
+    """The time that a run has, what its steps and saves take of it, and whether to stop.
 
     Args:
       end_s: when the session ends, in seconds since 1970; infinite for never.
+      beat: tells the watchdog what is being done.
+
+    Attributes:
+      save_s: seconds of the last save, from its start until it was on disk.
+      measure_s: seconds of the longest measurement of held-out rows.
+      interrupted: returns whether a signal came; signals count inside `catching_signals`.
     """
 
-    def __init__(self, end_s: float):
-        self.end_s = end_s
-        self.save_s = 0.0  # the last save, from its start until it was on disk
-        self.measure_s = 0.0  # the longest measurement of held-out rows
+    def __init__(self, end_s: float, beat: Callable[[str], None]):
+        self.end_s, self.beat = end_s, beat
+        self.save_s = self.measure_s = 0.0
+        self.interrupted: Callable[[], bool] = lambda: False
         self._step_s: deque[float] = deque(maxlen=_WINDOW)
+        self._pass_began_s: float | None = None
+
+    @contextlib.contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Inside, the first SIGINT, SIGTERM or SIGHUP asks the run to stop and save."""
+        with catch_signals() as self.interrupted:
+            yield
 
     def left_s(self) -> float:
         """Seconds until the session ends."""
         return self.end_s - time.time()
 
+    def step_done(self) -> None:
+        """Call it after every pass of the loop. The first call only starts the clock, so that the
+        pass that compiles does not count."""
+        now_s = time.monotonic()
+        if self._pass_began_s is not None:
+            self.add_step(now_s - self._pass_began_s)
+        self._pass_began_s = now_s
+
     def add_step(self, seconds: float) -> None:
-        """Counts a step of the loop, with all that happened since the one before but measuring."""
+        """Counts a pass of the loop that took so long."""
         self._step_s.append(seconds)
+
+    def add_measurement(self, seconds: float) -> None:
+        """Counts a measurement of held-out rows; the pass of the loop it happened in is shorter by
+        as much."""
+        self.measure_s = max(self.measure_s, seconds)
+        if self._pass_began_s is not None:
+            self._pass_began_s += seconds
 
     @property
     def median_step_s(self) -> float:
-        """Of the last steps; NaN before the first."""
+        """Median of the last 200 steps; NaN before the first."""
         return statistics.median(self._step_s) if self._step_s else math.nan
 
     @property
     def p99_step_s(self) -> float:
-        """99th percentile of the last steps; 0 before the first."""
+        """99th percentile of the last 200 steps; 0 before the first."""
         ordered = sorted(self._step_s)
         return ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else 0.0
 
     @property
     def reserve_s(self) -> float:
-        """What is kept free for the steps under way, for saving, and for the unforeseen."""
+        """Seconds kept free for the steps under way, for saving, and for the unforeseen."""
         return 2 * self.p99_step_s + 3 * self.save_s + RESERVE_S
 
-    def is_up(self, more_s: float = 0.0) -> bool:
-        """Is it time to stop, or would it be after `more_s` seconds?"""
+    def is_over(self, more_s: float = 0.0) -> bool:
+        """Is it time to stop, or would it be after `more_s` more seconds?"""
         return self.left_s() - more_s < self.reserve_s
+
+    def why_stop(self, more_s: float = 0.0) -> str | None:
+        """Why to stop now, or why `more_s` more seconds are too many; None to go on.
+
+        With several processes all must ask: all stop where one has to.
+        """
+        why = None
+        if self.interrupted():
+            why = "a signal came"
+        elif self.is_over(more_s):
+            why = f"the session ends in {duration(self.left_s())}"
+        return why or "another process has to stop" if any_of(why is not None) else None
+
+    def go_on(self, doing: str, more_s: float = 0.0) -> None:
+        """Raises StopNow where `why_stop` gives a reason; otherwise beats with what comes next."""
+        why = self.why_stop(more_s)
+        if why is not None:
+            raise StopNow(why)
+        self.beat(doing)
 
 
 def session_end_s(deadline: str | None, max_seconds: float | None, started_s: float) -> float:
@@ -67,7 +120,7 @@ def session_end_s(deadline: str | None, max_seconds: float | None, started_s: fl
       deadline: ISO 8601, in local time unless it says otherwise, or seconds since 1970.
       max_seconds: counted from `started_s`.
 
-    Raises ValueError for what is no time, and for one that leaves nothing to train in.
+    Raises ValueError for a text that is not a time, and for an end too near to train at all.
     """
     if deadline is None and max_seconds is None:
         return math.inf
@@ -92,41 +145,6 @@ def session_end_s(deadline: str | None, max_seconds: float | None, started_s: fl
             "and saving; give the session more time"
         )
     return end_s
-
-
-class StopNow(Exception):
-    """The run has to stop before its end; the text says why."""
-
-
-class Session:
-    """What may end a run early, and the watchdog that must hear of its progress.
-
-    Args:
-      interrupted: has a signal come?
-      beat: tells the watchdog what is being done.
-    """
-
-    def __init__(self, clock: Clock, interrupted: Callable[[], bool], beat: Callable[[str], None]):
-        self.clock, self.interrupted, self.beat = clock, interrupted, beat
-
-    def why_stop(self, more_s: float = 0.0) -> str | None:
-        """Why to stop now, or that `more_s` seconds more are too many; None to go on.
-
-        Of several processes all stop where one has to: all must ask.
-        """
-        why = None
-        if self.interrupted():
-            why = "a signal came"
-        elif self.clock.is_up(more_s):
-            why = f"the session ends in {duration(self.clock.left_s())}"
-        return why or "another process has to stop" if any_of(why is not None) else None
-
-    def go_on(self, doing: str, more_s: float = 0.0) -> None:
-        """Raises StopNow where `why_stop` says so; otherwise the watchdog hears what follows."""
-        why = self.why_stop(more_s)
-        if why is not None:
-            raise StopNow(why)
-        self.beat(doing)
 
 
 def duration(seconds: float) -> str:

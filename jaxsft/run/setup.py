@@ -189,6 +189,11 @@ def restore(setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]) 
     return dataclasses.replace(setup, state=restored.state)
 
 
+def checkpoint_metadata(setup: Setup) -> dict[str, Any]:
+    """What every checkpoint of the run carries besides its arrays."""
+    return {"fingerprint": setup.fingerprint, "split": split_of(setup)}
+
+
 def split_of(setup: Setup) -> str:
     """How the work of a step is divided, which decides the order of its sums."""
     spec = setup.spec

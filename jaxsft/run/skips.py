@@ -1,10 +1,8 @@
 """Steps whose update was not applied: written down with their rows, and too many end the run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from jaxsft.data.packing import StepBatches
-from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.run.metrics import MetricsWriter
 
 _ROWS_SHOWN = 8
@@ -14,18 +12,16 @@ class SkippedSteps:
     """Looks at every step's metrics.
 
     Args:
-      data: the rows trained on.
-      batches: which of them a step has.
-      writer: where skipped steps are written down.
+      rows_of: the source rows of a step (from 1).
+      writer: writes skipped steps down.
       max_nonfinite: so many steps in a row whose loss or gradient is not finite end the run.
     """
 
     def __init__(
-        self, data: Prepared, batches: StepBatches, writer: MetricsWriter, max_nonfinite: int
+        self, rows_of: Callable[[int], list[str]], writer: MetricsWriter, max_nonfinite: int
     ):
-        self._data, self._batches, self._writer = data, batches, writer
-        self._max_nonfinite = max_nonfinite
-        self._nonfinite: list[int] = []  # steps in a row
+        self._rows_of, self._writer, self._max_nonfinite = rows_of, writer, max_nonfinite
+        self._nonfinite: list[int] = []  # the present steps in a row
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """A line for the user when the update of `step` (from 1) was skipped, else None.
@@ -40,7 +36,7 @@ class SkippedSteps:
             return None
         loss, grad_norm = metrics["loss"], metrics["grad_norm"]
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        rows = self._rows(step)
+        rows = self._rows_of(step)
         self._writer.skip(step, "spike" if is_finite else "not finite", loss, grad_norm, rows)
         if is_finite:
             self._nonfinite.clear()
@@ -54,21 +50,11 @@ class SkippedSteps:
                 f"step {step}: loss or gradient not finite, its update was skipped; rows: "
                 f"{_shortened(rows)}"
             )
-        all_rows = [row for each in self._nonfinite for row in self._rows(each)]
+        all_rows = [row for each in self._nonfinite for row in self._rows_of(each)]
         raise FloatingPointError(
             f"loss or gradient not finite in steps {self._nonfinite[0]} to {step}; no such update "
             f"was applied. Their rows: {_shortened(all_rows)} (all in skipped.jsonl)"
         )
-
-    def _rows(self, step: int) -> list[str]:
-        """The source rows of a step's batch, in its order."""
-        rows = self._data.rows
-        return [
-            source_of(self._data, int(sample))
-            for row in self._batches.row_indices(step - 1)
-            if row >= 0
-            for sample in rows.row_samples[rows.row_offsets[row] : rows.row_offsets[row + 1]]
-        ]
 
 
 def _shortened(rows: list[str]) -> str:

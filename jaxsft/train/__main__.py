@@ -37,7 +37,9 @@ def command(argv: list[str], began_s: float) -> int:
     config, yaml = parse_config("jaxsft.train", DESCRIPTION, rest)
     from jaxsft.train.command import run_training  # JAX, which takes seconds
 
-    return run_training(config, yaml, preflight_only, argv, began_s)
+    return run_training(
+        config=config, yaml=yaml, preflight_only=preflight_only, argv=argv, began_s=began_s
+    )
 
 
 if __name__ == "__main__":

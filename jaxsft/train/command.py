@@ -2,56 +2,47 @@
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterable
 
 import jax
 from rich.console import Console
 
-from jaxsft.cli import EXIT_FAILED, EXIT_STOPPED, command_line, fail
-from jaxsft.common.batch import batch_hash
+from jaxsft.cli import (
+    EXIT_FAILED,
+    command_line,
+    fail,
+)
+from jaxsft.common.batch import Batch, batch_hash
 from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
-from jaxsft.common.hosts import join_hosts, reached_preemption
-from jaxsft.common.signals import catch_signals, interruptible
+from jaxsft.common.hosts import reached_preemption
 from jaxsft.config import TrainConfig
+from jaxsft.data.packing import StepBatches
+from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.samples import batches
 from jaxsft.prepare.report import show_data
 from jaxsft.prepare.rows import load_data
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
-from jaxsft.run.fork import ADAPTER, START, as_begun
+from jaxsft.run.fork import START, as_begun
 from jaxsft.run.measure import load_before, measured_of
-from jaxsft.run.metrics import MetricsWriter, Throughput
-from jaxsft.run.out_of_memory import GENERAL_ADVICE, explain_out_of_memory
+from jaxsft.run.metrics import Throughput
 from jaxsft.run.remote import RunFiles, is_remote
-from jaxsft.run.report import progress, show_finished, show_result, show_setup, show_stopped
+from jaxsft.run.report import progress, show_setup
 from jaxsft.run.run import (
     Run,
-    catch_up,
     check_not_lost,
+    guarded,
     is_best,
     is_on_tpu,
-    measured,
-    preflight,
-    run_files,
-    save_best,
-    save_vanished,
-    say,
-    watch_metrics,
-    write_results,
+    open_run,
+    run_to_the_end,
+    say_if_finished,
 )
 from jaxsft.run.run_dir import ReplacedError, RunDir, check_room
-from jaxsft.run.saver import Saver
-from jaxsft.run.schedule import SCHEDULE, check_fit, fit_schedule, fitted, forecast
-from jaxsft.run.session import Clock, Session, StopNow, session_end_s
-from jaxsft.run.setup import (
-    Setup,
-    abstract_state,
-    build,
-    check_early,
-    restore,
-    split_of,
-    trained_model,
-)
+from jaxsft.run.schedule import check_fit, fitted, forecast
+from jaxsft.run.session import Session, StopNow, session_end_s
+from jaxsft.run.setup import Setup, abstract_state, build, check_early, restore, trained_model
 from jaxsft.run.skips import SkippedSteps
 from jaxsft.run.watchdog import Watchdog
 from jaxsft.step.train_step import put_batch, train_step
@@ -61,76 +52,64 @@ _FORECAST_AFTER = 10  # steps, where no preflight has timed them
 
 
 def run_training(
-    config: TrainConfig, yaml: str, preflight_only: bool, argv: list[str], began_s: float
+    *, config: TrainConfig, yaml: str, preflight_only: bool, argv: list[str], began_s: float
 ) -> int:
-    """Trains as the options ask; returns the exit code. ValueError and OSError are bad input."""
-    console = make_console()
-    try:
-        with interruptible():
-            return command(config, yaml, preflight_only, argv, began_s, console)
-    except KeyboardInterrupt:
-        again = command_line("jaxsft.train", argv)
-        console.print(f"Interrupted, nothing is lost. To go on: {again}")
-        return EXIT_STOPPED
-    except MemoryError as error:
-        return fail(f"out of memory: {error}; {GENERAL_ADVICE}", EXIT_FAILED)
-    except jax.errors.JaxRuntimeError as error:
-        line = explain_out_of_memory(error, argv)
-        if line is None:
-            raise
-        return fail(line, EXIT_FAILED)
+    """Trains as the options ask; returns the exit code. ValueError and OSError are bad input.
 
+    `yaml` is the config as text, `argv` the command line, `began_s` when the command began, in
+    seconds since 1970.
+    """
+    again, console = command_line("jaxsft.train", argv), make_console()
 
-def command(
-    config: TrainConfig,
-    yaml: str,
-    preflight_only: bool,
-    argv: list[str],
-    began_s: float,
-    console: Console,
-) -> int:
-    """Says what a finished run gave, or starts one that isn't. Errors as in `run_training`."""
-    if config.multihost:
-        join_hosts()
-        console.quiet = jax.process_index() > 0
-    with run_files(config) as files:
-        path = files.run_dir
-        if (path / "result.json").exists():
-            if problem := files.push():
-                return fail(problem, EXIT_FAILED)
-            show_finished(console, path, yaml, files.shown)
-            return 0
-        clock = Clock(session_end_s(config.deadline, config.max_seconds, began_s))
-        return start(config, yaml, files, clock, argv, console, preflight_only)
+    def body() -> int:
+        with open_run(config, console) as files:
+            if (code := say_if_finished(files, yaml, console)) is not None:
+                return code
+            return start(
+                config=config,
+                yaml=yaml,
+                files=files,
+                end_s=session_end_s(config.deadline, config.max_seconds, began_s),
+                again=again,
+                console=console,
+                preflight_only=preflight_only,
+            )
+
+    return guarded(body, argv=argv, again=again, console=console)
 
 
 def start(
+    *,
     config: TrainConfig,
     yaml: str,
     files: RunFiles,
-    clock: Clock,
-    argv: list[str],
+    end_s: float,
+    again: str,
     console: Console,
     preflight_only: bool,
 ) -> int:
-    """Sets up and runs what isn't finished; errors as in `run_training`."""
+    """Sets up and runs what is not finished; errors as in `run_training`.
+
+    `end_s` is when the session ends, in seconds since 1970; `again` is the command line that
+    continues the run.
+    """
     path = files.run_dir
-    check_fit(config, path, clock)
+    check_fit(config, path, end_s)
     check_device()
     config = as_begun(config, path)
     model = check_early(config)
     configure_jax()
-    again = command_line("jaxsft.train", argv)
     advice = f"nothing that was saved is lost, to go on: {again}"
     with RunDir(path) as run_dir, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
+        session = Session(end_s, watchdog.beat)
         checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
         num_missing = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
         if not is_remote(config.output_dir):
             check_room(path, state_bytes(abstract_state(config, model)), max(num_missing, 0))
-        watchdog.beat("reading rows")
-        data = load_data(config, model, console, lambda: watchdog.beat("reading rows"))
+        session.beat("reading rows")
+        data = load_data(config, model, console, lambda: session.beat("reading rows"))
         show_data(console, data.train, data.heldout)
-        watchdog.beat("loading the model")
+        session.beat("loading the model")
         setup = build(config, data, model, console.print)
         if checkpoints.steps():
             setup = fitted(config, setup, path)
@@ -138,104 +117,87 @@ def start(
             check_not_lost(path, config.save_steps)
         show_setup(console, setup)
         setup = restore(setup, checkpoints, console.print)
-        before, of = load_before(config, data, setup, path), measured_of(config, data, setup)
-        run = Run(config, again, console, run_dir, clock, watchdog, data, before, of, yaml, files)
+        run = Run(
+            config=config,
+            yaml=yaml,
+            command=again,
+            console=console,
+            session=session,
+            files=files,
+            run_dir=run_dir,
+            checkpoints=checkpoints,
+            data=data,
+            before=load_before(config, data, setup, path),
+            measured_of=measured_of(config, data, setup),
+        )
         run.write_files()
         if config.fork_from not in (None, str(path / START)):
             save_adapter(path / START, trained_model(setup), setup.adapter_config)
         try:
-            return run_to_the_end(run, setup, checkpoints, preflight_only)
+            return run_to_the_end(run, setup, train_on_rows, preflight_only)
         except OSError as error:
             return fail(f"{files.shown}: {error}; {advice}", EXIT_FAILED)
         except (FloatingPointError, ReplacedError) as error:
             return fail(error, EXIT_FAILED)
 
 
-def run_to_the_end(run: Run, setup: Setup, checkpoints: Checkpoints, preflight_only: bool) -> int:
-    """Preflight, measurement, training, measurement, results; returns the exit code."""
-    config, console, clock = run.config, run.console, run.clock
-    timed = None
-    with catch_signals() as interrupted:
-        session = Session(clock, interrupted, run.watchdog.beat)
-        try:
-            if preflight_only or is_on_tpu(setup):
-                setup, timed, code = preflight(run, setup, session)
-                if preflight_only or code:
-                    return code
-            resume_step = -1 if run.before is None else int(setup.state.step)
-            with checkpoints, MetricsWriter(run.path, resume_step) as writer:
-                if run.before is None:
-                    run.before = measured(run, setup, writer, session)
-                    run.write_files()
-                clock.measure_s = run.before.get("seconds", 0.0)
-                step = int(setup.state.step)
-                if config.fit_deadline and not (step and (run.path / SCHEDULE).exists()):
-                    setup, line = fit_schedule(config, setup, run.path, clock, timed, session.go_on)
-                    console.print(line)
-                elif timed is not None:
-                    say(console, forecast(config, setup, step, clock, timed.median_s))
-                if (run.path / SCHEDULE).exists():
-                    run.num_steps = len(setup.step_batches)
-                    run.write_files()  # the file may be one of a start that came to nothing
-                setup = train(run, setup, checkpoints, writer, session)
-                save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
-                session.go_on("measuring", more_s=clock.measure_s)
-                if int(setup.state.step) < len(setup.step_batches):
-                    raise StopNow("the machine is to be taken away")
-                after = measured(run, setup, writer, session)
-                save_vanished(run, setup, checkpoints)
-                save_best(run, setup, checkpoints, after)
-        except StopNow as stop:
-            run.push()
-            show_stopped(console, setup, str(stop), clock, run.files.shown, run.command)
-            return EXIT_STOPPED
-    say(console, writer.problem and f"WARNING: metrics are incomplete: {writer.problem}")
-    write_results(run, setup, after)
-    if problem := run.files.push():
-        return fail(problem, EXIT_FAILED)
-    show_result(console, run.path)
-    console.print(f"The adapter is in {run.files.shown / ADAPTER}, everything else beside it.")
-    return 0
+def train_on_rows(run: Run, setup: Setup) -> Setup:
+    """The loop on the run's own rows, from the step that `setup` has reached."""
+    step_batches = setup.step_batches
+    return train(
+        run,
+        setup,
+        batches=batches(step_batches, int(setup.state.step), run.config.num_workers),
+        rows_of=lambda step: source_rows(run.data.train, step_batches, step),
+    )
+
+
+def source_rows(data: Prepared, step_batches: StepBatches, step: int) -> list[str]:
+    """The source rows, each as "file:row 17", of the batch of `step` (from 1), in its order."""
+    rows = data.rows
+    return [
+        source_of(data, int(sample))
+        for row in step_batches.row_indices(step - 1)
+        if row >= 0
+        for sample in rows.row_samples[rows.row_offsets[row] : rows.row_offsets[row + 1]]
+    ]
 
 
 def train(
-    run: Run, setup: Setup, checkpoints: Checkpoints, writer: MetricsWriter, session: Session
+    run: Run,
+    setup: Setup,
+    *,
+    batches: Iterable[tuple[int, Batch]],
+    rows_of: Callable[[int], list[str]],
 ) -> Setup:
     """The loop, from the state in `setup` to the last step, or to where the session stops it.
 
-    Returns `setup` as it stands then; the one that was given is donated to the steps.
+    Args:
+      setup: donated to the steps.
+      batches: (number of finished steps, this process's share of the next batch), in order, from
+        the step that `setup` has reached.
+      rows_of: the source rows of a step (from 1), for the report on a step that was skipped.
+
+    Returns the setup as it stands then.
     """
-    config, data, console, clock = run.config, run.data, run.console, run.clock
+    config, console, session, writer = run.config, run.console, run.session, run.writer
     state, frozen, spec = setup.state, setup.frozen, setup.spec
     first_step, last_step = int(state.step), len(setup.step_batches)
+    saver, throughput = run.saver(setup), Throughput()
+    skipped = SkippedSteps(rows_of, writer, config.max_nonfinite_steps)
     step = first_step
-    metadata = {"fingerprint": setup.fingerprint, "split": split_of(setup)}
-    saver = Saver(
-        checkpoints,
-        metadata,
-        config.save_steps,
-        run.run_dir,
-        run.write_files,
-        clock,
-        console,
-        run.push,
-    )
-    skipped = SkippedSteps(data.train, setup.step_batches, writer, config.max_nonfinite_steps)
-    throughput = Throughput()
-    has_problem = False  # with writing metrics
-    catch_up(run, setup, checkpoints, writer, session)
     with progress(console, first_step, last_step) as show:
-        began_s = time.monotonic()
-        for index, batch in batches(setup.step_batches, first_step, config.num_workers):
+        for index, batch in batches:
             step = index + 1
-            run.watchdog.beat(f"step {step}")
+            # ---- The step ----
+            session.beat(f"step {step}")
             on_device = put_batch(batch, spec.mesh)
             with jax.transfer_guard("disallow"):
                 state, frozen, scalars = train_step(state, frozen, on_device, spec=spec)
             metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}
 
-            num_tokens = int((batch.segment_ids_BT > 0).sum())
-            throughput.update(time.monotonic(), num_tokens)
+            # ---- What people and programs see of it ----
+            throughput.update(time.monotonic(), int((batch.segment_ids_BT > 0).sum()))
             metrics["tokens_per_s"] = throughput.tokens_per_s
             metrics["model_flops_per_s"] = setup.flops_per_token * throughput.tokens_per_s
             is_logged = step % config.logging_steps == 0 or step == last_step
@@ -243,28 +205,25 @@ def train(
             if is_logged:
                 named = {f"train/{name}": value for name, value in metrics.items()}
                 writer.log(step, named | {"train/batch_hash": batch_hash(batch)})
-            say(console, skipped.check(step, metrics))
+            run.say(skipped.check(step, metrics))
 
+            # ---- Stop, measure, save ----
             if session.why_stop() or reached_preemption(step) or step == last_step:
                 break
             loss = None
             if config.eval_steps and step % config.eval_steps == 0:
-                now = dataclasses.replace(setup, state=state, frozen=frozen)
-                paused_s = time.monotonic()
                 try:
-                    loss = measured(run, now, writer, session)["loss"]
+                    now = dataclasses.replace(setup, state=state, frozen=frozen)
+                    loss = run.measure(now)["loss"]
                 except StopNow:
                     break
                 throughput.restart_clock(time.monotonic())
-                began_s += time.monotonic() - paused_s  # the clock knows measurements by themselves
-            if saver.is_due(step) or is_best(loss, checkpoints):
+            if saver.is_due(step) or is_best(loss, run.checkpoints):
                 saver.save(step, state, loss)
-            has_problem = watch_metrics(console, writer, has_problem)
-            if index > first_step:  # the first one compiles
-                clock.add_step(time.monotonic() - began_s)
-            began_s = time.monotonic()
+            run.watch_metrics()
+            session.step_done()
             if step == first_step + _FORECAST_AFTER and not is_on_tpu(setup):
-                say(console, forecast(config, setup, step, clock, clock.median_step_s))
+                run.say(forecast(config, setup, step, session, session.median_step_s))
     if step > first_step:
-        saver.finish(step, state, session)
+        saver.finish(step, state)
     return dataclasses.replace(setup, state=state, frozen=frozen)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import pytest
 
+from jaxsft.common import devices
 from jaxsft.common.devices import check_device
 from jaxsft.common.out_of_memory import Shortage, parse_shortage
 from jaxsft.plan.chips import TOPOLOGIES
@@ -304,16 +305,16 @@ def test_devices_that_do_not_start_are_one_line(
 def test_training_on_the_cpu_beside_a_tpu_is_only_on_purpose(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def devices(platform: str | None = None) -> list[Any]:
+    def jax_devices(platform: str | None = None) -> list[Any]:
         if platform == "tpu":
             raise RuntimeError(UNKNOWN)
         return [SimpleNamespace(platform="cpu")]
 
-    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax, "devices", jax_devices)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(out_of_memory, "tpu_device", lambda root: None)
+    monkeypatch.setattr(devices, "tpu_device", lambda root: None)
     check_device()
-    monkeypatch.setattr(out_of_memory, "tpu_device", lambda root: root / "dev/accel0")
+    monkeypatch.setattr(devices, "tpu_device", lambda root: root / "dev/accel0")
     with pytest.raises(ValueError, match=re.escape("pip install 'jaxsft[tpu]'")):
         check_device()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -321,13 +322,13 @@ def test_training_on_the_cpu_beside_a_tpu_is_only_on_purpose(
 
 
 def test_tpus_are_told_from_other_devices(tmp_path: Path) -> None:
-    assert out_of_memory.tpu_device(tmp_path) is None
+    assert devices.tpu_device(tmp_path) is None
     for group, vendor in (("7", "0x15b3"), ("96", "0x1ae0")):
         (tmp_path / "dev/vfio").mkdir(parents=True, exist_ok=True)
         (tmp_path / "dev/vfio" / group).touch()
         directory = tmp_path / f"sys/kernel/iommu_groups/{group}/devices/0000:00:04.0"
         directory.mkdir(parents=True)
         (directory / "vendor").write_text(f"{vendor}\n")
-    assert out_of_memory.tpu_device(tmp_path) == tmp_path / "dev/vfio/96"
+    assert devices.tpu_device(tmp_path) == tmp_path / "dev/vfio/96"
     (tmp_path / "dev/accel0").touch()
-    assert out_of_memory.tpu_device(tmp_path) == tmp_path / "dev/accel0"
+    assert devices.tpu_device(tmp_path) == tmp_path / "dev/accel0"

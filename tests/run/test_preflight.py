@@ -18,7 +18,6 @@ from support.twins import make_twin
 from support.two_tasks import two_tasks
 
 import jaxsft.run.agreement
-import jaxsft.train.command
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.prepare.rows import load_data
@@ -111,9 +110,7 @@ def test_a_preflight_changes_no_bit_of_the_run(
 ) -> None:
     assert main([*argv, "--step", step, "--name", "without"]) == 0
     assert not (tmp_path / "runs" / "without" / "preflight.json").exists()
-    monkeypatch.setattr(
-        jaxsft.train.command, "is_on_tpu", lambda setup: True
-    )  # there every run has one
+    monkeypatch.setattr("jaxsft.run.run.is_on_tpu", lambda setup: True)  # there every run has one
     assert main([*argv, "--step", step, "--name", "with"]) == 0
     assert found_by_preflight(tmp_path, "with")["num_steps_left"] == 3
     kept = []
@@ -132,7 +129,7 @@ def test_a_run_over_its_budget_stops(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jaxsft.train.command, "is_on_tpu", lambda setup: True)
+    monkeypatch.setattr("jaxsft.run.run.is_on_tpu", lambda setup: True)
     # With dropout there is only one way to compute the step, and it is timed all the same.
     options = ("--budget_hours", "1e-9", "--lora.dropout", "0.5")
     assert main([*argv, *options]) == EXIT_FAILED == 1
@@ -147,7 +144,7 @@ def test_a_run_over_its_budget_stops(
 def test_a_signal_stops_the_preflight(
     argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jaxsft.train.command, "catch_signals", lambda: nullcontext(lambda: True))
+    monkeypatch.setattr("jaxsft.run.session.catch_signals", lambda: nullcontext(lambda: True))
     assert main([*argv, "--preflight"]) == EXIT_STOPPED
     assert capsys.readouterr().out.splitlines()[-1].startswith("To go on, run the same")
 

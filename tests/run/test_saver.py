@@ -12,7 +12,7 @@ from rich.console import Console
 from jaxsft.run import saver, session
 from jaxsft.run.run_dir import ReplacedError, RunDir
 from jaxsft.run.saver import Saver
-from jaxsft.run.session import Clock, Session
+from jaxsft.run.session import Session
 
 
 class FakeCheckpoints:
@@ -58,22 +58,23 @@ class Bench:
     """A saver every 5 steps, all that it needs, and what it said."""
 
     def __init__(self, run_dir: RunDir | None = None) -> None:
-        self.checkpoints, self.out, self.clock = FakeCheckpoints(), io.StringIO(), Clock(1e12)
+        self.checkpoints, self.out = FakeCheckpoints(), io.StringIO()
         self.new_dirs = 0
         self.received: list[int] = []
         self.beats: list[str] = []
-        self.session = Session(self.clock, lambda: bool(self.received), self.beats.append)
+        self.session = Session(1e12, self.beats.append)
+        self.session.interrupted = lambda: bool(self.received)
         console = Console(file=self.out, soft_wrap=True)
         self.pushes = 0
         self.saver = Saver(
-            self.checkpoints,  # type: ignore[arg-type]
-            {},
-            5,
-            run_dir,
-            self.on_new_dir,
-            self.clock,
-            console,
-            self.push,
+            checkpoints=self.checkpoints,  # type: ignore[arg-type]
+            metadata={},
+            save_steps=5,
+            session=self.session,
+            console=console,
+            run_dir=run_dir,
+            on_new_dir=self.on_new_dir,
+            push=self.push,
         )
 
     def push(self) -> None:
@@ -88,7 +89,7 @@ class Bench:
                 self.saver.save(step, None)  # type: ignore[arg-type]
 
     def finish(self, step: int) -> None:
-        self.saver.finish(step, None, self.session)  # type: ignore[arg-type]
+        self.saver.finish(step, None)  # type: ignore[arg-type]
 
     @property
     def lines(self) -> list[str]:
@@ -143,7 +144,7 @@ def test_the_clock_learns_how_long_a_save_took(fake_time: FakeTime) -> None:
     bench.steps(5, 5)
     fake_time.now_s += 3
     bench.steps(6, 6)
-    assert bench.clock.save_s == 3
+    assert bench.session.save_s == 3
 
 
 def test_the_last_state_is_tried_for_ten_minutes(fake_time: FakeTime) -> None:
@@ -185,11 +186,11 @@ def test_after_a_signal_it_is_tried_for_seconds(fake_time: FakeTime) -> None:
 
 def test_it_is_not_tried_beyond_the_session(fake_time: FakeTime) -> None:
     bench = Bench()
-    bench.clock.end_s = fake_time.now_s + 41
+    bench.session.end_s = fake_time.now_s + 41
     bench.checkpoints.fails = True
     with pytest.raises(OSError, match="could not be saved"):
         bench.finish(7)
-    assert fake_time.now_s < bench.clock.end_s
+    assert fake_time.now_s < bench.session.end_s
 
 
 def test_a_directory_that_has_vanished_is_made_and_saved_to_at_once(tmp_path: Path) -> None:

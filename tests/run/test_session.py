@@ -1,4 +1,4 @@
-"""The clock's rule in numbers, what counts as a deadline, and signals within one process."""
+"""The session's rule in numbers, what counts as a deadline, and signals within one process."""
 
 import gc
 import math
@@ -20,14 +20,14 @@ from jaxsft.common.signals import catch_signals, interruptible, interrupts_kept
 from jaxsft.config import TrainConfig
 from jaxsft.run import schedule
 from jaxsft.run.preflight import TimedSteps
-from jaxsft.run.session import Clock, Session, StopNow, duration, session_end_s
+from jaxsft.run.session import Session, StopNow, duration, session_end_s
 
 NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 
 # Signals while the main thread is in a C call, which Python's own handlers wait for.
 BUSY = """
 import ctypes
-from jaxsft.run.session import catch_signals, interruptible
+from jaxsft.common.signals import catch_signals, interruptible
 
 sleep = ctypes.CDLL(None).usleep  # without the interpreter lock, as a step is
 with interruptible(), catch_signals() as stopped:
@@ -46,33 +46,47 @@ def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_clock_keeps_two_slow_steps_three_saves_and_two_minutes_free() -> None:
-    clock = Clock(NOW_S + 1000)
-    assert (clock.left_s(), clock.reserve_s, clock.is_up()) == (1000, 120, False)
+    session = Session(NOW_S + 1000, print)
+    assert (session.left_s(), session.reserve_s, session.is_over()) == (1000, 120, False)
     for _ in range(98):
-        clock.add_step(1.0)
+        session.add_step(1.0)
     for seconds in (7.0, 9.0):
-        clock.add_step(seconds)
+        session.add_step(seconds)
     # Of 100 steps the 99th percentile is the second slowest.
-    assert (clock.p99_step_s, clock.median_step_s) == (7, 1)
-    clock.save_s = 20.0
-    assert clock.reserve_s == 2 * 7 + 3 * 20 + 120 == 194
-    clock.end_s = NOW_S + 194
-    assert not clock.is_up() and clock.is_up(more_s=0.1)
-    clock.end_s = NOW_S + 193.9
-    assert clock.is_up()
+    assert (session.p99_step_s, session.median_step_s) == (7, 1)
+    session.save_s = 20.0
+    assert session.reserve_s == 2 * 7 + 3 * 20 + 120 == 194
+    session.end_s = NOW_S + 194
+    assert not session.is_over() and session.is_over(more_s=0.1)
+    session.end_s = NOW_S + 193.9
+    assert session.is_over()
+
+
+def test_a_pass_of_the_loop_counts_without_compilation_and_measurements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session, now_s = Session(math.inf, print), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    for seconds in (60.0, 2.0):  # the first pass compiles
+        now_s[0] += seconds
+        session.step_done()
+    now_s[0] += 33.0
+    session.add_measurement(30.0)
+    session.step_done()
+    assert (session.p99_step_s, session.median_step_s, session.measure_s) == (3, 2.5, 30)
 
 
 def test_only_the_last_200_steps_count() -> None:
-    clock = Clock(math.inf)
-    assert clock.p99_step_s == 0 and math.isnan(clock.median_step_s)
-    clock.add_step(60.0)  # with compilation
+    session = Session(math.inf, print)
+    assert session.p99_step_s == 0 and math.isnan(session.median_step_s)
+    session.add_step(60.0)  # with compilation
     for _ in range(199):
-        clock.add_step(1.0)
-    assert clock.p99_step_s == 1  # the third slowest of 200
-    clock.add_step(5.0)
-    clock.add_step(5.0)
-    clock.add_step(5.0)
-    assert clock.p99_step_s == 5 and not clock.is_up(more_s=1e9)
+        session.add_step(1.0)
+    assert session.p99_step_s == 1  # the third slowest of 200
+    session.add_step(5.0)
+    session.add_step(5.0)
+    session.add_step(5.0)
+    assert session.p99_step_s == 5 and not session.is_over(more_s=1e9)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +131,8 @@ def test_useless_deadlines(deadline: str | None, max_seconds: float | None, comp
 
 def test_a_session_says_why_it_stops_and_else_beats() -> None:
     received, beats = [], []
-    session = Session(Clock(NOW_S + 200), lambda: bool(received), beats.append)
+    session = Session(NOW_S + 200, beats.append)
+    session.interrupted = lambda: bool(received)
     session.go_on("step 1", more_s=80)
     assert beats == ["step 1"] and session.why_stop() is None
     with pytest.raises(StopNow, match="the session ends in 3 min 20 s"):
@@ -136,34 +151,34 @@ def fake_setup(num_steps: int, step: int = 0) -> Any:
 
 
 def test_the_forecast_counts_what_is_kept_free() -> None:
-    clock = Clock(NOW_S + 1120)
-    clock.measure_s = 50
+    session = Session(NOW_S + 1120, print)
+    session.measure_s = 50
     # 1120 - 120 s for 95 steps of 10 s and 50 s of measuring.
-    assert schedule.forecast(TrainConfig(), fake_setup(100), 5, clock, 10.0) is None
-    line = schedule.forecast(TrainConfig(), fake_setup(200), 5, clock, 10.0)
+    assert schedule.forecast(TrainConfig(), fake_setup(100), 5, session, 10.0) is None
+    line = schedule.forecast(TrainConfig(), fake_setup(200), 5, session, 10.0)
     assert line is not None
     assert line.startswith("WARNING: the 195 steps left take 33 min 20 s at 10 s each, the session")
     assert "has 18 min 40 s: it will stop at about step 105 of 200, to be continued" in line
     # All steps fit, and the measurement does not.
-    line = schedule.forecast(TrainConfig(), fake_setup(101), 5, clock, 10.0)
+    line = schedule.forecast(TrainConfig(), fake_setup(101), 5, session, 10.0)
     assert line is not None and "it will stop at about step 101 of 101" in line
     # 95 steps that bear a fiftieth of a measurement each take as long as 105.
-    line = schedule.forecast(TrainConfig(eval_steps=50), fake_setup(100), 5, clock, 10.0)
+    line = schedule.forecast(TrainConfig(eval_steps=50), fake_setup(100), 5, session, 10.0)
     assert line is not None and "it will stop at about step 95 of 100" in line
 
 
 def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "with_num_steps", lambda setup, config, steps: fake_setup(steps))
-    clock, config = Clock(NOW_S + 1120), TrainConfig(warmup_steps=5)
-    clock.measure_s = 50
+    session, config = Session(NOW_S + 1120, print), TrainConfig(warmup_steps=5)
+    session.measure_s = 50
     # 1120 - 120 - 50 - 20 to compile - 2 slow steps of 12 = 906 s, at 10.3 s a step: 87.96.
     timed = TimedSteps(20.0, [9.0, 10.0, 12.0])
-    fit = (config, fake_setup(1000), tmp_path, clock, timed, lambda doing: None)
+    fit = (config, fake_setup(1000), tmp_path, session, timed)
     setup, line = schedule.fit_schedule(*fit)
     assert len(setup.step_batches) == 87
     assert line == "At 10 s a step 87 of 1,000 steps fit: the schedule is shortened to them."
     assert (tmp_path / schedule.SCHEDULE).read_text() == '{\n "num_steps": 87\n}'
-    clock.end_s = NOW_S + 120 + 50 + 20 + 24 + 61  # 5 steps: only the warm-up
+    session.end_s = NOW_S + 120 + 50 + 20 + 24 + 61  # 5 steps: only the warm-up
     with pytest.raises(ValueError, match="5 steps fit at 10 s a step, no more than the 5 of the"):
         schedule.fit_schedule(*fit)
 
@@ -171,7 +186,7 @@ def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_begun_without_it_is_not_fitted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"begun without it, with 1,000 steps.*--fork-from"):
         schedule.fit_schedule(
-            TrainConfig(), fake_setup(1000, 7), tmp_path, Clock(NOW_S + 9000), None, lambda _: None
+            TrainConfig(), fake_setup(1000, 7), tmp_path, Session(NOW_S + 9000, print), None
         )
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from support.tiny_runs import TinyRuns, differences
 
-import jaxsft.train.command
 from jaxsft.cli import EXIT_STOPPED
 from jaxsft.run.metrics import last_step_of
+from jaxsft.run.run import Run
 from jaxsft.train.__main__ import main
 
 # The loss has its minimum on the way: eight rows, far too high a learning rate.
@@ -50,7 +50,7 @@ def test_a_stop_at_the_best_step_does_not_lose_it(
     with monkeypatch.context() as patch:
         # As a signal in that step: before its evaluation.
         interrupted = lambda: last_step_of(stopped) >= int(best)  # noqa: E731
-        patch.setattr(jaxsft.train.command, "catch_signals", lambda: nullcontext(interrupted))
+        patch.setattr("jaxsft.run.session.catch_signals", lambda: nullcontext(interrupted))
         assert run(runs, "stopped") == EXIT_STOPPED
     assert (stopped / "checkpoints" / best).is_dir()
     assert run(runs, "stopped") == 0
@@ -58,19 +58,26 @@ def test_a_stop_at_the_best_step_does_not_lose_it(
 
 
 def test_measuring_is_no_slow_step(runs: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The session's end would be kept free of as much time."""
-    passed_s, clocks = [0.0], []
+    """Otherwise as much time would be kept free before the session's end."""
+    passed_s, sessions = [0.0], []
+    measure = Run.measure
 
-    def measured(run: Any, *_: Any) -> dict[str, Any]:
+    def slow_measure(self: Run, setup: Any) -> dict[str, Any]:
+        found = measure(self, setup)
+        sessions.append(self.session)
+        return found
+
+    def slow(**_: Any) -> dict[str, float]:
         passed_s[0] += 1e6
-        clocks.append(run.clock)
         return {"loss": 1.0}
 
     times = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + passed_s[0])
-    monkeypatch.setattr(jaxsft.train.command, "measured", measured)
-    monkeypatch.setattr(jaxsft.train.command, "time", times)
+    monkeypatch.setattr(Run, "measure", slow_measure)
+    monkeypatch.setattr("jaxsft.run.run.measure", slow)
+    for module in ("run.run", "run.session"):
+        monkeypatch.setattr(f"jaxsft.{module}.time", times)
     assert run(runs, "measured", "--max_steps", "12") == 0
-    assert len(clocks) == 4 and 0 < clocks[-1].p99_step_s < 1e6
+    assert len(sessions) == 4 and 0 < sessions[-1].p99_step_s < 1e6 <= sessions[-1].measure_s
 
 
 def test_a_damaged_best_step_is_left_out_and_said(
