@@ -1,4 +1,4 @@
-"""Does the train step compute what another way of computing it does, on this machine and its data?
+"""Do two ways to compute the train step agree on this machine and its data?
 
 Pallas kernels against XLA where the step has kernels, else the plain step against the fused one.
 """
@@ -29,10 +29,11 @@ KERNEL_BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-3, 1e-1)}
 STEP_BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 3e-1)}
 
 
-class Difference(NamedTuple):
-    """How far two ways to compute a step are apart on one batch, relative to the second.
+class StepDifference(NamedTuple):
+    """The difference of two ways to compute a step on one batch, relative to the second.
 
-    `ways` names them; `gradient` is the largest ‖g - r‖ / ‖r‖ over the matrices, `where` the one.
+    `ways` names them; `gradient` is the largest ‖g - r‖ / ‖r‖ over the matrices, `where` names that
+    matrix.
     """
 
     ways: str
@@ -50,12 +51,12 @@ class Difference(NamedTuple):
 
 def compare_ways(
     config: TrainConfig, setup: Setup, adapter: nnx.State, batch: Batch
-) -> tuple[Setup, Difference | None, str]:
-    """(`setup` as it must be used from now on, the difference or None, why there is none).
+) -> tuple[Setup, StepDifference | None, str]:
+    """Returns the new setup, the difference or None, and why there is none.
 
     Args:
         setup: its frozen weights may be donated.
-        adapter: kept. Where its B is zero the gradients of A are, and tell nothing.
+        adapter: not donated. Where its B is zero, so are the gradients of A, and they tell nothing.
         batch: a global batch [B, T] on the mesh.
     """
     spec, dtype = setup.spec, config.model.dtype
@@ -64,14 +65,18 @@ def compare_ways(
             _first_layers(adapter, setup.frozen, batch, spec=other)
             for other in (spec, _without_kernels(spec))
         )
-        return setup, _difference("Pallas kernels and XLA", kernels, xla, KERNEL_BOUNDS[dtype]), ""
+        return (
+            setup,
+            _difference_of("Pallas kernels and XLA", kernels, xla, KERNEL_BOUNDS[dtype]),
+            "",
+        )
     try:
         ways, other_spec, weights = _other_formulation(config, setup)
     except ValueError as error:
         return setup, None, str(error)
     reference, _ = _step_gradient(adapter, weights, batch, other_spec)
     ours, frozen = _step_gradient(adapter, setup.frozen, batch, spec)
-    difference = _difference(ways, ours, reference, STEP_BOUNDS[dtype])
+    difference = _difference_of(ways, ours, reference, STEP_BOUNDS[dtype])
     return dataclasses.replace(setup, frozen=frozen), difference, ""
 
 
@@ -84,10 +89,10 @@ def _without_kernels(spec: StepSpec) -> StepSpec:
 def _first_layers(
     adapter: nnx.State, weights: dict[str, Any], batch: Batch, *, spec: StepSpec
 ) -> dict[str, jax.Array]:
-    """Loss and gradients, by name, of a model that has the first layer of each kind alone.
+    """Loss and gradients, by name, of a model that has only the first layer of each kind.
 
-    All layers would tell less, as differences of rounding grow with every one, and compile for
-    minutes. Every device takes two rows at most: XLA's attention has all its scores in memory.
+    All layers would tell less, because rounding differences grow with every layer, and would take
+    minutes to compile. Every device takes at most two rows: XLA's attention keeps all scores.
     """
     settings = spec.fused
     assert settings is not None
@@ -136,9 +141,9 @@ def _first_of_each_kind(stacks: list[list[Layer]], layout: FusedLayout) -> dict[
 
 
 def _other_formulation(config: TrainConfig, setup: Setup) -> tuple[str, StepSpec, Any]:
-    """(both names, spec, frozen weights of its own) of the fused step for the plain one, or back.
+    """The other formulation of the step: names of both, its spec and its own frozen weights.
 
-    Raises ValueError where the step is the only one that can be had.
+    Raises ValueError where there is no other.
     """
     spec, mesh = setup.spec, setup.spec.mesh
     if spec.fused is not None:
@@ -159,10 +164,10 @@ def _other_formulation(config: TrainConfig, setup: Setup) -> tuple[str, StepSpec
 def _step_gradient(
     adapter: nnx.State, frozen: Any, batch: Batch, spec: StepSpec
 ) -> tuple[dict[str, jax.Array], Any]:
-    """(loss and gradients, by name, of one train step; the frozen weights).
+    """Loss and gradients, by name, of one train step; and the frozen weights it returns.
 
-    The gradient is read off Adam's first moment after a step from zero, (1 - β1) g: that takes no
-    other program than the run's. Clipping has scaled g, so its norm before counts as well.
+    The gradient g is read from Adam's first moment after one step from zero, which is (1 - β1) g:
+    so it is the run's own program. Clipping has scaled g, so the norm before clipping counts too.
     """
     state = init_state(_copy(adapter), spec)
     state, frozen, scalars = train_step(state, frozen, batch, spec=spec)
@@ -174,16 +179,16 @@ def _step_gradient(
     return found, frozen
 
 
-def _difference(
+def _difference_of(
     ways: str,
     ours: dict[str, jax.Array],
     theirs: dict[str, jax.Array],
     bounds: tuple[float, float],
-) -> Difference:
+) -> StepDifference:
     apart = {name: float(x) for name, x in _relative_differences(ours, theirs).items()}
     loss = apart.pop("loss")
     where = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
-    return Difference(ways, loss, apart[where], where, *bounds)
+    return StepDifference(ways, loss, apart[where], where, *bounds)
 
 
 @jax.jit

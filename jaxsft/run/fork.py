@@ -1,4 +1,4 @@
-"""The adapter that a run starts from: a fresh one, or that of another run or a PEFT directory."""
+"""The adapter a run starts from: a fresh one, another run's, or a PEFT directory's."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,15 +15,14 @@ from jaxsft.weights.find import DEMO, DEMO_NAME, RUN_ADAPTERS, is_on_hub
 from jaxsft.weights.load import WeightsInfo
 from jaxsft.weights.peft import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
 
-# In the directory of a run; START is the adapter that a fork began with, whatever becomes of its
-# source.
+# In a run's directory. START is a copy of the adapter that the run was forked from.
 ADAPTER, BEST_ADAPTER, START = RUN_ADAPTERS
 CHECKPOINTS = "checkpoints"
 
 
 def fork_source(fork_from: str) -> Path:
-    """Where the adapter of a run's directory, or of an adapter's own, is read: the directory of a
-    PEFT adapter or, of a run that isn't finished, that of its checkpoints, which are newer.
+    """Where the adapter is read: a PEFT directory or, for an unfinished run, its checkpoints, which
+    are newer than its adapter/.
 
     Raises ValueError where there is neither.
     """
@@ -46,14 +45,14 @@ def fork_source(fork_from: str) -> Path:
 
 
 def as_begun(config: TrainConfig, run_dir: Path) -> TrainConfig:
-    """`config` with what its run was forked from when it began, if it has begun."""
+    """`config` with fork_from as it was when the run began, if it has begun."""
     start = run_dir / START
     has_begun = (start / CONFIG_NAME).exists()
     return dataclasses.replace(config, fork_from=str(start)) if has_begun else config
 
 
 def check_fork(config: TrainConfig) -> None:
-    """ValueError for a fork_from that can't be, as far as that is seen without the model."""
+    """ValueError for a fork_from that cannot work, as far as that shows without the model."""
     if config.fork_from is None:
         return
     source = fork_source(config.fork_from)
@@ -62,7 +61,7 @@ def check_fork(config: TrainConfig) -> None:
 
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
-    """The adapter that the options ask for, whatever the base's weights turn out to be."""
+    """The adapter config that the options ask for, without the base's digest."""
     options, path = config.lora, config.model.path
     base = DEMO_NAME if path == DEMO else path
     if is_on_hub(path):
@@ -94,8 +93,9 @@ def check_adapter(config: TrainConfig, source: Path, found: AdapterConfig) -> No
 def add_adapter(
     config: TrainConfig, model: Gemma, info: WeightsInfo, path: Path, say: Callable[[str], None]
 ) -> AdapterConfig:
-    """Puts a fresh adapter, or the PEFT adapter that fork_from names, into the model read at
-    `path`; `say` hears where that one was trained on other weights."""
+    """Puts a fresh adapter, or the PEFT adapter that fork_from names, into the model read at `path`.
+
+    `say` is told if that adapter was trained on other weights."""
     adapter = dataclasses.replace(
         adapter_config(config),
         base_digest=info.digest,
@@ -119,8 +119,9 @@ def add_adapter(
 def with_forked_adapter(
     config: TrainConfig, state: TrainState, info: WeightsInfo, say: Callable[[str], None]
 ) -> TrainState:
-    """`state` with the adapter of the newest checkpoint where fork_from is such a run; `say` hears
-    of damaged ones."""
+    """`state` with the newest checkpoint's adapter where fork_from is an unfinished run.
+
+    `say` is told of damaged checkpoints."""
     source = None if config.fork_from is None else fork_source(config.fork_from)
     if source is None or source.name != CHECKPOINTS:
         return state

@@ -1,4 +1,4 @@
-"""What makes two runs the same run, so that one may continue the other."""
+"""The fingerprint of a run: a run may continue another only where it is the same."""
 
 import dataclasses
 
@@ -6,12 +6,12 @@ from jaxsft.config import TrainConfig
 from jaxsft.prepare.rows import Data
 from jaxsft.weights.load import WeightsInfo
 
-# Options that change no number of the run, or only through a digest that is compared as well.
+# Options that change no number of the run, or only through a digest that is compared too.
 _NOT_IN_FINGERPRINT = (
     *("name", "output_dir", "model", "lora", "data", "eval", "fsdp", "num_workers"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_nonfinite_steps"),
     *("budget_hours", "deadline", "max_seconds", "fit_deadline", "hang_seconds", "multihost"),
-    # Another device count needs another one; but for dropout's masks it only changes rounding.
+    # Depends on the number of devices, and changes only rounding (and dropout's masks).
     "gradient_accumulation_steps",
     "fork_from",  # its adapter is kept in the run's directory
 )
@@ -20,7 +20,7 @@ _NOT_IN_DATA_FINGERPRINT = ("train_files", "eval_files", "prepared_dir", "max_dr
 
 
 def fingerprint(config: TrainConfig, data: Data, info: WeightsInfo, steps: int) -> dict[str, str]:
-    """What two runs must share for one to continue the other, by option name."""
+    """What two runs must have in common for one to continue the other, by option name."""
     same = dataclasses.asdict(config)
     rows = {
         f"data.{name}": value
@@ -48,7 +48,7 @@ def fingerprint(config: TrainConfig, data: Data, info: WeightsInfo, steps: int) 
 
 
 def adapter_fingerprint(config: TrainConfig) -> dict[str, str]:
-    """The part of it that an adapter needs to mean the same."""
+    """The part of the fingerprint that an adapter depends on."""
     return {f"lora.{name}": str(x) for name, x in dataclasses.asdict(config.lora).items()}
 
 

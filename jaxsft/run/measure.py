@@ -1,4 +1,4 @@
-"""A run's measurements on held-out rows, before, during and after training."""
+"""Measures held-out rows before, during and after training."""
 
 import dataclasses
 import json
@@ -25,8 +25,8 @@ _BEFORE = "before.json"
 
 
 def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
-    """What a measurement before training depends on, by name: not on the batch size, which may be
-    lowered where memory runs out."""
+    """What the measurement before training depends on, by name. Not the batch size: users lower it
+    when memory runs out."""
     options = dataclasses.asdict(config.eval)
     same = {f"eval.{name}": str(options[name]) for name in options if name != "batch_size"}
     heldout = "none" if data.heldout is None else data.heldout.rows.digest()
@@ -35,16 +35,17 @@ def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]
 
 
 def write_before(run_dir: Path, before: dict[str, Any], of: dict[str, str]) -> None:
-    """Keeps the measurement before training for `load_before`; `of` is its `measured_of`."""
+    """Keeps the measurement before training for `load_before`; `of` comes from `measured_of`."""
     write_json(run_dir / _BEFORE, before | {"of": of})
 
 
 def load_before(
     config: TrainConfig, data: Data, setup: Setup, run_dir: Path
 ) -> dict[str, Any] | None:
-    """The run's measurement before training: None if still to be made, {} if training has begun.
+    """The run's measurement before training: None where it is still to be made, {} where it is
+    missing though training has begun.
 
-    Raises ValueError when training has begun and it was made with other options.
+    Raises ValueError when training has begun and the measurement was made with other options.
     """
     path = run_dir / _BEFORE
     has_begun = int(setup.state.step) > 0
@@ -76,7 +77,7 @@ def measure(
     console: Console,
     on_batch: Callable[[], None],
 ) -> dict[str, Any]:
-    """Held-out losses, and what the answers to the first held-out prompts are worth.
+    """Measures held-out losses, and scores the answers to the first held-out prompts.
 
     `on_batch` is called before each batch and may raise.
 

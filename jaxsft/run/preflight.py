@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxsft.common.hosts import from_first
 from jaxsft.config import TrainConfig
 from jaxsft.gemma.sharding import CHIP_NAMES
-from jaxsft.run.agreement import Difference, compare_ways
+from jaxsft.run.agreement import StepDifference, compare_ways
 from jaxsft.run.setup import Setup
 from jaxsft.step.train_step import TrainState, put_batch, train_step
 
@@ -54,11 +54,11 @@ class TimedSteps(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """What was found.
+    """What the preflight found.
 
-    None: `memory` where the device does not count it, `planned` where no plan of this program was
-    made on this machine, `difference` where there is only one way to compute the
-    step; `not_compared` says why.
+    `memory` is None where the device does not count it, `planned` where this machine holds no plan
+    of this program, `difference` where there is only one way to compute the step; `not_compared`
+    says why.
     """
 
     program_hash: str
@@ -68,7 +68,7 @@ class Preflight:
     budget_hours: float | None
     memory: Memory | None
     planned: Planned | None
-    difference: Difference | None
+    difference: StepDifference | None
     not_compared: str
 
     @property
@@ -78,7 +78,7 @@ class Preflight:
 
     @property
     def hours(self) -> float:
-        """Of the steps that are left; measurements and checkpoints are not in it."""
+        """Hours that the remaining steps take, without measurements and checkpoints."""
         return self.num_steps_left * self.seconds_per_step / 3600
 
     @property
@@ -101,7 +101,7 @@ class Preflight:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it for a program to read, units in the names."""
+        """The same as JSON values, units in the names."""
         apart, memory, planned = self.difference, self.memory, self.planned
         return {
             "problems": self.problems,
@@ -125,10 +125,10 @@ class Preflight:
 def time_steps(
     setup: Setup, num_steps: int, tick: Callable[[str], None]
 ) -> tuple[Setup, TrainState, TimedSteps]:
-    """(`setup` as it must be used from now on, the state after the steps, their times).
+    """Times the run's next steps, after one that compiles, on a copy of its state.
 
-    The run's next steps, after one that compiles, on a copy of its state. The frozen weights of the
-    given `setup` are donated to them. `tick` is called before each and may raise.
+    Returns the new setup, the state after the steps, and their times. The frozen weights of the
+    given setup are donated. `tick` is called before each step and may raise.
     """
     spec, batches, first_step = setup.spec, setup.step_batches, int(setup.state.step)
     state, frozen = jax.tree.map(jnp.copy, setup.state), setup.frozen
@@ -147,10 +147,10 @@ def time_steps(
 def run_preflight(
     config: TrainConfig, setup: Setup, plan_dir: Path, tick: Callable[[str], None]
 ) -> tuple[Setup, Preflight]:
-    """(`setup` as it must be used from now on, what was found).
+    """Times the step and compares it with another way to compute it.
 
-    The frozen weights of the given `setup` are donated to the steps. `plan_dir` is where `plan`
-    keeps its estimates. `tick` as in `time_steps`.
+    Returns the new setup and what was found. The frozen weights of the given setup are donated.
+    `plan_dir` is where `plan` keeps its estimates. `tick` as in `time_steps`.
     """
     spec, batches, first_step = setup.spec, setup.step_batches, int(setup.state.step)
     setup, state, times = time_steps(setup, NUM_TIMED_STEPS, tick)
@@ -175,7 +175,7 @@ def run_preflight(
 
 
 def peak_memory(mesh: Mesh) -> Memory | None:
-    """Over this process's devices; None where they don't count it, as CPUs."""
+    """Memory of this process's fullest device; None where devices do not count it, as CPUs."""
     stats = [device.memory_stats() for device in mesh.local_devices]
     known = [
         Memory(each["peak_bytes_in_use"], each["bytes_limit"])
@@ -186,7 +186,7 @@ def peak_memory(mesh: Mesh) -> Memory | None:
 
 
 def find_plan(plan_dir: Path, program_hash: str, mesh: Mesh) -> Planned | None:
-    """The newest plan in `plan_dir` of this program on as many chips of this kind."""
+    """The newest plan in `plan_dir` for this program on the same number of the same chips."""
     chip = CHIP_NAMES.get(mesh.devices.flat[0].device_kind)
     paths = plan_dir.glob(f"{program_hash}-*.json")
     for path in sorted(paths, key=lambda path: -path.stat().st_mtime):

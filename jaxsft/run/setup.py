@@ -1,4 +1,4 @@
-"""A config made real: model loaded and split, adapter added, step and state on the mesh."""
+"""Sets a run up: loads the model, adds the adapter, puts the step's state on the mesh."""
 
 import copy
 import dataclasses
@@ -41,10 +41,11 @@ from jaxsft.weights.peft import AdapterConfig
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that the loop runs on. `flops_per_token` is by lora_step_flops, padding free.
+    """Everything that the loop runs on.
 
-    `frozen` is what the step takes, `model_weights` the shapes of the model's own frozen state.
-    `program_hash` is that of the train step, as `plan` prints it.
+    `frozen` are the frozen weights as the step takes them, `model_weights` the shapes of the
+    model's own. `flops_per_token` follows `lora_step_flops`, without padding. `program_hash` is
+    the train step's, as `plan` prints it.
     """
 
     model_info: WeightsInfo
@@ -60,7 +61,7 @@ class Setup:
 
 
 def check_early(config: TrainConfig) -> Path:
-    """The model's path; ValueError for mistakes that need neither data nor weights to be seen."""
+    """The model's path. ValueError for mistakes that show without data and weights."""
     check_devices(config, jax.device_count())
     lora.resolve_targets(config.lora.target_modules)
     path = model_path(config)
@@ -69,8 +70,7 @@ def check_early(config: TrainConfig) -> Path:
 
 
 def abstract_state(config: TrainConfig, path: Path) -> TrainState:
-    """The shapes of a run's state with the model at `path`, without its weights: in a fraction of a
-    second."""
+    """The shapes of a run's state with the model at `path`; reads no weights."""
     model_config, _ = architecture(str(path))
     return abstract_setup(config, model_config, jax.devices(), config.warmup_steps + 1).state
 
@@ -78,7 +78,7 @@ def abstract_state(config: TrainConfig, path: Path) -> TrainState:
 def build(
     config: TrainConfig, data: Data, path: Path, say: Callable[[str], None] = lambda line: None
 ) -> Setup:
-    """Loads the model at `path`, adds the adapter, and puts both on the mesh; `say` hears warnings.
+    """Loads the model at `path`, adds the adapter, and puts both on the mesh; `say` is told of problems.
 
     Raises:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
@@ -100,7 +100,7 @@ def build(
     spec = make_spec(config, info.config, graphdef, mesh, steps)
     state = with_forked_adapter(config, init_state(adapter, spec), info, say)
     if spec.fused is not None:
-        # The model's own weights are free once nothing names them: half the memory of the pair.
+        # Once nothing refers to the model's own weights, half of the memory is free again.
         frozen = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(
             frozen, layout=spec.fused.layout
         )
@@ -136,7 +136,7 @@ def build(
 
 
 def plain_weights(setup: Setup) -> nnx.State:
-    """The model's own frozen state, for generation."""
+    """The model's own frozen weights, for generation."""
     fused = setup.spec.fused
     if fused is None:
         return setup.frozen
@@ -148,7 +148,7 @@ def plain_weights(setup: Setup) -> nnx.State:
 
 
 def trained_model(setup: Setup) -> Gemma:
-    """The model with the adapter as it stands; its frozen weights are shapes only."""
+    """The model with the present adapter; its frozen weights are shapes only."""
     return nnx.merge(setup.spec.graphdef, setup.state.adapter, setup.model_weights)
 
 
@@ -173,7 +173,7 @@ def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
 
 
 def restore(setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]) -> Setup:
-    """`setup` with the state of the newest good checkpoint, if there is any; `say` hears of it."""
+    """`setup` with the state of the newest good checkpoint, if there is one; `say` is told."""
     restored = checkpoints.restore(
         setup.state, setup.fingerprint, on_event=lambda line: say(f"WARNING: {line}")
     )
@@ -195,14 +195,15 @@ def checkpoint_metadata(setup: Setup) -> dict[str, Any]:
 
 
 def split_of(setup: Setup) -> str:
-    """How the work of a step is divided, which decides the order of its sums."""
+    """How a step's work is divided; it decides the order of the sums."""
     spec = setup.spec
     return f"{spec.mesh.size} devices x {spec.accumulation_steps} micro-batches"
 
 
 def with_num_steps(setup: Setup, config: TrainConfig, steps: int) -> Setup:
-    """`setup` for a schedule of `steps`, decay included, as `build` would make it for a config
-    whose max_steps they are. Only for a run that has not begun: its batches stay the same."""
+    """`setup` with a schedule of `steps`, decay included, as if max_steps had been `steps`.
+
+    Only for a run that has not begun: its batches stay the same."""
     batches = copy.copy(setup.step_batches)
     batches.num_steps = steps
     spec = dataclasses.replace(setup.spec, schedule=run_schedule(config, steps))

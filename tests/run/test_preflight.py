@@ -21,7 +21,7 @@ import jaxsft.run.agreement
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.prepare.rows import load_data
-from jaxsft.run.agreement import Difference, compare_ways
+from jaxsft.run.agreement import StepDifference, compare_ways
 from jaxsft.run.setup import build, check_early
 from jaxsft.step import flash_attention
 from jaxsft.step.train_step import put_batch
@@ -183,7 +183,7 @@ def test_kernels_are_compared_with_xla(argv: list[str], monkeypatch: pytest.Monk
     adapter = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), setup.state.adapter)
     batch = put_batch(setup.step_batches[0], setup.spec.mesh)
 
-    def difference() -> Difference:
+    def difference() -> StepDifference:
         jax.clear_caches()
         _, found, not_compared = compare_ways(config, setup, adapter, batch)
         assert found is not None and not not_compared

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxsft.common.files import write_json
 from jaxsft.plan.estimate import StepEstimate
-from jaxsft.run.agreement import Difference
+from jaxsft.run.agreement import StepDifference
 from jaxsft.run.preflight import Memory, Planned, Preflight, TimedSteps, find_plan, peak_memory
 from jaxsft.run.report import show_preflight
 
@@ -27,7 +27,7 @@ GOOD = Preflight(
     budget_hours=1.0,
     memory=Memory(3 * GIB, 4 * GIB),
     planned=Planned(1.6, GIB // 2),
-    difference=Difference("Pallas kernels and XLA", 1e-3, 0.05, "global qkv_b", 1e-3, 0.1),
+    difference=StepDifference("Pallas kernels and XLA", 1e-3, 0.05, "global qkv_b", 1e-3, 0.1),
     not_compared="",
 )
 
