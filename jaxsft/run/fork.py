@@ -93,7 +93,7 @@ def check_adapter(config: TrainConfig, source: Path, found: AdapterConfig) -> No
 def add_adapter(
     config: TrainConfig, model: Gemma, info: WeightsInfo, path: Path, say: Callable[[str], None]
 ) -> AdapterConfig:
-    """Puts a fresh adapter, or the PEFT adapter that fork_from names, into the model read at `path`.
+    """Puts a fresh adapter, or the one that fork_from names, into the model read at `path`.
 
     `say` is told if that adapter was trained on other weights."""
     adapter = dataclasses.replace(

@@ -78,7 +78,7 @@ def abstract_state(config: TrainConfig, path: Path) -> TrainState:
 def build(
     config: TrainConfig, data: Data, path: Path, say: Callable[[str], None] = lambda line: None
 ) -> Setup:
-    """Loads the model at `path`, adds the adapter, and puts both on the mesh; `say` is told of problems.
+    """Loads the model at `path`, adds the adapter and puts both on the mesh; `say` gets warnings.
 
     Raises:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
