@@ -17,7 +17,7 @@ from jaxsft.common.batch import Batch
 from jaxsft.config import DataOptions
 from jaxsft.data.bins import one_per_row
 from jaxsft.data.packing import PackedRows, Sample
-from jaxsft.data.samples import load_samples
+from jaxsft.data.samples import DataReport, read_samples
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.gemma import lora
@@ -52,7 +52,7 @@ def make_row_sets(data_file: Path, tokenizer: Tokenizer) -> dict[str, Batch]:
     options = DataOptions(
         max_length=ROW_LENGTH, overlong="drop", min_completion_tokens=0, max_drop=1
     )
-    samples, _ = load_samples(data_file, tokenizer, options)
+    samples = [each.sample for each in read_samples([data_file], tokenizer, options, DataReport())]
     joined = Sample(*(np.concatenate(arrays) for arrays in zip(*samples, strict=True)))
     if len(samples) < NUM_ROWS or len(joined.ids) < NUM_ROWS * ROW_LENGTH:
         raise ValueError(

@@ -37,7 +37,7 @@ from rich.progress import Progress as Bars
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, fail
 from jaxsft.common.files import file_sha256
-from jaxsft.data.sources import converter_version
+from jaxsft.data.rows import ROWS_VERSION
 from jaxsft.download.datasets import (
     Progress,
     Request,
@@ -252,7 +252,7 @@ def obtain(name: str, options: argparse.Namespace, hub: Hub, reporter: Reporter)
         manifest = finished(request)
         if manifest is None:
             missing.append(request)
-        elif manifest.get("converter") == converter_version():
+        elif manifest.get("converter") == ROWS_VERSION:
             reporter.line(f"{request.directory}: complete, nothing to do")
         else:
             other = "made by another version of the converter: prepare checks every row again"

@@ -1,6 +1,6 @@
-"""Prepared rows: samples packed into fixed rows, once, as plain arrays on disk.
+"""Prepared rows: samples packed into fixed rows, once, kept as plain arrays on disk.
 
-A directory, named and made by cache.py:
+A prepared set is a directory:
 
     manifest.json        what it was made from, and what became of every row
     tokens.npy           int32 [N], the tokens of all samples, one after the other
@@ -9,7 +9,9 @@ A directory, named and made by cache.py:
     sample_rows.npy      int64 [samples], the row that a sample comes from, over all files
     row_samples.npy, row_offsets.npy   int64, which samples stand in which row: packing.PackedRows
 
-Opening it maps the arrays and compares their digests.
+Its name is a fingerprint of everything that decides its contents: the files, the tokenizer, the
+options and `ROWS_VERSION`. A set that is found under its name therefore is the right one. Opening
+it maps the arrays and compares their digests.
 """
 
 import contextlib
@@ -24,13 +26,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import sentencepiece
 
-from jaxsft.common.files import array_sha256, read_json
+from jaxsft.common.files import array_sha256, read_json, write_json
+from jaxsft.common.locks import remove_leftovers, scratch_beside
 from jaxsft.config import DataOptions
 from jaxsft.data import bins, packing
 from jaxsft.data.packing import PackedRows, offsets, rows_digest
-from jaxsft.data.samples import DataReport, SourceSample, check_any_left
-from jaxsft.data.sources import MANIFEST
+from jaxsft.data.rows import ROWS_VERSION
+from jaxsft.data.samples import DataReport, SourceSample, as_list, check_any_left, read_samples
+from jaxsft.data.sources import MANIFEST, file_digest, row_files, stamp
+from jaxsft.data.tokenizer import Tokenizer
 
 KIND = "jaxsft prepared rows"
 _ARRAYS = {
@@ -39,6 +45,9 @@ _ARRAYS = {
     **dict.fromkeys(("sample_offsets", "row_samples", "row_offsets", "sample_rows"), np.int64),
 }
 _WRITE_SAMPLES = 512  # collected before they are written
+_FILE_DIGESTS = "files.json"
+# Options that decide where rows are found or how many may be lost, not what they are.
+_NOT_IN_FINGERPRINT = ("train_files", "eval_files", "max_drop", "prepared_dir")
 
 
 class Prepared(NamedTuple):
@@ -51,10 +60,63 @@ class Prepared(NamedTuple):
     sample_rows: npt.NDArray[np.int64]
 
 
+def prepare(
+    files: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    root: Path,
+    *,
+    heldout_files: str | Path | Sequence[str | Path] = (),
+    progress: Callable[[DataReport], None] = lambda report: None,
+) -> Prepared:
+    """The prepared set of these files and options, made under `root` unless it is there.
+
+    Args:
+      files: what `sources.read_rows` reads, one source each.
+      tokenizer: the model's.
+      options: how; `train_files` and `eval_files` are not looked at.
+      root: directory of prepared sets.
+      heldout_files: left out of the rows with `options.drop_contaminated`.
+      progress: called now and then with the counts so far.
+
+    Raises:
+      ValueError: as data.read_samples, no sample left or more than `options.max_drop` lost, or a
+        weight for each file is not given. OSError: `root` cannot be written.
+    """
+    files = as_list(files)
+    heldout = as_list(heldout_files) if options.drop_contaminated else []
+    if options.weights is not None and len(options.weights) != len(files):
+        raise ValueError(
+            f"data.weights has {len(options.weights)} numbers for {len(files)} files: give one each"
+        )
+    known = _known_digests(root)
+    digests = dict(known)
+    made_from = _made_from(files, heldout, tokenizer, options, digests)
+    if digests != known:
+        _keep_digests(root, digests)
+    fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    directory = root / fingerprint[:16]
+    if directory.is_dir():
+        prepared = open_prepared(directory)
+        check_any_left(files, options, prepared.report)
+        return prepared
+    remove_leftovers(root)
+    with _partial_directory(directory) as partial:
+        report = DataReport()
+        found = read_samples(files, tokenizer, options, report, heldout_files=heldout)
+        about = _write_rows(found, files, options, report, partial, progress)
+        for file, _ in itertools.chain.from_iterable(map(row_files, (*files, *heldout))):
+            if stamp(file) != digests[str(file.absolute())][:-1]:
+                raise ValueError(f"{file}: was changed while it was read; run it again")
+        start = {"kind": KIND, "fingerprint": fingerprint, "made_from": made_from}
+        write_json(partial / MANIFEST, sealed(start | about))
+    return _map_prepared(directory)
+
+
 def open_prepared(directory: Path) -> Prepared:
     """Maps a prepared set; ValueError where it is none, or not as it was written."""
     try:
-        prepared = map_prepared(directory)
+        prepared = _map_prepared(directory)
         manifest = prepared.manifest
         intact = (
             sealed(manifest) == manifest
@@ -68,7 +130,7 @@ def open_prepared(directory: Path) -> Prepared:
     return prepared
 
 
-def map_prepared(directory: Path) -> Prepared:
+def _map_prepared(directory: Path) -> Prepared:
     """As open_prepared, of a set that was just written: its digests aren't compared."""
     manifest = read_json(directory / MANIFEST)
     if manifest["kind"] != KIND:
@@ -146,7 +208,7 @@ class _ArrayFile:
         self._file.close()
 
 
-def write_rows(
+def _write_rows(
     found: Iterator[SourceSample],
     files: Sequence[Path],
     options: DataOptions,
@@ -221,3 +283,64 @@ def _uses(
         some = np.sort(samples[order[: round(weight % 1 * len(samples))]])
         parts += [*[samples] * int(weight), some]
     return np.sort(np.concatenate(parts)).astype(np.int64)
+
+
+@contextlib.contextmanager
+def _partial_directory(directory: Path) -> Iterator[Path]:
+    """A new directory that is renamed to `directory` at the end, and removed where that fails."""
+    try:
+        with scratch_beside(directory) as partial:
+            yield partial
+            try:
+                partial.rename(directory)
+            except OSError:
+                if not directory.is_dir():  # else another process was faster
+                    raise
+    except OSError as error:  # of writing: what cannot be read is a ValueError
+        why = error.strerror or error
+        raise OSError(
+            f"{directory.parent}: {why} while rows were prepared there; make room, or name "
+            "another place with data.prepared_dir, or XDG_CACHE_HOME for all that is cached"
+        ) from error
+
+
+def _made_from(
+    files: Sequence[Path],
+    heldout_files: Sequence[Path],
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    digests: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that decides the rows, JSON-able; adds to the `digests` of files."""
+    kept = dataclasses.asdict(options)
+    for name in _NOT_IN_FINGERPRINT:
+        del kept[name]
+
+    # With their names, which the report has.
+    def digest_all(sets: Sequence[Path]) -> list[list[str]]:
+        return [
+            [str(path), *(file_digest(file, digests) for file in row_files(path))] for path in sets
+        ]
+
+    return {
+        "files": digest_all(files),
+        "heldout_files": digest_all(heldout_files),
+        "tokenizer": tokenizer.digest,
+        "options": kept,
+        "rows_version": ROWS_VERSION,
+        "sentencepiece": sentencepiece.__version__,
+    }
+
+
+def _known_digests(root: Path) -> dict[str, Any]:
+    """Digests of files that were computed before; none of a damaged file of them."""
+    try:
+        return read_json(root / _FILE_DIGESTS)
+    except ValueError:
+        return {}
+
+
+def _keep_digests(root: Path, digests: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a set may lie where nothing can be written
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / _FILE_DIGESTS, digests)

@@ -37,6 +37,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+# Raise it with every change of what becomes of a row, here or in sources, filters, chat, tokenizer,
+# vocabulary, samples, packing, bins or prepared: rows prepared before are then prepared again.
+# A test in tests/data/test_prepared.py fails when the outcome changes and this number does not.
+ROWS_VERSION = 1
+
 ACCEPTED_SCHEMAS = (
     "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, response}, "
     "{prompt, completion[, reasoning_content]}, {instruction, response}, {question, answer}, "

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from jaxsft.common.batch import Batch
@@ -142,21 +141,6 @@ def read_samples(
         )
 
 
-def load_samples(
-    files: str | Path | Sequence[str | Path],
-    tokenizer: Tokenizer,
-    options: DataOptions,
-    *,
-    heldout_files: Sequence[Path] = (),
-) -> tuple[list[Sample], DataReport]:
-    """`read_samples` all at once, in memory; ValueError also where none is left."""
-    files, report = as_list(files), DataReport()
-    found = read_samples(files, tokenizer, options, report, heldout_files=heldout_files)
-    samples = [each.sample for each in found]
-    check_any_left(files, options, report)
-    return samples, report
-
-
 def check_any_left(files: Sequence[Path], options: DataOptions, report: DataReport) -> None:
     """Raises ValueError where no sample, or too small a share of the rows, is left."""
     names = ", ".join(map(str, files)) or "no files"
@@ -274,6 +258,8 @@ def batches(
         raise ValueError(f"start step {start_step} is not in a run of {len(step_batches)} steps")
     if start_step == len(step_batches):
         return
+    import grain  # imports JAX, which nothing else on the data side needs
+
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     steps = grain.MapDataset.source(step_batches)[start_step:].to_iter_dataset(options)
     yield from enumerate(steps, start_step)

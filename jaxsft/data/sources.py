@@ -5,9 +5,6 @@ A directory is one that the download made or that `Dataset.save_to_disk` of Hugg
 Reading is strict and names file:line. Nothing is held but a chunk of rows.
 """
 
-import functools
-import hashlib
-import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsft.common.files import file_sha256, read_json
-from jaxsft.data import rows as reasoning
 
 MANIFEST = "manifest.json"
 ROWS_KIND = "jaxsft rows"  # in the manifest of a directory of rows
@@ -25,12 +21,6 @@ _SAVED_SPLITS = "dataset_dict.json"  # of DatasetDict.save_to_disk
 _CHUNK_ROWS = 256  # of Parquet, made Python objects at once
 _UTF8_BOM = b"\xef\xbb\xbf"
 _MAX_LINE_BYTES = 64 * 2**20  # of JSONL; the longest published traces have under 1 MiB
-
-
-@functools.cache
-def converter_version() -> str:
-    """12 hex digits that change with the conversion of rows: of the SHA-256 of its source."""
-    return hashlib.sha256(inspect.getsource(reasoning).encode()).hexdigest()[:12]
 
 
 class RowFile(NamedTuple):

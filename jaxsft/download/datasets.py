@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from jaxsft.common.files import read_json, write_json
 from jaxsft.common.locks import DirectoryLock, LockedError
 from jaxsft.common.pins import read_pins, write_pin
-from jaxsft.data.sources import MANIFEST, ROWS_KIND, converter_version, row_files
+from jaxsft.data.rows import ROWS_VERSION
+from jaxsft.data.sources import MANIFEST, ROWS_KIND, row_files
 from jaxsft.download.files import Snapshot, fetch, look_up, parquet_footer
 from jaxsft.download.parts import (
     Counts,
@@ -205,7 +206,7 @@ def _head(request: Request, revision: str | None) -> dict[str, Any]:
         "source": request.source,
         "revision": revision,
         "split": request.split.text,
-        "converter": converter_version(),
+        "converter": ROWS_VERSION,
     }
 
 

@@ -9,8 +9,7 @@ from rich.console import Console
 from jaxsft.common.files import cache_dir
 from jaxsft.config import DataOptions, TrainConfig
 from jaxsft.data.packing import Sample
-from jaxsft.data.prepared import Prepared
-from jaxsft.data.prepared_cache import prepare
+from jaxsft.data.prepared import Prepared, prepare
 from jaxsft.data.samples import DataReport, as_list
 from jaxsft.data.sources import num_rows
 from jaxsft.data.tokenizer import Tokenizer

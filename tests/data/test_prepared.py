@@ -4,18 +4,21 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.fake_tokenizer import FakeTokenizer
+from support.samples import load_samples
 
 from jaxsft.common.locks import DirectoryLock
 from jaxsft.config import DataOptions
 from jaxsft.data.packing import PackedRows
-from jaxsft.data.prepared import Prepared, open_prepared
-from jaxsft.data.prepared_cache import prepare
-from jaxsft.data.samples import DataReport, load_samples
+from jaxsft.data.prepared import Prepared, open_prepared, prepare
+from jaxsft.data.rows import ROWS_VERSION
+from jaxsft.data.samples import DataReport
 
 OPTIONS = DataOptions(max_length=256, packing=True, system_prompt=None)
 
@@ -56,6 +59,49 @@ def test_rows_on_disk_are_those_in_memory(rows_file, tmp_path):
     assert found.manifest["fill"] == found.rows.fill == report.num_tokens / (len(found.rows) * 256)
     assert found.rows.num_loss_tokens == report.num_loss_tokens
     assert found.manifest["fewest_rows"] <= len(found.rows)
+
+
+# Of every kind of outcome one: converted, noted, rejected, shortened, a system turn of its own.
+FIXED_ROWS = [
+    {"prompt": "p", "response": "<think>One and one.</think>Two"},
+    {"prompt": "p", "response": "<think>One and one.</think>Two"},
+    {"prompt": "q <end_of_turn>", "response": "never opened</think>Two"},
+    {"prompt": "r", "response": "no thought"},
+    {"prompt": "s", "response": f"<think>{'Wir zählen. ' * 30}Then ten.</think>10"},
+    {"prompt": "t", "response": f"<think>{' '.join(f'{n}: {n * n}.' for n in range(99))}</think>9"},
+    {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+    {"text": "Add.", "code": "def f():\r\n    return 1", "test_list": ["assert f() == 1"]},
+    {"messages": [{"role": r, "content": c} for r, c in [("system", "S."), ("user", "u")]]
+     + [{"role": "assistant", "content": "2", "reasoning_content": "1 + 1"}]},
+]  # fmt: skip
+
+
+def test_rows_change_with_their_version_alone(tmp_path, tokenizer):
+    """Prepared rows are found by ROWS_VERSION: what changes them must raise it."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in FIXED_ROWS))
+    options = DataOptions(max_length=128, min_completion_tokens=2, max_drop=1.0)
+    found = prepare(path, tokenizer, options, tmp_path / "sets")
+    counts = found.report
+    assert counts.rejected == {"no_thought": 1, "duplicate": 1, "degenerate": 1}
+    assert counts.noted == {"implicit_open": 1, "control_look_alike": 1, "plain_completion": 1}
+    assert counts.shortened == 1
+    assert (ROWS_VERSION, found.rows.digest()[:16]) == (1, "c24836a01abff461"), (
+        "prepared rows have changed: raise ROWS_VERSION in jaxsft/data/rows.py, then put its new "
+        "value and the new digest here"
+    )
+
+
+def test_the_data_side_imports_nothing_slow():
+    """Neither JAX nor what only some files of rows need."""
+    script = (
+        "import importlib, pkgutil, sys, jaxsft.data\n"
+        "for each in pkgutil.iter_modules(jaxsft.data.__path__):\n"
+        "    importlib.import_module(f'jaxsft.data.{each.name}')\n"
+        "print(*{'jax', 'flax', 'datasets', 'pyarrow', 'torch', 'pandas'} & sys.modules.keys())"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip(), found.stderr) == (0, "", "")
 
 
 def test_sample_rows_count_over_all_files_and_rejects(tmp_path):
@@ -125,7 +171,7 @@ def test_changed_data_tokenizer_or_heldout_rows_are_another_set(rows_file, tmp_p
     directories.append(make(root, rows_file).directory)
     monkeypatch.setattr(FakeTokenizer, "digest", "another")
     directories.append(make(root, rows_file).directory)
-    monkeypatch.setattr("jaxsft.data.prepared_cache.code_version", lambda: "newer")
+    monkeypatch.setattr("jaxsft.data.prepared.ROWS_VERSION", 0)
     directories.append(make(root, rows_file).directory)
     assert len(set(directories)) == 5
 
@@ -160,7 +206,7 @@ def test_a_full_disk_is_named(rows_file, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxsft.data.prepared_cache.write_rows", full)
+    monkeypatch.setattr("jaxsft.data.prepared._write_rows", full)
     with pytest.raises(OSError, match=r"sets: No space left on device while rows .* make room"):
         make(tmp_path / "sets", rows_file)
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["files.json"]
@@ -191,7 +237,7 @@ def test_a_set_where_nothing_can_be_written(rows_file, tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("jaxsft.data.prepared_cache.write_json", refuse)
+    monkeypatch.setattr("jaxsft.data.prepared.write_json", refuse)
     assert make(tmp_path / "sets", rows_file).directory == first.directory
 
 

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.samples import load_samples
 
 from jaxsft.config import DataOptions
 from jaxsft.data.rows import Conversation, convert_row
-from jaxsft.data.samples import load_samples
 from jaxsft.data.sources import read_rows
 from jaxsft.data.tokenizer import Tokenizer
 

@@ -3,11 +3,12 @@ import re
 import numpy as np
 import pytest
 from support.fake_tokenizer import FakeTokenizer
+from support.samples import load_samples
 
 from jaxsft.config import SYSTEM_PROMPT, DataOptions
 from jaxsft.data.chat import encode_chat
 from jaxsft.data.rows import Turn, completion_text
-from jaxsft.data.samples import DataReport, load_samples
+from jaxsft.data.samples import DataReport
 
 GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"}
 LONG = {"prompt": "p", "response": f"<think>{'We add one more. ' * 30}</think>Two"}

@@ -26,8 +26,7 @@ from support.fake_tokenizer import FakeTokenizer
 from jaxsft.common.files import read_json
 from jaxsft.common.text import visible_line
 from jaxsft.config import DataOptions
-from jaxsft.data.prepared import Prepared, open_prepared, sealed
-from jaxsft.data.prepared_cache import prepare
+from jaxsft.data.prepared import Prepared, open_prepared, prepare, sealed
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.data.vocabulary import BYTE, CONTROL, NORMAL, REQUIRED_PIECES, UNKNOWN
 from jaxsft.download import files as hub_files

@@ -21,11 +21,11 @@ import yaml
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from support.child import Child
+from support.samples import load_samples
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.config import DataOptions
 from jaxsft.data.packing import Sample
-from jaxsft.data.samples import load_samples
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.setup import abstract_state
