@@ -1,4 +1,4 @@
-"""Measures one or two models on held-out rows and writes what it found."""
+"""Measures one or two models on held-out rows and writes the results."""
 
 import gc
 import time
@@ -43,9 +43,9 @@ from jaxsft.evaluate.results import (
 from jaxsft.evaluate.scoring import compare_answers
 from jaxsft.evaluate.sides import (
     Side,
-    check,
+    check_evaluate_options,
     defaults_of,
-    find,
+    find_side,
     names_of,
     shared_tokenizer,
     sides_of,
@@ -56,12 +56,12 @@ from jaxsft.gemma.decode import num_rows
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.prepare.rows import all_samples, load_heldout
 from jaxsft.step.train_step import StepSpec
-from jaxsft.weights.find import Origin, check_tokenizer, load
+from jaxsft.weights.find import check_tokenizer, load
 from jaxsft.weights.load import open_weights, without_weights
 from jaxsft.weights.merged import MergedWeights
 from jaxsft.weights.peft import WEIGHTS_NAME, load_adapter
 
-_CHUNK_TOKENS = 512  # loss positions per device that meet the vocabulary at once
+_CHUNK_TOKENS = 512  # positions per device whose logits exist at a time
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128  # a TPU's lanes; shorter rows pack badly
 _ANY_LENGTH = 1 << 24  # tokens
 _SHOWN = 80  # characters of a system text
@@ -72,7 +72,7 @@ Parse = Callable[[Mapping[str, Any]], EvaluateOptions]
 
 
 class Rows(NamedTuple):
-    """What models are measured on; `about` says so in a line."""
+    """The rows and prompts to measure models on; `about` describes them in a line."""
 
     heldout: PackedRows
     prompts: list[Prompt]
@@ -80,10 +80,10 @@ class Rows(NamedTuple):
 
 
 def evaluate(parse: Parse) -> int:
-    """Measures what the options ask for; returns the exit code.
+    """Measures the models of the options; returns the exit code.
 
-    `parse` gives the options, with these values as defaults of some. ValueError and OSError are bad
-    input.
+    `parse` returns the options; its argument replaces the defaults of some. ValueError and OSError
+    are bad input.
     """
     console = make_console()
     options, sides = resolve(parse)
@@ -91,13 +91,14 @@ def evaluate(parse: Parse) -> int:
     check_device()
     configure_jax()
     tokenizer = shared_tokenizer(sides)
-    rows = read_rows(options, tokenizer)
-    for name, side in sides:  # before an hour goes into the first
-        check_model(name, side, rows, tokenizer, options)
+    rows = load_rows(options, tokenizer)
+    for side in sides:  # both, before the first one takes an hour
+        check_model(side, rows, tokenizer, options)
     measured: list[Measured] = []
-    for name, side in sides:
-        gc.collect()  # the other model's weights
-        measured.append(measure(name, side, rows, tokenizer, options, console))
+    for side in sides:
+        gc.collect()  # frees the other model's weights
+        found = measure_model(side, rows, tokenizer, options=options, console=console)
+        measured.append(found)
         lines = compare_losses(*(each.losses for each in measured))
         if options.eval.num_prompts:
             lines += compare_answers(*(each.answers for each in measured))
@@ -109,14 +110,14 @@ def evaluate(parse: Parse) -> int:
 
 
 def resolve(parse: Parse) -> tuple[EvaluateOptions, list[Side]]:
-    """The options, with those of a run among the models for defaults, and the models.
+    """The options, with those of a run among the models as defaults, and the models.
 
-    ValueError where two were trained with different system texts and the options have none.
+    ValueError where the two were trained with different system texts and the options give none.
     """
     options = parse({})
-    # Runs are here. What is the hub's has no directory above it, and waits for the options' check.
+    # A run is a local directory. Models of the hub are found after the options are checked.
     here = [name for name in names_of(options) if Path(name).parent.is_dir()]
-    found = {name: find(name, options) for name in here}
+    found = {name: find_side(name, options) for name in here}
     defaults = [each for each in map(defaults_of, found.values()) if each]
     if len({parse(each).system_prompt or None for each in defaults}) > 1:
         raise ValueError(
@@ -124,12 +125,12 @@ def resolve(parse: Parse) -> tuple[EvaluateOptions, list[Side]]:
             "texts; give --system_prompt TEXT (null for none), which both are then measured with"
         )
     options = parse(max(defaults, key=len, default={}))  # a run has more of them than an export
-    check(options)
+    check_evaluate_options(options)
     return options, sides_of(options, found)
 
 
-def read_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
-    """The rows to measure on and their prompts, with the examples in front."""
+def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
+    """The rows to measure on and their prompts, with the solved examples in front."""
     data = DataOptions(
         system_prompt=options.system_prompt,
         max_length=options.max_length,
@@ -140,7 +141,7 @@ def read_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
     examples: list[Sample] = []
     if shots:
         example_files = as_list(options.few_shot_files)
-        # The system text is the first turn's alone.
+        # Only the first turn has the system text.
         examples = first_samples(example_files, tokenizer, options.system_prompt, 1)
         examples += first_samples(example_files, tokenizer, None, shots)[1:]
         if len(examples) < shots:
@@ -166,7 +167,7 @@ def read_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
 def first_samples(
     files: Sequence[Path], tokenizer: Tokenizer, system_prompt: str | None, num: int
 ) -> list[Sample]:
-    """The first rows as they are, of any length: a prompt needs no room for its row's answer."""
+    """The first rows, unfiltered and of any length: the length limit is not for prompts."""
     options = DataOptions(
         system_prompt=system_prompt,
         max_length=_ANY_LENGTH,
@@ -179,19 +180,18 @@ def first_samples(
 
 
 def pack_tightly(samples: Sequence[Sample]) -> PackedRows:
-    """Rows just long enough: every token of padding would cost as much as one of text."""
+    """Packs into rows as short as possible: a token of padding costs as much as any other."""
     lengths = [len(sample.ids) for sample in samples]
     row_length = -(-max(*lengths, _MIN_ROW_LENGTH) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     return PackedRows.from_samples(samples, pack(lengths, row_length), row_length)
 
 
-def check_model(
-    name: str, origin: Origin, rows: Rows, tokenizer: Tokenizer, options: EvaluateOptions
-) -> None:
-    """ValueError where a model has too few positions, or files that are not whole or do not fit.
+def check_model(side: Side, rows: Rows, tokenizer: Tokenizer, options: EvaluateOptions) -> None:
+    """ValueError where a model has too few positions, or its files are incomplete or do not fit.
 
-    Of weights the headers are read and the digest, which is kept for when they are loaded.
+    Reads the headers of the weights, and their digest, which loading needs as well.
     """
+    name, origin = side
     source, info = open_weights(origin.base)
     check_tokenizer(tokenizer, info.config)
     MergedWeights(source, info, None)  # checks every shape
@@ -208,15 +208,11 @@ def check_model(
         )
 
 
-def measure(
-    name: str,
-    origin: Origin,
-    rows: Rows,
-    tokenizer: Tokenizer,
-    options: EvaluateOptions,
-    console: Console,
+def measure_model(
+    side: Side, rows: Rows, tokenizer: Tokenizer, *, options: EvaluateOptions, console: Console
 ) -> Measured:
     """Loads a model and measures it."""
+    name, origin = side
     mesh = make_mesh(jax.device_count())
     loaded = load(
         origin, dtype=options.dtype, param_dtype=options.param_dtype or options.dtype, mesh=mesh
@@ -258,8 +254,8 @@ def measure(
 def counting(
     console: Console, name: str, what: str, total: int, batch_size: int
 ) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called before each batch: a live line on a terminal, else a line now
-    and then."""
+    """Yields a function to call before each batch; it shows the progress, elsewhere than on a
+    terminal every 30 seconds."""
     num_begun, last_s = 0, time.monotonic()
     with console.status(Text(f"{name}: {what} …")) as status:
 

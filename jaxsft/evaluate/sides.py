@@ -27,14 +27,14 @@ BASE = "base"
 
 
 class Side(NamedTuple):
-    """A model to measure: what it is called, and where it is read."""
+    """A model to measure: its name, and where its files are."""
 
     name: str
     origin: Origin
 
 
 def defaults_of(origin: Origin) -> dict[str, Any]:
-    """Defaults by option: what a run was measured with; an export's system text; {} of others."""
+    """Defaults by option: a run's own options, an export's system text, {} for other models."""
     if origin.run_dir is None:
         text = system_text(origin)
         return {} if text is None else {"system_prompt": text or None}
@@ -51,8 +51,8 @@ def defaults_of(origin: Origin) -> dict[str, Any]:
     } | {f"eval.{name}": value for name, value in dataclasses.asdict(config.eval).items()}
 
 
-def check(options: EvaluateOptions) -> None:
-    """ValueError for options that can't be, together or alone."""
+def check_evaluate_options(options: EvaluateOptions) -> None:
+    """ValueError for options that are wrong or do not go together."""
     if not options.files:
         raise ValueError("no rows to measure on: give --files ROWS (JSONL or Parquet)")
     if options.few_shot < 0:
@@ -63,7 +63,7 @@ def check(options: EvaluateOptions) -> None:
         raise ValueError("few_shot needs --few_shot_files, other rows than those measured on")
     try:
         json.dumps(dataclasses.asdict(options), ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # found now, not when the results are written
+    except UnicodeEncodeError:  # now, and not when the results are written
         raise ValueError("a file name among the options is not UTF-8; rename the file") from None
     for name in ("files", "few_shot_files"):
         counts = Counter(map(os.path.abspath, as_list(getattr(options, name))))
@@ -74,13 +74,13 @@ def check(options: EvaluateOptions) -> None:
 
 
 def names_of(options: EvaluateOptions) -> list[str]:
-    """The model, and the one that it is compared with unless that is its own base."""
+    """The model, and the one it is compared with unless that is "base"."""
     other = options.compare
     return [options.model] if other in (None, BASE) else [options.model, other]
 
 
-def find(name: str, options: EvaluateOptions) -> Origin:
-    """The model of this name, on the base that the options give if it is an adapter."""
+def find_side(name: str, options: EvaluateOptions) -> Origin:
+    """The model of this name; an adapter is put on the base that the options give."""
     base = options.base_model
     with suppress(ValueError):  # for an adapter or a run, or what find_model refuses as well
         if base is not None and not holds_adapter(base_path(name, options.tokenizer)):
@@ -89,17 +89,17 @@ def find(name: str, options: EvaluateOptions) -> Origin:
 
 
 def sides_of(options: EvaluateOptions, found: Mapping[str, Origin]) -> list[Side]:
-    """The model and, if asked for, the one beside it; `found` are those already looked up, by name.
+    """The model and, if any, the one it is compared with; `found`, by name, are known already.
 
-    Their names are distinct. Raises ValueError where both are the same, and for a base_model that
-    nobody needs.
+    Their names differ. Raises ValueError where both are the same model, and where no adapter needs
+    the `base_model`.
     """
-    sides = [Side(name, found.get(name) or find(name, options)) for name in names_of(options)]
+    sides = [Side(name, found.get(name) or find_side(name, options)) for name in names_of(options)]
     if options.base_model is not None and all(side.origin.adapter is None for side in sides):
         raise ValueError("base_model is for adapters and runs, and none is given")
     if options.compare == BASE:
         origin = sides[0].origin
-        is_same = Path(origin.name) == Path(options.model)  # of the adapter beside it, say
+        is_same = Path(origin.name) == Path(options.model)  # base and adapter in one directory
         name = f"{origin.name} (base)" if is_same else origin.name
         sides.append(Side(name, dataclasses.replace(origin, adapter=None)))
     parts = [(side.origin.base, side.origin.adapter) for side in sides]
@@ -112,8 +112,8 @@ def sides_of(options: EvaluateOptions, found: Mapping[str, Origin]) -> list[Side
 
 
 def shared_tokenizer(sides: Sequence[Side]) -> Tokenizer:
-    """The tokenizer of all sides; ValueError where they don't have the same."""
-    places = [side.origin.tokenizer for side in sides]  # mostly one file
+    """The tokenizer of both models; ValueError where they have different ones."""
+    places = [side.origin.tokenizer for side in sides]  # mostly the same file
     tokenizers = [open_tokenizer(place) for place in dict.fromkeys(places)]
     if len({tokenizer.digest for tokenizer in tokenizers}) > 1:
         raise ValueError(

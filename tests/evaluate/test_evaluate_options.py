@@ -15,7 +15,6 @@ from jaxsft.cli import parse_options
 from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.evaluate import command
 from jaxsft.evaluate.__main__ import main
-from jaxsft.evaluate.command import read_rows
 from jaxsft.evaluate.options import EvaluateOptions
 from jaxsft.evaluate.sides import Side, shared_tokenizer
 
@@ -88,10 +87,10 @@ def test_a_run_gives_its_settings_from_either_side(run_dir: str, tiny_model_dir:
     assert resolve([run_dir, "--compare", "base"])[0] == dataclasses.replace(same, compare="base")
     given = resolve([base, "--compare", run_dir, "--system_prompt", "null", "--max_length", "64"])
     assert (given[0].system_prompt, given[0].max_length) == (None, 64)
-    rows = read_rows(options, shared_tokenizer(sides))  # of which one is left for the loss
+    rows = command.load_rows(options, shared_tokenizer(sides))  # of which one is left for the loss
     assert rows.heldout.num_samples == 1 and len(rows.prompts) == 2
     assert "1 row left out of the loss" in rows.about and f'system text "{TEXT}"' in rows.about
-    none = read_rows(given[0], shared_tokenizer(sides))
+    none = command.load_rows(given[0], shared_tokenizer(sides))
     assert "system text" not in none.about
 
 
