@@ -104,15 +104,6 @@ def test_what_all_prompts_begin_with_is_there_once() -> None:
     assert Tree(page(same)).texts("div", class_="text")[:2] == [SYSTEM, "Question 1?"]
 
 
-def test_twice_the_same_tag_is_a_broken_form_on_the_page() -> None:
-    twice = answers(f"{GOOD}<answer>7</answer>")
-    tree = Tree(page(twice))
-    assert [a["data-kinds"] for _, a, _ in tree.elements if "data-kinds" in a] == [
-        "format-broken right"
-    ]
-    assert "✗ format: 2 × <answer>" in tree.texts("p", class_="badges")[0]
-
-
 def test_tags_are_marked_and_parts_too() -> None:
     tree = Tree(page(answers(f"Sure! {GOOD}"), answers("<reasoning>no end")))
     sides = "".join(tree.texts("div", class_="sides"))

@@ -24,6 +24,7 @@ def test_no_success_is_no_certainty() -> None:
     assert share([False] * 20).low == pytest.approx(0, abs=1e-15)
     assert share([False] * 20).high == pytest.approx(z * z / (20 + z * z), abs=1e-6)  # 16.1%
     assert share([True] * 20).high == pytest.approx(1, abs=1e-15)
+    assert share([]).num == 0 and math.isnan(share([]).value)
 
 
 @pytest.mark.parametrize("values", [[], [3.0], [2.5] * 40, [0.1 + 0.2, 0.3]])
@@ -32,10 +33,6 @@ def test_equal_values_have_no_interval(values: list[float]) -> None:
     assert found.num == len(values)
     assert found.value == pytest.approx(values[0]) if values else math.isnan(found.value)
     assert math.isnan(found.low) and math.isnan(found.high)
-
-
-def test_no_answers_have_no_share() -> None:
-    assert share([]).num == 0 and math.isnan(share([]).value)
 
 
 def test_two_values_by_hand() -> None:

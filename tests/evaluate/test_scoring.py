@@ -1,4 +1,4 @@
-"""Scores of answers, read off by hand: 40 answers to one question, and what is counted in them."""
+"""Scores of answers by hand, the exact format against the field's pattern, comparisons."""
 
 import dataclasses
 import math
@@ -18,12 +18,10 @@ from jaxsft.evaluate.scoring import (
     format_fault,
     has_each_tag_once,
     is_exact_format,
-    last_number,
     reference_number,
     repeated_share,
     score_answer,
 )
-from jaxsft.evaluate.table import show_interval, show_p_value, show_value
 
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
 
@@ -101,10 +99,6 @@ def test_hand_made_answers(
     assert found == (exact, correct, partial, last)
 
 
-def test_there_are_forty() -> None:
-    assert len(HAND_MADE) == len(set(HAND_MADE)) == 40
-
-
 def test_reference_is_read_as_the_converter_writes_it() -> None:
     row = {"question": "How many?", "answer": "1000 + 80 = <<1000+80=1080>>1080\n#### 1,080"}
     conversation = convert_row(row)
@@ -112,11 +106,6 @@ def test_reference_is_read_as_the_converter_writes_it() -> None:
     assert reference_number(completion_text("So.", "There are 1,080.")) is None
     assert reference_number("1,080") == 1080
     assert reference_number("There are 1,080.") is None
-
-
-def test_without_tags_only_the_last_number_is_there() -> None:
-    assert (final_number("It is 72."), last_number("3 or 72.")) == (None, 72)
-    assert last_number("none") is None
 
 
 @pytest.mark.parametrize(
@@ -136,6 +125,7 @@ def test_a_box_counts_where_a_number_is_in_it(text: str, number: int | str) -> N
     ("text", "fault"),
     [
         (GOOD, None),
+        (completion_text("Because.\nAnd so.", "Four."), None),  # what training teaches
         ("<reasoning>a</reasoning><answer>b</answer>", None),
         # White space around the whole, newlines inside the parts, text between the parts.
         (f" \n{GOOD}\n ", None),
@@ -190,16 +180,6 @@ def test_exact_format_is_the_pattern_of_the_field() -> None:
         num_exact += bool(match)
     assert num_exact > 200
     assert exact_parts("".join(TAGS) * 20_000) is not None  # where the pattern takes cubic time
-
-
-def test_each_tag_once_is_in_any_order() -> None:
-    assert has_each_tag_once("<answer>b</answer>\n<reasoning>a</reasoning>")
-    assert not has_each_tag_once("<reasoning>a</reasoning>\n<answer>b")
-    assert not has_each_tag_once(f"{GOOD}<answer>")
-
-
-def test_what_training_teaches_is_exact() -> None:
-    assert is_exact_format(completion_text("Because.\nAnd so.", "Four."))
 
 
 def test_repetition_is_the_share_of_runs_seen_before() -> None:
@@ -275,16 +255,3 @@ def test_what_cannot_be_scored() -> None:
         compare_answers(ANSWERS, ANSWERS[:3])
     with pytest.raises(ValueError, match="different prompts"):
         compare_answers([ANSWERS[0]], [dataclasses.replace(ANSWERS[0], prompt="another")])
-
-
-def test_numbers_for_people() -> None:
-    exact, words = compare_answers(ANSWERS)[0], compare_answers(ANSWERS)[-2]
-    assert show_value(exact.estimates[0].value, "rate") == "75.0%"
-    # Wilson, 3 of 4.
-    assert show_interval(exact.estimates[0], "rate") == "[30.1, 95.4]"
-    assert show_value(-0.125, "rate", signed=True) == "−12.5 points"
-    assert show_value(words.estimates[0].value, "words") == "1.3"
-    assert (show_value(1.23456, "nats"), show_value(1234, "count")) == ("1.2346", "1,234")
-    assert show_value(math.nan, "words") == "–"
-    assert show_interval(compare_answers(ANSWERS)[-1].estimates[0], "count") == ""
-    assert (show_p_value(0.0341), show_p_value(1e-9)) == ("0.034", "< 0.001")

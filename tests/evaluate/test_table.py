@@ -8,7 +8,13 @@ from rich.console import Console
 
 from jaxsft.evaluate.intervals import Estimate, PairedDifference
 from jaxsft.evaluate.scoring import Comparison, Metric
-from jaxsft.evaluate.table import show_comparison, with_perplexity
+from jaxsft.evaluate.table import (
+    show_comparison,
+    show_interval,
+    show_p_value,
+    show_value,
+    with_perplexity,
+)
 
 LOSS = Metric("loss", "held-out loss", "nats", -1)
 OF_ANSWER = Metric("loss_answer", "of the answer", "nats", -1)
@@ -40,3 +46,13 @@ def test_names_can_be_told_apart_on_a_narrow_terminal() -> None:
     assert "rows [/x]" in shown and "Q" in shown and "Z" in shown and shown.count("x") == 81
     words = shown.split()
     assert "50.0%" in words and "[40.0," in words and "+25.0" in words and "0.001" in words
+
+
+def test_numbers_for_people() -> None:
+    assert (show_value(0.75, "rate"), show_value(4 / 3, "words")) == ("75.0%", "1.3")
+    assert show_value(-0.125, "rate", signed=True) == "−12.5 points"
+    assert (show_value(1.23456, "nats"), show_value(1234, "count")) == ("1.2346", "1,234")
+    assert show_interval(Estimate(0.75, 0.301, 0.954, 4), "rate") == "[30.1, 95.4]"
+    assert show_interval(Estimate(2, math.nan, math.nan, 4), "count") == ""
+    assert (show_value(math.nan, "words"), show_p_value(math.nan)) == ("–", "–")
+    assert (show_p_value(0.0341), show_p_value(1e-9)) == ("0.034", "< 0.001")
