@@ -18,7 +18,7 @@ from benchmarks.peer_lab import NUM_ROWS, ROW_LENGTH
 from benchmarks.peer_protocol import serve
 from jaxsft.common.batch import Batch
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
-from jaxsft.prepare.rows import load_data
+from jaxsft.prepare.rows import load_data, load_tokenizer
 from jaxsft.run.setup import build
 from jaxsft.step.train_step import init_state, put_batch, train_step
 from jaxsft.weights.load import demo_model_path
@@ -41,7 +41,7 @@ class JaxsftTrainer:
             lr_scheduler_type="constant",
         )
         path = Path(model_dir)
-        self.setup = build(config, load_data(config, path), path)
+        self.setup = build(config, load_data(config.data, load_tokenizer(config.model, path)), path)
         self.state, self.frozen = self.setup.state, self.setup.frozen
 
     def _batch(self, rows: Path) -> Batch:

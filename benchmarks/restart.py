@@ -19,12 +19,11 @@ import time
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.data.samples import batches
-from jaxsft.prepare.rows import load_data
+from jaxsft.prepare.rows import load_data, load_tokenizer
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.setup import build, check_early
@@ -90,7 +89,7 @@ def measure_stall(config: TrainConfig, directory: Path, num_saves: int) -> float
     """The share that saving adds to training time, each save once in `config.save_steps` steps."""
     jax.config.update("jax_default_matmul_precision", "highest")
     model = check_early(config)
-    data = load_data(config, model, Console(quiet=True))
+    data = load_data(config.data, load_tokenizer(config.model, model))
     setup = build(config, data, model)
     state, frozen, spec = setup.state, setup.frozen, setup.spec
     metadata = {"fingerprint": setup.fingerprint}

@@ -51,16 +51,14 @@ def find_rows(
     config: TrainConfig, options: InspectOptions, console: Console
 ) -> tuple[Prepared, Tokenizer]:
     """The rows to show and their tokenizer; ValueError where they do not belong together."""
-    path = model_path(config)
+    tokenizer = load_tokenizer(config.model, model_path(config.model))
     if options.prepared is None:
-        data = load_data(config, path, console)
-        return data.train, data.tokenizer
+        return load_data(config.data, tokenizer, console).train, tokenizer
     if not options.prepared.is_dir():
         raise ValueError(
             f"--prepared {options.prepared}: no such directory; python -m jaxsft.prepare says "
             "where it keeps its rows"
         )
-    tokenizer = load_tokenizer(config, path)
     prepared = open_prepared(options.prepared)
     if prepared.manifest["made_from"]["tokenizer"] != tokenizer.digest:
         raise ValueError(

@@ -32,7 +32,7 @@ from jaxsft.plan.search import (
 )
 from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
 from jaxsft.plan.workload import Workload, read_lengths
-from jaxsft.prepare.rows import load_data, model_path
+from jaxsft.prepare.rows import load_data, load_tokenizer, model_path
 from jaxsft.run.program import architecture
 
 EXIT_DOES_NOT_FIT = 1
@@ -120,7 +120,8 @@ def read_workloads(config: TrainConfig, options: PlanOptions) -> dict[str, Workl
     if options.lengths is not None:
         return count_workloads(config, read_lengths(options.lengths))
     if options.data:
-        rows = load_data(config, model_path(config)).train.rows
+        tokenizer = load_tokenizer(config.model, model_path(config.model))
+        rows = load_data(config.data, tokenizer).train.rows
         lengths = np.diff(rows.sample_offsets)[np.sort(rows.row_samples)].tolist()
         return count_workloads(config, lengths, rows.num_loss_tokens)
     return {}

@@ -6,14 +6,15 @@ from rich.console import Console
 
 from jaxsft.config import TrainConfig
 from jaxsft.prepare.report import show_data
-from jaxsft.prepare.rows import load_data, model_path
+from jaxsft.prepare.rows import load_data, load_tokenizer, model_path
 
 
 def prepare_rows(config: TrainConfig) -> int:
     """Prepares what is missing; returns the exit code. ValueError and OSError are bad input."""
     # No markup: file names may hold brackets.
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-    data = load_data(config, model_path(config), console)
+    tokenizer = load_tokenizer(config.model, model_path(config.model))
+    data = load_data(config.data, tokenizer, console)
     show_data(console, data.train, data.heldout)
     for prepared in filter(None, (data.train, data.heldout)):
         console.print(f"in {prepared.directory}")

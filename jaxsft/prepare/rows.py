@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxsft.common.files import cache_dir
-from jaxsft.config import DataOptions, TrainConfig
+from jaxsft.config import DataOptions, ModelOptions
 from jaxsft.data.packing import Sample
 from jaxsft.data.prepared import Prepared, prepare
 from jaxsft.data.samples import DataReport, as_list
@@ -27,31 +27,30 @@ class Data:
     heldout_samples: list[Sample]
 
 
-def model_path(config: TrainConfig) -> Path:
+def model_path(options: ModelOptions) -> Path:
     """Where the model's files are, fetched if they are the hub's; ValueError where nothing is."""
     try:
-        return base_path(config.model.path, config.model.tokenizer)
+        return base_path(options.path, options.tokenizer)
     except ValueError as error:
         raise ValueError(f"model.path: {error}") from None
 
 
-def load_tokenizer(config: TrainConfig, path: Path) -> Tokenizer:
-    """The tokenizer of the config, or of the model at `path`; ValueError where there is none."""
-    return open_tokenizer(find_tokenizer(path, config.model.tokenizer))
+def load_tokenizer(options: ModelOptions, path: Path) -> Tokenizer:
+    """The tokenizer that is named, or that of the model at `path`; ValueError without any."""
+    return open_tokenizer(find_tokenizer(path, options.tokenizer))
 
 
 def load_data(
-    config: TrainConfig,
-    path: Path,
+    options: DataOptions,
+    tokenizer: Tokenizer,
     console: Console | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Data:
-    """All rows of the config for the model at `path`, prepared unless they are; see `prepare`.
+    """All rows that the options name, prepared unless they are already; see `prepared.prepare`.
 
-    `console` shows how far it has come; `on_progress` is called as it goes on. ValueError names the
-    file and line.
+    `console` shows the progress; `on_progress` is called now and then. ValueError names the file
+    and line.
     """
-    options, tokenizer = config.data, load_tokenizer(config, path)
     root = Path(options.prepared_dir) if options.prepared_dir else cache_dir("prepared")
     heldout_files = as_list(options.eval_files)
     with preparing(console or Console(quiet=True), _num_rows(options)) as show:

@@ -64,7 +64,7 @@ def check_early(config: TrainConfig) -> Path:
     """The model's path. ValueError for mistakes that show without data and weights."""
     check_devices(config, jax.device_count())
     lora.resolve_targets(config.lora.target_modules)
-    path = model_path(config)
+    path = model_path(config.model)
     check_fork(config)
     return path
 

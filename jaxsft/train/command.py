@@ -21,7 +21,7 @@ from jaxsft.data.packing import StepBatches
 from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.samples import batches
 from jaxsft.prepare.report import show_data
-from jaxsft.prepare.rows import load_data
+from jaxsft.prepare.rows import load_data, load_tokenizer
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fork import START, as_begun
@@ -107,7 +107,8 @@ def start(
         if not is_remote(config.output_dir):
             check_room(path, state_bytes(abstract_state(config, model)), max(num_missing, 0))
         session.beat("reading rows")
-        data = load_data(config, model, console, lambda: session.beat("reading rows"))
+        tokenizer = load_tokenizer(config.model, model)
+        data = load_data(config.data, tokenizer, console, lambda: session.beat("reading rows"))
         show_data(console, data.train, data.heldout)
         session.beat("loading the model")
         setup = build(config, data, model, console.print)

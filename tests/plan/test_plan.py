@@ -346,7 +346,7 @@ def test_plan_is_of_the_program_that_train_runs(hashes: dict[str, Any], step: st
 
 def print_hashes(model: str, directory: Path) -> None:
     """The child's part."""
-    from jaxsft.prepare.rows import load_data
+    from jaxsft.prepare.rows import load_data, load_tokenizer
     from jaxsft.run.setup import build
 
     # Hashes are of what is compiled, which takes a minute.
@@ -363,7 +363,7 @@ def print_hashes(model: str, directory: Path) -> None:
         assert main([*argv, *local, "--json", str(directory / "plan.json")]) == 0
         planned = json.loads((directory / "plan.json").read_text())["program_hash"]
         config, _ = parse_config("jaxsft.train", "", argv)
-        data = data or load_data(config, Path(model))
+        data = data or load_data(config.data, load_tokenizer(config.model, Path(model)))
         hashes[step] = [build(config, data, Path(model)).program_hash, planned]
     (directory / "hashes.json").write_text(json.dumps(hashes))
 

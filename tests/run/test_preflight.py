@@ -20,7 +20,7 @@ from support.two_tasks import two_tasks
 import jaxsft.run.agreement
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.prepare.rows import load_data
+from jaxsft.prepare.rows import load_data, load_tokenizer
 from jaxsft.run.agreement import StepDifference, compare_ways
 from jaxsft.run.setup import build, check_early
 from jaxsft.step import flash_attention
@@ -174,7 +174,7 @@ def test_kernels_are_compared_with_xla(argv: list[str], monkeypatch: pytest.Monk
     )
     config, _ = parse_config("jaxsft.train", "", [*argv, "--step", "fused"])
     path = check_early(config)
-    data = load_data(config, path)
+    data = load_data(config.data, load_tokenizer(config.model, path))
     setup = build(config, data, path)
     assert setup.spec.fused is not None
     with_kernels = setup.spec.fused._replace(use_kernel=True)
