@@ -1,18 +1,19 @@
-"""Runs whose output_dir is gs://BUCKET/… on Google Cloud Storage; local ones pass through too.
+"""The files of a run, whose output_dir is a local directory or gs://BUCKET/… on Google Cloud.
 
-An object store can't append, so only checkpoints are written there as they are made. The run's
-other files lie in a scratch directory of this machine and are copied: from there at the start,
-and back, as far as they changed, before each checkpoint. A resume drops the lines that are later
-than its checkpoint, hence this order: what lies there then reaches at least to the newest one.
+An object store cannot append to a file, so only checkpoints are written to it directly. The run's
+other files are in a scratch directory on this machine. They are copied from the store at the start,
+and back to it, where they changed, before each checkpoint. A resumed run drops the lines that are
+later than its checkpoint. Because of this order, the copies always reach at least to the newest
+checkpoint.
 
-No clock is asked which side is newer. `.owner` holds a random token, there and in the scratch
-directory of the machine that began or continued the run last. Where they agree, the scratch
-directory stays as it is, with what a failed copy left behind; elsewhere it is replaced by what lies
-there, and gets a token of its own. A process that finds another token there has been replaced.
+No clock decides which side is newer. `.owner` holds a random token, in the store and in the scratch
+directory of the machine that began or continued the run last. Where the tokens agree, the scratch
+directory is kept, with anything that a failed copy left in it. Elsewhere it is replaced by what is
+in the store and gets a new token. A process that finds a foreign token in the store has to stop.
 
-The way is gcsfs, for Orbax too, and TensorStore's own driver for arrays. Both are tested against
-tests/fake_gcs.py only: buckets with a hierarchical namespace, zonal and requester-pays buckets,
-retention policies, real credentials and throttling are not.
+gcsfs does the copying, for Orbax too; TensorStore's own driver writes arrays. Both are tested only
+against tests/support/fake_gcs.py, not with hierarchical namespaces, zonal or requester-pays
+buckets, retention policies, real credentials or throttling.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
-from jaxsft.run.run_dir import ReplacedError
+from jaxsft.run.run_dir import ReplacedError, RunDir
 
 _OWNER = ".owner"
 _LAST = "result.json"  # says that the run is finished, so all else must be there
@@ -40,8 +41,10 @@ def is_remote(path: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
 
 
-class RunFiles:
-    """Where the files of one run lie. For a local output_dir nothing is ever copied.
+class RunFiles(RunDir):
+    """The files of one run, here or on gs://. For a local output_dir nothing is ever copied.
+
+    While it is entered, the local directory is held against other processes, as in `RunDir`.
 
     Args:
         output_dir: TrainConfig.output_dir.
@@ -51,7 +54,7 @@ class RunFiles:
 
     Attributes:
         shown: the run's directory as its user names it.
-        run_dir: the local directory for all files but checkpoints, not made here.
+        path: the local directory for all files but checkpoints; made when it is entered.
         checkpoint_dir: for `Checkpoints`.
 
     Raises:
@@ -59,7 +62,6 @@ class RunFiles:
     """
 
     shown: Path | epath.Path
-    run_dir: Path
     checkpoint_dir: Path | epath.Path
 
     def __init__(self, output_dir: str, name: str, scratch: Path, process_index: int = 0) -> None:
@@ -71,26 +73,27 @@ class RunFiles:
             self.shown = _gcs_directory(output_dir) / name
             digest = hashlib.sha256(str(self.shown).encode()).hexdigest()[:16]
             unique = digest if self._is_writer else f"{digest}-{process_index}"
-            self.run_dir = scratch / unique / name
+            path = scratch / unique / name
             self._files = _connect()
         else:
-            self.shown = self.run_dir = Path(output_dir) / name
+            self.shown = path = Path(output_dir) / name
+        super().__init__(path)
         self.checkpoint_dir = self.shown / "checkpoints"
 
     def pull(self) -> None:
-        """Makes `run_dir` what was last known of the run, and checks that it can be written there.
+        """Copies here what was last known of the run, and checks that it can be written there.
 
-        Call it once, before anything is read from `run_dir`, and with `run_dir` locked. Files whose
-        names begin with a dot are not touched.
+        Call it once, before anything is read from `path`, while `path` is held. Files whose names
+        begin with a dot are not touched.
 
         Raises:
             OSError: it can't be read or written there; ConnectionError where that may pass.
         """
         if not self._is_remote:
             return
-        own = self.run_dir / _OWNER
+        own = self.path / _OWNER
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             owner = self._read_owner()
             is_ours = owner is not None and own.exists() and own.read_text() == owner
             if not (is_ours and self._is_writer):
@@ -107,7 +110,7 @@ class RunFiles:
             ) from error
 
     def push(self) -> str | None:
-        """Copies there what changed in `run_dir`; what was deleted here stays there.
+        """Copies there what changed here; what was deleted here stays there.
 
         Call it before every checkpoint, and at the end after all files are closed. Takes some
         100 ms for each changed file, and half a minute when the bucket doesn't answer.
@@ -131,7 +134,7 @@ class RunFiles:
         except Exception as error:  # gcsfs, aiohttp and google.auth have their own types
             return (
                 f"{self.shown}: metrics and results couldn't be copied there "
-                f"({_first_line(error)}); they are in {self.run_dir}, and the next checkpoint or "
+                f"({_first_line(error)}); they are in {self.path}, and the next checkpoint or "
                 "the same command tries again"
             )
         if owner not in (None, self._token):
@@ -150,7 +153,7 @@ class RunFiles:
         self._files.pipe_file(f"{self.shown}/{_OWNER}", str(self._token).encode())
 
     def _replace_all(self) -> None:
-        for path in self.run_dir.iterdir():
+        for path in self.path.iterdir():
             if path.name.startswith("."):
                 continue
             if path.is_dir():
@@ -162,15 +165,15 @@ class RunFiles:
             name = source.removeprefix(prefix)
             if _NOT_COPIED.match(name):
                 continue
-            target = self.run_dir / name
+            target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self._files.cat_file(source))
             self._copied[name] = _state(target)
 
     def _copy_changed(self) -> None:
         paths = {
-            path.relative_to(self.run_dir).as_posix(): path
-            for path in self.run_dir.rglob("*")
+            path.relative_to(self.path).as_posix(): path
+            for path in self.path.rglob("*")
             if path.is_file()
         }
         for name in sorted(paths, key=lambda name: (name == _LAST, name)):

@@ -26,7 +26,6 @@ from jaxsft.run.out_of_memory import GENERAL_ADVICE, explain_out_of_memory
 from jaxsft.run.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.run.remote import RunFiles, is_remote
 from jaxsft.run.report import show_finished, show_preflight, show_result, show_stopped
-from jaxsft.run.run_dir import RunDir
 from jaxsft.run.saver import Saver
 from jaxsft.run.schedule import SCHEDULE, fit_schedule, forecast
 from jaxsft.run.session import Session, StopNow
@@ -41,7 +40,7 @@ class Run:
     Attributes:
       config, yaml: the options, and the same as the text of config.yaml.
       command: the command line that continues the run.
-      files: where the run's files are, here or on gs://; `run_dir` holds the local directory.
+      files: the run's files, here or on gs://, held against other processes.
       before: what was measured before training; None where that is still to be done.
       measured_of: what `before` depends on.
       num_steps: of a schedule that fit_deadline has set.
@@ -54,7 +53,6 @@ class Run:
     console: Console
     session: Session
     files: RunFiles
-    run_dir: RunDir
     checkpoints: Checkpoints
     data: Data
     before: dict[str, Any] | None
@@ -66,7 +64,7 @@ class Run:
     @property
     def path(self) -> Path:
         """The run's directory on this machine."""
-        return self.run_dir.path
+        return self.files.path
 
     def say(self, line: str | None) -> None:
         """Prints the line, if there is one."""
@@ -94,7 +92,7 @@ class Run:
             save_steps=self.config.save_steps,
             session=self.session,
             console=self.console,
-            run_dir=self.run_dir,
+            run_dir=self.files,
             on_new_dir=self.write_files,
             push=self.push,
         )
@@ -230,23 +228,23 @@ def open_run(config: TrainConfig, console: Console) -> Iterator[RunFiles]:
             output_dir = stack.enter_context(TemporaryDirectory())
         files = RunFiles(output_dir, config.name, cache_dir("remote"), index)
         if remote:
-            with RunDir(files.run_dir):
+            with files:
                 files.pull()
         if config.multihost:
-            found = from_first(lambda: _read_all(files.run_dir))
+            found = from_first(lambda: _read_all(files.path))
             for name, text in found.items() if index > 0 else ():
-                files.run_dir.mkdir(parents=True, exist_ok=True)
-                (files.run_dir / name).write_text(text, encoding="utf-8")
+                files.path.mkdir(parents=True, exist_ok=True)
+                (files.path / name).write_text(text, encoding="utf-8")
         yield files
 
 
 def say_if_finished(files: RunFiles, yaml: str, console: Console) -> int | None:
     """Shows what a finished run gave and returns the exit code; None for a run to be continued."""
-    if not (files.run_dir / "result.json").exists():
+    if not (files.path / "result.json").exists():
         return None
     if problem := files.push():
         return fail(problem, EXIT_FAILED)
-    show_finished(console, files.run_dir, yaml, files.shown)
+    show_finished(console, files.path, yaml, files.shown)
     return 0
 
 
@@ -317,9 +315,9 @@ def check_not_lost(run_dir: Path, save_steps: int) -> None:
 
 def _save_vanished(run: Run, setup: Setup) -> None:
     """Writes everything again where the run's directory vanished after the last save."""
-    if run.run_dir.is_there():
+    if run.files.is_there():
         return
-    run.run_dir.make_again()
+    run.files.make_again()
     run.write_files()
     run.checkpoints.save(int(setup.state.step), setup.state, checkpoint_metadata(setup))
     run.checkpoints.wait()

@@ -39,7 +39,7 @@ from jaxsft.run.run import (
     run_to_the_end,
     say_if_finished,
 )
-from jaxsft.run.run_dir import ReplacedError, RunDir, check_room
+from jaxsft.run.run_dir import ReplacedError, check_room
 from jaxsft.run.schedule import check_fit, fitted, forecast
 from jaxsft.run.session import Session, StopNow, session_end_s
 from jaxsft.run.setup import Setup, abstract_state, build, check_early, restore, trained_model
@@ -93,14 +93,14 @@ def start(
     `end_s` is when the session ends, in seconds since 1970; `again` is the command line that
     continues the run.
     """
-    path = files.run_dir
+    path = files.path
     check_fit(config, path, end_s)
     check_device()
     config = as_begun(config, path)
     model = check_early(config)
     configure_jax()
     advice = f"nothing that was saved is lost, to go on: {again}"
-    with RunDir(path) as run_dir, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
+    with files, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
         session = Session(end_s, watchdog.beat)
         checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
         num_missing = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
@@ -125,7 +125,6 @@ def start(
             console=console,
             session=session,
             files=files,
-            run_dir=run_dir,
             checkpoints=checkpoints,
             data=data,
             before=load_before(config, data, setup, path),

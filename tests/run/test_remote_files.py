@@ -35,8 +35,8 @@ def begin(scratch: Path, process_index: int = 0) -> RunFiles:
 
 def local(files: RunFiles) -> dict[str, str]:
     """What lies in the scratch directory, but for the owner."""
-    paths = (path for path in files.run_dir.rglob("*") if path.is_file())
-    there = {path.relative_to(files.run_dir).as_posix(): path.read_text() for path in paths}
+    paths = (path for path in files.path.rglob("*") if path.is_file())
+    there = {path.relative_to(files.path).as_posix(): path.read_text() for path in paths}
     del there[".owner"]
     return there
 
@@ -51,7 +51,7 @@ def test_a_local_run_is_left_where_it_is(tmp_path: Path) -> None:
     files = RunFiles(str(tmp_path / "runs"), "x", tmp_path / "scratch")
     files.pull()
     assert files.push() is None
-    assert files.run_dir == files.shown == tmp_path / "runs" / "x"
+    assert files.path == files.shown == tmp_path / "runs" / "x"
     assert files.checkpoint_dir == tmp_path / "runs" / "x" / "checkpoints"
     assert list(tmp_path.iterdir()) == []
 
@@ -60,9 +60,9 @@ def test_another_machine_goes_on_with_the_files(gcs: FakeGcs, tmp_path: Path) ->
     first = begin(tmp_path / "a")
     assert str(first.shown) == "gs://bucket/runs/x"
     assert str(first.checkpoint_dir) == "gs://bucket/runs/x/checkpoints"
-    (first.run_dir / "tensorboard").mkdir()
-    (first.run_dir / "tensorboard" / "events.0").write_text("points")
-    (first.run_dir / "metrics.jsonl").write_text("1\n")
+    (first.path / "tensorboard").mkdir()
+    (first.path / "tensorboard" / "events.0").write_text("points")
+    (first.path / "metrics.jsonl").write_text("1\n")
     assert first.push() is None
     gcs.objects["bucket", "runs/x/checkpoints/8/data"] = gcs.objects["bucket", "runs/x/.owner"]
     gcs.objects["bucket", "runs/xy/result.json"] = gcs.objects["bucket", "runs/x/.owner"]
@@ -72,12 +72,12 @@ def test_another_machine_goes_on_with_the_files(gcs: FakeGcs, tmp_path: Path) ->
 
     second = begin(tmp_path / "b")
     assert local(second) == {"tensorboard/events.0": "points", "metrics.jsonl": "1\n"}
-    (second.run_dir / "metrics.jsonl").write_text("1\n2\n")
+    (second.path / "metrics.jsonl").write_text("1\n2\n")
     assert second.push() is None
 
     # The first machine's files are those of an earlier state now, and go.
-    (first.run_dir / "metrics.jsonl").write_text("1\nother\n")
-    (first.run_dir / "skipped.jsonl").write_text("other\n")
+    (first.path / "metrics.jsonl").write_text("1\nother\n")
+    (first.path / "skipped.jsonl").write_text("other\n")
     again = begin(tmp_path / "a")
     assert local(again) == {"tensorboard/events.0": "points", "metrics.jsonl": "1\n2\n"}
 
@@ -85,10 +85,10 @@ def test_another_machine_goes_on_with_the_files(gcs: FakeGcs, tmp_path: Path) ->
 def test_only_what_changed_is_copied_and_the_result_last(gcs: FakeGcs, tmp_path: Path) -> None:
     files = begin(tmp_path)
     for name in ("result.json", "samples.jsonl", "metrics.jsonl"):
-        (files.run_dir / name).write_text("")
+        (files.path / name).write_text("")
     assert files.push() is None
     assert uploads(gcs) == [".owner", "metrics.jsonl", "samples.jsonl", "result.json"]
-    (files.run_dir / "samples.jsonl").write_text("new")
+    (files.path / "samples.jsonl").write_text("new")
     del gcs.log[:]
     assert files.push() is None
     assert [line for line in gcs.log if line.startswith("POST")] == [
@@ -104,12 +104,12 @@ def test_only_what_changed_is_copied_and_the_result_last(gcs: FakeGcs, tmp_path:
 
 def test_a_copy_that_fails_is_said_and_made_up_for(gcs: FakeGcs, tmp_path: Path) -> None:
     files = begin(tmp_path)
-    (files.run_dir / "metrics.jsonl").write_text("1\n")
+    (files.path / "metrics.jsonl").write_text("1\n")
     gcs.refused = "^POST"
     problem = files.push()
     assert problem is not None and problem.count("\n") == 0
     assert problem.startswith("gs://bucket/runs/x: metrics and results couldn't be copied there (")
-    assert str(files.run_dir) in problem
+    assert str(files.path) in problem
     assert uploads(gcs) == [".owner"]
     gcs.refused = None
     # The process ends here. What it could not copy is not replaced by the older state there.
@@ -122,8 +122,8 @@ def test_a_copy_that_fails_is_said_and_made_up_for(gcs: FakeGcs, tmp_path: Path)
 def test_the_run_that_was_continued_elsewhere_stops(gcs: FakeGcs, tmp_path: Path) -> None:
     first = begin(tmp_path / "a")
     second = begin(tmp_path / "b")
-    (first.run_dir / "metrics.jsonl").write_text("first")
-    (second.run_dir / "metrics.jsonl").write_text("second")
+    (first.path / "metrics.jsonl").write_text("first")
+    (second.path / "metrics.jsonl").write_text("second")
     assert second.push() is None
     with pytest.raises(ReplacedError, match="another machine has continued this run"):
         first.push()
@@ -132,7 +132,7 @@ def test_the_run_that_was_continued_elsewhere_stops(gcs: FakeGcs, tmp_path: Path
 
 def test_a_directory_removed_there_is_made_again(gcs: FakeGcs, tmp_path: Path) -> None:
     files = begin(tmp_path)
-    (files.run_dir / "metrics.jsonl").write_text("1\n")
+    (files.path / "metrics.jsonl").write_text("1\n")
     assert files.push() is None
     gcs.objects.clear()
     assert files.push() is None
@@ -144,15 +144,15 @@ def test_a_directory_removed_there_is_made_again(gcs: FakeGcs, tmp_path: Path) -
 
 def test_other_processes_of_the_run_only_read(gcs: FakeGcs, tmp_path: Path) -> None:
     writer = begin(tmp_path)
-    (writer.run_dir / "before.json").write_text("{}")
+    (writer.path / "before.json").write_text("{}")
     assert writer.push() is None
     before = dict(gcs.objects)
     reader = RunFiles("gs://bucket/runs", "x", tmp_path, process_index=1)
     for _ in range(2):
         reader.pull()
-        assert reader.run_dir != writer.run_dir
-        assert [path.name for path in reader.run_dir.iterdir()] == ["before.json"]
-    (reader.run_dir / "before.json").write_text("other")
+        assert reader.path != writer.path
+        assert [path.name for path in reader.path.iterdir()] == ["before.json"]
+    (reader.path / "before.json").write_text("other")
     assert reader.push() is None
     assert gcs.objects == before
 
