@@ -1,8 +1,13 @@
-"""One checkpoint on disk: Orbax's files of arrays, and the record that says what they must be.
+"""One checkpoint on disk: Orbax's array files, and a sealed record of what they must contain.
 
-Orbax does not notice a bit that flips later in array data, hence a SHA-256 for every array. They
-and the caller's metadata are one JSON text in Orbax's custom metadata, sealed by a SHA-256 as well.
-Written and read by one process alone: Orbax's newer API (v1) has no way to do that beside others.
+Orbax does not notice when a bit of array data flips later, hence a SHA-256 for every array. These
+and the caller's metadata are one JSON text in Orbax's custom metadata, which has its own SHA-256.
+Only one process writes and reads: Orbax's newer API (v1) has no way to do that beside others.
+
+Orbax writes `<step>.orbax-checkpoint-tmp` and renames it, so a directory whose name is a plain
+number was once complete. An object store (gs://) renames by copying file after file; there Orbax
+writes under the final name and adds `commit_success.txt` last, and a directory without that file is
+not a step. The latter is tested with local files committed in this way, not on Google's servers.
 """
 
 import hashlib
@@ -13,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +30,24 @@ from etils import epath
 
 from jaxsft.common.files import array_sha256, write_text
 from jaxsft.common.hosts import array_from_first, on_host
-from jaxsft.run.checkpoint_directory import is_object_store
 
 PyTree = Any
 Fingerprint = Mapping[str, str | int | float]
 
 _METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's own reader opens every array's metadata too
 _RECORD, _SEAL = "jaxsft_record", "jaxsft_sha256"  # keys in Orbax's custom metadata
+_COMMIT_FILE = "commit_success.txt"
+_STEP = re.compile("0|[1-9][0-9]*")
+_RETIRED = ".deleted"
+_LEFTOVERS = (_RETIRED, ".orbax-checkpoint-tmp")
 
 
 class DamagedError(Exception):
-    """This step can't be used; the text says why."""
+    """This step cannot be used; the text says why."""
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path ("opt/0/mu/q_proj"): Orbax sees no namedtuple, and the keys are readable."""
+    """Leaves by path ("opt/0/mu/q_proj"): readable keys, and Orbax needs no namedtuples."""
     leaves = jax.tree.leaves_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     assert len(flat) == len(leaves), "two leaves of the state have the same path"
@@ -48,8 +57,8 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 def to_host(state: PyTree, buffers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Copies of the arrays of `state` by path, in the memory of `buffers` where they fit.
 
-    Copies, because on a CPU JAX gives views of memory that the next step may donate; into the last
-    save's buffers, because 1 GB takes 0.1 s then and up to 2.5 s in new pages.
+    Copies are needed because on a CPU JAX returns views of memory that the next step may donate.
+    They go into the last save's buffers: 1 GB takes 0.1 s there, and up to 2.5 s in new pages.
 
     Raises FloatingPointError for an array that holds NaN or infinity.
     """
@@ -70,7 +79,7 @@ def to_host(state: PyTree, buffers: dict[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def to_devices(like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
-    """Process 0's arrays where `like` says, on all processes; empties `arrays` on the way."""
+    """Process 0's arrays on all processes, placed as in `like`; empties `arrays` on the way."""
     leaves = []
     for key, leaf in flatten(like).items():
         array = array_from_first(arrays.pop(key, None), leaf.shape, leaf.dtype)
@@ -88,9 +97,9 @@ def to_devices(like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
 
 
 def state_bytes(state: PyTree) -> int:
-    """Bytes on disk of one checkpoint of this state, abstract or not; an upper bound.
+    """An upper bound of the bytes of one checkpoint of this state, abstract or not, on disk.
 
-    For metadata of up to 32 KiB.
+    It assumes metadata of at most 32 KiB.
     """
     leaves = jax.tree.leaves(state)
     data = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
@@ -103,7 +112,7 @@ def write_step(
     metadata: dict[str, Any],
     eval_loss: float | None,
 ) -> None:
-    """Writes a directory that becomes `path` when it is whole."""
+    """Writes a directory that gets the name `path` when it is complete."""
     described = {key: _describe(array) for key, array in arrays.items()}
     record = {
         "step": int(path.name),
@@ -121,7 +130,10 @@ def write_step(
 
 
 def read_record(path: epath.Path) -> dict[str, Any]:
-    """What `write_step` sealed: {"step", "arrays", "metadata", "eval_loss"}. DamagedError."""
+    """The record that `write_step` sealed: {"step", "arrays", "metadata", "eval_loss"}.
+
+    Raises DamagedError.
+    """
     try:
         custom = json.loads((path / _METADATA_FILE).read_text())["custom_metadata"]
         text, seal = custom[_RECORD], custom[_SEAL]
@@ -135,7 +147,7 @@ def read_record(path: epath.Path) -> dict[str, Any]:
 
 
 def add_eval_loss(path: epath.Path, eval_loss: float) -> None:
-    """Puts the evaluation loss into the record of a whole step. DamagedError, OSError."""
+    """Adds the evaluation loss to the record of a step. Raises DamagedError, OSError."""
     record = read_record(path) | {"eval_loss": eval_loss}
     file = path / _METADATA_FILE
     everything = json.loads(file.read_text())
@@ -148,7 +160,7 @@ def add_eval_loss(path: epath.Path, eval_loss: float) -> None:
 
 
 def read_arrays(path: epath.Path, described: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a step on the host, each equal to its digest. Raises DamagedError."""
+    """The arrays of a step on the host, each checked against its digest. Raises DamagedError."""
     try:
         with _checkpointer(path) as checkpointer:
             args = ocp.args.Composite(state=ocp.args.PyTreeRestore())
@@ -171,9 +183,9 @@ def check_same_run(
     wanted: dict[str, Any],
     partly: bool,
 ) -> None:
-    """ValueError when an intact record belongs to another run; names each difference.
+    """ValueError, with every difference, when an intact record belongs to another run.
 
-    `partly`: only what is in `fingerprint` and `wanted` is compared.
+    With `partly` only what is in `fingerprint` and `wanted` is compared.
     """
     there = {key: f"{dtype}{shape}" for key, (dtype, shape, _) in record["arrays"].items()}
     here = {key: f"{leaf.dtype.name}{list(leaf.shape)}" for key, leaf in wanted.items()}
@@ -195,7 +207,7 @@ def check_same_run(
 
 
 def first_cause(error: BaseException) -> str:
-    """One short line: Orbax wraps errors into some about handlers, TensorStore the system's."""
+    """The first cause in one line: Orbax wraps errors in others about handlers."""
     while error.__cause__ is not None:
         error = error.__cause__
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -205,7 +217,7 @@ def first_cause(error: BaseException) -> str:
 
 
 def _checkpointer(path: epath.Path) -> ocp.Checkpointer:
-    """Orbax for process 0 alone: without the others, no barrier is waited for."""
+    """Orbax for process 0 alone, so that it waits for no other process."""
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     modes = ocp.options.AtomicityMode
     mode = modes.COMMIT_FILE if is_object_store(path) else modes.ATOMIC_RENAME
@@ -221,9 +233,10 @@ def _checkpointer(path: epath.Path) -> ocp.Checkpointer:
 
 
 def _say_errors_once() -> None:
-    """Keeps off stderr what Orbax's threads print of errors that are raised here as well.
+    """Keeps errors that are raised here from being printed by Orbax's threads as well.
 
-    They log them, and when it fails to open one array, the others find its event loop closed.
+    They log them; and when one array cannot be opened, those for the others find a closed event
+    loop.
     """
     logging.getLogger("absl").addFilter(_is_not_orbax)  # adds it once
     before = sys.unraisablehook
@@ -256,3 +269,64 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
         for key in sorted({*there, *here})
         if key not in there or key not in here or there[key] != here[key]
     ]
+
+
+def is_object_store(path: epath.Path) -> bool:
+    """Is this an address such as gs://, without an atomic rename?"""
+    return "://" in str(path)
+
+
+def list_steps(directory: epath.Path) -> list[int]:
+    """The steps in the directory, damaged or not, ascending."""
+    return sorted(int(path.name) for path in _entries(directory) if _is_step(path))
+
+
+def rename(step: epath.Path, suffix: str) -> epath.Path:
+    """Renames a step's directory to a free name that begins with its own and `suffix`.
+
+    On an object store this copies: if it breaks off, parts are in both places.
+    """
+    target, count = step.with_name(step.name + suffix), 1
+    while target.exists():
+        count += 1
+        target = step.with_name(f"{step.name}{suffix}-{count}")
+    return step.rename(target)
+
+
+def retire(step: epath.Path) -> None:
+    """Makes a directory no longer a step, in one atomic operation; `clear_leftovers` deletes it.
+
+    A step that cannot be retired stays.
+    """
+    with suppress(Exception):  # each store has its own; the next save tries again
+        if is_object_store(step):
+            (step / _COMMIT_FILE).unlink()
+        else:
+            rename(step, _RETIRED)
+
+
+def clear_leftovers(directory: epath.Path) -> None:
+    """Deletes retired and incomplete steps, as far as that is possible."""
+    with suppress(Exception):  # each store has its own; the next save tries again
+        for path in _entries(directory):
+            is_half = _STEP.fullmatch(path.name) and path.is_dir() and not _is_step(path)
+            if is_half or any(suffix in path.name for suffix in _LEFTOVERS):
+                with suppress(Exception):
+                    path.rmtree()
+
+
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    try:
+        return list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_step(path: epath.Path) -> bool:
+    if not _STEP.fullmatch(path.name):
+        return False
+    try:
+        # Elsewhere a save ends with a rename: an empty directory or a file was a step, and is lost.
+        return not is_object_store(path) or (path / _COMMIT_FILE).exists()
+    except OSError:  # whoever reads it will say why
+        return True

@@ -1,7 +1,7 @@
 """Checkpoints: one directory a step, written in the background, judged by digests of our own.
 
-What is restored is what was saved, or it is refused. Nothing is deleted for being bad: a damaged
-step is renamed to `<step>.corrupt` once an older one replaced it.
+What is restored equals what was saved, or it is refused. A damaged step is not deleted: it becomes
+`<step>.corrupt` once an older step has been restored in its place.
 """
 
 import math
@@ -16,23 +16,21 @@ import numpy as np
 from etils import epath
 
 from jaxsft.common.hosts import any_of, from_first
-from jaxsft.run.checkpoint_directory import (
-    clear_leftovers,
-    is_object_store,
-    list_steps,
-    rename,
-    retire,
-)
 from jaxsft.run.checkpoint_files import (
     DamagedError,
     Fingerprint,
     PyTree,
     add_eval_loss,
     check_same_run,
+    clear_leftovers,
     first_cause,
     flatten,
+    is_object_store,
+    list_steps,
     read_arrays,
     read_record,
+    rename,
+    retire,
     to_devices,
     to_host,
     write_step,
@@ -48,7 +46,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one directory that no other run writes to.
+    """The checkpoints of one run, in a directory that no other run writes to.
 
     With several JAX processes all of them call every method, in the same order: process 0 writes
     and reads, the others need not see its files, and what it raises is raised on all.
@@ -81,12 +79,12 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """The steps that lie there, damaged or not, ascending."""
+        """The steps in the directory, damaged or not, ascending."""
         return from_first(lambda: list_steps(self._directory))
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(step, its evaluation loss): the lowest of the steps that lie there, None without any."""
+        """The step with the lowest evaluation loss, and that loss; None without one."""
         found = from_first(self._find_best)
         return None if found is None else (found[0], found[1])
 
@@ -129,13 +127,13 @@ class Checkpoints:
             self._pending = Future()
 
     def add_eval_loss(self, step: int, eval_loss: float) -> None:
-        """As if `step`, which lies there, had been saved with it; a damaged one is left alone."""
+        """Adds the evaluation loss to a saved `step`; a damaged one is left alone."""
         self._eval_losses.pop(step, None)
         with suppress(DamagedError):
             from_first(lambda: add_eval_loss(self._directory / str(step), eval_loss))
 
     def poll(self) -> None:
-        """Returns at once, unless the last save is over and failed.
+        """Returns at once; raises if the last save has failed.
 
         Raises:
             OSError: it failed. Said once; the next `save` tries again.
@@ -154,7 +152,7 @@ class Checkpoints:
             from_first(pending.result)
 
     def close(self) -> None:
-        """Like `wait`. Without it, at the end of the process, an unfinished save may be lost."""
+        """Like `wait`. Without it an unfinished save may be lost when the process ends."""
         self.wait()
 
     def restore(
@@ -211,7 +209,7 @@ class Checkpoints:
         arrays: dict[str, np.ndarray],
         partly: bool,
     ) -> tuple[int, dict[str, Any]] | None:
-        """(step, metadata) of the newest good step; puts its arrays into `arrays`."""
+        """Step and metadata of the newest good step; puts its arrays into `arrays`."""
         candidates = list_steps(self._directory)[::-1]
         if step is not None:
             if step not in candidates:
@@ -243,7 +241,7 @@ class Checkpoints:
         )
 
     def _set_aside(self, step: int) -> str:
-        """Renames a damaged step where that is possible; says what became of it."""
+        """Renames a damaged step where that is possible; returns what became of it."""
         path = self._directory / str(step)
         try:
             target = rename(path, ".corrupt")

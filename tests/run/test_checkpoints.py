@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsft.run import checkpoint_directory, checkpoint_files
+from jaxsft.run import checkpoint_files
 from jaxsft.run import checkpoints as checkpoint
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
@@ -429,8 +429,7 @@ def test_state_bytes_is_an_upper_bound(tmp_path):
 
 def test_without_atomic_renames_a_step_is_one_once_it_is_committed(tmp_path, monkeypatch):
     """What is done on gs://, on local files."""
-    for module in (checkpoint_directory, checkpoint_files):
-        monkeypatch.setattr(module, "is_object_store", lambda path: True)
+    monkeypatch.setattr(checkpoint_files, "is_object_store", lambda path: True)
     save_steps(tmp_path, [1, 2, 3, 4], 2, eval_losses=[1.0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4"]
     # Two killed processes left a step half-written, and one half-deleted.

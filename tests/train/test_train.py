@@ -24,13 +24,16 @@ from support.child import Child
 from support.samples import load_samples
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
+from jaxsft.common.batch import batch_hash
 from jaxsft.config import DataOptions
 from jaxsft.data.packing import Sample
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.run.checkpoints import Checkpoints
-from jaxsft.run.setup import abstract_state
+from jaxsft.run.run import Run
+from jaxsft.run.setup import Setup, abstract_state
 from jaxsft.step.optimizer import make_schedule
 from jaxsft.train.__main__ import main
+from jaxsft.train.command import train
 from jaxsft.weights.load import load_model
 from jaxsft.weights.peft import load_adapter
 
@@ -196,6 +199,24 @@ def test_a_run_leaves_everything(finished: tuple[Runs, str]) -> None:
     assert f"step {NUM_STEPS}/{NUM_STEPS}  loss " in out
     assert "held-out loss" in out and str(run_dir / "adapter") in out.replace("\n", "")
     assert set(runs.adapter_bytes("whole")) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_the_loop_takes_its_batches_from_any_source(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = []
+
+    def train_backwards(run: Run, setup: Setup) -> Setup:
+        made = [setup.step_batches[step] for step in (2, 1, 0)]
+        hashes.extend(batch_hash(batch) for batch in made)
+        return train(run, setup, batches=enumerate(made), rows_of=lambda step: [f"mine: {step}"])
+
+    monkeypatch.setattr("jaxsft.train.command.train_on_rows", train_backwards)
+    assert main(runs.argv("any-source", "--max_steps", "3")) == 0
+    lines = (runs.path("any-source") / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if "train/loss" in line]
+    assert [line["train/batch_hash"] for line in steps] == hashes
+    assert len(set(hashes)) == 3
 
 
 def test_config_yaml_reloads_to_the_same(finished: tuple[Runs, str]) -> None:
