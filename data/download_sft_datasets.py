@@ -46,7 +46,7 @@ from jaxsft.download.datasets import (
     finished,
     tidy_up,
 )
-from jaxsft.download.retry import Hub, HubError, NoNetworkError
+from jaxsft.download.files import Hub, HubError, NoNetworkError
 from jaxsft.download.splits import KNOWN, Known, parse_split
 
 PLAIN_LINE_EVERY_S = 15.0

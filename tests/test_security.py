@@ -16,7 +16,7 @@ from support.fake_hub import FakeHub, parquet_bytes, running_hub
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED
 from jaxsft.common.text import visible_line
-from jaxsft.download.retry import Hub
+from jaxsft.download.files import Hub
 from jaxsft.prepare.__main__ import main as prepare
 from jaxsft.train.__main__ import main as train
 

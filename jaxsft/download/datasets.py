@@ -22,7 +22,7 @@ from jaxsft.common.locks import DirectoryLock, LockedError
 from jaxsft.common.pins import read_pins, write_pin
 from jaxsft.data.rows import ROWS_VERSION
 from jaxsft.data.sources import MANIFEST, ROWS_KIND, row_files
-from jaxsft.download.files import Snapshot, fetch, look_up, parquet_footer
+from jaxsft.download.files import Hub, Snapshot, fetch, look_up, parquet_footer
 from jaxsft.download.parts import (
     Counts,
     Part,
@@ -32,7 +32,6 @@ from jaxsft.download.parts import (
     write_manifest,
     write_part,
 )
-from jaxsft.download.retry import Hub
 from jaxsft.download.splits import Plan, Split, check_end, file_pieces, plan_split
 
 UNFINISHED = "unfinished.json"
@@ -113,7 +112,7 @@ def download_splits(
     with DirectoryLock(home):
         repo, revision = source["repo"], source["revision"]
         commit = read_pins(home, repo).get(revision, revision)
-        snapshot = look_up(hub, "dataset", repo, commit)
+        snapshot = look_up(hub, repo, commit)
         footer_of = cache(partial(parquet_footer, hub, snapshot))
         plans = [
             plan_split(snapshot, footer_of, source["subset"], request.split, request.rows_per_file)

@@ -7,31 +7,93 @@ server answered. Every file is compared with the size and the digest that the hu
 file that was cut off goes on where it stopped, in this process or in the next.
 
 A name that the hub lists is refused if, as a path, it could leave the directory.
+
+A request that fails is tried again, after as long as the hub asks for, or given up with one line.
+No message holds what a server answered, nor an address: both could carry a token.
 """
 
+import email.utils
 import hashlib
 import io
+import json
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import httpx2
 from huggingface_hub import HfApi, constants, get_session, hf_hub_url
-from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (
+    build_hf_headers,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
 
 from jaxsft.common.files import check_free_space, file_sha256
-from jaxsft.download.retry import TRIED_AGAIN, BadBodyError, Hub, HubError, Tries, WrongPartError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData
 
-Kind = Literal["dataset", "model"]
-
 _MAX_WRONG_DIGESTS = 2
 _FOOTER_GUESS_BYTES = 1 << 16  # what pyarrow, too, reads of a file's end at first
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+_RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_LONGEST_WAIT_S = 60.0  # of the doubling waits
+_LONGEST_ASKED_WAIT_S = 900.0  # the hub's rate limits count over 5 minutes
+_NO_NETWORK_TRIES = 2  # before the first answer; the usual retries would take two minutes
+
+
+class HubError(Exception):
+    """The hub did not deliver in spite of the retries; the same call later goes on from there."""
+
+
+class NoNetworkError(ValueError):
+    """The hub was never reached."""
+
+
+class BadBodyError(Exception):
+    """An answer whose bytes cannot be right."""
+
+
+class WrongPartError(BadBodyError):
+    """Another part of the file than asked for, which cannot go on from what is there."""
+
+
+TRIED_AGAIN = (
+    *(httpx2.HTTPError, httpx2.InvalidURL, OfflineModeIsEnabled),
+    *(json.JSONDecodeError, BadBodyError),
+)
+
+
+@dataclass
+class Hub:
+    """How to reach the hub.
+
+    `retries` counts tries in a row that brought no byte. The wait before the first of them doubles
+    with each; an answer's Retry-After goes before it. `note` gets one line for each.
+    """
+
+    token: str | None = field(default=None, repr=False)  # a traceback may show the object
+    retries: int = 6
+    retry_wait_s: float = 1.0
+    note: Callable[[str], None] = lambda line: None
+    answered: bool = False  # whether the hub ever was reached
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not re.fullmatch("[!-~]+", self.token):
+            raise ValueError("HF_TOKEN holds characters that no token has; set it again, or unset")
 
 
 class HubFile(NamedTuple):
@@ -46,14 +108,13 @@ class HubFile(NamedTuple):
 class Snapshot(NamedTuple):
     """A repository at one commit; `configs` is the data set card's, [] without one."""
 
-    kind: Kind
     repo: str
     revision: str
     files: tuple[HubFile, ...]
     configs: list[dict[str, Any]]
 
 
-def look_up(hub: Hub, kind: Kind, repo: str, revision: str) -> Snapshot:
+def look_up(hub: Hub, repo: str, revision: str) -> Snapshot:
     """The files of `repo` at the commit that `revision` (branch, tag or commit) means now.
 
     Raises:
@@ -67,7 +128,7 @@ def look_up(hub: Hub, kind: Kind, repo: str, revision: str) -> Snapshot:
         try:
             info: Any = api.repo_info(
                 repo,
-                repo_type=kind,
+                repo_type="dataset",
                 revision=revision,
                 files_metadata=True,
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
@@ -86,7 +147,7 @@ def look_up(hub: Hub, kind: Kind, repo: str, revision: str) -> Snapshot:
     hub.answered = True
     if not _SHA1.fullmatch(info.sha or ""):
         raise HubError(f"{repo}: the hub names no commit for {revision!r}")
-    return Snapshot(kind, repo, info.sha, tuple(sorted(files)), configs or [])
+    return Snapshot(repo, info.sha, tuple(sorted(files)), configs or [])
 
 
 def fetch(
@@ -170,7 +231,7 @@ def _read_range(
     """Bytes [start, stop) of the file as they come; raises one of `TRIED_AGAIN` if some lack."""
     if start == stop:
         return
-    url = hf_hub_url(snapshot.repo, file.path, repo_type=snapshot.kind, revision=snapshot.revision)
+    url = hf_hub_url(snapshot.repo, file.path, repo_type="dataset", revision=snapshot.revision)
     headers = build_hf_headers(token=hub.token or False) | {
         "range": f"bytes={start}-{stop - 1}",
         "accept-encoding": "identity",  # ranges count the file's own bytes
@@ -224,3 +285,77 @@ def _is_listed(path: Path, file: HubFile) -> bool:
         while chunk := data.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest() == file.git_oid
+
+
+class Tries:
+    """Counts the tries of one thing that brought nothing, and waits in between."""
+
+    def __init__(self, hub: Hub, what: str):
+        self.hub = hub
+        self.what = what
+        self.count = 0
+
+    def failed(self, error: Exception) -> None:
+        """Sleeps before the next try; raises where there is none, or where none would help."""
+        why, asked_s = _judge(self.hub, self.what, error, self.count)
+        self.count += 1
+        if self.count > self.hub.retries:
+            raise HubError(
+                f"{self.what}: {why}; gave up after {self.hub.retries} retries"
+            ) from None
+        if asked_s is not None and asked_s > _LONGEST_ASKED_WAIT_S:
+            raise HubError(f"{self.what}: {why}; the hub asks to wait {asked_s:.0f} s") from None
+        doubled = self.hub.retry_wait_s * 2 ** (self.count - 1)
+        wait_s = min(doubled, _LONGEST_WAIT_S) if asked_s is None else asked_s
+        self.hub.note(
+            f"{self.what}: {why}; retry {self.count} of {self.hub.retries} in {wait_s:g} s"
+        )
+        time.sleep(wait_s)
+
+
+def _judge(hub: Hub, what: str, error: Exception, count: int) -> tuple[str, float | None]:
+    """(why, seconds that the hub asks to wait or None), in words that hold nothing of an answer."""
+    if isinstance(error, OfflineModeIsEnabled):
+        raise NoNetworkError("HF_HUB_OFFLINE is set") from None
+    if isinstance(error, GatedRepoError):
+        raise ValueError(
+            f"{what}: is gated; accept its terms on the hub's page and set HF_TOKEN"
+        ) from None
+    if isinstance(error, RepositoryNotFoundError | RemoteEntryNotFoundError):
+        raise ValueError(
+            f"{what}: is not on the hub, or is private: check the name, or set HF_TOKEN"
+        ) from None
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            raise ValueError(
+                f"{what}: the hub refuses access (HTTP {status}); check HF_TOKEN"
+            ) from None
+        if status not in _RETRIED_STATUS:
+            raise HubError(f"{what}: the hub answered HTTP {status}") from None
+        return f"the hub answered HTTP {status}", _asked_wait_s(error.response)
+    if isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol):
+        raise ValueError("HF_ENDPOINT must be an address like https://huggingface.co") from None
+    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
+        if not hub.answered and count >= min(_NO_NETWORK_TRIES - 1, hub.retries):
+            raise NoNetworkError("no connection") from None
+        return "no connection", None
+    if isinstance(error, httpx2.TimeoutException):
+        return f"nothing came for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s", None
+    if isinstance(error, httpx2.HTTPError):
+        return "the connection was cut off", None
+    return str(error) if isinstance(error, BadBodyError) else "an answer that is no JSON", None
+
+
+def _asked_wait_s(response: Any) -> float | None:
+    """Retry-After in seconds or as a date, or the hub's own `ratelimit` header."""
+    limit = parse_ratelimit_headers(response.headers)
+    if response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    text = response.headers.get("retry-after", "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -24,8 +24,8 @@ from jaxsft.common.locks import DirectoryLock
 from jaxsft.data.rows import ACCEPTED_SCHEMAS, Conversation, convert_row
 from jaxsft.data.sources import read_rows
 from jaxsft.download import files as hub_files
+from jaxsft.download.files import Hub
 from jaxsft.download.parts import columns_read, write_part
-from jaxsft.download.retry import Hub
 from jaxsft.download.splits import parse_split
 
 ROOT = Path(__file__).parents[2]
@@ -640,8 +640,8 @@ def test_terminal_shows_the_time_left(download: Download, hub: FakeHub) -> None:
 def test_a_full_disk_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**8))
     file = hub_files.HubFile("big.parquet", 10**9, "0" * 40, None)
-    snapshot = hub_files.Snapshot("dataset", "a/b", "0" * 40, (file,), [])
-    with pytest.raises(ValueError, match=r"0\.10 GB free, big\.parquet needs 1\.07 GB"):
+    snapshot = hub_files.Snapshot("a/b", "0" * 40, (file,), [])
+    with pytest.raises(ValueError, match=r"95 MiB free, but 1,018 MiB are needed for big\.parquet"):
         hub_files.fetch(Hub(), snapshot, file, tmp_path / "big.parquet")
 
 
