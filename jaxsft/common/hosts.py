@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def join_hosts() -> None:
@@ -52,7 +52,7 @@ def reached_preemption(step: int) -> bool:
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
-def from_first(make: Callable[[], T]) -> T:
+def from_first(make: Callable[[], _T]) -> _T:
     """What `make` returns on process 0, a JSON value, on all; it is called there only.
 
     A ValueError or OSError is raised on all.

@@ -8,7 +8,7 @@ _SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^\s/@]+(?=@)")
 _INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode categories
 
 
-def visible(text: str) -> str:
+def visible_text(text: str) -> str:
     """The text with ↵ at the end of lines, ⇥ at tabs, and what else has no shape as \\u{code}."""
     marks = {"\n": "↵\n", "\t": "⇥\t"}
     return "".join(
@@ -18,5 +18,5 @@ def visible(text: str) -> str:
 
 
 def visible_line(text: str) -> str:
-    """The text on one line, white space as single spaces, secrets as ***, else as `visible`."""
-    return visible(_SECRET.sub("***", " ".join(text.split())))
+    """The text on one line, with single spaces and secrets as ***; else as `visible_text`."""
+    return visible_text(_SECRET.sub("***", " ".join(text.split())))

@@ -35,7 +35,7 @@ from jaxsft.data import bins, packing
 from jaxsft.data.packing import PackedRows, offsets, rows_digest
 from jaxsft.data.rows import ROWS_VERSION
 from jaxsft.data.samples import DataReport, SourceSample, as_list, check_any_left, read_samples
-from jaxsft.data.sources import MANIFEST, file_digest, row_files, stamp
+from jaxsft.data.sources import ROWS_MANIFEST, file_digest, row_files, stamp
 from jaxsft.data.tokenizer import Tokenizer
 
 KIND = "jaxsft prepared rows"
@@ -109,7 +109,7 @@ def prepare(
             if stamp(file) != digests[str(file.absolute())][:-1]:
                 raise ValueError(f"{file}: was changed while it was read; run it again")
         start = {"kind": KIND, "fingerprint": fingerprint, "made_from": made_from}
-        write_json(partial / MANIFEST, sealed(start | about))
+        write_json(partial / ROWS_MANIFEST, sealed(start | about))
     return _map_prepared(directory)
 
 
@@ -132,9 +132,9 @@ def open_prepared(directory: Path) -> Prepared:
 
 def _map_prepared(directory: Path) -> Prepared:
     """As open_prepared, of a set that was just written: its digests aren't compared."""
-    manifest = read_json(directory / MANIFEST)
+    manifest = read_json(directory / ROWS_MANIFEST)
     if manifest["kind"] != KIND:
-        raise ValueError(f"{directory / MANIFEST}: is not of prepared rows")
+        raise ValueError(f"{directory / ROWS_MANIFEST}: is not of prepared rows")
     tokens, loss_mask, *small = (
         _map_array(directory / f"{name}.npy", np.dtype(dtype)) for name, dtype in _ARRAYS.items()
     )

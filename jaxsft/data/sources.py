@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxsft.common.files import file_sha256, read_json
 
-MANIFEST = "manifest.json"
+ROWS_MANIFEST = "manifest.json"
 ROWS_KIND = "jaxsft rows"  # in the manifest of a directory of rows
 _SAVED = "state.json"  # of Dataset.save_to_disk, which names its Arrow files
 _SAVED_SPLITS = "dataset_dict.json"  # of DatasetDict.save_to_disk
@@ -45,14 +45,14 @@ def row_files(path: str | Path) -> list[RowFile]:
     if (path / _SAVED_SPLITS).is_file():
         splits = ", ".join(sorted(each.parent.name for each in path.glob(f"*/{_SAVED}")))
         raise ValueError(f"{path}: holds several splits; name one of them: {splits}")
-    if not (path / MANIFEST).is_file():
+    if not (path / ROWS_MANIFEST).is_file():
         raise ValueError(
-            f"{path}: is a directory without {MANIFEST} or {_SAVED}; name a .jsonl or .parquet "
-            "file in it, or let data/download_sft_datasets.py finish it"
+            f"{path}: is a directory without {ROWS_MANIFEST} or {_SAVED}; name a .jsonl or "
+            ".parquet file in it, or let data/download_sft_datasets.py finish it"
         )
-    manifest = read_json(path / MANIFEST)
+    manifest = read_json(path / ROWS_MANIFEST)
     if manifest.get("kind") != ROWS_KIND:
-        raise ValueError(f"{path / MANIFEST}: is not of downloaded rows; name a file of rows")
+        raise ValueError(f"{path / ROWS_MANIFEST}: is not of downloaded rows; name a file of rows")
     files = []
     try:
         for entry in manifest["files"]:
@@ -61,7 +61,9 @@ def row_files(path: str | Path) -> list[RowFile]:
                 raise _not_as_downloaded(file)
             files.append(RowFile(file, entry["sha256"]))
     except (LookupError, TypeError):
-        raise ValueError(f"{path / MANIFEST}: damaged; delete {path}, download again") from None
+        raise ValueError(
+            f"{path / ROWS_MANIFEST}: damaged; delete {path}, download again"
+        ) from None
     return files
 
 
@@ -80,7 +82,7 @@ def _not_as_downloaded(file: Path) -> ValueError:
     return ValueError(f"{file}: missing or not as downloaded; delete {file.parent}, download again")
 
 
-def num_rows(path: str | Path) -> int | None:
+def count_rows(path: str | Path) -> int | None:
     """Rows in a Parquet file or a directory of them; None for JSONL, which must be read for it."""
     files = [file for file, _ in row_files(path)]
     if any(file.suffix != ".parquet" for file in files):

@@ -21,7 +21,7 @@ from jaxsft.common.files import read_json, write_json
 from jaxsft.common.locks import DirectoryLock, LockedError
 from jaxsft.common.pins import read_pins, write_pin
 from jaxsft.data.rows import ROWS_VERSION
-from jaxsft.data.sources import MANIFEST, ROWS_KIND, row_files
+from jaxsft.data.sources import ROWS_KIND, ROWS_MANIFEST, row_files
 from jaxsft.download.files import Hub, Snapshot, fetch, look_up, parquet_footer
 from jaxsft.download.parts import (
     Counts,
@@ -72,9 +72,9 @@ def finished(request: Request) -> dict[str, Any] | None:
       ValueError: it is complete, but of another source, or damaged.
     """
     directory = request.directory
-    if not (directory / MANIFEST).is_file():
+    if not (directory / ROWS_MANIFEST).is_file():
         return None
-    manifest = read_json(directory / MANIFEST)
+    manifest = read_json(directory / ROWS_MANIFEST)
     wanted = _head(request, manifest.get("revision"))
     _check_same(directory, manifest, wanted | {"converter": manifest.get("converter")})
     row_files(directory)
@@ -137,7 +137,7 @@ def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, 
         try:
             return _convert_file(file, request, progress)
         except BaseException:
-            if not (request.directory / MANIFEST).is_file():
+            if not (request.directory / ROWS_MANIFEST).is_file():
                 remove_parts(request.directory)
                 with suppress(OSError):  # it was not made, or holds something else
                     request.directory.rmdir()

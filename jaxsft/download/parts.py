@@ -15,7 +15,7 @@ import pyarrow.parquet as parquet
 
 from jaxsft.common.files import file_sha256, whole_file, write_json
 from jaxsft.data.rows import ACCEPTED_SCHEMAS, Rejected, convert_row
-from jaxsft.data.sources import MANIFEST
+from jaxsft.data.sources import ROWS_MANIFEST
 
 # Of a row that `convert_row` refuses with an error, such as a null; the user cannot mend a hub's.
 INVALID_ROW = "invalid_row"
@@ -238,7 +238,7 @@ def write_manifest(directory: Path, head: dict[str, Any], parts: list[Part]) -> 
         ],
     }
     remove_parts(directory, {part.name for part in parts})
-    write_json(directory / MANIFEST, manifest)
+    write_json(directory / ROWS_MANIFEST, manifest)
     return manifest
 
 

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from jaxsft.common.page_style import html_page
-from jaxsft.common.text import visible, visible_line
+from jaxsft.common.text import visible_line, visible_text
 from jaxsft.data.rows import split_completion
 from jaxsft.evaluate.intervals import Estimate, PairedDifference
 from jaxsft.evaluate.scoring import (
@@ -274,7 +274,7 @@ def _coloured(text: str) -> str:
 
 def _shown(text: str) -> str:
     """The text as HTML, with invisible characters made visible."""
-    return escape("\n".join(visible(line) for line in text.split("\n")))
+    return escape("\n".join(visible_text(line) for line in text.split("\n")))
 
 
 _SCRIPT = """

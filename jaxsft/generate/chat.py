@@ -17,7 +17,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from jaxsft.cli import EXIT_BAD_INPUT, fail
-from jaxsft.common.text import visible
+from jaxsft.common.text import visible_text
 from jaxsft.config import EvalOptions
 from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn
@@ -221,11 +221,11 @@ def parts_of_text(texts: Iterable[str]) -> Iterator[TextPart]:
 
 
 def printable(text: str) -> str:
-    """The text without control characters but line ends and tabs; see `visible`.
+    """The text without control characters but line ends and tabs; see `visible_text`.
 
     Joiners (U+200C and U+200D) stay too: Persian words and many emoji need them.
     """
-    return re.sub(r"[^\n\t\u200c\u200d]+", lambda run: visible(run[0]), text)
+    return re.sub(r"[^\n\t\u200c\u200d]+", lambda run: visible_text(run[0]), text)
 
 
 def show(console: Console, text: str, style: str = "") -> None:

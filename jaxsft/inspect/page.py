@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsft.common.page_style import html_page
-from jaxsft.common.text import visible
+from jaxsft.common.text import visible_text
 from jaxsft.data.prepared import Prepared
 from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, plural
 from jaxsft.inspect.tokens import RowView, Segment, Token
@@ -278,8 +278,8 @@ def _segment(segment: Segment, number: int, show_ids: bool) -> str:
 
 def _token(token: Token, show_ids: bool) -> str:
     ids = " ".join(map(str, token.ids))
-    title = f"{ids}  {visible(' '.join(token.pieces))}".rstrip()
-    shown = visible(token.text)
+    title = f"{ids}  {visible_text(' '.join(token.pieces))}".rstrip()
+    shown = visible_text(token.text)
     body = shown.rstrip("\n")
     below = f"<small>{ids}</small>" if show_ids else ""
     classes = f"t {'l' if token.is_label else 'p'}{' c' if token.is_control else ''}"

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxsft.common.text import visible
+from jaxsft.common.text import visible_text
 from jaxsft.data.prepared import Prepared
 from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, plural
 from jaxsft.inspect.tokens import RowView, Segment, Token
@@ -65,7 +65,7 @@ def _append_token(text: Text, token: Token, shade: int, show_ids: bool) -> None:
     kind = "loss" if token.is_label else "prompt"
     style = _STYLES["control" if token.is_control else kind][shade]
     # A line end is written after the id, so that no colour runs to the terminal's edge.
-    shown = visible(token.text).translate(_MARKS)
+    shown = visible_text(token.text).translate(_MARKS)
     if token.is_control:
         shown = f"⟨{shown.strip('<>')}⟩"
     body = shown.rstrip("\n")

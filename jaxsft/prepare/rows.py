@@ -11,7 +11,7 @@ from jaxsft.config import DataOptions, ModelOptions
 from jaxsft.data.packing import Sample
 from jaxsft.data.prepared import Prepared, prepare
 from jaxsft.data.samples import DataReport, as_list
-from jaxsft.data.sources import num_rows
+from jaxsft.data.sources import count_rows
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.prepare.report import preparing
 from jaxsft.weights.find import base_path, find_tokenizer, open_tokenizer
@@ -104,7 +104,7 @@ def all_samples(prepared: Prepared) -> list[Sample]:
 
 def _num_rows(options: DataOptions) -> int | None:
     """Rows that will be read, where that is known beforehand."""
-    counts = [num_rows(file) for file in as_list(options.train_files)]
+    counts = [count_rows(file) for file in as_list(options.train_files)]
     if None in counts:
         return None if options.stop is None else options.stop - options.start
     stop = sum(filter(None, counts)) if options.stop is None else options.stop
