@@ -14,6 +14,39 @@ from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights.load import load_model
 
+# Whole files of `pytest -m quick`, so that a new test in them belongs to it; single tests elsewhere
+# are marked where they stand.
+QUICK = {
+    "common": "*",
+    "data": "*",
+    "download": "download",
+    "inspect": "inspect",
+    "prepare": "*",
+    ".": "cli house",
+    "evaluate": "intervals number_text scoring table compare_page",
+    "export": "export_parts",
+    "formats": "fuzz_files",
+    "gemma": "gemma_architecture loss sharding",
+    "generate": "streaming",
+    "plan": "pricing",
+    "run": "metrics preflight_report run_dir saver",
+    "step": "row_kernels spikes",
+    "train": "bad_input",
+    "weights": "tunix",
+}
+SLOW_FIXTURES = {"real_model", "hf_real_model"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of the quick files as quick, but for slow ones."""
+    folder = Path(__file__).parent
+    for item in items:
+        is_slow = {mark.name for mark in item.iter_markers()} & {"slow", "browser"}
+        is_slow |= SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))
+        files = QUICK.get(str(item.path.parent.relative_to(folder)), "").split()
+        if not is_slow and {"*", item.path.stem.removeprefix("test_")} & {*files}:
+            item.add_marker("quick")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

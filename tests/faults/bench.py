@@ -1,4 +1,4 @@
-"""What the rows of `faults.faults` are made with: the command under a fault, and the verdict.
+"""What the rows of `python -m faults` are made with: the command under a fault, and the verdict.
 
 A fault is done to runs of the command on a tiny model, in processes of their own. What comes of
 it is compared with a run that nothing happened to.

@@ -1,4 +1,4 @@
-"""One try of each fault of `faults.faults`: the command stops, refuses or goes on as promised,
+"""One try of each fault of `python -m faults`: the command stops, refuses or goes on as promised,
 and what it leaves equals what a run leaves that nothing happened to."""
 
 import pytest
@@ -23,8 +23,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("faults"))
 
 
+QUICK = "a session too short"
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAULTS]
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name in SLOW) + [pytest.mark.quick] * (name == QUICK)
+        )
+        for name in FAULTS
+    ],
 )
 def test_nothing_is_lost(name: str, bench: Bench) -> None:
     row = try_fault(name, FAULTS[name], bench, tries=1)

@@ -180,6 +180,7 @@ def test_a_run_s_state_needs_no_known_name(tiny_model_dir: Path) -> None:
     assert len(jax.tree.leaves(state.adapter)) > 0
 
 
+@pytest.mark.quick
 def test_a_run_leaves_everything(finished: tuple[Runs, str]) -> None:
     runs, out = finished
     run_dir = runs.path("whole")
@@ -226,6 +227,7 @@ def test_config_yaml_reloads_to_the_same(finished: tuple[Runs, str]) -> None:
     assert again == parse_config("jaxsft.train", "", runs.argv("whole"))[0]
 
 
+@pytest.mark.quick
 def test_metrics_have_one_line_a_step(finished: tuple[Runs, str]) -> None:
     runs, _ = finished
     lines = runs.metrics("whole")
@@ -244,6 +246,7 @@ def test_metrics_have_one_line_a_step(finished: tuple[Runs, str]) -> None:
     assert len({counts[i] + counts[i + 1] for i in range(0, NUM_STEPS, 2)}) == 1
 
 
+@pytest.mark.quick
 def test_the_loss_goes_down(finished: tuple[Runs, str]) -> None:
     runs, _ = finished
     losses = [line["train/loss"] for line in runs.train_metrics("whole")]
@@ -274,6 +277,7 @@ def test_answers_before_and_after_are_kept(finished: tuple[Runs, str]) -> None:
         ]
 
 
+@pytest.mark.quick
 def test_a_finished_run_is_left_alone(finished: tuple[Runs, str]) -> None:
     runs, _ = finished
     before = snapshot(runs.path("whole"))
