@@ -31,7 +31,7 @@ from benchmarks.process_tree import ROOT, CommandError, Usage, run_measured
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
 from jaxsft.common.files import cache_dir, write_json
 from jaxsft.data.prepared import Prepared, open_prepared
-from jaxsft.data.sources import MANIFEST
+from jaxsft.data.sources import ROWS_MANIFEST
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.weights.load import demo_model_path
 
@@ -162,7 +162,7 @@ def run_prepare(
     usage = run_measured(
         command, num_cores=NUM_CORES, environment=environment, log=scratch / "prepare.log"
     )
-    [manifest] = root.glob(f"*/{MANIFEST}")
+    [manifest] = root.glob(f"*/{ROWS_MANIFEST}")
     return usage, open_prepared(manifest.parent)
 
 

@@ -8,7 +8,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as parquet
 import pytest
 
-from jaxsft.data.sources import RowFile, file_digest, num_rows, read_rows, row_files
+from jaxsft.data.sources import RowFile, count_rows, file_digest, read_rows, row_files
 
 GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"}
 MORE = {"prompt": "p", "response": "<think>r</think>a"}
@@ -107,7 +107,7 @@ def test_a_data_set_saved_by_hugging_face(tmp_path):
     first, second = (tmp_path / "saved" / f"data-0000{i}-of-00002.arrow" for i in range(2))
     places = [f"{first}:row 1", f"{first}:row 2", f"{second}:row 1"]
     assert list(read_rows(tmp_path / "saved")) == list(zip(places, saved, strict=True))
-    assert num_rows(tmp_path / "saved") is None
+    assert count_rows(tmp_path / "saved") is None
     second.write_bytes(second.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"00001-of-00002.arrow: not a complete Arrow file after"):
         list(read_rows(tmp_path / "saved"))
@@ -147,7 +147,7 @@ def test_a_downloaded_directory(downloaded):
     places = [where for where, _ in read_rows(downloaded)]
     first, second = (downloaded / f"part-0000{i}.parquet" for i in range(2))
     assert places == [f"{first}:row 1", f"{first}:row 2", f"{second}:row 1"]
-    assert num_rows(downloaded) == 3
+    assert count_rows(downloaded) == 3
 
 
 def test_directories_that_are_not_whole(downloaded):
@@ -171,7 +171,7 @@ def test_directories_that_are_not_whole(downloaded):
 
 
 def test_num_rows_of_lines_is_not_known(write):
-    assert num_rows(write(GOOD)) is None
+    assert count_rows(write(GOOD)) is None
 
 
 def test_digests_follow_the_file(write):
