@@ -1,4 +1,4 @@
-"""A file that only grows, on a disk that may fail for a while: nothing raises, nothing is torn."""
+"""An append-only file for disks that may fail for a while: no call raises, no record is torn."""
 
 import contextlib
 import os

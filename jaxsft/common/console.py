@@ -1,4 +1,4 @@
-"""The console of a long run: what it cannot print is dropped, and the run goes on."""
+"""A console for long runs: a line that cannot be printed is dropped, and the run goes on."""
 
 import atexit
 import contextlib

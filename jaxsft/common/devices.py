@@ -1,4 +1,4 @@
-"""JAX's settings for the whole process, and one clear line where it cannot open its devices."""
+"""Sets JAX's options for the process; one clear line where JAX cannot open its devices."""
 
 import os
 import re

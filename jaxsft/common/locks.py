@@ -1,4 +1,4 @@
-"""A directory that one process holds at a time, and scratch directories that nobody forgets.
+"""Locks on directories, and scratch directories that are removed if their process has ended.
 
 The lock is the operating system's own (flock), on the directory itself: it ends with the process,
 whatever ends it, and leaves no file behind. Some file systems (Lustre, some NFS) have no such

@@ -1,4 +1,4 @@
-"""What an XLA error says of memory that ran out: how much was needed, how much there was."""
+"""Reads XLA's out-of-memory errors: how much memory was needed, and how much there was."""
 
 import re
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The pages that evaluate and inspect write: their frame and their style sheet.
+"""The frame and the style sheet of the pages that evaluate and inspect write.
 
 A page loads nothing. Its content security policy forbids whatever might come of a mistake in
 escaping: no script runs but the page's own, known by its hash.

@@ -1,4 +1,4 @@
-"""What a revision of a repository meant when it was first asked for: it stays that commit.
+"""Remembers the commit that a branch or tag of a repository meant when it was first used.
 
 A file beside the copies:
 

@@ -1,4 +1,4 @@
-"""Foreign text for a terminal or a page: nothing in it that hides, colours or rearranges."""
+"""Makes foreign text safe to show: characters that hide, colour or reorder it become visible."""
 
 import re
 import unicodedata

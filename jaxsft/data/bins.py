@@ -1,4 +1,4 @@
-"""Which samples share a row: bin packing of lengths, and how good it could be.
+"""Bin packing: which samples share a row, and the fewest rows that any packing needs.
 
 Pure Python on integers, deterministic. Two packers, since neither is best everywhere: on Glaive's
 lengths best-fit decreasing fills rows of 4096 to 94.4% (the other: 93.5%), but leaves rows of 8192,

@@ -1,4 +1,4 @@
-"""Rows of a data set -> conversations whose answers have the form that training teaches.
+"""Rows of a data set -> conversations with answers in the form that training teaches.
 
 Text only: no token, no file. The target form of an assistant turn is `completion_text`'s
 `<reasoning>{r}</reasoning>\\n<answer>{a}</answer>`. Accepted rows, the first match counts:

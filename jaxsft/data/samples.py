@@ -1,4 +1,4 @@
-"""Raw rows -> samples, each either kept or counted with its reason; batches served by Grain.
+"""Raw rows -> samples; every row left out is counted with its reason. Batches come from Grain.
 
 Rows stream through in chunks, so that memory does not grow with them. Batches need no iterator
 state: step -> rows is arithmetic (`packing.StepBatches`), so a run resumes at any step.

@@ -1,4 +1,4 @@
-"""What a model can do: `python -m jaxsft.evaluate MODEL [--compare OTHER] [--files ROWS] …`.
+"""Measures a model: `python -m jaxsft.evaluate MODEL [--compare OTHER] [--files ROWS] …`.
 
 Held-out loss per completion token, of the reasoning and of the answer apart, and what the answers
 to the rows' prompts are worth: form, length, repetition, and accuracy where the rows have numbers

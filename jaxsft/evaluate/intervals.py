@@ -1,4 +1,4 @@
-"""How sure a mean over evaluation rows is, and whether two models differ on the same rows.
+"""Confidence intervals of means over rows, and tests whether two models differ on the same rows.
 
 Chance drew the rows, so rows are resampled, never tokens. All intervals are of 95%:
 

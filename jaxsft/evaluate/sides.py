@@ -1,4 +1,4 @@
-"""The models that the options of evaluate name, and a run's options as their defaults."""
+"""The one or two models to evaluate, and the options of their runs as defaults."""
 
 import dataclasses
 import json

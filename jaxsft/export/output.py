@@ -1,4 +1,4 @@
-"""The directory of an export: it gets its name when it is complete, and replaces only its like.
+"""The directory of an export: renamed to its name when complete; replaces only an earlier export.
 
 Its manifest says which system text the model was trained with.
 """

@@ -1,4 +1,4 @@
-"""The libraries that check exports: where they are, and what they compute, each in its own process.
+"""Runs the libraries that check an export, each in a process of its own.
 
 A worker is a script that gets MODEL PROBES.npz OUT.npz [ADAPTER], see transformers_worker.py.
 """

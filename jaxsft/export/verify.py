@@ -1,4 +1,4 @@
-"""Is an export the model that it was made from? The same prompts through another library.
+"""Checks an export: another library must compute the same logits on the same prompts.
 
 Both sides compute in float32 with the weights as they are stored. Weights rounded to bfloat16 are
 held to the same bound that way; with activations in bfloat16 as well the two libraries, which round

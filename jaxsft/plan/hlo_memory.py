@@ -1,4 +1,4 @@
-"""What a compiled training step keeps in HBM from its forward for its backward pass."""
+"""The bytes in HBM that a compiled step saves in its forward pass for its backward pass."""
 
 from collections.abc import Iterator
 

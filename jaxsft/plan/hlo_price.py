@@ -1,4 +1,4 @@
-"""The price of one op of a scheduled TPU program, and the part of a training step that it is."""
+"""The time of one op of a scheduled TPU program, and the part of the train step it belongs to."""
 
 import math
 import re

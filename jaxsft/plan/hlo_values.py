@@ -1,4 +1,4 @@
-"""Values that a program carries through its loops: trip counts, and constants given to kernels."""
+"""Values known before a program runs: trip counts of loops, and constants passed to kernels."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""A plan for the devices of this machine: the step that train would run here, and its memory."""
+"""Plans a run on this machine's devices: the program that train would run, and its memory."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""A plan as a picture: where a step's time and a chip's memory go."""
+"""Draws a plan: where a step's time and a chip's memory go."""
 
 from pathlib import Path
 from typing import Any

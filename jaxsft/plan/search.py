@@ -1,4 +1,4 @@
-"""Settings near a config's own that a plan tries: micro-batches, row length and rematerialisation.
+"""The settings near a config's own that a plan tries: micro-batches, row length, remat.
 
 Every setting keeps the tokens of an optimizer step: rows half as long are twice as many.
 """

@@ -1,4 +1,4 @@
-"""How much work some data is: rows, steps and padding from the lengths of its samples alone."""
+"""Rows, steps and padding of a data set, from the lengths of its samples alone."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a person sees of the preparation of rows."""
+"""What the terminal shows while rows are prepared, and of the result."""
 
 import time
 from collections.abc import Callable, Iterator

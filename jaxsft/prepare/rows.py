@@ -1,4 +1,4 @@
-"""All rows of a run, prepared where they are not yet."""
+"""Opens the prepared rows of a run; prepares those that are missing."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Do two ways to compute the train step agree on this machine and its data?
+"""Compares two ways to compute the train step on this machine, on the run's own data.
 
 Pallas kernels against XLA where the step has kernels, else the plain step against the fused one.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: one directory a step, written in the background, judged by digests of our own.
+"""Checkpoints: one directory a step, written in the background, checked by digests when read.
 
 What is restored equals what was saved, or it is refused. A damaged step is not deleted: it becomes
 `<step>.corrupt` once an older step has been restored in its place.

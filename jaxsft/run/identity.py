@@ -1,4 +1,4 @@
-"""The fingerprint of a run: a run may continue another only where it is the same."""
+"""The fingerprint of a run: a checkpoint is continued only by a run with the same fingerprint."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Memory that ran out, in one line: what was needed, and the next smaller setting that fits."""
+"""Explains an out-of-memory error in one line, with the next smaller setting that fits."""
 
 import json
 import os

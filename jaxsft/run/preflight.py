@@ -1,4 +1,4 @@
-"""Before a run: does its step compute the right thing on this machine, how fast, in what memory?
+"""The check before a run: is the step right on this machine, how fast is it, does it fit?
 
 The steps are the run's own compiled program on its own rows, on a copy of adapter and moments that
 is thrown away: with and without them a run is the same bit for bit.

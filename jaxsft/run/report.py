@@ -1,4 +1,4 @@
-"""What a person sees of a run: the progress line, the before/after table, two answers."""
+"""What the terminal shows of a run: progress, the before/after table, two answers."""
 
 import json
 import math

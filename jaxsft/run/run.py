@@ -1,4 +1,4 @@
-"""One run of a trainer, whatever it trains on: what surrounds the steps, from start to end."""
+"""What surrounds the steps of any trainer: preflight, measuring, saving, stopping, the results."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""A run's directory: held against a second trainer, with room for what the run will write."""
+"""A run's directory: locked against a second trainer, and checked for free space."""
 
 from pathlib import Path
 from typing import Self

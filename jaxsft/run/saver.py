@@ -1,4 +1,4 @@
-"""Saves a run's state while disks fail: says so loudly, tries again, and training goes on."""
+"""Saves a run's state. If a save fails, it says so and tries again while training goes on."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""Does a run's schedule end before the session does? If not, say so or, on request, shorten it."""
+"""Compares a run's schedule with the time left: warns, or shortens the schedule on request."""
 
 import json
 import math

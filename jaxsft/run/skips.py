@@ -1,4 +1,4 @@
-"""Steps whose update was not applied: written down with their rows, and too many end the run."""
+"""Steps whose update was skipped: recorded with their rows; too many in a row end the run."""
 
 import math
 from collections.abc import Callable, Mapping

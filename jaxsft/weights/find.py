@@ -1,4 +1,4 @@
-"""Which model a name means, wherever one is asked for: its weights, adapter and tokenizer.
+"""What a model's name means, in every command: its weights, adapter and tokenizer.
 
     demo                     the Gemma 3 270M of the `demo` extra
     models/gemma-2-2b-it     a Hugging Face directory, a merged export too

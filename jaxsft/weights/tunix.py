@@ -1,4 +1,4 @@
-"""Adapters for Tunix: a checkpoint of the LoRA parameters alone, as its CheckpointManager has it.
+"""Adapters for Tunix: a checkpoint of the LoRA parameters alone, as its CheckpointManager reads.
 
 Tunix keeps k and v in one array, so qwix gives them one A and one B (qwix/_src/providers/lora.py),
 and `rank` and `alpha` are the same for the whole model. Two A of rank r therefore stand side by
