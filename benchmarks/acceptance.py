@@ -3,7 +3,7 @@
 from jaxsft.config import TrainConfig
 from jaxsft.gemma.lora import resolve_targets
 from jaxsft.plan.run_plan import RunPlan
-from jaxsft.run.program import architecture
+from jaxsft.weights.find import architecture
 
 TOPOLOGY = "v5e:2x4"
 # The most that the step may take; shares are 0 to 1.

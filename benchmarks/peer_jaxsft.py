@@ -18,9 +18,10 @@ from benchmarks.peer_lab import NUM_ROWS, ROW_LENGTH
 from benchmarks.peer_protocol import serve
 from jaxsft.common.batch import Batch
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
-from jaxsft.prepare.rows import load_data, load_tokenizer
+from jaxsft.prepare.rows import load_data, run_model
 from jaxsft.run.setup import build
 from jaxsft.step.train_step import init_state, put_batch, train_step
+from jaxsft.weights.find import open_tokenizer
 from jaxsft.weights.load import demo_model_path
 from jaxsft.weights.peft import WEIGHTS_NAME, read_adapter_config, save_adapter
 
@@ -40,8 +41,9 @@ class JaxsftTrainer:
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
         )
-        path = Path(model_dir)
-        self.setup = build(config, load_data(config.data, load_tokenizer(config.model, path)), path)
+        origin = run_model(config.model)
+        data = load_data(config.data, open_tokenizer(origin.tokenizer))
+        self.setup = build(config, data, origin)
         self.state, self.frozen = self.setup.state, self.setup.frozen
 
     def _batch(self, rows: Path) -> Batch:

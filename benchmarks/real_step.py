@@ -12,10 +12,10 @@ from jaxsft.config import TrainConfig, check_devices
 from jaxsft.run.program import (
     StepArguments,
     abstract_setup,
-    architecture,
     lower_step,
     num_run_steps,
 )
+from jaxsft.weights.find import architecture
 
 BOUND = 0.02 * 3**0.5
 

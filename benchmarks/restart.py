@@ -23,11 +23,12 @@ import jax
 from jaxsft.cli import parse_config
 from jaxsft.config import TrainConfig
 from jaxsft.data.samples import batches
-from jaxsft.prepare.rows import load_data, load_tokenizer
+from jaxsft.prepare.rows import load_data
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.setup import build, check_early
 from jaxsft.step.train_step import put_batch, train_step
+from jaxsft.weights.find import open_tokenizer
 
 ROOT = Path(__file__).parents[1]
 UNMEASURED = ("--data.eval_files", "[]", "--eval_steps", "null")
@@ -89,7 +90,7 @@ def measure_stall(config: TrainConfig, directory: Path, num_saves: int) -> float
     """The share that saving adds to training time, each save once in `config.save_steps` steps."""
     jax.config.update("jax_default_matmul_precision", "highest")
     model = check_early(config)
-    data = load_data(config.data, load_tokenizer(config.model, model))
+    data = load_data(config.data, open_tokenizer(model.tokenizer))
     setup = build(config, data, model)
     state, frozen, spec = setup.state, setup.frozen, setup.spec
     metadata = {"fingerprint": setup.fingerprint}

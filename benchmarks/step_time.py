@@ -43,7 +43,7 @@ from jaxsft.plan.options import LOCAL, PlanOptions, parse_options
 from jaxsft.plan.report import show_plan
 from jaxsft.plan.run_plan import RunPlan, model_flops
 from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
-from jaxsft.run.program import architecture
+from jaxsft.weights.find import architecture
 
 DESCRIPTION = (
     "Estimates, or with --measure times, the train step; --peer tunix and --scaling print tables. "

@@ -197,7 +197,8 @@ def check_model(side: Side, rows: Rows, tokenizer: Tokenizer, options: EvaluateO
     MergedWeights(source, info, None)  # checks every shape
     if origin.adapter is not None:
         base = None if origin.is_named_base else info
-        load_adapter(origin.adapter, without_weights(info.config), base)
+        model = without_weights(info.config)
+        load_adapter(origin.adapter, model, base, config=origin.adapter_config)
     longest = max((len(prompt.ids) for prompt in rows.prompts), default=0)
     most = max(longest + options.eval.max_new_tokens, rows.heldout.row_length)
     if most > info.config.max_positions:

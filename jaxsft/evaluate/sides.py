@@ -15,7 +15,7 @@ from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.options import EvaluateOptions
 from jaxsft.weights.find import (
     Origin,
-    base_path,
+    find_base,
     find_model,
     open_tokenizer,
     run_config,
@@ -83,7 +83,7 @@ def find_side(name: str, options: EvaluateOptions) -> Origin:
     """The model of this name; an adapter is put on the base that the options give."""
     base = options.base_model
     with suppress(ValueError):  # for an adapter or a run, or what find_model refuses as well
-        if base is not None and not holds_adapter(base_path(name, options.tokenizer)):
+        if base is not None and not holds_adapter(find_base(name, options.tokenizer).base):
             base = None
     return find_model(name, options.tokenizer, base)
 

@@ -59,11 +59,12 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
     tokenizer = open_tokenizer(origin.tokenizer)
     source, info = open_weights(origin.base)
     check_tokenizer(tokenizer, info.config)
-    weights = MergedWeights(source, info, origin.adapter)
+    weights = MergedWeights(source, info, origin.adapter, origin.adapter_config)
     adapter = model = None
     if origin.adapter is not None:
         model = without_weights(info.config)
-        found = load_adapter(origin.adapter, model, None if origin.is_named_base else info)
+        base = None if origin.is_named_base else info
+        found = load_adapter(origin.adapter, model, base, config=origin.adapter_config)
         adapter = dataclasses.replace(
             found,
             base_model_name=origin.name,

@@ -3,6 +3,13 @@
 Both sides compute in float32 with the weights as they are stored. Weights rounded to bfloat16 are
 held to the same bound that way; with activations in bfloat16 as well the two libraries, which round
 in other places, would be so far apart that a wrong tensor could hide.
+
+What is independent of what: the reference never sees the export. It is the base, read into our
+model, with the adapter injected as in training, and, for weights below float32, merged there along
+the model's own tree; the export is written by `MergedWeights`, by the tensors' names in files. So a
+tensor under a wrong name, a transposed or missing update and a wrong scale all show. The two share
+the readers of base and adapter, and the arithmetic of one merged matrix, which tests hold against
+PEFT's.
 """
 
 import contextlib
@@ -37,13 +44,13 @@ from jaxsft.export.options import ExportOptions
 from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
 from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
-from jaxsft.gemma.layers import Linear
 from jaxsft.gemma.lora import lora_scale
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights.find import Origin, load
 from jaxsft.weights.load import load_model
+from jaxsft.weights.merged import merge_in_memory
 from jaxsft.weights.names import LINEAR_TENSORS
-from jaxsft.weights.peft import WEIGHTS_NAME, read_adapter_config
+from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 # Largest difference of two logits over all probes. Different orders of summation in float32
 # gave 4e-4 on Gemma 3 270M, whose largest logit was 98.
@@ -152,7 +159,7 @@ def _verify_flax(
         of_lora = max_difference(ours, found.logits)
         problem = drift(f"{name}, from the base and {TUNIX_LORA}/,", of_lora)
         difference = max(difference, of_lora)
-    problem = problem or flax_problem(directory, made.tokenizer, made.origin.adapter)
+    problem = problem or flax_problem(directory, made.tokenizer, made.origin.adapter, made.adapter)
     return Check(name, difference, problem, None)
 
 
@@ -164,7 +171,7 @@ def _read_again(directory: Path, made: Export, probes: list[Probe], gap: str | N
     difference = max_difference(ours, our_logits(model, probes))
     name = "jaxsft's own reader"
     problem = drift(name, difference) or flax_problem(
-        directory, made.tokenizer, made.origin.adapter
+        directory, made.tokenizer, made.origin.adapter, made.adapter
     )
     parts = f"{FLAX_MODEL}/, {TUNIX_LORA}/ and" if made.adapter else f"{FLAX_MODEL}/ and"
     why = f"{parts} tokenizer.model were read by jaxsft alone, not by Tunix: {gap}"
@@ -214,32 +221,9 @@ def reference_logits(origin: Origin, dtype: str, probes: Sequence[Probe]) -> lis
     """
     model = load(origin, dtype="float32", param_dtype="float32").model
     if dtype != "float32":
-        merge_and_round(model, dtype)
+        merge_in_memory(model, dtype)
         give_memory_back()
     return our_logits(model, probes)
-
-
-def merge_and_round(model: Gemma, dtype: str) -> None:
-    """Merges the adapter in float64 and rounds all weights to `dtype`; in place.
-
-    Not `lora.merge`: its float32 sums would be rounded to the other neighbour in bfloat16 here and
-    there. What is replaced is deleted at once: garbage collection came after a second copy of all.
-    """
-    for _, linear in list(nnx.iter_modules(model)):
-        if isinstance(linear, Linear) and linear.lora is not None:
-            a, b = (np.asarray(leaf[...], np.float64) for leaf in (linear.lora.a, linear.lora.b))
-            kernel = np.asarray(linear.kernel[...])
-            merged = np.empty(kernel.shape, jnp.dtype(dtype))
-            for layer in np.ndindex(kernel.shape[:-2]):  # float64 is twice as large: one at a time
-                merged[layer] = kernel[layer] + linear.lora.scale * (a[layer] @ b[layer])
-            linear.kernel[...].delete()
-            linear.kernel.set_value(jnp.asarray(merged))  # `[...] =` would keep float32
-            linear.lora = nnx.data(None)
-    for _, variable in nnx.to_flat_state(nnx.state(model)):
-        exact = variable[...]
-        if exact.dtype != dtype:
-            variable.set_value(exact.astype(dtype).block_until_ready())
-            exact.delete()
 
 
 def give_memory_back() -> None:
@@ -318,23 +302,30 @@ def tunix_lacks(config: GemmaConfig) -> str | None:
     return ", ".join(f"{name} other than {value}" for name, value in other.items()) or None
 
 
-def flax_problem(directory: Path, tokenizer: Tokenizer, adapter: Path | None) -> str | None:
+def flax_problem(
+    directory: Path,
+    tokenizer: Tokenizer,
+    adapter: Path | None,
+    adapter_config: AdapterConfig | None,
+) -> str | None:
     """What is wrong with the files beside the model of a Flax export, if anything."""
     written = (directory / "tokenizer.model").read_bytes()
     if hashlib.sha256(written).digest() != hashlib.sha256(tokenizer.model_bytes).digest():
         return "tokenizer.model is not what was written"
-    if adapter is None:
+    if adapter is None or adapter_config is None:
         return None
     settings = read_json(directory / f"{TUNIX_LORA}.json")
-    return _tunix_problem(directory / TUNIX_LORA, settings, adapter)
+    return _tunix_problem(directory / TUNIX_LORA, settings, adapter, adapter_config)
 
 
-def _tunix_problem(directory: Path, settings: Mapping[str, Any], adapter: Path) -> str | None:
+def _tunix_problem(
+    directory: Path, settings: Mapping[str, Any], adapter: Path, config: AdapterConfig
+) -> str | None:
     """What is wrong with a checkpoint of `write_tunix_lora`, which Orbax reads again, if anything.
 
     `settings` are its `rank` and `alpha`. Random rows x must give x·A·B as PEFT's `adapter` does.
     """
-    config, source = read_adapter_config(adapter), SafetensorsDirectory(adapter, WEIGHTS_NAME)
+    source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
     our_scale = lora_scale(config.rank, config.alpha, config.use_rslora)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         layers = checkpointer.restore((directory / "0" / "model_params").absolute())["layers"]

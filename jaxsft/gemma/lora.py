@@ -1,11 +1,9 @@
-"""LoRA on a Gemma: inject by target name, split from the frozen weights, merge and unmerge."""
+"""LoRA on a Gemma: inject by target name, split from the frozen weights."""
 
 import difflib
 import math
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.gemma.layers import Linear, LoRA
@@ -64,25 +62,6 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(graphdef, adapter, frozen). `nnx.merge(graphdef, adapter, frozen)` gives the model back."""
     # LoRAParam first: the nnx.Param filter would match it too.
     return nnx.split(model, nnx.LoRAParam, ...)  # type: ignore[return-value]
-
-
-def delta(lora: LoRA) -> jax.Array:
-    """scale · A B as float32 [..., in, out]: what the adapter adds to the kernel."""
-    product = jnp.matmul(lora.a[...], lora.b[...], precision="highest")
-    return lora.scale * product
-
-
-def merge(model: nnx.Module, sign: int = 1) -> None:
-    """Adds (sign=1) or takes back (sign=-1: unmerge) every adapter's delta, in place.
-
-    The slots stay filled, so a merged model must be used through `without_adapter` or exported;
-    added in float32 and rounded once to the kernel's dtype.
-    """
-    for _, linear in list(nnx.iter_modules(model)):
-        if isinstance(linear, Linear) and linear.lora is not None:
-            kernel = linear.kernel[...]
-            merged = kernel.astype(jnp.float32) + sign * delta(linear.lora)
-            linear.kernel[...] = merged.astype(kernel.dtype)
 
 
 def without_adapter(model: nnx.Module) -> nnx.Module:

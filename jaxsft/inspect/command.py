@@ -14,7 +14,8 @@ from jaxsft.inspect.page import inspection_page
 from jaxsft.inspect.report import legend, show_checks, show_counts, show_row
 from jaxsft.inspect.rows import survey
 from jaxsft.inspect.tokens import RowReader
-from jaxsft.prepare.rows import load_data, load_tokenizer, model_path
+from jaxsft.prepare.rows import load_data, run_model
+from jaxsft.weights.find import open_tokenizer
 
 _LOG_WIDTH = 160  # of output that is no terminal
 
@@ -51,7 +52,7 @@ def find_rows(
     config: TrainConfig, options: InspectOptions, console: Console
 ) -> tuple[Prepared, Tokenizer]:
     """The rows to show and their tokenizer; ValueError where they do not belong together."""
-    tokenizer = load_tokenizer(config.model, model_path(config.model))
+    tokenizer = open_tokenizer(run_model(config.model).tokenizer)
     if options.prepared is None:
         return load_data(config.data, tokenizer, console).train, tokenizer
     if not options.prepared.is_dir():

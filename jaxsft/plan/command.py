@@ -32,8 +32,8 @@ from jaxsft.plan.search import (
 )
 from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
 from jaxsft.plan.workload import Workload, read_lengths
-from jaxsft.prepare.rows import load_data, load_tokenizer, model_path
-from jaxsft.run.program import architecture
+from jaxsft.prepare.rows import load_data, run_model
+from jaxsft.weights.find import architecture, open_tokenizer
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -120,7 +120,7 @@ def read_workloads(config: TrainConfig, options: PlanOptions) -> dict[str, Workl
     if options.lengths is not None:
         return count_workloads(config, read_lengths(options.lengths))
     if options.data:
-        tokenizer = load_tokenizer(config.model, model_path(config.model))
+        tokenizer = open_tokenizer(run_model(config.model).tokenizer)
         rows = load_data(config.data, tokenizer).train.rows
         lengths = np.diff(rows.sample_offsets)[np.sort(rows.row_samples)].tolist()
         return count_workloads(config, lengths, rows.num_loss_tokens)

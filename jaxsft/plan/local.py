@@ -12,7 +12,8 @@ from jaxsft.plan.report import HASH_OF_GUESSED_STEPS, NOTHING_FITS, describe_set
 from jaxsft.plan.search import Setting, nearest_fit
 from jaxsft.plan.tpu_aot import OutOfMemory, compile_or_refuse
 from jaxsft.run.out_of_memory import free_memory
-from jaxsft.run.program import abstract_setup, architecture, lower_step, program_hash
+from jaxsft.run.program import abstract_setup, lower_step, program_hash
+from jaxsft.weights.find import architecture
 
 
 class LocalStep(NamedTuple):

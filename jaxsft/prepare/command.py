@@ -6,14 +6,15 @@ from rich.console import Console
 
 from jaxsft.config import TrainConfig
 from jaxsft.prepare.report import show_data
-from jaxsft.prepare.rows import load_data, load_tokenizer, model_path
+from jaxsft.prepare.rows import load_data, run_model
+from jaxsft.weights.find import open_tokenizer
 
 
 def prepare_rows(config: TrainConfig) -> int:
     """Prepares what is missing; returns the exit code. ValueError and OSError are bad input."""
     # No markup: file names may hold brackets.
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-    tokenizer = load_tokenizer(config.model, model_path(config.model))
+    tokenizer = open_tokenizer(run_model(config.model).tokenizer)
     data = load_data(config.data, tokenizer, console)
     show_data(console, data.train, data.heldout)
     for prepared in filter(None, (data.train, data.heldout)):

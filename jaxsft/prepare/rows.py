@@ -14,7 +14,7 @@ from jaxsft.data.samples import DataReport, as_list
 from jaxsft.data.sources import count_rows
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.prepare.report import preparing
-from jaxsft.weights.find import base_path, find_tokenizer, open_tokenizer
+from jaxsft.weights.find import Origin, find_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +27,12 @@ class Data:
     heldout_samples: list[Sample]
 
 
-def model_path(options: ModelOptions) -> Path:
-    """Where the model's files are, fetched if they are the hub's; ValueError where nothing is."""
+def run_model(options: ModelOptions) -> Origin:
+    """The model that a run trains, downloaded if it is the hub's; ValueError where nothing is."""
     try:
-        return base_path(options.path, options.tokenizer)
+        return find_base(options.path, options.tokenizer)
     except ValueError as error:
         raise ValueError(f"model.path: {error}") from None
-
-
-def load_tokenizer(options: ModelOptions, path: Path) -> Tokenizer:
-    """The tokenizer that is named, or that of the model at `path`; ValueError without any."""
-    return open_tokenizer(find_tokenizer(path, options.tokenizer))
 
 
 def load_data(

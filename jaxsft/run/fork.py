@@ -11,7 +11,7 @@ from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.identity import adapter_fingerprint, model_identity
 from jaxsft.run.program import inject_adapter
 from jaxsft.step.train_step import TrainState
-from jaxsft.weights.find import DEMO, DEMO_NAME, RUN_ADAPTERS, is_on_hub
+from jaxsft.weights.find import RUN_ADAPTERS, Origin
 from jaxsft.weights.load import WeightsInfo
 from jaxsft.weights.peft import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
 
@@ -61,18 +61,15 @@ def check_fork(config: TrainConfig) -> None:
 
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
-    """The adapter config that the options ask for, without the base's digest."""
-    options, path = config.lora, config.model.path
-    base = DEMO_NAME if path == DEMO else path
-    if is_on_hub(path):
-        base = base.partition("@")[0]  # a revision is no part of a hub name in PEFT
+    """The adapter config that the options ask for, without what names the base."""
+    options = config.lora
     return AdapterConfig(
         rank=options.r,
         alpha=options.alpha,
         dropout=options.dropout,
         use_rslora=options.use_rslora,
         targets=lora.resolve_targets(options.target_modules),
-        base_model_name=base,
+        base_model_name=None,
     )
 
 
@@ -91,16 +88,20 @@ def check_adapter(config: TrainConfig, source: Path, found: AdapterConfig) -> No
 
 
 def add_adapter(
-    config: TrainConfig, model: Gemma, info: WeightsInfo, path: Path, say: Callable[[str], None]
+    config: TrainConfig,
+    model: Gemma,
+    info: WeightsInfo,
+    origin: Origin,
+    say: Callable[[str], None],
 ) -> AdapterConfig:
-    """Puts a fresh adapter, or the one that fork_from names, into the model read at `path`.
+    """Puts a fresh adapter, or the one that fork_from names, into the model of `origin`.
 
     `say` is told if that adapter was trained on other weights."""
     adapter = dataclasses.replace(
         adapter_config(config),
+        base_model_name=origin.name,
         base_digest=info.digest,
-        # The hub's models lie in a directory that is named after the commit.
-        base_revision=path.name if is_on_hub(config.model.path) else None,
+        base_revision=origin.revision,
     )
     source = None if config.fork_from is None else fork_source(config.fork_from)
     if source is None or source.name == CHECKPOINTS:

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +22,8 @@ from jax.sharding import Mesh
 from jaxsft.common.batch import Batch
 from jaxsft.config import TrainConfig
 from jaxsft.data.packing import num_steps
-from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.gemma import lora
-from jaxsft.gemma.architecture import PRESETS, GemmaConfig
+from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import make_mesh, named, state_shardings
 from jaxsft.step import flash_attention
@@ -39,8 +37,6 @@ from jaxsft.step.train_step import (
     train_state_shardings,
     train_step,
 )
-from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
-from jaxsft.weights.hf_config import from_hf_config
 
 
 class StepArguments(NamedTuple):
@@ -50,33 +46,6 @@ class StepArguments(NamedTuple):
     state: TrainState
     frozen: Any  # the model's frozen state, or its fused weights
     batch: Batch
-
-
-def architecture(model_path: str) -> tuple[GemmaConfig, str]:
-    """(the model's architecture, where it was read) for a `model.path`; weights are not needed.
-
-    A directory's config.json, a Flax checkpoint or a .gguf file counts when it is there, else the
-    last part of the path, without @revision, is taken for a model's name: google/gemma-2-2b-it is
-    the preset gemma-2-2b.
-
-    Raises ValueError for a name that is no preset's, and for a config that isn't supported.
-    """
-    if model_path == "demo":
-        return PRESETS["gemma-3-270m"], "preset gemma-3-270m"
-    path = Path(model_path)
-    if path.suffix == ".gguf" and path.exists():
-        return from_hf_config(hf_config(GGUFFile(path)), str(path)), str(path)
-    if path.is_dir() and is_flax_checkpoint(path):
-        return FlaxCheckpoint(path).config, str(path)
-    if path.is_dir():
-        return from_hf_config(path / "config.json"), str(path / "config.json")
-    name = path.name.lower().partition("@")[0].removesuffix("-it").removesuffix("-pt")
-    if name not in PRESETS:
-        raise ValueError(
-            f"model.path {model_path}: no such directory or .gguf file, and {path.name!r} is not "
-            f"the name of a known model; known: {', '.join(PRESETS)}, each also with -it"
-        )
-    return PRESETS[name], f"preset {name}, {model_path} is not on this machine"
 
 
 def check_positions(config: TrainConfig, model_config: GemmaConfig) -> None:

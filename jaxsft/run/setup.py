@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jaxsft.data.packing import StepBatches
 from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import named, state_shardings
-from jaxsft.prepare.rows import Data, model_path
+from jaxsft.prepare.rows import Data, run_model
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fork import add_adapter, check_fork, with_forked_adapter
 from jaxsft.run.identity import fingerprint
@@ -23,7 +22,6 @@ from jaxsft.run.program import (
     StepArguments,
     abstract_batch,
     abstract_setup,
-    architecture,
     check_positions,
     lower_step,
     make_spec,
@@ -34,7 +32,7 @@ from jaxsft.run.program import (
 from jaxsft.step.fused_weights import fuse, unfuse
 from jaxsft.step.optimizer import run_schedule
 from jaxsft.step.train_step import StepSpec, TrainState, init_state
-from jaxsft.weights.find import check_tokenizer
+from jaxsft.weights.find import Origin, architecture, check_tokenizer
 from jaxsft.weights.load import WeightsInfo, load_model
 from jaxsft.weights.peft import AdapterConfig
 
@@ -60,25 +58,28 @@ class Setup:
     fingerprint: dict[str, str]
 
 
-def check_early(config: TrainConfig) -> Path:
-    """The model's path. ValueError for mistakes that show without data and weights."""
+def check_early(config: TrainConfig) -> Origin:
+    """The model to train. ValueError for mistakes that show without data and weights."""
     check_devices(config, jax.device_count())
     lora.resolve_targets(config.lora.target_modules)
-    path = model_path(config.model)
+    origin = run_model(config.model)
     check_fork(config)
-    return path
+    return origin
 
 
-def abstract_state(config: TrainConfig, path: Path) -> TrainState:
-    """The shapes of a run's state with the model at `path`; reads no weights."""
-    model_config, _ = architecture(str(path))
+def abstract_state(config: TrainConfig, origin: Origin) -> TrainState:
+    """The shapes of a run's state with the model of `origin`; reads no weights."""
+    model_config, _ = architecture(str(origin.base))
     return abstract_setup(config, model_config, jax.devices(), config.warmup_steps + 1).state
 
 
 def build(
-    config: TrainConfig, data: Data, path: Path, say: Callable[[str], None] = lambda line: None
+    config: TrainConfig,
+    data: Data,
+    origin: Origin,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Setup:
-    """Loads the model at `path`, adds the adapter and puts both on the mesh; `say` gets warnings.
+    """Loads the model of `origin`, adds the adapter, puts both on the mesh; `say` gets warnings.
 
     Raises:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
@@ -87,14 +88,14 @@ def build(
     rows = data.train.rows
     steps = num_run_steps(config, len(rows))
     model, info = load_model(
-        path,
+        origin.base,
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
         remat=config.model.remat,
         mesh=mesh,
     )
     _check_fit(config, data, info)
-    adapter_config = add_adapter(config, model, info, path, say)
+    adapter_config = add_adapter(config, model, info, origin, say)
     graphdef, adapter, frozen = lora.split(model)
     model_weights = jax.eval_shape(lambda: frozen)
     spec = make_spec(config, info.config, graphdef, mesh, steps)

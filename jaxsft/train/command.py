@@ -21,7 +21,7 @@ from jaxsft.data.packing import StepBatches
 from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.samples import batches
 from jaxsft.prepare.report import show_data
-from jaxsft.prepare.rows import load_data, load_tokenizer
+from jaxsft.prepare.rows import load_data
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fork import START, as_begun
@@ -46,6 +46,7 @@ from jaxsft.run.setup import Setup, abstract_state, build, check_early, restore,
 from jaxsft.run.skips import SkippedSteps
 from jaxsft.run.watchdog import Watchdog
 from jaxsft.step.train_step import put_batch, train_step
+from jaxsft.weights.find import open_tokenizer
 from jaxsft.weights.peft import save_adapter
 
 _FORECAST_AFTER = 10  # steps, where no preflight has timed them
@@ -107,7 +108,7 @@ def start(
         if not is_remote(config.output_dir):
             check_room(path, state_bytes(abstract_state(config, model)), max(num_missing, 0))
         session.beat("reading rows")
-        tokenizer = load_tokenizer(config.model, model)
+        tokenizer = open_tokenizer(model.tokenizer)
         data = load_data(config.data, tokenizer, console, lambda: session.beat("reading rows"))
         show_data(console, data.train, data.heldout)
         session.beat("loading the model")

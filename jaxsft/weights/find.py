@@ -28,16 +28,19 @@ from jaxsft.cli import parse_config
 from jaxsft.common.files import read_json
 from jaxsft.config import TrainConfig
 from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import holds_model
-from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 from jaxsft.gemma.model import Gemma
-from jaxsft.weights.flax import is_flax_checkpoint
+from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
+from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import WeightsInfo, demo_model_path, load_model
 from jaxsft.weights.peft import AdapterConfig, holds_adapter, load_adapter, read_adapter_config
 
 DEMO = "demo"
 DEMO_NAME = "google/gemma-3-270m"  # what adapters that were trained on the demo call their base
 RUN_CONFIG = "config.yaml"
+MANIFEST = "manifest.json"  # of an export
 RUN_ADAPTERS = ("adapter", "adapter-best", "start")  # the last step's, the best, a fork's first
 KINDS = (
     "a Hugging Face model directory, a .gguf file, a Flax checkpoint, a name on the hub "
@@ -52,12 +55,13 @@ _HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a model is read.
+    """What a model's name means: where its parts are read.
 
     `base` holds the weights, `tokenizer` is a tokenizer.model or .gguf file. `name` is the base
     model's for people and for PEFT's base_model_name_or_path, `revision` its commit on the hub.
-    `run_dir` is the run that the adapter comes from, if it lies in one. `is_named_base`: the user
-    said that the adapter goes with this base, whatever it was trained on.
+    `adapter` is the directory of an adapter, if there is one, and `adapter_config` its settings;
+    `run_dir` is the run that the adapter lies in, if any. `is_named_base`: the user said that the
+    adapter goes with this base, whatever it was trained on.
     """
 
     base: Path
@@ -67,6 +71,7 @@ class Origin:
     name: str
     revision: str | None
     is_named_base: bool = False
+    adapter_config: AdapterConfig | None = None
 
 
 class Loaded(NamedTuple):
@@ -77,7 +82,9 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
 
-class _Found(NamedTuple):
+class _Place(NamedTuple):
+    """Files of a model or an adapter, named as `Origin` names the base."""
+
     path: Path
     name: str
     revision: str | None = None
@@ -105,32 +112,75 @@ def find_model(
       ValueError: nothing of the kind is there, or a part of it is missing.
       ConnectionError: the hub did not deliver.
     """
-    found = _find(name, say, tokenizer is None)
-    adapter, run_dir = _adapter_of(name, found.path)
-    is_named_base = base is not None
+    place = _locate(name, say, tokenizer is None)
+    adapter, run_dir = _adapter_of(name, place.path)
     if adapter is None:
         if base is not None:
             raise ValueError(f"{name}: is no adapter, so there is no other base model to name")
-        _check_base(found)
-    else:
-        config = read_adapter_config(adapter)
-        if holds_model(found.path):
-            say(f"{name} holds an adapter and a whole model; the adapter is taken")
-        if base is None and run_dir is not None:
-            options = run_config(run_dir).model
-            tokenizer = tokenizer or options.tokenizer
-            # The hub's may have moved since; the adapter knows the commit.
-            has_commit = is_on_hub(options.path) and config.base_revision
-            base = None if has_commit else options.path
-        try:
-            found = _find(base or _named_base(config, say), say, tokenizer is None)
-            _check_base(found)
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: its base model: {error}; --base_model names another"
-            ) from None
-    place = find_tokenizer(found.path, tokenizer)
-    return Origin(found.path, adapter, run_dir, place, found.name, found.revision, is_named_base)
+        _check_base(place.path)
+        return _base_at(place, tokenizer)
+    config, is_named_base = read_adapter_config(adapter), base is not None
+    if holds_model(place.path):
+        say(f"{name} holds an adapter and a whole model; the adapter is taken")
+    if base is None and run_dir is not None:
+        options = run_config(run_dir).model
+        tokenizer = tokenizer or options.tokenizer
+        # The hub's model may have changed since; the adapter knows the commit.
+        is_local = options.path == DEMO or Path(options.path).exists()
+        base = options.path if is_local or not config.base_revision else None
+    try:
+        place = _locate(base or _named_base(config, say), say, tokenizer is None)
+        _check_base(place.path)
+    except ValueError as error:
+        raise ValueError(f"{name}: its base model: {error}; --base_model names another") from None
+    return dataclasses.replace(
+        _base_at(place, tokenizer),
+        adapter=adapter,
+        run_dir=run_dir,
+        is_named_base=is_named_base,
+        adapter_config=config,
+    )
+
+
+def find_base(
+    name: str, tokenizer: str | None = None, say: Callable[[str], None] = say_on_stderr
+) -> Origin:
+    """As `find_model`, for a model that must be neither an adapter nor a run."""
+    place = _locate(name, say, tokenizer is None)
+    _check_base(place.path)
+    return _base_at(place, tokenizer)
+
+
+def _base_at(place: _Place, tokenizer: str | None) -> Origin:
+    found = find_tokenizer(place.path, tokenizer)
+    return Origin(place.path, None, None, found, place.name, place.revision)
+
+
+def architecture(model_path: str) -> tuple[GemmaConfig, str]:
+    """(the architecture of a model, where it was read); no weights, and nothing is downloaded.
+
+    A directory's config.json, a Flax checkpoint or a .gguf file counts where it exists. Otherwise
+    the last part of the path, without @revision, is taken for a model's name: google/gemma-2-2b-it
+    is the preset gemma-2-2b.
+
+    Raises ValueError for a name that is no preset's, and for a config that is not supported.
+    """
+    path = Path(model_path)
+    if model_path == DEMO:
+        return PRESETS["gemma-3-270m"], "preset gemma-3-270m"
+    if path.suffix == ".gguf" and path.exists():
+        return from_hf_config(hf_config(GGUFFile(path)), str(path)), str(path)
+    if path.is_dir() and is_flax_checkpoint(path):
+        return FlaxCheckpoint(path).config, str(path)
+    if path.is_dir():
+        return from_hf_config(path / "config.json"), str(path / "config.json")
+    name = path.name.lower().partition("@")[0].removesuffix("-it").removesuffix("-pt")
+    if name not in PRESETS:
+        raise ValueError(
+            f"model.path {model_path}: no such directory or .gguf file, and {path.name!r} is not "
+            f"the name of a known model; known: {', '.join(PRESETS)}, each also with -it"
+        )
+    return PRESETS[name], f"preset {name}, {model_path} is not on this machine"
 
 
 def load(origin: Origin, *, dtype: Any, param_dtype: Any, mesh: Mesh | None = None) -> Loaded:
@@ -143,23 +193,9 @@ def load(origin: Origin, *, dtype: Any, param_dtype: Any, mesh: Mesh | None = No
     model, info = load_model(origin.base, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
     check_tokenizer(tokenizer, info.config)
     if origin.adapter is not None:
-        load_adapter(origin.adapter, model, None if origin.is_named_base else info)
+        base = None if origin.is_named_base else info
+        load_adapter(origin.adapter, model, base, config=origin.adapter_config)
     return Loaded(model, info, tokenizer)
-
-
-def is_on_hub(name: str) -> bool:
-    """Is a model of this name the hub's, if there is any?"""
-    return name != DEMO and not Path(name).exists()
-
-
-def base_path(name: str, tokenizer: str | None = None) -> Path:
-    """The weights of a model that is neither an adapter nor a run; errors as `find_model`.
-
-    `tokenizer` is what the user named, if anything: a model on the hub must have its own without.
-    """
-    found = _find(name, say_on_stderr, tokenizer is None)
-    _check_base(found)
-    return found.path
 
 
 def find_tokenizer(model: Path, tokenizer: str | None) -> Path:
@@ -204,15 +240,15 @@ def run_config(run_dir: Path) -> TrainConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _find(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Found:
-    """Where the files are; a hub's are fetched."""
+def _locate(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Place:
+    """Where the files are; those of the hub are downloaded unless they are here."""
     path = Path(name)
     if name == DEMO:
-        return _Found(demo_model_path(), DEMO_NAME)
+        return _Place(demo_model_path(), DEMO_NAME)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name):
         raise ValueError(f"{name}: is not on this machine; copy it here first")
     if path.exists():
-        return _Found(path, name)
+        return _Place(path, name)
     match = _HUB_NAME.fullmatch(name)
     if match is None or path.suffix == ".gguf":
         raise ValueError(f"{name}: no such file or directory; give {KINDS}")
@@ -227,7 +263,7 @@ def _find(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Foun
     from jaxsft.weights.hub import fetch_model  # slow to import, and only the hub's need it
 
     directory, commit = fetch_model(repo, revision or "main", say, needs_tokenizer=needs_tokenizer)
-    return _Found(directory, repo, commit)
+    return _Place(directory, repo, commit)
 
 
 def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
@@ -268,9 +304,8 @@ def _named_base(config: AdapterConfig, say: Callable[[str], None]) -> str:
     return name
 
 
-def _check_base(found: _Found) -> None:
+def _check_base(path: Path) -> None:
     """ValueError unless there are a base model's weights."""
-    path = found.path
     if not path.is_dir():
         if path.suffix != ".gguf":
             raise ValueError(f"{path}: is neither a directory nor a .gguf file; give {KINDS}")
@@ -287,9 +322,6 @@ def _check_base(found: _Found) -> None:
         f"{path}: holds neither config.json, adapter_config.json, {RUN_CONFIG} nor a Flax "
         f"checkpoint; give {KINDS}"
     )
-
-
-MANIFEST = "manifest.json"
 
 
 def system_text(origin: Origin) -> str | None:

@@ -1,30 +1,48 @@
-"""A base model with an adapter merged into it, streamed tensor by tensor."""
+"""An adapter merged into its base model: streamed tensor by tensor, or in a model in memory.
+
+W + scale · B A is computed in float64: the order of summation then has no part in which way it is
+rounded to bfloat16.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 
 from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.gemma.layers import Linear
 from jaxsft.gemma.lora import lora_scale
+from jaxsft.gemma.model import Gemma
 from jaxsft.weights.load import TensorSource, WeightsInfo, check_tensors
 from jaxsft.weights.names import ROOT_TENSORS, check_shapes, layer_tensors
-from jaxsft.weights.peft import WEIGHTS_NAME, adapter_parts, read_adapter_config
+from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig, adapter_parts
+
+DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 class MergedWeights:
     """A base model, with or without an adapter added, as a `TensorSource` of Hugging Face names.
 
-    W + scale · B A is computed in float64: the order of summation then has no part in which way it
-    is rounded to bfloat16. What no adapter touches comes as the base stores it (GGUF: dequantised,
-    norms without the 1 that it adds), so that it can be copied bit for bit.
+    What no adapter touches comes as the base stores it (GGUF: dequantised, norms without the 1 that
+    it adds), so that it can be copied bit for bit.
     """
 
-    def __init__(self, source: TensorSource, info: WeightsInfo, adapter: Path | None):
-        """`source` and `info` are the base's; raises ValueError where the adapter doesn't fit."""
+    def __init__(
+        self,
+        source: TensorSource,
+        info: WeightsInfo,
+        adapter: Path | None,
+        adapter_config: AdapterConfig | None = None,
+    ):
+        """`source` and `info` are the base's, `adapter_config` that of `adapter`, the directory.
+
+        Raises ValueError where the adapter does not fit the base.
+        """
         self.path, self.config = source.path, info.config
         self._source = source
         self._names = _source_names(info)
@@ -35,7 +53,8 @@ class MergedWeights:
         self._shift = np.float32(-1.0 if info.format == "gguf" else 0.0)
         self._updates: dict[str, dict[str, np.ndarray]] = {}
         if adapter is not None:
-            self._add(adapter)
+            assert adapter_config is not None
+            self._add(adapter, adapter_config)
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, [rows, in]) of a tensor in order; [n] counts as one row.
@@ -48,9 +67,8 @@ class MergedWeights:
             if is_norm and self._shift:
                 block = block + self._shift
             if update is not None:
-                a_RI, b_OR = (update[ab].astype(np.float64) for ab in "AB")
-                b_rows = self._scale * b_OR[start : start + len(block)]
-                block = block.astype(np.float64) + b_rows @ a_RI
+                b_rows = update["B"][start : start + len(block)]
+                block = _add_product(block, self._scale, b_rows, update["A"])
             if not np.isfinite(block).all():
                 raise ValueError(f"{self.path}: tensor {name} holds NaN or infinity: damaged")
             yield start, block
@@ -64,9 +82,8 @@ class MergedWeights:
                 rows[start : start + len(block)] = block
             yield name, array
 
-    def _add(self, adapter: Path) -> None:
+    def _add(self, adapter: Path, settings: AdapterConfig) -> None:
         """Reads what is added to every adapted matrix: B [out, r] and A [r, in]."""
-        settings = read_adapter_config(adapter)
         self._scale = lora_scale(settings.rank, settings.alpha, settings.use_rslora)
         source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
         parts = list(adapter_parts(self.config, settings.targets, settings.rank))
@@ -75,6 +92,37 @@ class MergedWeights:
             name, _, ab = part.key.removeprefix("base_model.model.").partition(".lora_")
             matrix = np.concatenate([block for _, block in source.blocks(part.key)])
             self._updates.setdefault(f"{name}.weight", {})[ab[0]] = matrix
+
+
+def merge_in_memory(model: Gemma, dtype: str) -> None:
+    """Merges the adapter of `model` into its weights and rounds all of them to `dtype`, in place.
+
+    Each array that is replaced is deleted at once: garbage collection came only after a second copy
+    of the whole model.
+    """
+    for _, linear in list(nnx.iter_modules(model)):
+        if isinstance(linear, Linear) and linear.lora is not None:
+            a, b = (np.asarray(leaf[...]) for leaf in (linear.lora.a, linear.lora.b))
+            kernel = np.asarray(linear.kernel[...])
+            merged = np.empty(kernel.shape, DTYPES[dtype])
+            for layer in np.ndindex(kernel.shape[:-2]):  # float64 is twice as large: one at a time
+                merged[layer] = _add_product(kernel[layer], linear.lora.scale, a[layer], b[layer])
+            linear.kernel[...].delete()
+            linear.kernel.set_value(jnp.asarray(merged))  # `[...] =` would keep float32
+            linear.lora = nnx.data(None)
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        exact = variable[...]
+        if exact.dtype != dtype:
+            variable.set_value(exact.astype(dtype).block_until_ready())
+            exact.delete()
+
+
+def _add_product(
+    weight: np.ndarray, scale: float, left: np.ndarray, right: np.ndarray
+) -> np.ndarray:
+    """weight + scale · left @ right in float64: the merge of one matrix."""
+    product = scale * left.astype(np.float64) @ right.astype(np.float64)
+    return weight.astype(np.float64) + product
 
 
 def _source_names(info: WeightsInfo) -> dict[str, str]:
@@ -96,6 +144,3 @@ def _shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
     if module == "embed_tokens":
         return config.vocab_size, config.d_model
     return (config.head_dim if module in ("q_norm", "k_norm") else config.d_model,)
-
-
-DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}

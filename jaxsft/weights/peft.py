@@ -109,18 +109,23 @@ def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> 
 
 
 def load_adapter(
-    directory: Path | str, model: Gemma, base: WeightsInfo | None = None
+    directory: Path | str,
+    model: Gemma,
+    base: WeightsInfo | None = None,
+    *,
+    config: AdapterConfig | None = None,
 ) -> AdapterConfig:
     """Injects the adapter of `directory` into `model`, which must have none; returns its config.
 
-    Values are cast to float32. With `base`, which the model's weights are of, an adapter that notes
-    other weights is refused. Raises ValueError, with `model` unchanged: a config that is
-    unreadable or asks for more than plain LoRA on Gemma's linear layers (every such setting by
-    name), weights that are missing, truncated or not finite, and every missing, extra or misshapen
-    tensor by name.
+    Values are cast to float32. With `base`, whose weights the model has, an adapter that notes
+    other weights is refused. `config` is the adapter's, if it has been read already.
+
+    Raises ValueError, with `model` unchanged: a config that is unreadable or asks for more than
+    plain LoRA on Gemma's linear layers (every such setting by name), weights that are missing,
+    truncated or not finite, and every missing, extra or misshapen tensor by name.
     """
     directory = Path(directory)
-    config = read_adapter_config(directory)
+    config = config or read_adapter_config(directory)
     if base is not None and config.base_digest not in (None, base.digest):
         raise ValueError(
             f"{directory}: was trained on other weights (SHA-256 {config.base_digest:.12}) than "

@@ -30,7 +30,7 @@ from jaxsft.gemma.lora import TARGETS
 from jaxsft.weights.find import find_model, open_tokenizer, system_text
 from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import load_model, without_weights
-from jaxsft.weights.peft import AdapterConfig, save_adapter
+from jaxsft.weights.peft import AdapterConfig, read_adapter_config, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -194,7 +194,7 @@ def test_flax_without_tunix_is_not_called_verified(
     origin = find_model(str(run_dir))
     other = write_adapter(tmp_path / "other", from_hf_config(config), "tiny", 0.2)
     tokenizer = open_tokenizer(origin.tokenizer)
-    found = flax_problem(tmp_path / "out", tokenizer, other)
+    found = flax_problem(tmp_path / "out", tokenizer, other, read_adapter_config(other))
     assert found is not None and found.startswith("tunix-lora/ has another update for ")
 
 

@@ -24,7 +24,7 @@ from jaxsft.export.tokenizer import chat_template, write_tokenizer
 from jaxsft.weights.hf_config import to_hf_config
 from jaxsft.weights.load import load_model, open_weights, without_weights
 from jaxsft.weights.merged import MergedWeights
-from jaxsft.weights.peft import load_adapter, save_adapter
+from jaxsft.weights.peft import load_adapter, read_adapter_config, save_adapter
 
 pytestmark = [
     # peft 0.21 reads it of every transformers model.
@@ -46,10 +46,11 @@ class Case:
         self.base, self.adapter = root / "base", root / "adapter"
         hf_model.save_pretrained(self.base)
         self.peft_model.save_pretrained(self.adapter)
+        self.adapter_config = read_adapter_config(self.adapter)
         self.config = self.model.config
 
     def weights(self) -> MergedWeights:
-        return MergedWeights(*open_weights(self.base), self.adapter)
+        return MergedWeights(*open_weights(self.base), self.adapter, self.adapter_config)
 
     def write(self, directory: Path, dtype: str = "float32", max_shard_bytes: int = 2**30) -> None:
         directory.mkdir()
@@ -145,7 +146,7 @@ def test_bfloat16(tmp_path: Path) -> None:
 def test_the_adapter_must_fit(tmp_path: Path) -> None:
     case, other = Case("gemma1", tmp_path / "1"), Case("gemma2", tmp_path / "2")
     with pytest.raises(ValueError, match=r"unexpected base_model\.model\.model\.layers\.3\."):
-        MergedWeights(*open_weights(case.base), other.adapter)
+        MergedWeights(*open_weights(case.base), other.adapter, other.adapter_config)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""LoRA: zero at the start, its scale, merge and unmerge, target names."""
+"""LoRA: zero at the start, its scale, merge, target names."""
 
 import re
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
 from jaxsft.gemma.layers import Linear, LoRA, low_rank
 from jaxsft.gemma.model import Gemma
+from jaxsft.weights.merged import merge_in_memory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,9 +37,9 @@ POSITIONS = jnp.broadcast_to(jnp.arange(12), (2, 12))
 
 
 def copy_of(model: Gemma) -> Gemma:
-    """An independent model: new Variables, which may be changed."""
+    """An independent model: new Variables and arrays, which may be changed and deleted."""
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.copy(), state))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,6 @@ def test_scale(use_rslora: bool, scale: float) -> None:
     )
     expected = np.asarray(x, np.float64) @ (w + scale * a @ b)
     np.testing.assert_allclose(linear(x), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(lora.delta(linear.lora), scale * a @ b, rtol=1e-5, atol=1e-6)
 
 
 # ---- gradients, written out by hand in layers.py ----
@@ -232,51 +232,26 @@ def test_merged_weights_give_the_adapters_logits(
     base_logits = logits(make_base())
     adapter_logits = logits(model)
     assert np.abs(adapter_logits - base_logits).max() > 0.1
-    lora.merge(model)
-    merged = lora.without_adapter(model)
-    np.testing.assert_allclose(logits(merged), adapter_logits, rtol=0, atol=2e-5)
+    merge_in_memory(model, "float32")
+    assert not adapters(model)
+    np.testing.assert_allclose(logits(model), adapter_logits, rtol=0, atol=2e-5)
 
 
-def test_unmerge_gives_the_base_back(make_base: Callable[..., Gemma]) -> None:
-    model = inject_random(make_base())
-    before = flat(model)
-    lora.merge(model)
-    between = flat(model)
-    lora.merge(model, sign=-1)
-    after = flat(model)
-    epsilon = np.finfo(np.float32).eps
-    for path, value in before.items():
-        if path[-1] == "kernel":
-            assert (between[path] != value).mean() > 0.9, path
-            # Two roundings, each of half a unit in the last place of the larger term.
-            bound = epsilon * np.maximum(np.abs(value), np.abs(between[path]))
-            assert (np.abs(after[path] - value) <= bound).all(), path
-        else:  # the tied embedding, norms and the adapter itself
-            np.testing.assert_array_equal(between[path], value, err_msg=str(path))
-            np.testing.assert_array_equal(after[path], value, err_msg=str(path))
-
-
-def test_merge_rounds_once_to_bfloat16(make_base: Callable[..., Gemma]) -> None:
-    model = inject_random(make_base(jnp.bfloat16))
-    before = flat(model)
-    deltas = {
-        path: np.asarray(lora.delta(module.lora))
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, Linear) and module.lora is not None
-    }
-    lora.merge(model)
-    after = flat(model)
-    for path, delta in deltas.items():
-        kernel = (*path, "kernel")
-        exact = before[kernel].astype(np.float32) + delta
-        np.testing.assert_array_equal(after[kernel], exact.astype(jnp.bfloat16))
-
-
-def test_merge_touches_only_the_targets(make_base: Callable[..., Gemma]) -> None:
+def test_merge_rounds_once_to_bfloat16_and_touches_only_the_targets(
+    make_base: Callable[..., Gemma],
+) -> None:
     model = inject_random(make_base(), targets=["q_proj", "down_proj"])
     before = flat(model)
-    lora.merge(model)
-    changed = {path[-2] for path, value in flat(model).items() if (value != before[path]).any()}
+    scale = adapters(model)[0].scale
+    merge_in_memory(model, "bfloat16")
+    changed = set()
+    for path, value in flat(model).items():
+        exact = before[path].astype(np.float64)
+        if (*path[:-1], "lora", "a") in before:
+            changed.add(path[-2])
+            a, b = (before[*path[:-1], "lora", name].astype(np.float64) for name in "ab")
+            exact += scale * a @ b
+        np.testing.assert_array_equal(value, exact.astype(jnp.bfloat16), err_msg=str(path))
     assert changed == {"q_proj", "down_proj"}
 
 

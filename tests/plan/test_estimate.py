@@ -27,7 +27,7 @@ from jaxsft.plan.run_plan import (
 )
 from jaxsft.plan.search import Setting, all_settings, nearest_savings, try_settings
 from jaxsft.plan.workload import fit_lengths, read_lengths
-from jaxsft.run.program import architecture
+from jaxsft.weights.find import architecture
 
 
 def recipe(name: str = "single_session", *options: str) -> TrainConfig:

@@ -346,8 +346,9 @@ def test_plan_is_of_the_program_that_train_runs(hashes: dict[str, Any], step: st
 
 def print_hashes(model: str, directory: Path) -> None:
     """The child's part."""
-    from jaxsft.prepare.rows import load_data, load_tokenizer
+    from jaxsft.prepare.rows import load_data
     from jaxsft.run.setup import build
+    from jaxsft.weights.find import find_base, open_tokenizer
 
     # Hashes are of what is compiled, which takes a minute.
     jaxsft.plan.local.compile_or_refuse = lambda *_: OutOfMemory("hbm", 1, 2)
@@ -363,8 +364,9 @@ def print_hashes(model: str, directory: Path) -> None:
         assert main([*argv, *local, "--json", str(directory / "plan.json")]) == 0
         planned = json.loads((directory / "plan.json").read_text())["program_hash"]
         config, _ = parse_config("jaxsft.train", "", argv)
-        data = data or load_data(config.data, load_tokenizer(config.model, Path(model)))
-        hashes[step] = [build(config, data, Path(model)).program_hash, planned]
+        origin = find_base(model)
+        data = data or load_data(config.data, open_tokenizer(origin.tokenizer))
+        hashes[step] = [build(config, data, origin).program_hash, planned]
     (directory / "hashes.json").write_text(json.dumps(hashes))
 
 

@@ -20,12 +20,13 @@ from support.two_tasks import two_tasks
 import jaxsft.run.agreement
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.prepare.rows import load_data, load_tokenizer
+from jaxsft.prepare.rows import load_data
 from jaxsft.run.agreement import StepDifference, compare_ways
 from jaxsft.run.setup import build, check_early
 from jaxsft.step import flash_attention
 from jaxsft.step.train_step import put_batch
 from jaxsft.train.__main__ import main
+from jaxsft.weights.find import open_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -174,7 +175,7 @@ def test_kernels_are_compared_with_xla(argv: list[str], monkeypatch: pytest.Monk
     )
     config, _ = parse_config("jaxsft.train", "", [*argv, "--step", "fused"])
     path = check_early(config)
-    data = load_data(config.data, load_tokenizer(config.model, path))
+    data = load_data(config.data, open_tokenizer(path.tokenizer))
     setup = build(config, data, path)
     assert setup.spec.fused is not None
     with_kernels = setup.spec.fused._replace(use_kernel=True)

@@ -34,6 +34,7 @@ from jaxsft.run.setup import Setup, abstract_state
 from jaxsft.step.optimizer import make_schedule
 from jaxsft.train.__main__ import main
 from jaxsft.train.command import train
+from jaxsft.weights.find import find_base
 from jaxsft.weights.load import load_model
 from jaxsft.weights.peft import load_adapter
 
@@ -176,7 +177,7 @@ def refuse(capsys: pytest.CaptureFixture[str], argv: Sequence[str]) -> str:
 def test_a_run_s_state_needs_no_known_name(tiny_model_dir: Path) -> None:
     """A hub's name need not be a preset's: what its files say counts."""
     config = parse_config("jaxsft.train", "", ["--model.path", "someone/finetune"])[0]
-    state = abstract_state(config, tiny_model_dir)
+    state = abstract_state(config, find_base(str(tiny_model_dir)))
     assert len(jax.tree.leaves(state.adapter)) > 0
 
 

@@ -24,9 +24,9 @@ from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import lora
 from jaxsft.run.fork import add_adapter
 from jaxsft.weights import find as models
-from jaxsft.weights.find import DEMO_NAME, Origin, base_path, find_model, find_tokenizer, load
+from jaxsft.weights.find import DEMO_NAME, Origin, find_base, find_model, find_tokenizer, load
 from jaxsft.weights.load import load_model
-from jaxsft.weights.peft import load_adapter, save_adapter
+from jaxsft.weights.peft import load_adapter, read_adapter_config, save_adapter
 
 FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
 TOKEN = "hf_" + "Canary" * 6
@@ -65,7 +65,7 @@ def test_a_model_directory_and_a_gguf_file(tiny_model_dir: Path, real_gguf: Path
     name = str(tiny_model_dir)
     tokenizer = tiny_model_dir / "tokenizer.model"
     expected = Origin(tiny_model_dir, None, None, tokenizer, name, None)
-    assert find_model(name) == expected and base_path(name) == tiny_model_dir
+    assert find_model(name) == find_base(name) == expected
     found = find_model(str(real_gguf), tokenizer=name)
     assert (found.base, found.tokenizer) == (real_gguf, tokenizer)
     assert find_model(str(real_gguf)).tokenizer == real_gguf
@@ -77,11 +77,12 @@ def test_a_run_and_its_adapters(run_dir: Path, tiny_model_dir: Path) -> None:
     found = find_model(str(run_dir))
     tokenizer = tiny_model_dir / "tokenizer.model"
     assert found == Origin(
-        tiny_model_dir, run_dir / "adapter", run_dir, tokenizer, str(tiny_model_dir), None
+        *(tiny_model_dir, run_dir / "adapter", run_dir, tokenizer, str(tiny_model_dir), None),
+        adapter_config=read_adapter_config(run_dir / "adapter"),
     )
     assert find_model(str(run_dir / "adapter")) == found
-    best = find_model(str(run_dir / "adapter-best"))
-    assert best == dataclasses.replace(found, adapter=run_dir / "adapter-best")
+    best = dataclasses.replace(found, adapter=run_dir / "adapter-best")
+    assert find_model(str(run_dir / "adapter-best")) == best
 
 
 def test_a_run_keeps_its_tokenizer_but_not_with_another_model(
@@ -183,17 +184,18 @@ def test_a_run_notes_what_it_trains(
     options = {"data": DataOptions(train_files=["rows"]), "lora": LoraOptions(r=2)}
     config = TrainConfig(model=ModelOptions(path=f"{REPO}@v1"), **options)
     said: list[str] = []
-    made = add_adapter(config, model, info, Path("models", "c" * 40), said.append)
+    here = find_base(str(tiny_model_dir))
+    on_hub = dataclasses.replace(here, name=REPO, revision="c" * 40)
+    made = add_adapter(config, model, info, on_hub, said.append)
     assert (made.base_digest, made.base_revision) == (info.digest, "c" * 40)
     assert (made.base_model_name, said) == (REPO, [])
 
     shape = LoraOptions(r=2, alpha=4, target_modules="o_proj")
-    here = ModelOptions(path=str(tiny_model_dir))
-    config = dataclasses.replace(config, model=here, lora=shape, fork_from=str(run_dir / "adapter"))
+    config = dataclasses.replace(config, lora=shape, fork_from=str(run_dir / "adapter"))
     trained_on = dataclasses.replace(made, base_digest="d" * 64, rank=2, alpha=4.0)
     trained_on = dataclasses.replace(trained_on, targets=("o_proj",))
     monkeypatch.setattr("jaxsft.run.fork.load_adapter", lambda *_: trained_on)
-    made = add_adapter(config, model, info, tiny_model_dir, said.append)
+    made = add_adapter(config, model, info, here, said.append)
     assert (made.base_digest, made.base_revision) == (info.digest, None)
     assert len(said) == 1 and "that adapter was trained on other weights" in said[0]
 
@@ -231,10 +233,11 @@ def test_an_adapter_beside_a_config_or_a_whole_model(
     found = find_model(str(adapter), say=said.append)
     assert (found.base, found.adapter, said) == (tiny_model_dir, adapter, [])
     with pytest.raises(ValueError, match="is a PEFT adapter, and here a whole model is needed"):
-        base_path(str(adapter))
+        find_base(str(adapter))
 
     shutil.copy(tiny_model_dir / "model.safetensors", adapter)
-    assert find_model(str(adapter), say=said.append) == found and base_path(str(adapter)) == adapter
+    assert find_model(str(adapter), say=said.append) == found
+    assert find_base(str(adapter), str(tiny_model_dir)).base == adapter
     assert said == [f"{adapter} holds an adapter and a whole model; the adapter is taken"]
     (adapter / "adapter_model.safetensors").unlink()
     shutil.copy(tiny_model_dir / "tokenizer.model", adapter)
@@ -265,7 +268,7 @@ def test_mistakes(
     assert "is no adapter, so there is no other base" in refused(tiny_model_dir, base="demo")
     assert "tokenizer none: no such file" in refused(tiny_model_dir, tokenizer="none")
     with pytest.raises(ValueError, match="is a run's directory, and here a whole model is needed"):
-        base_path(str(run_dir))
+        find_base(str(run_dir))
 
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
@@ -337,9 +340,7 @@ def test_the_hub_s_model_is_fetched_once_and_stays(
     new = hub.add(REPO, repository(tiny_model_dir, b"\n"))
     hub.log.clear()
     assert find_model(REPO, say=said.append) == found
-    assert (
-        find_model(f"{REPO}@{commit}", say=said.append) == found and base_path(REPO) == found.base
-    )
+    assert find_model(f"{REPO}@{commit}", say=said.append) == find_base(REPO) == found
     assert hub.log == [] and len(said) == 1
     other = find_model(f"{REPO}@{new}", say=said.append)
     assert (other.base / "config.json").read_bytes()[-1:] == b"\n" and other.revision == new
@@ -537,5 +538,5 @@ def test_shards_and_adapters_of_the_hub(hub: FakeHub, run_dir: Path, tiny_model_
     tuned = find_model("some/both", base=REPO, say=said.append)
     assert tuned.name == REPO and tuned.adapter is not None and len(said) == 2
     assert said[1] == "some/both holds an adapter and a whole model; the adapter is taken"
-    assert base_path("some/both") == tuned.adapter
+    assert find_base("some/both").base == tuned.adapter
     assert Tokenizer.from_file(tuned.tokenizer).vocab_size > 4000
