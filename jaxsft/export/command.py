@@ -21,8 +21,8 @@ from jaxsft.export.output import (
     put_in_place,
 )
 from jaxsft.export.peers import Peer
-from jaxsft.export.verify import LOGIT_BOUND, Check, find_checker, summary, verify
-from jaxsft.weights.find import MANIFEST, find_model
+from jaxsft.export.verify import LOGIT_BOUND, ExportCheck, find_checker, summary, verify_export
+from jaxsft.weights.find import EXPORT_MANIFEST, find_model
 from jaxsft.weights.peft import WEIGHTS_NAME
 
 
@@ -60,12 +60,12 @@ def export(options: ExportOptions, command: str) -> int:
         check = None
         if not options.no_verify:
             console.print(f"Loading it again{f' in {peer.library.name}' if peer else ''} …")
-            check = verify(directory, made, peer, gap, scratch)
-        manifest = describe(made, check, peer, command)
+            check = verify_export(directory, made, peer, gap, scratch)
+        manifest = manifest_of(made, check, peer, command)
         card = model_card(origin, made.info.config, training, manifest, output.name)
         (directory / "README.md").write_text(card, encoding="utf-8")
         manifest["files"] = digests(directory)
-        write_json(directory / MANIFEST, manifest)
+        write_json(directory / EXPORT_MANIFEST, manifest)
         if check is not None and check.problem is not None:
             check_replaceable(set_aside, weights)
             put_in_place(directory, set_aside)
@@ -76,7 +76,9 @@ def export(options: ExportOptions, command: str) -> int:
     return 0
 
 
-def describe(made: Export, check: Check | None, peer: Peer | None, command: str) -> dict[str, Any]:
+def manifest_of(
+    made: Export, check: ExportCheck | None, peer: Peer | None, command: str
+) -> dict[str, Any]:
     """The manifest, without its files."""
     options, origin = made.options, made.origin
     return identity(made) | {

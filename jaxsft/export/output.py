@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxsft.common.files import file_sha256, read_json
 from jaxsft.common.locks import remove_leftovers, scratch_beside
-from jaxsft.weights.find import MANIFEST, RUN_ADAPTERS
+from jaxsft.weights.find import EXPORT_MANIFEST, RUN_ADAPTERS
 
 _EARLIER = "earlier-"  # what is being replaced, in the scratch directory
 
@@ -39,7 +39,7 @@ def check_replaceable(path: Path, identity: Mapping[str, Any]) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     advice = "remove it or choose another --output"
-    known = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+    known = read_json(path / EXPORT_MANIFEST) if (path / EXPORT_MANIFEST).is_file() else {}
     files = known.get("files")
     if not isinstance(files, dict) or any(known.get(k) != v for k, v in identity.items()):
         raise ValueError(
@@ -48,7 +48,7 @@ def check_replaceable(path: Path, identity: Mapping[str, Any]) -> None:
         )
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if name == MANIFEST or (file.is_dir() and not file.is_symlink()):
+        if name == EXPORT_MANIFEST or (file.is_dir() and not file.is_symlink()):
             continue
         if name not in files:
             raise ValueError(f"{file} is not from the export that would be replaced; {advice}")

@@ -78,7 +78,7 @@ _TUNIX_TARGETS = {
 }
 
 
-class Check(NamedTuple):
+class ExportCheck(NamedTuple):
     """What the peer made of an export; `problem` says what is wrong with it, `gap` what no other
     library has looked at."""
 
@@ -106,9 +106,9 @@ def find_checker(options: ExportOptions, config: GemmaConfig) -> tuple[Peer | No
         return None, "Tunix is not installed here; --peer_python names a Python that has it"
 
 
-def verify(
+def verify_export(
     directory: Path, made: Export, peer: Peer | None, gap: str | None, scratch: Path
-) -> Check:
+) -> ExportCheck:
     """Compares the export, loaded elsewhere, with the model that it was made from.
 
     `peer` and `gap` are `find_checker`'s; `scratch` is a directory for what the check writes.
@@ -131,12 +131,12 @@ def verify(
             found = ask(peer, base, probes, scratch=scratch, adapter=directory, settings=settings)
     difference = max_difference(ours, found.logits)
     problem = chat_problem(made.tokenizer, made.system_prompt, found.ids)
-    return Check(name, difference, drift(name, difference) or problem, None)
+    return ExportCheck(name, difference, drift(name, difference) or problem, None)
 
 
 def _verify_flax(
     directory: Path, made: Export, probes: list[Probe], peer: Peer, scratch: Path
-) -> Check:
+) -> ExportCheck:
     """Has Tunix load model/, and then, as its notebooks do, the base with tunix-lora/ on it."""
     name, options = peer.library.name, made.options
     settings = {"config": dataclasses.asdict(made.info.config), "texts": []}
@@ -160,10 +160,10 @@ def _verify_flax(
         problem = drift(f"{name}, from the base and {TUNIX_LORA}/,", of_lora)
         difference = max(difference, of_lora)
     problem = problem or flax_problem(directory, made.tokenizer, made.origin.adapter, made.adapter)
-    return Check(name, difference, problem, None)
+    return ExportCheck(name, difference, problem, None)
 
 
-def _read_again(directory: Path, made: Export, probes: list[Probe], gap: str | None) -> Check:
+def _read_again(directory: Path, made: Export, probes: list[Probe], gap: str | None) -> ExportCheck:
     """A Flax export where Tunix cannot check it."""
     ours = reference_logits(made.origin, made.options.dtype, probes)
     give_memory_back()
@@ -175,7 +175,7 @@ def _read_again(directory: Path, made: Export, probes: list[Probe], gap: str | N
     )
     parts = f"{FLAX_MODEL}/, {TUNIX_LORA}/ and" if made.adapter else f"{FLAX_MODEL}/ and"
     why = f"{parts} tokenizer.model were read by jaxsft alone, not by Tunix: {gap}"
-    return Check(name, difference, problem, why)
+    return ExportCheck(name, difference, problem, why)
 
 
 def make_probes(tokenizer: Tokenizer, config: GemmaConfig) -> list[Probe]:
@@ -253,7 +253,7 @@ def drift(peer: str, difference: float) -> str | None:
     )
 
 
-def summary(check: Check) -> str:
+def summary(check: ExportCheck) -> str:
     """What a person is told of an export that is not refused."""
     gap = f". NOT verified: {check.gap}" if check.gap else ""
     found = f"{check.difference:.1e} (at most {LOGIT_BOUND:.0e})"

@@ -40,7 +40,7 @@ from jaxsft.weights.peft import AdapterConfig, holds_adapter, load_adapter, read
 DEMO = "demo"
 DEMO_NAME = "google/gemma-3-270m"  # what adapters that were trained on the demo call their base
 RUN_CONFIG = "config.yaml"
-MANIFEST = "manifest.json"  # of an export
+EXPORT_MANIFEST = "manifest.json"  # of an export
 RUN_ADAPTERS = ("adapter", "adapter-best", "start")  # the last step's, the best, a fork's first
 KINDS = (
     "a Hugging Face model directory, a .gguf file, a Flax checkpoint, a name on the hub "
@@ -338,10 +338,10 @@ def system_text(origin: Origin) -> str | None:
         directory, format = origin.adapter, "peft"
     elif is_flax_checkpoint(origin.base):
         directory, format = origin.base.resolve(), "flax"
-        if not (directory / MANIFEST).is_file():  # it is the export's model/
+        if not (directory / EXPORT_MANIFEST).is_file():  # it is the export's model/
             directory = directory.parent
     try:
-        manifest = read_json(directory / MANIFEST)
+        manifest = read_json(directory / EXPORT_MANIFEST)
     except ValueError:
         return None
     text = manifest.get("system_prompt")
