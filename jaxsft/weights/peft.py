@@ -277,7 +277,7 @@ def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[st
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # as it wraps what the system said
-        raise OSError(f"{path}: can't be written: {error}") from error
+        raise OSError(f"{path.parent}: can't be written: {error}") from error
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size)) | {"__metadata__": metadata}
