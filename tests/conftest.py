@@ -19,7 +19,6 @@ from jaxsft.weights.load import load_model
 QUICK = {
     "common": "*",
     "data": "*",
-    "download": "download",
     "inspect": "inspect",
     "prepare": "*",
     ".": "cli house",

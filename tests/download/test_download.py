@@ -154,6 +154,7 @@ def undisturbed(
     return contents(download.home)
 
 
+@pytest.mark.quick
 def test_rows_shards_and_manifest(download: Download, hub: FakeHub) -> None:
     later = ("--split", "train[330:420]")
     outcome = download(*MIDDLE, *later)
@@ -184,6 +185,7 @@ def test_rows_shards_and_manifest(download: Download, hub: FakeHub) -> None:
     assert not any(TOKEN.encode() in data for data in contents(download.directory.parent).values())
 
 
+@pytest.mark.quick
 def test_a_complete_directory_is_left_alone(
     download: Download, hub: FakeHub, in_process: InProcess
 ) -> None:
@@ -536,6 +538,7 @@ def test_without_options_it_is_the_data_of_the_recipe(download: Download, hub: F
     assert (download.directory / "openai--gsm8k" / "socratic-train" / "manifest.json").is_file()
 
 
+@pytest.mark.quick
 def test_local_files(in_process: InProcess, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "completion": f"c{n}", "id": n} for n in range(5)]
     rows[3]["reasoning_content"] = "r"
@@ -589,6 +592,7 @@ def test_a_file_whose_name_would_leave_the_directory(in_process: InProcess, tmp_
     assert not in_process.directory.exists()
 
 
+@pytest.mark.quick
 def test_a_token_that_is_none(in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     for token in ("hf_é", "hf_a b", "hf_a\nb"):
         monkeypatch.setenv("HF_TOKEN", token)

@@ -15,6 +15,8 @@ from jaxsft.run.metrics import last_step_of
 from jaxsft.run.run import Run
 from jaxsft.train.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # The loss has its minimum on the way: eight rows, far too high a learning rate.
 OPTIONS = (
     *("--learning_rate", "20", "--lr_scheduler_type", "constant", "--data.stop", "8"),
