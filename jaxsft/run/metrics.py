@@ -7,19 +7,14 @@ import json
 import math
 import os
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
-
 from jaxsft.common.append_file import AppendFile
+from jaxsft.run import events
 
 
 class MetricsWriter:
@@ -27,8 +22,6 @@ class MetricsWriter:
 
     Each call writes at once, in this thread: a killed run keeps its lines. None fails for want of a
     disk: what cannot be written waits (see AppendFile), training goes on and `problem` says so.
-    tensorboardX's own writer would not do: a full disk ends its thread, and once its queue of 10
-    is full the training waits for ever.
 
     Args:
         run_dir: a local directory; made if missing.
@@ -60,11 +53,9 @@ class MetricsWriter:
         # The count is there for quick restarts, within a second: they'd overwrite the last file.
         name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{num_files}"
         self._events = AppendFile(log_dir / name)
-        self._add_event(Event(file_version="brain.Event:2"))
+        self._events.append(events.file_start(time.time()))
         if resume_step is not None:
-            # TensorBoard hides what is at this step or later in earlier files.
-            start = SessionLog(status=SessionLog.START)
-            self._add_event(Event(step=resume_step + 1, session_log=start))
+            self._events.append(events.session_start(time.time(), resume_step + 1))
 
     def __enter__(self) -> Self:
         return self
@@ -97,9 +88,8 @@ class MetricsWriter:
         if line in self._kept:
             return
         self._metrics.append(line)
-        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in finite.items()]
-        if points:
-            self._add_event(Event(step=step, summary=Summary(value=points)))
+        if finite:
+            self._events.append(events.scalars(time.time(), step, finite))
 
     def skip(
         self,
@@ -134,20 +124,12 @@ class MetricsWriter:
         self._samples.append(line)
         texts = [*answer["prompt"].splitlines(), "", *answer["text"].splitlines()]
         literal = "".join(f"    {text}\n" for text in texts)  # a Markdown code block
-        self._add_event(Event(step=step, summary=summary.text(f"sample/{number}", literal)))
+        self._events.append(events.markdown(time.time(), step, f"sample/{number}", literal))
 
     def close(self) -> None:
         """Tries once more to write what waits; what is missing then is in `problem`."""
         for file in (self._metrics, self._samples, self._skipped, self._events):
             file.flush()
-
-    def _add_event(self, event: Event) -> None:
-        event.wall_time = time.time()
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        # TFRecord: length, its checksum, the data, their checksum.
-        sums = [struct.pack("<I", masked_crc32c(each)) for each in (length, data)]
-        self._events.append(length + sums[0] + data + sums[1])
 
 
 def _line(values: Mapping[str, Any]) -> bytes:

@@ -5,10 +5,13 @@ import math
 import shutil
 
 from support.small_disk import fill, set_read_only, small_disk
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxsft.common import append_file
+from jaxsft.run import events
 from jaxsft.run.metrics import MetricsWriter, Throughput
 
 ANSWER = {"prompt": "Why?", "text": "<answer>*1*</answer>\nend ü", "exact_format": False}
@@ -76,6 +79,22 @@ def test_tensorboard_gets_scalars_and_literal_text(tmp_path):
     line = {"step": 3, "train/loss": 2.5, "bad": None, "train/batch_hash": "0fc2"}
     assert read_jsonl(tmp_path) == [line]
     assert read_events(tmp_path)[0].file_version == "brain.Event:2"
+
+
+def test_events_are_those_of_the_reference_writer():
+    values = {"a": 2.5, "train/loss": -1e-7, "zero": 0.0, "large": 3e38, "ü": 1.0}
+    points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+    text = summary.text("sample/3", ANSWER["text"] * 100)
+    expected = {
+        events.file_start(1.5): Event(wall_time=1.5, file_version="brain.Event:2"),
+        events.session_start(1e9, 0): Event(wall_time=1e9, session_log=SessionLog(status=1)),
+        events.scalars(1e9, 2**40, values): Event(
+            wall_time=1e9, step=2**40, summary=Summary(value=points)
+        ),
+        events.markdown(0.0, 7, "sample/3", ANSWER["text"] * 100): Event(step=7, summary=text),
+    }
+    for record, event in expected.items():
+        assert Event.FromString(record[12:-4]) == event
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
