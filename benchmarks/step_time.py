@@ -15,6 +15,7 @@ failed; 2 bad input.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -33,13 +34,13 @@ from benchmarks.acceptance import BOUNDS, TOPOLOGY, violations, work_differences
 from benchmarks.frozen_step import estimate_frozen
 from benchmarks.real_step import random_steps
 from benchmarks.step_tables import compare_with_tunix, show_scaling
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail, parse_config
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail, parse_config, parse_options
 from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
 from jaxsft.gemma.sharding import CHIP_NAMES
 from jaxsft.plan.chips import CHIPS, TOPOLOGIES, num_chips
 from jaxsft.plan.command import make_plan, prepare_compiler
-from jaxsft.plan.options import LOCAL, PlanOptions, parse_options
+from jaxsft.plan.options import LOCAL, PlanOptions, check_plan_options, gives_budget
 from jaxsft.plan.report import show_plan
 from jaxsft.plan.run_plan import RunPlan, model_flops
 from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
@@ -61,11 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         mode, rest = parse_mode(arguments)
-        options, rest = parse_options(rest)
+        config, options = parse_options(
+            *("benchmarks.step_time", DESCRIPTION, rest),
+            *(TrainConfig, PlanOptions),
+            default_recipe=RECIPE,
+        )
+        check_plan_options(options, rest)
         check_options(mode, options, rest)
-        if not any(each.startswith("--budget_hours") for each in rest):
-            rest = [*rest, "--budget_hours", str(BUDGET_HOURS)]
-        config, _ = parse_config("benchmarks.step_time", DESCRIPTION, rest, RECIPE)
+        if not gives_budget(rest):
+            config = dataclasses.replace(config, budget_hours=BUDGET_HOURS)
         jax.config.update("jax_default_matmul_precision", "highest")  # as train does
         if mode == "measure":
             values, code = measure(config, options, arguments, console), 0
@@ -112,8 +117,7 @@ def check_options(mode: str, options: PlanOptions, rest: Sequence[str]) -> None:
         given |= {
             "--topology": options.topology != PlanOptions().topology,
             "--lengths": options.lengths is not None,
-            "--data": options.data,
-            "--budget-hours": any(each.startswith("--budget_hours") for each in rest),
+            "--budget-hours": gives_budget(rest),
         }
     if ignored := [name for name, is_given in given.items() if is_given]:
         which = "--scaling, which has slices of its own," if mode == "scaling" else "this benchmark"

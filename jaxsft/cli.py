@@ -9,9 +9,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
@@ -27,8 +27,6 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the command again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-T = TypeVar("T")
 
 
 def fail(error: object, code: int) -> int:
@@ -86,78 +84,92 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def parse_config(
-    command: str, description: str, argv: Sequence[str], default_recipe: str = DEFAULT_RECIPE
-) -> tuple[TrainConfig, str]:
-    """(validated config, the same as YAML) from a command line, and a recipe without `--config`.
-
-    `--help` and `--print_config` print and exit 0.
-
-    Raises:
-      ValueError: one line that names the option and, for an unknown one, the nearest valid name.
-    """
-    parser = _make_parser(command, "[--config RECIPE_OR_FILE] [--OPTION VALUE ...]", description)
-    parser.add_argument(
-        "--config",
-        action="config",
-        help=f"YAML file or recipe: {', '.join(recipe_names())} (default: {default_recipe}). "
-        "Options after it override it.",
-    )
-    parser.add_class_arguments(TrainConfig)
-    try:
-        spelt_out = _spelt_out(argv, TrainConfig)
-        parsed = parser.parse_args(_with_recipe_paths(_joined(spelt_out), default_recipe))
-    except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(_explain(str(error), parser)) from None
-    values = {k: v for k, v in vars(parser.instantiate(parsed)).items() if k != "config"}
-    config = TrainConfig(**values)
-    validate(config)
-    return config, parser.dump(parsed, skip_unset=False)
-
-
 def parse_options(
     command: str,
     description: str,
     argv: Sequence[str],
-    options: type[T],
+    *kinds: type,
+    default_recipe: str = DEFAULT_RECIPE,
     defaults: Mapping[str, Any] | None = None,
-) -> T:
-    """The options of a command that takes a model: `python -m COMMAND MODEL [--OPTION VALUE ...]`.
+) -> list[Any]:
+    """The options of a command: an instance of each of `kinds`, which share one command line.
+
+    With TrainConfig among them there is --config, for a recipe or a file. Without, the first
+    argument is the option `model`. `--help` and `--print_config` print and exit 0.
 
     Args:
-      options: a frozen dataclass; the text under each field is its help, the first is `model`.
-      defaults: in place of the dataclass's, by dotted name.
+      kinds: frozen dataclasses; the text under each field is its help. Their names are distinct.
+      default_recipe: the recipe without `--config`.
+      defaults: in place of those of the dataclasses, by dotted name.
 
     Raises:
       ValueError: one line that names the option and, for an unknown one, the nearest valid name.
     """
-    parser = _make_parser(command, "MODEL [--OPTION VALUE ...]", description)
-    parser.add_class_arguments(options)
+    trains = TrainConfig in kinds
+    parser = _make_parser(command, description, trains, default_recipe)
+    for kind in kinds:
+        parser.add_class_arguments(kind)
     parser.set_defaults(dict(defaults or {}))
-    args = _joined(_spelt_out(argv, options))
-    if args and not args[0].startswith("-"):
-        args[:1] = ["--model", args[0]]
-    if not any(arg.partition("=")[0] in ("--model", "--help", "-h") for arg in args):
-        raise ValueError(f"no model: python -m {command} MODEL; --help says what it may be")
+    args = _spelt_out(argv, kinds)
+    args = _with_recipe_paths(args, default_recipe) if trains else _with_model(args, command)
     try:
-        parsed = parser.parse_args(args)
+        values = vars(parser.instantiate(parser.parse_args(args)))
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_explain(str(error), parser)) from None
-    return options(**vars(parser.instantiate(parsed)))
+    found = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds]
+    for config in [each for each in found if isinstance(each, TrainConfig)]:
+        if values["print_config"]:
+            sys.stdout.write(config_yaml(config))
+            raise SystemExit(0)
+        validate(config)
+    return found
 
 
-def _make_parser(command: str, usage: str, description: str) -> ArgumentParser:
+def parse_config(
+    command: str, description: str, argv: Sequence[str], default_recipe: str = DEFAULT_RECIPE
+) -> tuple[TrainConfig, str]:
+    """(config, the same as YAML) of a command that has train's options only; see parse_options."""
+    (config,) = parse_options(
+        command, description, argv, TrainConfig, default_recipe=default_recipe
+    )
+    return config, config_yaml(config)
+
+
+def config_yaml(config: TrainConfig) -> str:
+    """The config as a file that --config takes."""
+    values = dataclasses.asdict(config)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def _make_parser(
+    command: str, description: str, trains: bool, default_recipe: str
+) -> ArgumentParser:
     # The texts under the fields of the dataclasses are their help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("texts", _load, exceptions=(yaml.YAMLError,))
-    return ArgumentParser(
+    first = "[--config RECIPE_OR_FILE]" if trains else "MODEL"
+    parser = ArgumentParser(
         prog=f"python -m {command}",
-        usage=f"python -m {command} {usage}",
+        usage=f"python -m {command} {first} [--OPTION VALUE ...]",
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
         parser_mode="texts",
+        print_config=None,  # it would print a command's own options too, which no other takes
     )
+    if trains:
+        parser.add_argument(
+            "--config",
+            action="config",
+            help=f"YAML file or recipe: {', '.join(recipe_names())} (default: {default_recipe}). "
+            "Options after it override it.",
+        )
+        parser.add_argument(
+            "--print_config",
+            action="store_true",
+            help="Print all options of a run as a file for --config, and exit.",
+        )
+    return parser
 
 
 def _load(text: str, **rest: Any) -> Any:
@@ -170,9 +182,13 @@ def _load(text: str, **rest: Any) -> Any:
 _OPTION = re.compile(r"--\w[\w.-]*(?:=|$)")
 
 
-def _spelt_out(argv: Sequence[str], options: type) -> list[str]:
-    """--fit-deadline becomes --fit_deadline=true, --prompt -x becomes --prompt=-x."""
-    switches, texts = (_options_of_type(options, each) for each in (bool, str | None))
+def _spelt_out(argv: Sequence[str], kinds: Sequence[type]) -> list[str]:
+    """The arguments as the parser must have them, by the types of the options.
+
+    --fit-deadline becomes --fit_deadline=true, --prompt -x becomes --prompt=-x, --learning_rate -1
+    becomes --learning_rate=-1, and --row 3 becomes --row+=3, which may be repeated.
+    """
+    types = {name: each for kind in kinds for name, each in _option_types(kind)}
     args, rest = [], list(argv)
     while rest:
         arg = rest.pop(0)
@@ -181,34 +197,34 @@ def _spelt_out(argv: Sequence[str], options: type) -> list[str]:
             continue
         name, equals, value = arg.partition("=")
         name = name.replace("-", "_").replace("__", "--", 1)
+        kind = types.get(name[2:])
         has_value = bool(equals) or (rest and not _OPTION.match(rest[0]))
-        if name[2:] in switches and not has_value:
+        if kind is bool and not has_value:
             equals, value = "=", "true"
-        elif name[2:] in texts and has_value:
-            equals, value = "=", value if equals else rest.pop(0)
+        elif has_value and (kind == str | None or kind == list[int] | None):
+            equals, value = "=" if kind == str | None else "+=", value if equals else rest.pop(0)
+        elif rest and not equals and re.fullmatch(r"-\d[\d.e+-]*", rest[0]):
+            equals, value = "=", rest.pop(0)  # the parser takes a negative number for an option
         args.append(name + equals + value)
     return args
 
 
-def _options_of_type(options: type, kind: Any, prefix: str = "") -> set[str]:
-    """Dotted names of the options of this type."""
-    found = set()
-    for field in dataclasses.fields(options):
-        if field.type == kind:
-            found.add(prefix + field.name)
-        elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            found |= _options_of_type(field.type, kind, f"{prefix}{field.name}.")
-    return found
-
-
-def _joined(argv: Sequence[str]) -> list[str]:
-    """--option -1e-3 becomes --option=-1e-3: the parser takes a negative number for an option."""
-    args: list[str] = []
-    for arg in argv:
-        if re.fullmatch(r"-\d[\d.e+-]*", arg) and args:
-            args[-1] += f"={arg}"
+def _option_types(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of each option."""
+    for field in dataclasses.fields(kind):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _option_types(field.type, f"{prefix}{field.name}.")
         else:
-            args.append(arg)
+            yield prefix + field.name, field.type
+
+
+def _with_model(argv: Sequence[str], command: str) -> list[str]:
+    """The first argument, unless it is an option, becomes --model."""
+    args = list(argv)
+    if args and not args[0].startswith("-"):
+        args[:1] = ["--model", args[0]]
+    if not any(arg.partition("=")[0] in ("--model", "--help", "-h") for arg in args):
+        raise ValueError(f"no model: python -m {command} MODEL; --help says what it may be")
     return args
 
 
@@ -270,17 +286,6 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     spellings |= {o: o for o in options}
     near = difflib.get_close_matches(name, spellings, 1, 0.0)[0]
     return f"unknown option {name!r}; did you mean --{spellings[near]}? --help lists all"
-
-
-def parse_preflight(argv: Sequence[str]) -> tuple[bool, list[str]]:
-    """(is `--preflight` among the arguments, the others); ValueError where it has a value."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preflight", action="store_true")
-    try:
-        found, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    return found.preflight, rest
 
 
 def command_line(command: str, argv: Sequence[str]) -> str:

@@ -371,9 +371,9 @@ class Texts:
 )
 def test_texts_are_taken_as_they_are(text: str) -> None:
     for argv in (["m", "--prompt", text, "--base"], ["m", f"--prompt={text}", "--base"]):
-        found = parse_options("jaxsft.x", "", argv, Texts)
+        (found,) = parse_options("x", "", argv, Texts)
         assert (found.prompt, found.base) == (text, True)
-    assert parse_options("jaxsft.x", "", ["m", "--prompt", "null"], Texts).prompt is None
+    assert parse_options("x", "", ["m", "--prompt", "null"], Texts)[0].prompt is None
     with pytest.raises(ValueError, match="prompt"):
         parse_options("jaxsft.x", "", ["m", "--prompt", "--base"], Texts)
 
@@ -388,7 +388,7 @@ def test_texts_are_taken_as_they_are_everywhere(text: str, tmp_path: Path) -> No
         again = parse("--config", str(tmp_path / file))
         assert again.data.system_prompt == config.data.system_prompt == text
     assert parse("--data.system_prompt", "null").data.system_prompt is None
-    assert parse_options("jaxsft.x", "", ["m"], Texts, {"prompt": text}).prompt == text
+    assert parse_options("x", "", ["m"], Texts, defaults={"prompt": text})[0].prompt == text
 
 
 def test_the_recipe_s_batch_scales_with_the_devices() -> None:

@@ -10,8 +10,8 @@ interrupted.
 """
 
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxsft.cli import parse_options, run_command
 from jaxsft.evaluate.options import EvaluateOptions
@@ -33,8 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str]) -> int:
     """Measures what `argv` asks for. ValueError and OSError are bad input."""
-    parse = partial(parse_options, "jaxsft.evaluate", DESCRIPTION, argv, EvaluateOptions)
-    parse()
+
+    def parse(defaults: Mapping[str, Any]) -> EvaluateOptions:
+        (options,) = parse_options(
+            *("jaxsft.evaluate", DESCRIPTION, argv), EvaluateOptions, defaults=defaults
+        )
+        return options
+
+    parse({})
     from jaxsft.evaluate.command import evaluate  # JAX, which takes seconds
 
     return evaluate(parse)

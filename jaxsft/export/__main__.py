@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str]) -> int:
     """Exports what `argv` asks for. ValueError and OSError are bad input."""
-    options = parse_options("jaxsft.export", DESCRIPTION, argv, ExportOptions)
+    (options,) = parse_options("jaxsft.export", DESCRIPTION, argv, ExportOptions)
     from jaxsft.export.command import export  # JAX, which takes seconds
 
     return export(options, command_line("jaxsft.export", argv))

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str]) -> int:
     """Answers what `argv` asks for. ValueError and OSError are bad input."""
-    options = parse_options("jaxsft.generate", DESCRIPTION, argv, GenerateOptions)
+    (options,) = parse_options("jaxsft.generate", DESCRIPTION, argv, GenerateOptions)
     check_options(options)
     from jaxsft.generate.command import generate_answers  # JAX, which takes seconds
 

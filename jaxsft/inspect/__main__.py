@@ -9,15 +9,13 @@ Exit codes: 0 every sample passes the checks; 1 some do not (examples are named)
 import sys
 from collections.abc import Sequence
 
-from jaxsft.cli import parse_config, run_command
-from jaxsft.inspect.options import parse_inspect_options
+from jaxsft.cli import parse_options, run_command
+from jaxsft.config import TrainConfig
+from jaxsft.inspect.options import InspectOptions, check_inspect_options
 
 DESCRIPTION = (
     "Shows some rows as the model will see them, every token with its mask, and the counts of all "
-    "rows, and checks every sample. Options of its own: --rows N (the first N rows; default 3), "
-    "--row I (this row, from 0; may be repeated), --ids (each token's id), --html FILE (the same "
-    "and histograms, as a page), --prepared DIR (a directory of prepared rows, made with the "
-    "config's tokenizer, in place of the config's data). All others are train's."
+    "rows, and checks every sample."
 )
 
 
@@ -29,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str]) -> int:
     """Shows and checks what `argv` asks for. ValueError and OSError are bad input."""
-    options, rest = parse_inspect_options(argv)
-    config, _ = parse_config("jaxsft.inspect", DESCRIPTION, rest)
+    config, options = parse_options(
+        "jaxsft.inspect", DESCRIPTION, argv, TrainConfig, InspectOptions
+    )
+    check_inspect_options(options)
     from jaxsft.inspect.command import show_rows  # the tokenizer and readers take a second
 
     return show_rows(config, options)

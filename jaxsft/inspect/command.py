@@ -1,6 +1,7 @@
 """Shows rows token by token, counts the whole set and checks every sample."""
 
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -9,7 +10,7 @@ from jaxsft.common.files import write_text
 from jaxsft.config import TrainConfig
 from jaxsft.data.prepared import Prepared, open_prepared
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.inspect.options import InspectOptions
+from jaxsft.inspect.options import NUM_ROWS, InspectOptions
 from jaxsft.inspect.page import inspection_page
 from jaxsft.inspect.report import legend, show_checks, show_counts, show_row
 from jaxsft.inspect.rows import survey
@@ -32,7 +33,7 @@ def show_rows(config: TrainConfig, options: InspectOptions) -> int:
     rows = [reader.view(index) for index in indices]
     if options.html is not None:
         html = inspection_page(prepared, found, rows, show_ids=options.ids)
-        write_text(options.html, html)
+        write_text(Path(options.html), html)
     if rows:
         console.print(legend(), "", sep="\n", soft_wrap=True)
     for row in rows:
@@ -55,12 +56,13 @@ def find_rows(
     tokenizer = open_tokenizer(run_model(config.model).tokenizer)
     if options.prepared is None:
         return load_data(config.data, tokenizer, console).train, tokenizer
-    if not options.prepared.is_dir():
+    directory = Path(options.prepared)
+    if not directory.is_dir():
         raise ValueError(
             f"--prepared {options.prepared}: no such directory; python -m jaxsft.prepare says "
             "where it keeps its rows"
         )
-    prepared = open_prepared(options.prepared)
+    prepared = open_prepared(directory)
     if prepared.manifest["made_from"]["tokenizer"] != tokenizer.digest:
         raise ValueError(
             f"--prepared {options.prepared}: made with another tokenizer than that of model.path "
@@ -72,7 +74,7 @@ def find_rows(
 def chosen_rows(options: InspectOptions, num_rows: int) -> list[int]:
     """Indices of the rows to show; ValueError where there is no such row."""
     if options.row is None:
-        return list(range(min(options.rows, num_rows)))
+        return list(range(min(NUM_ROWS if options.rows is None else options.rows, num_rows)))
     for index in options.row:
         if not 0 <= index < num_rows:
             raise ValueError(f"--row {index}: the rows are 0 to {num_rows - 1:,}")

@@ -1,39 +1,33 @@
 """The options of the inspect command that are not train's."""
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+import dataclasses
 
 from jaxsft.cli import check_output
 
+NUM_ROWS = 3
 
-class InspectOptions(NamedTuple):
-    """The options of this command that are not train's."""
 
-    rows: int = 3
+@dataclasses.dataclass(frozen=True)
+class InspectOptions:
+    """Only of this command."""
+
+    rows: int | None = None
+    """Show the first rows, so many; by default 3, or those of --row."""
     row: list[int] | None = None
+    """Show this row, counted from 0; may be repeated."""
     ids: bool = False
-    html: Path | None = None
-    prepared: Path | None = None
+    """Show each token's id."""
+    html: str | None = None
+    """Write the same to this file as a page, with histograms."""
+    prepared: str | None = None
+    """Show this directory of prepared rows, not the data; the tokenizer must be the config's."""
 
 
-def parse_inspect_options(argv: Sequence[str]) -> tuple[InspectOptions, list[str]]:
-    """(this command's own options, the other arguments); bad ones raise ValueError."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rows", type=int, default=InspectOptions().rows)
-    which.add_argument("--row", type=int, action="append")
-    parser.add_argument("--ids", action="store_true")
-    parser.add_argument("--html", type=Path)
-    parser.add_argument("--prepared", type=Path)
-    try:
-        found, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    options = InspectOptions(**vars(found))
-    if options.rows < 0:
+def check_inspect_options(options: InspectOptions) -> None:
+    """ValueError for options that are wrong or do not go together."""
+    if options.rows is not None and options.row is not None:
+        raise ValueError("--rows and --row: give one of them")
+    if options.rows is not None and options.rows < 0:
         raise ValueError(f"--rows {options.rows}: must not be negative")
     if options.html is not None:
-        check_output("--html", str(options.html))
-    return options, rest
+        check_output("--html", options.html)

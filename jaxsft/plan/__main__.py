@@ -10,17 +10,14 @@ failed; 2 bad input.
 import sys
 from collections.abc import Sequence
 
-from jaxsft.cli import parse_config, run_command
-from jaxsft.plan.options import parse_options
+from jaxsft.cli import parse_options, run_command
+from jaxsft.config import TrainConfig
+from jaxsft.plan.options import PlanOptions, check_plan_options
 
 DEFAULT_RECIPE = "single_session"
 DESCRIPTION = (
-    "Plans a run on a TPU slice that need not exist: fit, time and memory, by kind and part. "
-    "Options of its own: --topology v5e:2x4 (or another slice of v5e or v6e; local: the memory and "
-    "the hash of the program on this machine's devices), --budget-hours H (exit code 1 when the "
-    "run takes longer), --lengths FILE (tokens of each sample: a JSON histogram {length: count} or "
-    "one number a line), --data (read the run's own data for them), --search (rank micro-batches, "
-    "row lengths and remat policies), --plot FILE.png, --json FILE. All others are train's."
+    "Plans a run on a TPU slice that need not exist: fit, time and memory, by kind and part. Exit "
+    "code 1 when the run does not fit or takes longer than --budget-hours."
 )
 
 
@@ -32,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str]) -> int:
     """Plans what `argv` asks for. ValueError and OSError are bad input."""
-    options, rest = parse_options(argv)
-    config, _ = parse_config("jaxsft.plan", DESCRIPTION, rest, DEFAULT_RECIPE)
+    config, options = parse_options(
+        *("jaxsft.plan", DESCRIPTION, argv), TrainConfig, PlanOptions, default_recipe=DEFAULT_RECIPE
+    )
+    check_plan_options(options, argv)
     from jaxsft.plan.command import plan_run  # JAX, which takes seconds
 
     return plan_run(config, options)

@@ -19,7 +19,7 @@ from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.plan.chips import num_chips
 from jaxsft.plan.estimate import StepEstimate, estimate_step
 from jaxsft.plan.local import plan_devices
-from jaxsft.plan.options import LOCAL, PlanOptions
+from jaxsft.plan.options import DATA, LOCAL, PlanOptions
 from jaxsft.plan.plot import plot_plan
 from jaxsft.plan.report import NOTHING_FITS, describe_setting, show_plan, show_search
 from jaxsft.plan.run_plan import RunPlan, count_workloads, steps_without_data
@@ -85,11 +85,9 @@ def make_plan(config: TrainConfig, options: PlanOptions, console: Console) -> tu
     workloads = read_workloads(config, options)
     steps = num_plan_steps(config, workloads)
     if steps is None and config.budget_hours is not None:
-        raise ValueError(
-            "budget_hours needs the number of steps: give --lengths, --data or --max_steps"
-        )
+        raise ValueError("budget_hours needs the number of steps: give --lengths or --max_steps")
     estimate, from_cache = estimate_config(config, model_config, topology, steps, console)
-    is_exact = config.max_steps is not None or options.data
+    is_exact = config.max_steps is not None or options.lengths == DATA
     plan = RunPlan(config, model_config, source, estimate, steps, workloads, is_exact)
     return plan, from_cache
 
@@ -116,14 +114,14 @@ def estimate_config(
 
 
 def read_workloads(config: TrainConfig, options: PlanOptions) -> dict[str, Workload]:
-    """Packed and unpacked, from --lengths or --data; {} without either."""
-    if options.lengths is not None:
-        return count_workloads(config, read_lengths(options.lengths))
-    if options.data:
+    """Packed and unpacked, from --lengths; {} without either."""
+    if options.lengths == DATA:
         tokenizer = open_tokenizer(run_model(config.model).tokenizer)
         rows = load_data(config.data, tokenizer).train.rows
         lengths = np.diff(rows.sample_offsets)[np.sort(rows.row_samples)].tolist()
         return count_workloads(config, lengths, rows.num_loss_tokens)
+    if options.lengths is not None:
+        return count_workloads(config, read_lengths(options.lengths))
     return {}
 
 
@@ -202,7 +200,7 @@ def plan_local(config: TrainConfig, options: PlanOptions, console: Console) -> i
     """Plans for the devices of this machine; returns the command's exit code."""
     check_devices(config, jax.device_count())
     steps = num_plan_steps(config, read_workloads(config, options))
-    is_exact = config.max_steps is not None or options.data
+    is_exact = config.max_steps is not None or options.lengths == DATA
     values = plan_devices(config, steps, steps_are_exact=is_exact, console=console)
     if options.json:
         write_json(Path(options.json), {"topology": LOCAL} | values)

@@ -1,50 +1,42 @@
 """The options of the plan command that are not train's."""
 
-import argparse
+import dataclasses
 import importlib.util
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from jaxsft.cli import check_output
 from jaxsft.plan.chips import TOPOLOGIES
 
 LOCAL = "local"
+DATA = "data"
 
 
-class PlanOptions(NamedTuple):
-    """The options of this command that are not train's."""
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Only of this command."""
 
     topology: str = "v5e:2x4"
+    """A slice of v5e or v6e; or "local": the hash and memory of the program on this machine."""
     lengths: str | None = None
-    data: bool = False
+    """Tokens of each sample: a file with one number a line, or a JSON histogram {length: count}; or
+    "data": read the run's own rows for them."""
     search: bool = False
+    """Rank other micro-batches, row lengths and remat policies."""
     plot: str | None = None
+    """Draw time and memory to this file."""
     json: str | None = None
+    """Write the plan to this file."""
 
 
-def parse_options(argv: Sequence[str]) -> tuple[PlanOptions, list[str]]:
-    """(this command's options, the others); ValueError in one line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--topology", default=PlanOptions().topology)
-    for name in ("--lengths", "--plot", "--json"):
-        parser.add_argument(name)
-    for name in ("--data", "--search"):
-        parser.add_argument(name, action="store_true")
-    try:
-        found, rest = parser.parse_known_args(_with_train_names(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    options = PlanOptions(**vars(found))
+def check_plan_options(options: PlanOptions, argv: Sequence[str]) -> None:
+    """ValueError for options that are wrong or do not go together."""
     if options.topology != LOCAL and options.topology not in TOPOLOGIES:
         valid = ", ".join((*TOPOLOGIES, LOCAL))
         raise ValueError(f"--topology {options.topology} is not known; valid: {valid}")
-    if options.lengths is not None and options.data:
-        raise ValueError("--lengths and --data both give the data's lengths; choose one")
     if options.topology == LOCAL:
         given = {"--search": options.search, "--plot": options.plot is not None}
-        given["--budget-hours"] = any(arg.startswith("--budget_hours") for arg in rest)
+        given["--budget-hours"] = gives_budget(argv)
         if ignored := [name for name, is_given in given.items() if is_given]:
             raise ValueError(
                 f"--topology {LOCAL} tells the program's hash and memory, not its time: leave out "
@@ -57,12 +49,11 @@ def parse_options(argv: Sequence[str]) -> tuple[PlanOptions, list[str]]:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install 'jaxsft[plan]'")
         check_format(Path(options.plot))
-    return options, rest
 
 
-def _with_train_names(argv: Sequence[str]) -> list[str]:
-    """--budget-hours is train's --budget_hours."""
-    return [re.sub(r"^--budget-hours(?==|$)", "--budget_hours", argument) for argument in argv]
+def gives_budget(argv: Sequence[str]) -> bool:
+    """Is there a budget on the command line, not only in the recipe?"""
+    return any(arg.startswith(("--budget-hours", "--budget_hours")) for arg in argv)
 
 
 def check_format(path: Path) -> None:

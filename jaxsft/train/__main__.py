@@ -10,18 +10,28 @@ good); 2 bad input (one line says what, nothing was trained); 75 stopped by a si
 and saved, run the command again; 130 or 143 ended at once by a second SIGINT or SIGTERM.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 
-from jaxsft.cli import parse_config, parse_preflight, run_command
+from jaxsft.cli import config_yaml, parse_options, run_command
+from jaxsft.config import TrainConfig
 
 DESCRIPTION = (
-    "Fine-tunes a Gemma with LoRA on reasoning traces. Without options: the demo. --preflight "
-    "checks the train step on this machine against another way to compute it, times it on the "
-    "run's own rows and stops, with exit code 1 when it disagrees or the run would take longer "
-    "than budget_hours; on a TPU every run begins with that."
+    "Fine-tunes a Gemma with LoRA on reasoning traces. Without options: the demo. On a TPU every "
+    "run begins with the preflight."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Only of this command."""
+
+    preflight: bool = False
+    """Check the train step on this machine against another way to compute it, time it on the run's
+    own rows, and stop: exit code 1 if it disagrees or the run would take longer than budget_hours.
+    """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: list[str], began_s: float) -> int:
     """Trains as `argv` asks. ValueError and OSError are bad input."""
-    preflight_only, rest = parse_preflight(argv)
-    config, yaml = parse_config("jaxsft.train", DESCRIPTION, rest)
+    config, options = parse_options("jaxsft.train", DESCRIPTION, argv, TrainConfig, TrainOptions)
     from jaxsft.train.command import run_training  # JAX, which takes seconds
 
     return run_training(
-        config=config, yaml=yaml, preflight_only=preflight_only, argv=argv, began_s=began_s
+        config=config,
+        yaml=config_yaml(config),
+        preflight_only=options.preflight,
+        argv=argv,
+        began_s=began_s,
     )
 
 

@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,11 @@ TEXT = "Be brief."
 
 
 def resolve(argv: Sequence[str]) -> tuple[EvaluateOptions, list[Side]]:
-    return command.resolve(partial(parse_options, "jaxsft.evaluate", "", argv, EvaluateOptions))
+    def parse(defaults: Mapping[str, Any]) -> EvaluateOptions:
+        (options,) = parse_options("x", "", argv, EvaluateOptions, defaults=defaults)
+        return options
+
+    return command.resolve(parse)
 
 
 @pytest.fixture(scope="module")

@@ -254,10 +254,9 @@ def test_search_ranks_by_speed(plan: Callable[..., Any], monkeypatch: pytest.Mon
             "--topology v5e:3x3 is not known; valid: v5e:1x1, v5e:2x2",
         ),
         (["--lengths", "nowhere.json"], "nowhere.json: not a readable file of lengths"),
-        (["--lengths", "x", "--data"], "--lengths and --data both give"),
         (["--plot", "nowhere/step.png"], "nowhere/step.png: there is no such directory"),
         (["--json", "nowhere/plan.json"], "nowhere/plan.json: there is no such directory"),
-        (["--json"], "argument --json: expected one argument"),
+        (["--json"], "json.*: expected one argument"),
         (["--budget-hours", "-1"], "budget_hours is -1.0, but must be above 0"),
         (["--budget-hours", "soon"], "budget_hours.*expected a number or null, got 'soon'"),
         (["--plot", "tests"], "--plot tests: is a directory; name a file in it"),
@@ -352,7 +351,7 @@ def print_hashes(model: str, directory: Path) -> None:
 
     # Hashes are of what is compiled, which takes a minute.
     jaxsft.plan.local.compile_or_refuse = lambda *_: OutOfMemory("hbm", 1, 2)
-    hashes, data, local = {}, None, ("--topology", "local", "--data")
+    hashes, data, local = {}, None, ("--topology", "local", "--lengths", "data")
     for step in STEPS:
         argv = [
             *("--config", "single_session_packed", "--model.path", model, "--step", step),
