@@ -41,10 +41,9 @@ CALIBRATION = (
 )
 NUM_LARGEST_OPS = 40
 
-# The modules that decide what is made of a program.
-_PRICING = tuple(
-    f"plan/{name}" for name in ("estimate", "hlo_*", "kernel_*", "llo_*", "pricing", "tpu_aot")
-)
+# Raise it with every change of what an estimate says of the same program: of the prices, or of the
+# names of scopes, which the hash of a program leaves out.
+PRICING_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +113,13 @@ def estimate_step(
     ValueError for a config that the model or the topology cannot run, CompilerError where the
     compiler fails.
     """
-    # By what the program is made from, which is quick to compare, and by the program itself.
-    inputs = f"{dataclasses.asdict(config)} {model_config} {topology} {steps}"
-    by_inputs = cache_dir / f"{_cache_key(inputs, environment, ('*', '*/*'))}.json"
-    if (cached := _load(by_inputs)) is not None:
-        return cached, True
     arguments = abstract_setup(config, model_config, topology_devices(topology), steps)
     lowered = lower_step(arguments)
     argument_bytes = {
         "weights": num_bytes_per_device(arguments.frozen),
         "adapter + optimizer": num_bytes_per_device(arguments.state),
     }
-    found = estimate_lowered(
+    return estimate_lowered(
         lowered,
         argument_bytes,
         config,
@@ -133,8 +127,6 @@ def estimate_step(
         cache_dir=cache_dir,
         environment=environment,
     )
-    write_json(by_inputs, dataclasses.asdict(found[0]))
-    return found
 
 
 def estimate_lowered(
@@ -148,7 +140,7 @@ def estimate_lowered(
 ) -> tuple[StepEstimate, bool]:
     """As estimate_step, of a lowered step of `config`; a chip's bytes of its arguments by kind."""
     found_hash = program_hash(lowered)
-    path = cache_dir / f"{found_hash}-{_cache_key(topology, environment, _PRICING)}.json"
+    path = cache_dir / f"{found_hash}-{_cache_key(topology, environment)}.json"
     if (cached := _load(path)) is not None:
         return cached, True
     chip = CHIPS[topology.split(":")[0]]
@@ -259,16 +251,11 @@ def _memory_by_kind(compiled: Compiled, argument_bytes: Mapping[str, int]) -> di
     return known | {"program, batch": memory.total - sum(known.values())}
 
 
-def _cache_key(inputs: str, environment: Mapping[str, str], modules: Sequence[str]) -> str:
-    """16 hex digits of the inputs, the compilers' versions and flags, and some of this package's
-    modules."""
-    digest = hashlib.sha256(f"{inputs} {compiler_flags(environment)}".encode())
-    names = ("jax", "jaxlib", "libtpu", "flax", "optax")
-    digest.update(" ".join(version(name) for name in names).encode())
-    for pattern in modules:
-        for path in sorted(Path(__file__).parents[1].glob(f"{pattern}.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _cache_key(topology: str, environment: Mapping[str, str]) -> str:
+    """16 hex digits of what an estimate depends on beside the program."""
+    versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+    inputs = (PRICING_VERSION, topology, compiler_flags(environment), versions)
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
 
 
 def _load(path: Path) -> StepEstimate | None:

@@ -13,8 +13,8 @@ from jaxsft.plan.run_plan import RunPlan
 from jaxsft.plan.search import Setting
 
 HASH_OF_GUESSED_STEPS = (
-    "The number of steps is not known but by --max_steps or --data: train logs another hash if its "
-    "schedule has other steps."
+    "Only --max_steps or --lengths data tell the number of steps for sure: with another number "
+    "train logs another hash."
 )
 NOTHING_FITS = "No number of micro-batches and no remat policy makes it fit: use more devices."
 
@@ -53,7 +53,7 @@ def _verdict(plan: RunPlan) -> str:
         return f"DOES NOT FIT: it needs {estimate.misfit} a chip."
     line = f"Fits: {used:.2f} GiB a chip of {limit:.2f}. {plan.seconds_per_step:.3f} s a step"
     if plan.hours is None:
-        return f"{line}; give --lengths or --data for the number of steps"
+        return f"{line}; give --lengths for the number of steps"
     line += f" × {plan.steps:,} steps = {plan.hours:.1f} h"
     if plan.config.budget_hours is None:
         return line
@@ -124,7 +124,7 @@ def _show_collectives(console: Console, estimate: StepEstimate) -> None:
 
 def _show_data(console: Console, plan: RunPlan) -> None:
     if not plan.workloads:
-        console.print("Data: not given (--lengths, --data); every position is taken to bear loss.")
+        console.print("Data: not given (--lengths); every position is taken to bear loss.")
         return
     table = Table("rows", "samples", "tokens", "steps", "padding", "loss", "hours", title="Data")
     for column in table.columns[1:]:
