@@ -1,4 +1,4 @@
-"""What a person sees of a plan: one screen."""
+"""What the terminal shows of a plan, on one screen."""
 
 from collections import Counter
 
