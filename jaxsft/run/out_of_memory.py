@@ -28,13 +28,13 @@ GENERAL_ADVICE = (
 def explain_out_of_memory(
     error: Exception, argv: Sequence[str], search_seconds: float = SEARCH_SECONDS
 ) -> str | None:
-    """Needed, available, and the next smaller setting that fits, in one line.
+    """Memory needed, memory available, and the next smaller setting that fits, in one line.
 
-    None where the error is about something else. `argv`: the run's own options, with `--preflight`
-    or without. The setting is found by `jaxsft.plan` in a process of its own, which a line on
-    stderr announces; after `search_seconds`, or a signal, the advice is a general one.
+    None where the error is about something else. `argv` are the run's own options. `jaxsft.plan`
+    searches the setting in another process, which a line on stderr announces; after
+    `search_seconds`, or a signal, the advice is general.
 
-    The run is taken to be over: its arrays are deleted, for they take what is to be divided anew.
+    The run is over: its arrays are deleted, because the search needs their memory.
     """
     shortage = parse_shortage(str(error))
     if shortage is None:
@@ -68,7 +68,7 @@ def explain_out_of_memory(
 
 
 def _amounts(shortage: Shortage, message: str) -> str:
-    """Needed and available; the message itself where it says nothing of the kind."""
+    """Needed and available memory; XLA's own first line where it names none."""
     available = shortage.available_bytes
     if available is None:
         available = free_memory(jax.local_devices())
@@ -84,8 +84,8 @@ def _size(num_bytes: int) -> str:
 
 
 def free_memory(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that can still be allocated on each of the devices, together where they are CPUs; None
-    where they don't tell."""
+    """Bytes that can still be allocated on each device (on CPUs: on all together); None where the
+    devices do not tell."""
     if devices[0].platform == "cpu":
         return _free_host_memory()
     known = [
@@ -97,7 +97,7 @@ def free_memory(devices: Sequence[jax.Device]) -> int | None:
 
 
 def _free_host_memory() -> int | None:
-    """What the system and this process's own limits (ulimit -v, -d) leave."""
+    """Free memory of the system, within this process's own limits (ulimit -v, -d)."""
 
     def kilobytes(path: str, name: str) -> int:
         found = re.search(rf"^{name}:\s*(\d+) kB", Path(path).read_text(encoding="ascii"), re.M)
@@ -116,7 +116,7 @@ def _free_host_memory() -> int | None:
 
 
 def _plan(argv: Sequence[str], search_seconds: float) -> dict[str, Any] | str:
-    """What `jaxsft.plan` writes as JSON for this machine's devices; a text says why nothing."""
+    """What `jaxsft.plan` finds for this machine's devices; a text says why it found nothing."""
     device = jax.devices()[0]
     if device.platform == "tpu":
         topology = tpu_topology(device.device_kind, jax.device_count())
@@ -148,7 +148,7 @@ def _plan(argv: Sequence[str], search_seconds: float) -> dict[str, Any] | str:
 
 
 def tpu_topology(device_kind: str, num_chips: int) -> str | None:
-    """What plan calls a slice of so many chips, such as v5e:2x4; None for one it doesn't know.
+    """The plan's name for a slice of so many chips, such as v5e:2x4; None for an unknown one.
 
     Cloud TPU's slices of a power of two are as square as can be, the shorter side first, from 1 to
     256 chips; those of 2 and 512 are not offered.
@@ -161,7 +161,7 @@ def tpu_topology(device_kind: str, num_chips: int) -> str | None:
 
 
 def plan_options(argv: Sequence[str]) -> list[str]:
-    """The run's options as plan takes them, with the recipe that train would take."""
+    """The run's options as `plan` takes them, with the recipe that `train` would use."""
     options = list(argv)
     if not any(re.match("--config(=|$)", option) for option in options):
         options = ["--config", DEFAULT_RECIPE, *options]
@@ -176,7 +176,7 @@ def plan_options(argv: Sequence[str]) -> list[str]:
 
 
 def plan_environment(platform: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """That of a process beside this one, which holds the devices."""
+    """The environment of a process beside this one, which holds the devices."""
     if platform == "tpu":
         # The topology is plan's to say, and the chips are not to be touched.
         own = ("TPU_LIBRARY_PATH",)
@@ -189,8 +189,9 @@ def plan_environment(platform: str, environment: Mapping[str, str]) -> dict[str,
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> str:
-    """Runs a command, with all that it starts, to its end, the limit or a signal; returns its last
-    words on stderr."""
+    """Runs a command until it ends, the limit is over or a signal comes, and kills what it started.
+
+    Returns the last line of its stderr."""
     processes: list[subprocess.Popen[str]] = []
     signals: list[int] = []
 

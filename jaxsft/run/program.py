@@ -1,7 +1,7 @@
-"""The train step of a config as a program: what is static, the shapes of its arguments, its hash.
+"""The train step of a config as a program: its static part, its arguments' shapes, its hash.
 
-`train` runs and `plan` compiles the program that is made here, so a plan is about the step that
-will run: equal hashes say so. Nothing here holds weights or takes memory on a device.
+`train` runs and `plan` compiles the program made here: equal hashes show that a plan is about the
+step that will run. Nothing here holds weights or takes memory on a device.
 """
 
 import base64
@@ -58,7 +58,7 @@ def check_positions(config: TrainConfig, model_config: GemmaConfig) -> None:
 
 
 def num_run_steps(config: TrainConfig, num_rows: int) -> int:
-    """Optimizer steps of a run over `num_rows`; ValueError when its warm-up is not shorter."""
+    """Optimizer steps of a run over `num_rows`; ValueError unless the warm-up is shorter."""
     steps = config.max_steps or num_steps(
         num_rows, config.num_train_epochs, config.global_batch_size
     )
@@ -87,7 +87,7 @@ def inject_adapter(config: TrainConfig, model: Gemma) -> None:
 
 
 def fused_obstacles(config: TrainConfig, model_config: GemmaConfig, platform: str) -> list[str]:
-    """What of the config and the model the fused step cannot do on a platform ("tpu", "cpu", …)."""
+    """What in the config and the model the fused step does not support on "tpu", "cpu", …"""
     options, length, on_tpu = config.model, config.data.max_length, platform == "tpu"
     obstacles = (
         (config.lora.dropout > 0, f"lora.dropout {config.lora.dropout}"),
@@ -111,7 +111,7 @@ def fused_obstacles(config: TrainConfig, model_config: GemmaConfig, platform: st
 
 
 def make_fused_spec(config: TrainConfig, model_config: GemmaConfig, mesh: Mesh) -> FusedSpec | None:
-    """The fused step's settings, None for the plain one; ValueError where `step` cannot be had."""
+    """The fused step's settings, None for the plain step; ValueError where `step` is impossible."""
     platform = mesh.devices.flat[0].platform
     on_tpu = platform == "tpu"
     obstacles = fused_obstacles(config, model_config, platform)
@@ -143,7 +143,7 @@ def make_spec(
     mesh: Mesh,
     steps: int,
 ) -> StepSpec:
-    """Everything static about the step of such a run."""
+    """Everything static about the step of the run."""
     return StepSpec(
         graphdef=graphdef,
         transform=make_transform(
@@ -183,7 +183,7 @@ def abstract_setup(
     devices: Sequence[jax.Device],
     steps: int,
 ) -> StepArguments:
-    """The step's arguments as shapes, dtypes and shardings, for devices that need not exist."""
+    """The step's arguments as shapes, dtypes and shardings; the devices need not exist."""
     check_positions(config, model_config)
     mesh = mesh_of(config, devices)
 
@@ -204,7 +204,7 @@ def abstract_setup(
 
 
 def abstract_weights(frozen: nnx.State, spec: StepSpec) -> Any:
-    """The frozen weights as the step takes them, from the model's: shapes and shardings."""
+    """Shapes and shardings of the frozen weights as the step takes them."""
     if spec.fused is None:
         return jax.tree.map(_struct, frozen, state_shardings(frozen, spec.mesh))
     weights = jax.eval_shape(partial(fuse, layout=spec.fused.layout), frozen)
@@ -212,7 +212,7 @@ def abstract_weights(frozen: nnx.State, spec: StepSpec) -> Any:
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    """A global batch [B, T] as `put_batch` makes it, without its numbers."""
+    """Shapes and sharding of a global batch [B, T], as `put_batch` makes it."""
     shape = (config.global_batch_size, config.data.max_length)
     sharding = named(mesh, "batch", None)
     structs: list[Any] = [

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: progress, the before/after table, two answers."""
+"""What a run prints: the progress line, the before/after table, two answers."""
 
 import json
 import math
@@ -23,7 +23,7 @@ _OF_A_SESSION = ("deadline:", "max_seconds:", "fit_deadline:", "hang_seconds:")
 
 
 def show_setup(console: Console, setup: Setup) -> None:
-    """One line on model, adapter, steps and devices, one on the program that will run."""
+    """One line about model, adapter, steps and devices, one about the compiled program."""
     info, batches = setup.model_info, setup.step_batches
     mesh = setup.spec.mesh
     console.print(
@@ -37,7 +37,7 @@ def show_setup(console: Console, setup: Setup) -> None:
 
 
 def show_preflight(console: Console, found: Preflight) -> None:
-    """What the preflight found, one line on each question."""
+    """What the preflight found: one line each on correctness, speed, time, memory, program."""
     apart, memory, seconds = found.difference, found.memory, found.times.seconds
     if apart is None:
         console.print(f"  correct  not compared: {found.not_compared}")
@@ -113,7 +113,7 @@ def show_stopped(
     run_dir: Path | epath.Path,
     command: str,
 ) -> None:
-    """Why a run stopped before its end, what remains, and the command to go on: the last line."""
+    """Why a run stopped before its end, what remains and, as the last line, how to go on."""
     step, last_step = int(setup.state.step), len(setup.step_batches)
     left = last_step - step
     remains = "only the last measurement remains"
@@ -128,7 +128,7 @@ def show_stopped(
 
 
 def show_finished(console: Console, run_dir: Path, yaml: str, shown: Path | epath.Path) -> None:
-    """What a finished run gave, and which of its options differ from those asked for now."""
+    """What a finished run found, and which of its options differ from the present ones."""
     show_result(console, run_dir)
     console.print(f"{shown.name} is finished: its adapter is in {shown / 'adapter'}.")
     was = (run_dir / "config.yaml").read_text(encoding="utf-8").splitlines()

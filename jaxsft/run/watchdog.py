@@ -1,4 +1,4 @@
-"""Ends a run that hangs: it says where, shows what every thread is doing, and exits."""
+"""Ends a process that hangs: says where, prints every thread's stack, and exits."""
 
 import contextlib
 import faulthandler
@@ -15,14 +15,14 @@ _GRACE_S = 3.0
 class Watchdog:
     """A context in which `beat` must be called every `limit_s` seconds, or the process ends.
 
-    It ends by os._exit(1), with a line and all stacks on stderr. A thread sees to it. Where that
-    thread cannot run, because a hanging C call holds the interpreter lock, faulthandler shows the
-    stacks and exits a few seconds later. Both count the time that the process is stopped (SIGSTOP).
-    One at a time in a process: faulthandler has one clock.
+    A thread ends it by os._exit(1), with one line and all stacks on stderr. Where that thread
+    cannot run, because a hanging C call holds the interpreter lock, faulthandler prints the stacks
+    and exits a few seconds later. Time in which the process is stopped (SIGSTOP) counts too. Only
+    one can be active in a process: faulthandler has one timer.
 
     Args:
         limit_s: None turns it off.
-        advice: asked when it is over; what the user can do, a few words without a full stop.
+        advice: returns what the user can do, in a few words without a full stop.
     """
 
     def __init__(self, limit_s: float | None, advice: Callable[[], str]) -> None:
@@ -49,7 +49,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, doing: str) -> None:
-        """Starts the time anew. What begins now, such as "step 12", is what a hang is put down to.
+        """Restarts the time. `doing`, such as "step 12", is what the line about a hang names.
 
         Costs 0.3 µs.
         """
