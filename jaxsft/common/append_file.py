@@ -1,4 +1,4 @@
-"""An append-only file for disks that may fail for a while: no call raises, no record is torn."""
+"""An append-only file that survives a failing disk: no call raises, no record is cut in two."""
 
 import contextlib
 import os
@@ -6,46 +6,45 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-# Bounds what a file keeps in memory: once what is written, once what waits. A run of 10,000 steps
+# Limits the records in memory: the written ones, and again the waiting ones. A run of 10,000 steps
 # writes 5 MB of lines and 3 MB of events.
 MAX_KEPT_BYTES = 64 * 2**20
 
 
 class AppendFile:
-    """Appends records (lines, say) to a file, each whole, once and in order.
+    """Appends records, such as lines, to a file: each of them whole, once and in order.
 
-    Where that fails (a full or read-only disk, a lost mount) they wait in memory, and every
-    `append` and `flush` tries again. A record that a full disk cut short is removed, so that no
-    later one follows its half on the same line. A file that has vanished, its directory perhaps
-    with it, is written anew from the records in memory. It is opened for each write: no handle
-    outlives what it points at, and there is nothing to close.
+    If the disk fails (full, read-only, mount lost), records wait in memory, and every `append` and
+    `flush` tries again. If a full disk cuts a record short, its part is removed from the file, so
+    no later record follows it on the same line. If the file has vanished, even with its directory,
+    it is written again from memory. It is opened for each write, so there is nothing to close.
 
-    Of what is written the newest `MAX_KEPT_BYTES` are kept; once so much waits, new records are
-    dropped, and `problem` counts them.
+    The newest `MAX_KEPT_BYTES` of the written records stay in memory. When that many bytes wait,
+    new records are dropped, and `problem` counts them.
 
     Args:
-        path: the file; this process alone writes to it.
-        there: what it is to hold already, in whole records. If it doesn't begin with them it is
-            rewritten; what follows them is cut off. Without any, the file goes.
+        path: the file; no other process writes to it.
+        there: records that the file must begin with. If it does not, it is rewritten; what follows
+            them is cut off. If there are none, the file is removed.
     """
 
     def __init__(self, path: Path, there: Iterable[bytes] = ()) -> None:
         self._path = path
-        # No name that TensorBoard would take for one of its files.
+        # TensorBoard must not take it for one of its files.
         self._temporary = path.with_name(f"{path.name.partition('.')[0]}.tmp")
         self._written: deque[bytes] = deque()
         self._waiting = deque(there)
-        self._file_bytes: int | None = None  # that are right; None: the file is to be written anew
+        self._file_bytes: int | None = None  # written so far; None: the file must be written again
         self._kept_bytes = 0  # of _written
         self._num_lost = 0
         self._error: OSError | None = None
         with contextlib.suppress(OSError):
-            self._temporary.unlink()  # of a process killed in the middle
+            self._temporary.unlink()  # left by a process that was killed
         self._adopt(b"".join(self._waiting))
         self.flush()
 
     def append(self, record: bytes) -> None:
-        """Writes `record` behind those that wait, or lets it wait with them."""
+        """Writes the waiting records and `record`; if that fails, `record` waits with them."""
         self._waiting.append(record)
         self.flush()
         if sum(map(len, self._waiting)) > MAX_KEPT_BYTES:
@@ -53,7 +52,7 @@ class AppendFile:
             self._num_lost += 1
 
     def flush(self) -> None:
-        """Writes what waits, if that works now."""
+        """Tries to write the records that wait."""
         try:
             if not self._written and not self._waiting:
                 if self._path.exists():
@@ -70,7 +69,7 @@ class AppendFile:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the file, in one line; None when all of it is written."""
+        """One line on what is wrong with the file; None when everything is written."""
         if self._error is not None:
             count = len(self._waiting) + self._num_lost
             return f"{self._path}: {self._error.strerror} (lines not written: {count})"
@@ -80,14 +79,14 @@ class AppendFile:
         return None
 
     def _adopt(self, records: bytes) -> None:
-        """Takes the file as it is, if it begins with the `records` that wait."""
+        """Keeps the file as it is if it begins with `records`, the ones that wait."""
         with contextlib.suppress(OSError), self._path.open("rb") as file:
             if file.read(len(records)) == records:
                 self._file_bytes = len(records)
                 self._count_written(len(self._waiting))
 
     def _is_there(self) -> bool:
-        """Is the file on disk the one that was written, if only with a torn record at its end?"""
+        """Whether the file still holds what was written; part of a record may follow."""
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
@@ -98,7 +97,7 @@ class AppendFile:
         size, count = self._file_bytes, 0
         assert size is not None
         if not self._waiting and self._path.stat().st_size == size:
-            return  # a disk that has become read-only is no problem then
+            return  # nothing to do, so a read-only disk is no problem
         file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
             if os.fstat(file).st_size > size:
@@ -107,16 +106,16 @@ class AppendFile:
                 _write_all(file, record)
                 size, count = size + len(record), count + 1
         except OSError:
-            with contextlib.suppress(OSError):  # else the next call does it
+            with contextlib.suppress(OSError):  # if it fails, the next call does it
                 os.ftruncate(file, size)
             raise
         finally:
-            os.close(file)  # raises where a network file system is full: then nothing counts
+            os.close(file)  # may raise on a full network file system: then nothing counts
             self._file_bytes = size
             self._count_written(count)
 
     def _rewrite(self) -> None:
-        """Writes all records, atomically: a killed process leaves the old file or the new one."""
+        """Writes all records to a new file and renames it, so a kill leaves the old or the new."""
         self._waiting.extendleft(reversed(self._written))
         self._written.clear()
         self._file_bytes, self._kept_bytes = None, 0
@@ -145,7 +144,7 @@ class AppendFile:
 
 
 def _write_all(file: int, record: bytes) -> None:
-    """A full disk takes a part at first, and raises only at the next write."""
+    """Writes all bytes. A full disk takes only a part, and raises at the next write."""
     left = memoryview(record)
     while left:
         left = left[os.write(file, left) :]

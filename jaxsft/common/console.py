@@ -1,4 +1,4 @@
-"""A console for long runs: a line that cannot be printed is dropped, and the run goes on."""
+"""A console for long runs: if a line cannot be printed, it is dropped and the run continues."""
 
 import atexit
 import contextlib
@@ -11,21 +11,21 @@ from rich.console import Console
 
 
 def make_console() -> Console:
-    """A console on stdout as it is now; lines are wrapped on terminals only.
+    """A console on the current stdout. It wraps lines only on a terminal.
 
-    Output that fails (a full disk, a pipe whose reader has gone, a terminal that hung up) raises
-    nothing, nor does it change the exit code.
+    If output fails (disk full, reader of a pipe gone, terminal closed), no error is raised and the
+    exit code does not change.
     """
     atexit.unregister(_discard_unwritten)
     atexit.register(_discard_unwritten)
-    stream = sys.stdout or io.StringIO()  # None where the process began without a stdout
-    file = cast(IO[str], _Tolerant(stream))  # as far as rich needs one
-    # No markup: file names may hold brackets.
+    stream = sys.stdout or io.StringIO()  # None if the process was started without stdout
+    file = cast(IO[str], _Tolerant(stream))  # it has what rich uses
+    # No markup: file names may contain brackets.
     return Console(file=file, highlight=False, markup=False, soft_wrap=not file.isatty())
 
 
 class _Tolerant(io.TextIOBase):
-    """A text stream that drops what `stream` cannot take; characters it lacks become ?."""
+    """A text stream that ignores failed writes; characters not in its encoding become "?"."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -46,14 +46,14 @@ class _Tolerant(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it has been closed
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
             self._stream.flush()
 
 
 def _discard_unwritten() -> None:
     """Empties the buffers of stdout and stderr.
 
-    The interpreter flushes them as its last act, and exits with 120 where that fails.
+    Python flushes them at exit, and if that fails the exit code is 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

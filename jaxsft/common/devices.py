@@ -1,4 +1,4 @@
-"""Sets JAX's options for the process; one clear line where JAX cannot open its devices."""
+"""Sets JAX's options for the process; explains why JAX cannot open its devices."""
 
 import os
 import re
@@ -10,10 +10,10 @@ from jaxsft.common.files import cache_dir
 
 
 def configure_jax() -> None:
-    """float32 products in full, and compiled programs kept for the next process."""
-    # float32 means float32 on accelerators too; their default is bfloat16 passes.
+    """Sets full precision for float32 products, and a cache of compiled programs on disk."""
+    # The default on accelerators is bfloat16 passes, even for float32 operands.
     jax.config.update("jax_default_matmul_precision", "highest")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a restart compiles nothing again
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # so that a restart need not compile
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("compiled")))
 
 
@@ -21,27 +21,29 @@ _GOOGLE = "0x1ae0"  # PCI vendor
 
 
 def check_device() -> None:
-    """Makes sure of the devices that JAX finds, before anything is loaded for them.
+    """Checks that JAX can open its devices, before anything is loaded.
 
-    Raises ValueError where JAX finds none, and where this machine has a TPU that JAX was not told
-    to leave alone (JAX_PLATFORMS=cpu) and that cannot be opened, because another process has it
-    for instance: JAX may say so in a traceback, or train on the CPU after a warning.
+    Without it JAX may only warn that it cannot open the TPU, and train on the CPU.
+
+    Raises:
+        ValueError: JAX finds no device; or this machine has a TPU that cannot be opened (another
+            process may hold it) and JAX_PLATFORMS is not set.
     """
     try:
         platform = jax.devices()[0].platform
         device = tpu_device(Path("/"))
         if platform != "cpu" or device is None or os.environ.get("JAX_PLATFORMS"):
             return
-        jax.devices("tpu")  # raises, and says why there is none
+        jax.devices("tpu")  # raises an error that says why there is none
     except RuntimeError as error:
         raise ValueError(explain_no_device(str(error))) from error
 
 
 def explain_no_device(message: str) -> str:
-    """What to do about JAX's complaint that it cannot start a backend, in one line."""
+    """One line on what to do about JAX's error that it cannot start a backend."""
     go_on = "JAX_PLATFORMS=cpu trains on the CPU on purpose"
     reason = " ".join(message.split())
-    # libtpu's texts: jax-ml/jax#22070, #10192; google/gvisor#11545, where the device is busy.
+    # Texts of libtpu: jax-ml/jax#22070, #10192; google/gvisor#11545 for a busy device.
     if process := re.search(r"in use by process with pid (\d+)", reason):
         return (
             f"the TPU is taken by another process, {process[1]}: wait for its end or end it (kill "
@@ -62,10 +64,10 @@ def explain_no_device(message: str) -> str:
 
 
 def tpu_device(root: Path) -> Path | None:
-    """A TPU's device file under `root`, which is / but in tests; None on a machine without one.
+    """The device file of a TPU under `root` (/ except in tests); None if there is no TPU.
 
-    /dev/accel0 on older kernels and chips, else a group in /dev/vfio, which other vendors' devices
-    have as well (ray-project/ray#65034).
+    It is /dev/accel0 with older kernels and chips, else a group in /dev/vfio. Devices of other
+    vendors are there too (ray-project/ray#65034).
     """
     for path in sorted(root.glob("dev/accel[0-9]*")):
         return path

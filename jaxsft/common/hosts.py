@@ -1,7 +1,7 @@
-"""Several processes of one run: joining them, and agreeing on what they do next.
+"""Joins the processes of one run, and passes values between them.
 
-Every function but `join_hosts` is collective where there are several processes: all of them must
-call it, in the same order, or the others wait for ever. With one process each is the identity.
+With several processes, all of them must call these functions, in the same order; else the others
+wait for ever. With one process each function returns its own value.
 """
 
 import json
@@ -16,12 +16,12 @@ _T = TypeVar("_T")
 
 
 def join_hosts() -> None:
-    """Makes this process one of several, before anything touches its devices.
+    """Joins the other processes of the run. Call it before anything uses the devices.
 
-    JAX then takes SIGTERM for itself (see `reached_preemption`).
+    JAX then handles SIGTERM itself (see `reached_preemption`).
 
     Raises:
-        ValueError: there are no others.
+        ValueError: there are no other processes.
     """
     try:
         jax.distributed.initialize()
@@ -33,29 +33,29 @@ def join_hosts() -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Is `flag` true on any process?"""
+    """Whether `flag` is true on any process."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
 def reached_preemption(step: int) -> bool:
-    """Is `step` the one at which all processes stop for a SIGTERM that one of them received?
+    """Whether all processes stop at `step`, because one of them received SIGTERM.
 
-    JAX's own notice, through its coordination service: the hosts of a spot TPU get theirs at
-    different moments. It sees no SIGTERM while a handler of Python's is installed, so it is for
-    those that come between `join_hosts` and that: true once, at a step that no process has passed.
+    The hosts of a spot TPU get SIGTERM at different times, so JAX's coordination service chooses a
+    step that no process has passed. The result is true once, at that step. JAX sees no SIGTERM
+    while Python has a handler for it, so this is for signals between `join_hosts` and that handler.
 
     Args:
-        step: must rise from call to call, by the same steps on all processes.
+        step: rises from call to call, and is the same on all processes.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def from_first(make: Callable[[], _T]) -> _T:
-    """What `make` returns on process 0, a JSON value, on all; it is called there only.
+    """Calls `make` on process 0 and returns its result, a JSON value, on all processes.
 
-    A ValueError or OSError is raised on all.
+    A ValueError or OSError of `make` is raised on all.
     """
     if jax.process_count() == 1:
         return make()
@@ -76,19 +76,19 @@ def from_first(make: Callable[[], _T]) -> _T:
 
 
 def array_from_first(array: np.ndarray | None, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Process 0's array of that shape and dtype, bit for bit, on all; the others pass None."""
+    """The array of process 0, bit for bit, on all processes; the others pass None."""
     if jax.process_count() == 1:
         assert array is not None
         return array
     if array is None:
         array = np.zeros(shape, dtype)
-    # As bytes: JAX sums over the processes, and -0.0 + 0.0 is 0.0.
+    # As bytes: JAX sums over the processes, and as floats -0.0 + 0.0 would be 0.0.
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).view(dtype).reshape(shape)
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """The whole of a global array, wherever its shards are. May share memory with it."""
+    """All values of a global array, wherever its shards are. May share memory with it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
@@ -96,7 +96,7 @@ def on_host(array: jax.Array) -> np.ndarray:
 
 def _text_from_first(text: str) -> str:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
-    # A power of two: JAX compiles once for each length.
+    # The length is a power of two, because JAX compiles once for each length.
     data = np.zeros(1 << length.bit_length(), np.uint8)
     if jax.process_index() == 0:
         data[:length] = np.frombuffer(text.encode(), np.uint8)

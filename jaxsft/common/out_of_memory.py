@@ -1,13 +1,13 @@
-"""Reads XLA's out-of-memory errors: how much memory was needed, and how much there was."""
+"""Reads from XLA's out-of-memory errors how much memory was needed and how much was free."""
 
 import re
 from typing import NamedTuple
 
 
 class Shortage(NamedTuple):
-    """Bytes; None where the message doesn't tell. `memory`: as XLA calls it, "hbm", "vmem", …
+    """What an error message says, None for what it does not. `memory` is "hbm", "vmem", …
 
-    `needed_bytes` are the whole program's where the compiler refused it, else one allocation's.
+    `needed_bytes` is for the whole program if the compiler refused it, else for one allocation.
     """
 
     memory: str | None
@@ -15,28 +15,28 @@ class Shortage(NamedTuple):
     available_bytes: int | None
 
 
-# RESOURCE_EXHAUSTED alone may be a quota, or a message too long to send.
 _SIZE = r"[\d.]+ ?[KMGT]?i?B?"
-# With sources: jaxlib's and libtpu's texts, and issues that quote them.
+# The texts are from jaxlib, libtpu, and the issues named beside them.
 _NEEDED = (
-    # XLA:TPU, compiling
+    # XLA:TPU, at compile time
     rf"\((?P<needed>{_SIZE})\) exceeds available (?P<memory>\w+) \((?P<available>{_SIZE})\)",
     rf"Used (?P<needed>{_SIZE}) of (?P<available>{_SIZE}) (?P<memory>\w+)",  # erfanzar/EasyDeL#78
-    # XLA:TPU, running: google-deepmind/gemma#85, huggingface/transformers#22328
+    # XLA:TPU, at run time: google-deepmind/gemma#85, huggingface/transformers#22328
     rf"ttempting to (?:allocate|reserve) (?P<needed>{_SIZE})",
     # XLA:GPU, its BFC allocator, XLA:CPU: jaxline#11, nemos#345, mesh-transformer-jax#209
     rf"ut of memory (?:while )?(?:trying to )?allocat(?:e|ing) (?P<needed>{_SIZE})",
     rf"ailed to alloc(?:ate)? (?:request for )?(?P<needed>{_SIZE})",
 )
 _AVAILABLE = (
-    rf"(?P<available>{_SIZE}) reservable",  # what fragments leave of the free memory
+    rf"(?P<available>{_SIZE}) reservable",  # the rest of the free memory is fragmented
     rf"largest contiguous region of free memory is (?P<available>{_SIZE})",  # google/trax#431
     rf"There are (?P<available>{_SIZE}) free",
 )
 
 
 def parse_shortage(message: str) -> Shortage | None:
-    """What the message of an error says; None where it is about something else."""
+    """The shortage in an error message; None if the message is about something else."""
+    # RESOURCE_EXHAUSTED alone may be about a quota, or about a message that is too long to send.
     lower = message.casefold()
     if not re.search(
         r"out of memory|out_of_memory|resource.exhausted.*(memory|alloc)", lower, re.S

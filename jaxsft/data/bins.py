@@ -1,8 +1,8 @@
-"""Bin packing: which samples share a row, and the fewest rows that any packing needs.
+"""Bin packing: decides which samples share a row; a lower bound on the number of rows.
 
-Pure Python on integers, deterministic. Two packers, since neither is best everywhere: on Glaive's
-lengths best-fit decreasing fills rows of 4096 to 94.4% (the other: 93.5%), but leaves rows of 8192,
-four or five samples each, at 97.5%, where finishing drawn rows exactly reaches 99.9%.
+Pure Python on integers, deterministic. There are two packers, because neither is always best. On
+Glaive's lengths best-fit decreasing fills rows of 4096 tokens to 94.4% (`exact_fit`: 93.5%), but
+rows of 8192, which hold four or five samples, only to 97.5% (`exact_fit`: 99.9%).
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-_MAX_PAIRS = 96  # candidates for a row's last two samples; the first few nearly always fit exactly
+_MAX_PAIRS = 96  # of samples tried to end a row; one of the first few nearly always fits exactly
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Assigns samples to rows: the better of best-fit decreasing and `exact_fit`.
+    """Assigns samples to rows, with the better of `best_fit_decreasing` and `exact_fit`.
 
     Args:
       lengths: tokens of each sample.
       row_length: tokens in a row.
 
     Returns:
-      Sample indices of each row, in the order in which they stand in the row.
+      The sample indices of each row, in their order in the row.
 
     Raises:
       ValueError: a sample is empty or longer than a row.
@@ -34,16 +34,16 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def one_per_row(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Unpacked mode: row i holds sample i alone. Same arguments and errors as `pack`."""
+    """No packing: row i holds sample i alone. Arguments and errors as `pack`."""
     _check_lengths(lengths, row_length)
     return [[index] for index in range(len(lengths))]
 
 
 def best_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Each sample, longest first, goes to the fullest row that still has room. As `pack`.
+    """Puts each sample, longest first, into the fullest row that has room. Arguments as `pack`.
 
-    Equal lengths keep their order, and of equally full rows the latest is taken. Rows with the same
-    free space share one stack: n log n to sort plus row_length / 64 machine words per sample.
+    Equal lengths keep their order; among equally full rows the latest is taken. Rows with the same
+    free space share a stack. Time: n log n to sort, and row_length / 64 machine words per sample.
     """
     _check_lengths(lengths, row_length)
     rows: list[list[int]] = []
@@ -63,17 +63,17 @@ def best_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[in
 
 
 def exact_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Draws samples at random until one or two others fill the row exactly. As `pack`.
+    """Adds random samples to a row until one or two others fill it exactly. Arguments as `pack`.
 
-    Drawing keeps what is left like the whole, so that exact ends are found until few samples are
-    left; longest first would leave the middling lengths, which fill no row, to the end. Where no
-    exact end exists the fullest is taken once nothing more would fit.
+    The random draw keeps the mix of lengths that are left, so rows can be filled exactly nearly to
+    the end. (Longest first would leave the middle lengths to the end, which fill no row.) If no
+    sample or pair fills the row exactly, the best one is taken once nothing more would fit.
     """
     _check_lengths(lengths, row_length)
     left = _Stacks(row_length)  # samples by length
     for index in reversed(range(len(lengths))):
         left.push(int(lengths[index]), index)
-    words = np.random.Philox(key=0).random_raw(len(lengths))  # raw words: equal in every NumPy
+    words = np.random.Philox(key=0).random_raw(len(lengths))  # the same in every NumPy version
     drawn = [int(lengths[i]) for i in np.argsort(words, kind="stable")]
     rows: list[list[int]] = []
     while left:
@@ -101,11 +101,12 @@ def exact_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def min_rows(lengths: Sequence[int] | npt.NDArray[np.int64], row_length: int) -> int:
-    """Rows that no packing can do without: the bound L2 of Martello and Toth (1990), chapter 8.
+    """A lower bound on the rows of any packing: L2 of Martello and Toth (1990), chapter 8.
 
-    For a threshold k, samples longer than row_length - k stand alone but for ones below k, and
-    those longer than half a row never share one; what these leave free can only take up so much of
-    the others of at least k. The largest bound over all k counts.
+    Take a threshold k and leave out all samples shorter than k. Then a sample longer than
+    row_length - k needs a row alone, and two samples longer than half a row never share one. The
+    others fill the free space of these rows at most, and the rest needs more rows. The result is
+    the largest bound over all k.
     """
     decreasing = np.sort(np.asarray(lengths, np.int64))[::-1]
     totals = np.concatenate([[0], np.cumsum(decreasing)])
@@ -121,7 +122,7 @@ def min_rows(lengths: Sequence[int] | npt.NDArray[np.int64], row_length: int) ->
 
 
 class _Stacks:
-    """Stacks of numbers by a key from 1 to `largest`; bit k of an integer: stack k isn't empty."""
+    """A stack of numbers for each key from 1 to `largest`. Bit k of `_bits`: stack k has some."""
 
     def __init__(self, largest: int):
         self._stacks: list[list[int]] = [[] for _ in range(largest + 1)]
@@ -144,18 +145,18 @@ class _Stacks:
         return len(self._stacks[key]) >= count
 
     def smallest_from(self, key: int) -> int | None:
-        """The smallest key of at least `key` with something on its stack."""
+        """The smallest key that is at least `key` and has a number; None if there is none."""
         bits = self._bits >> key
         return key + (bits & -bits).bit_length() - 1 if bits else None
 
     def largest_to(self, key: int) -> int | None:
-        """The largest key of at most `key` with something on its stack."""
+        """The largest key that is at most `key` and has a number; None if there is none."""
         bits = self._bits & ((2 << key) - 1) if key > 0 else 0
         return bits.bit_length() - 1 if bits else None
 
 
 def _best_end(left: _Stacks, free: int) -> tuple[int, ...]:
-    """The one or two lengths that fill `free` tokens best, () if none fits."""
+    """The one or two lengths that fill `free` tokens best; () if none fits."""
     longest = left.largest_to(free)
     if longest is None:
         return ()

@@ -1,13 +1,13 @@
-"""Turns -> token ids and loss mask: the one path for training, evaluation and generation.
+"""Encodes conversations with Gemma's chat template: token ids and the loss mask.
 
-Gemma's template, without its last newline:
+Training, evaluation and generation all use it. The template, without its last newline:
 
     <bos><start_of_turn>user\\n{text}<end_of_turn>\\n<start_of_turn>model\\n{text}<end_of_turn>
 
-Texts are trimmed; a system turn goes in front of the first user turn, with a blank line between.
-Control tokens are put in as ids and every text between two of them is encoded on its own, so text
-never yields a control id, the mask is known without searching, and a prompt is exactly the prefix
-of prompt + answer.
+Texts are trimmed. A system turn goes before the text of the first user turn, with a blank line
+between them. Control tokens are inserted as ids, and the text between two of them is encoded
+separately. So text never becomes a control id, the mask needs no search, and the ids of a prompt
+are a prefix of the ids of prompt + answer.
 """
 
 import re
@@ -20,10 +20,10 @@ from jaxsft.data.packing import Sample
 from jaxsft.data.rows import Conversation, Turn, check_roles, completion_text, with_reasoning
 from jaxsft.data.tokenizer import Tokenizer
 
-MIN_REASONING_TOKENS = 16  # below this a shortened reasoning, its tag included, teaches nothing
+MIN_REASONING_TOKENS = 16  # a shorter reasoning, with its tag, teaches nothing
 _OPEN_CHARS = len("<reasoning>")
 
-# A sentence ends at its mark (closing quotes included) before white space, or at a line's end.
+# A sentence ends at . ! ? … and closing quotes before white space, or at the end of a line.
 # \u2019 \u201d are closing quotes; \u3002 \uff01 \uff1f are . ! ? in Chinese and Japanese.
 _SENTENCE_END = re.compile(
     r"[.!?…][)\]\"'\u2019\u201d*]*(?=\s)|[\u3002\uff01\uff1f]|(?<=[^\s:;,])(?=\n)"
@@ -32,7 +32,7 @@ _DANGLING_LIST_MARK = re.compile(r"(?:^|\n)\s*(?:\d+[.)]|[-*#•]+)$")
 
 
 class Piece(NamedTuple):
-    """A control id or a text to encode on its own, and whether its tokens are labels."""
+    """A control id, or a text that is encoded separately; and whether its tokens are labels."""
 
     content: int | str
     is_label: bool = False
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 def encode_chat(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Sample:
     """Encodes a conversation that ends with an assistant turn.
 
-    One BOS; the tokens of every assistant turn and its <end_of_turn> are labels, no others.
+    The ids start with one BOS. Labels are the tokens of every assistant turn and its <end_of_turn>.
 
     Raises:
       ValueError: the roles are not [system,] user, assistant, user, …, assistant.
@@ -50,18 +50,18 @@ def encode_chat(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Sample:
 
 
 def encode_chats(tokenizer: Tokenizer, chats: Sequence[Sequence[Turn]]) -> list[Sample]:
-    """`encode_chat` of each conversation, with one bulk call of the tokenizer."""
+    """`encode_chat` of each conversation, with one call of the tokenizer for all."""
     for turns in chats:
         check_roles(turns, last="assistant")
     return _encode_pieces(tokenizer, [_render(tokenizer, turns) for turns in chats])
 
 
 def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
-    """Encodes a conversation up to where the next assistant turn begins.
+    """Encodes a conversation up to the start of the next assistant turn.
 
     Returns:
-      Ids that end with <start_of_turn>model\\n; `encode_chat` of the same turns and an answer
-      starts with exactly these.
+      Ids that end with <start_of_turn>model\\n. `encode_chat` of the same turns and an answer
+      starts with the same ids.
 
     Raises:
       ValueError: the roles are not [system,] user, assistant, …, user.
@@ -109,23 +109,23 @@ def _encode_pieces(tokenizer: Tokenizer, chats: Sequence[Sequence[Piece]]) -> li
 def shorten(
     tokenizer: Tokenizer, chats: Sequence[tuple[Conversation, Sample]], max_length: int
 ) -> list[tuple[Conversation, Sample] | None]:
-    """Cuts the last turn's reasoning in each conversation so that it fits `max_length` tokens.
+    """Cuts the reasoning of the last turn in each conversation, to fit `max_length` tokens.
 
-    The reasoning keeps its head, cut after a sentence or else a word; answer, closing tags and
-    <end_of_turn> stay. The ids of the full text say how far the head reaches, so that, in nearly
-    every case, only the closing part and the result are encoded, for all conversations together.
+    The start of the reasoning stays. It is cut after a sentence, or else after a word. The answer,
+    the closing tags and <end_of_turn> stay. The ids of the full text tell where to cut, so nearly
+    always only the closing part and the result are encoded, in one call for all conversations.
 
     Args:
-      chats: conversations, each with `encode_chat` of its turns, which is too long.
-      max_length: tokens allowed.
+      chats: conversations that are too long, each with its `encode_chat`.
+      max_length: the most tokens that a result may have.
 
     Returns:
-      For each the shorter conversation and its sample, exactly `encode_chat` of it; None where
-      there is no reasoning, or no room for `MIN_REASONING_TOKENS` of it.
+      For each conversation: the shorter one and its sample, equal to its `encode_chat`. None if it
+      has no reasoning, or if fewer than `MIN_REASONING_TOKENS` of it would fit.
     """
     results: list[tuple[Conversation, Sample] | None] = [None] * len(chats)
     closings = [completion_text("", chat.answer or "")[_OPEN_CHARS:] for chat, _ in chats]
-    todo: dict[int, int] = {}  # index -> completion tokens to keep in front of the closing part
+    todo: dict[int, int] = {}  # index -> completion tokens to keep before the closing part
     for index, closing in enumerate(tokenizer.encode_many(closings)):
         if chats[index][0].reasoning is not None:
             todo[index] = max_length - chats[index][1].completion_start - len(closing) - 1
@@ -140,7 +140,7 @@ def shorten(
             sample = chats[index][1]
             start = sample.completion_start
             ids = np.concatenate([sample.ids[:start], completion, sample.ids[-1:]])
-            if len(ids) > max_length:  # the tokens next to the cut merged in another way
+            if len(ids) > max_length:  # other tokens were merged at the cut
                 again[index] = todo[index] - (len(ids) - max_length)
                 continue
             loss_mask = np.concatenate([sample.loss_mask[:start], np.ones(len(ids) - start, bool)])
@@ -150,28 +150,28 @@ def shorten(
 
 
 def _head(tokenizer: Tokenizer, conversation: Conversation, sample: Sample, keep: int) -> str:
-    """The reasoning's head within the first `keep` tokens of the completion."""
+    """The part of the reasoning that is in the first `keep` tokens of the completion."""
     assert conversation.reasoning is not None
     rest = tokenizer.decode(sample.ids[sample.completion_start + keep : -1].tolist())
-    if rest.startswith("\ufffd"):  # one character of several byte tokens, cut in two
+    if rest.startswith("\ufffd"):  # the cut split a character that is several byte tokens
         rest = "\ufffd" + rest.lstrip("\ufffd")
     limit = len(conversation.turns[-1].content) - len(rest) - _OPEN_CHARS
     return cut_text(conversation.reasoning, limit)
 
 
 def cut_text(text: str, limit: int) -> str:
-    """At most the first `limit` characters, cut after a sentence, else a word, else anywhere.
+    """At most the first `limit` characters of `text`, without white space at the end.
 
-    A sentence's end counts in the last quarter of the limit, a word's in the last half, so that no
-    more is lost than that. A list mark left alone at the end ("3.") goes too; the result has no
-    white space at its end.
+    The cut is after the last sentence that ends in the last quarter of the limit, else after the
+    last word that ends in its last half, else at the limit. A list mark that is left alone at the
+    end ("3.") is removed.
     """
     if limit >= len(text):
         return text
     if limit <= 0:
         return ""
     earliest = limit - limit // 4
-    # One character more, so that a sentence that ends exactly at the limit is seen to end.
+    # The pattern looks at the next character too, for a sentence that ends at the limit.
     matches = _SENTENCE_END.finditer(text, earliest - 1, limit + 1)
     ends = [match.end() for match in matches if earliest <= match.end() <= limit]
     if ends:

@@ -1,14 +1,14 @@
-"""Conversations that should not be trained on: duplicates, loops, empty answers, test questions.
+"""Filters against conversations that hurt training: duplicates, test questions, bad answers.
 
-Text only. Each filter takes a conversation and returns why it is left out, or None:
+A filter looks at the text only. It returns why a conversation is left out, or None:
 
-    duplicate     the same turns, text for text, came before
-    contaminated  the prompt is one of the held-out prompts, or has half of the runs of 8 words or
-                  marks that only this held-out prompt has (as GPT-3, arXiv 2005.14165, app. C,
-                  looks for runs of words)
+    duplicate     an earlier conversation has exactly the same turns
+    contaminated  the prompt is a held-out prompt, or shares runs of 8 words or marks with one: at
+                  least half of those that no other held-out prompt has (GPT-3, arXiv 2005.14165,
+                  appendix C, compares runs of words too)
     degenerate    the reasoning or the answer ends in a loop: its last 1,000 characters compress
-                  more than 6-fold (natural text about 2-fold); or the answer is nothing but a
-                  phrase such as "I hope this helps!"
+                  more than 6-fold (natural text: about 2-fold); or the answer is only a phrase
+                  such as "I hope this helps!"
 """
 
 import hashlib
@@ -23,7 +23,7 @@ Filter = Callable[[Conversation], Rejected | None]
 
 _RUN_WORDS = 8
 _TAIL_CHARS = 1000
-_MIN_LOOP_CHARS = 200  # shorter text has no room for a loop that is worth the name
+_MIN_LOOP_CHARS = 200  # a shorter text is too short to be called a loop
 _MAX_COMPRESSION = 6.0
 _FILLERS = frozenset(
     {
@@ -51,7 +51,7 @@ _WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 
 
 def degenerate(conversation: Conversation) -> Rejected | None:
-    """Rejects loops and answers that say nothing."""
+    """Rejects texts that end in a loop, and answers that say nothing."""
     answer = conversation.answer or conversation.turns[-1].content
     if " ".join(_words(answer)) in _FILLERS:
         return Rejected("degenerate", f'the answer is only "{answer.strip()}"')
@@ -65,7 +65,7 @@ def degenerate(conversation: Conversation) -> Rejected | None:
 
 
 def duplicates() -> Filter:
-    """A filter that rejects what it has seen before; 16 bytes of BLAKE2b a conversation."""
+    """A filter that rejects repeated conversations. It keeps 16 bytes of BLAKE2b for each."""
     seen: set[bytes] = set()
 
     def filter_(conversation: Conversation) -> Rejected | None:
@@ -82,12 +82,12 @@ def duplicates() -> Filter:
 
 
 def contaminated(heldout: Iterable[Conversation]) -> Filter:
-    """A filter that rejects conversations whose prompts are those of held-out ones."""
+    """A filter that rejects conversations with the prompt of a held-out one."""
     prompts = [_prompt(conversation) for conversation in heldout]
     whole = {" ".join(prompt.split()): i for i, prompt in enumerate(prompts)}
     runs = [_runs(prompt) for prompt in prompts]
     shared = Counter(run for of_prompt in runs for run in of_prompt)
-    # Words that several prompts have, such as instructions, tell nothing.
+    # Runs that several prompts share, such as instructions, do not count.
     own = [{run for run in of_prompt if shared[run] == 1} for of_prompt in runs]
     prompt_with = {run: i for i, of_prompt in enumerate(own) for run in of_prompt}
 
@@ -109,7 +109,7 @@ def _prompt(conversation: Conversation) -> str:
 
 
 def _runs(prompt: str) -> set[tuple[str, ...]]:
-    """All runs of 8 words or marks; none of a text with fewer."""
+    """All runs of 8 words or marks; none if the text has fewer."""
     words = _WORD_OR_MARK.findall(prompt)
     return {tuple(words[i : i + _RUN_WORDS]) for i in range(len(words) - _RUN_WORDS + 1)}
 

@@ -1,11 +1,11 @@
-"""Samples -> fixed rows -> the `Batch` of each step, offline and in pure NumPy.
+"""Packs samples into rows of a fixed length, and makes the `Batch` of each step from them.
 
-Every sample is known before training starts, so rows are decided once (bins.py) and stored for
-random access. Step -> rows is then arithmetic on (seed, step) alone: resuming needs no
-state but the step, and another number of processes or threads changes nothing.
+All samples are known before training starts, so bins.py assigns them to rows once. The rows of a
+step then follow from (seed, step) alone. So a resumed run needs only the step, and the number of
+processes or threads changes nothing.
 
-Samples are never split. Each is one segment of its row: attention stays inside a segment, positions
-restart at 0, and no target crosses from one segment to the next.
+A sample is never split. It is one segment of its row: attention stays inside the segment, positions
+start at 0, and the last token of a segment has no target.
 
 Axes: B batch (rows), T position in a row, N all tokens of all samples in storage order.
 """
@@ -23,27 +23,27 @@ from jaxsft.common.files import array_sha256
 
 
 class Sample(NamedTuple):
-    """One tokenised example: `ids` int32 [n], `loss_mask` bool [n] (true: token i is a label)."""
+    """A tokenised example: `ids` int32 [n]; `loss_mask` bool [n], true where token i is a label."""
 
     ids: Int32Array
     loss_mask: BoolArray
 
     @property
     def completion_start(self) -> int:
-        """Index of the first token of the last completion, behind everything that isn't a label."""
+        """Index of the first token of the last completion: the one after the last non-label."""
         return int(np.flatnonzero(~self.loss_mask)[-1]) + 1
 
 
 class PackedRows:
-    """All rows of a data set, for random access.
+    """All rows of a data set, with random access.
 
-    Tokens and masks lie in one flat array each, and samples and rows are offsets into them: five
-    plain arrays, in memory or mapped from files (prepared.py). A sample may be in several rows.
+    They are five flat arrays, in memory or mapped from files (prepared.py). A sample may be in
+    several rows.
 
     Attributes:
       row_length: T, tokens in a row.
       tokens_N: int32, the tokens of all samples, one after the other.
-      loss_mask_N: bool, where that token is a label.
+      loss_mask_N: bool, true where that token is a label.
       sample_offsets: int64 [samples + 1]; sample i is `tokens_N[offsets[i]:offsets[i + 1]]`.
       row_samples: int64 [uses], the sample indices of row 0, of row 1, and so on.
       row_offsets: int64 [rows + 1]; row r holds `row_samples[offsets[r]:offsets[r + 1]]`.
@@ -127,46 +127,48 @@ class PackedRows:
 
     @property
     def num_samples(self) -> int:
-        """Samples, each counted once."""
+        """Number of samples, each counted once."""
         return len(self.sample_offsets) - 1
 
     @functools.cached_property
     def num_tokens(self) -> int:
-        """Tokens of all rows, padding not counted."""
+        """Number of tokens in all rows, without padding."""
         return int(np.diff(self.sample_offsets)[self.row_samples].sum())
 
     @functools.cached_property
     def num_loss_tokens(self) -> int:
-        """Targets of all rows that carry loss: a sample's first token is nobody's target."""
+        """Number of targets with loss in all rows. The first token of a sample is no target."""
         starts = self.sample_offsets[:-1]
         of_sample = np.add.reduceat(self.loss_mask_N, starts, dtype=np.int64)
         return int((of_sample - self.loss_mask_N[starts])[self.row_samples].sum())
 
     @property
     def fill(self) -> float:
-        """Share of all row positions that hold a token, 0 to 1."""
+        """Share of the positions in all rows that hold a token, 0 to 1."""
         return self.num_tokens / (len(self) * self.row_length)
 
     def digest(self) -> str:
-        """`rows_digest` of the rows' contents."""
+        """`rows_digest` of the contents."""
         arrays: list[npt.NDArray[Any]] = [self.tokens_N, self.loss_mask_N, self.sample_offsets]
         arrays += [self.row_samples, self.row_offsets]
         return rows_digest(self.row_length, [array_sha256(array) for array in arrays])
 
 
 def rows_digest(row_length: int, parts: Sequence[bytes]) -> str:
-    """SHA-256 (hex): equal if and only if every row is. `parts` are those of PackedRows' arrays,
-    in the order of its constructor."""
+    """SHA-256 (hex) that is equal if and only if all rows are equal.
+
+    `parts` are the digests of the arrays of PackedRows, in the order of its constructor.
+    """
     return hashlib.sha256(np.int64(row_length).tobytes() + b"".join(parts)).hexdigest()
 
 
 def offsets(sizes: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where each of several things of these sizes begins, laid end to end, and where all end."""
+    """0 and the running sums of `sizes`: where each part of a flat array starts, and the end."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
 def num_steps(num_rows: int, epochs: float, global_batch_size: int) -> int:
-    """Steps that see every row `epochs` times; the last one may be filled up with padding rows."""
+    """Steps in which every row is seen `epochs` times; the last may contain padding rows."""
     return -(-_num_stream_rows(num_rows, epochs) // global_batch_size)
 
 
@@ -178,8 +180,8 @@ def _num_stream_rows(num_rows: int, epochs: float) -> int:
 def epoch_order(seed: int, epoch: int, num_rows: int) -> npt.NDArray[np.int64]:
     """Order of the rows in one epoch, int64 [num_rows], from the Philox stream of (seed, epoch).
 
-    Sorting raw 64-bit words keeps the order the same under every NumPy version, which promises that
-    for bit generators, not for `Generator.permutation`.
+    It sorts raw 64-bit words, because NumPy keeps the output of bit generators the same in every
+    version, but not that of `Generator.permutation`.
     """
     words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows)
     order = np.argsort(words, kind="stable")
@@ -188,19 +190,19 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> npt.NDArray[np.int64]:
 
 
 class StepBatches:
-    """Step -> batch, as a pure function of (seed, step): a random access source for Grain.
+    """The batch of each step, a function of (seed, step): a random access source for Grain.
 
-    The stream of rows is epoch after epoch, each a permutation of all rows; step s takes the rows
-    s * B to (s + 1) * B of the stream, and a process its contiguous share of these.
+    The stream of rows is one epoch after the other, each a permutation of all rows. Step s takes
+    rows s * B to (s + 1) * B of the stream, and each process a contiguous share of them.
 
     Args:
       rows: packed rows.
-      global_batch_size: B, rows of a step over all processes.
+      global_batch_size: B, rows of a step in all processes together.
       seed: of the order; not negative.
-      num_steps: steps of the run; they may reach over any number of epochs.
-      process_index: this process.
-      process_count: all processes; must divide B.
-      epochs: the stream's end, after which rows are padding; None: it goes on for ever.
+      num_steps: steps of the run, over any number of epochs.
+      process_index: index of this process.
+      process_count: number of processes; must divide B.
+      epochs: length of the stream, after which come padding rows; None: it has no end.
     """
 
     def __init__(
@@ -235,7 +237,7 @@ class StepBatches:
         return self.num_steps
 
     def row_indices(self, step: int) -> npt.NDArray[np.int64]:
-        """Row index of every place in the step's global batch, int64 [B]; -1 is a padding row."""
+        """Row index of every row in the global batch of a step, int64 [B]; -1 is a padding row."""
         places = step * self.global_batch_size + np.arange(self.global_batch_size)
         epochs, offsets = np.divmod(places, len(self.rows))
         indices = np.full(self.global_batch_size, -1, np.int64)

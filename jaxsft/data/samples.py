@@ -1,7 +1,8 @@
-"""Raw rows -> samples; every row left out is counted with its reason. Batches come from Grain.
+"""Makes samples from raw rows and counts every row that is left out; reads batches with Grain.
 
-Rows stream through in chunks, so that memory does not grow with them. Batches need no iterator
-state: step -> rows is arithmetic (`packing.StepBatches`), so a run resumes at any step.
+Rows are processed in chunks, so memory does not grow with their number. Batches have no iterator
+state: the rows of a step follow from its number (`packing.StepBatches`), so a run can resume at any
+step.
 """
 
 import itertools
@@ -23,12 +24,12 @@ from jaxsft.data.rows import Conversation, Rejected, Turn, convert_row
 from jaxsft.data.sources import read_rows
 from jaxsft.data.tokenizer import Tokenizer
 
-_CHUNK_ROWS = 512  # conversations tokenised by one call
-_NUM_EXAMPLES = 2  # kept for each reason
+_CHUNK_ROWS = 512  # conversations that are tokenised together
+_NUM_EXAMPLES = 2  # of each reason, kept for the report
 
 
 class SourceSample(NamedTuple):
-    """A sample, the file (an index) and the row that it comes from, counted over all files."""
+    """A sample, the index of its file, and its row number over all files, from 0."""
 
     sample: Sample
     source: int
@@ -37,7 +38,7 @@ class SourceSample(NamedTuple):
 
 @dataclass
 class DataReport:
-    """What became of every row that was read: `rows_read = samples + rejected`."""
+    """Counts what became of every row that was read: `rows_read = samples + rejected`."""
 
     rows_read: int = 0
     samples: int = 0
@@ -51,7 +52,7 @@ class DataReport:
     by_source: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> rows_read, samples
 
     def reject(self, where: str, rejected: Rejected) -> None:
-        """Counts a row that is left out."""
+        """Counts a row that was left out."""
         self.rejected[rejected.reason] = self.rejected.get(rejected.reason, 0) + 1
         examples = self.examples.setdefault(rejected.reason, [])
         if len(examples) < _NUM_EXAMPLES:
@@ -59,11 +60,11 @@ class DataReport:
 
     @property
     def num_rejected(self) -> int:
-        """Rows that are left out."""
+        """Number of rows that were left out."""
         return sum(self.rejected.values())
 
     def lines(self) -> list[str]:
-        """The report as text, one line a fact."""
+        """The report as text, one fact per line."""
         share = 100 * self.samples / max(self.rows_read, 1)
         lines = [
             f"{self.rows_read:,} rows read, {self.samples:,} kept ({share:.1f}%): "
@@ -103,21 +104,21 @@ def read_samples(
     *,
     heldout_files: Sequence[Path] = (),
 ) -> Iterator[SourceSample]:
-    """Reads, converts, filters and tokenises rows of the files, taken one after the other.
+    """Reads, converts, filters and tokenises the rows of the files, one file after the other.
 
     Args:
-      files: what `sources.read_rows` reads.
-      tokenizer: the model's.
-      options: which rows, filters and lengths; its files are not looked at.
-      report: counts what becomes of every row, as far as the iterator has come.
-      heldout_files: rows whose prompts are left out with `options.drop_contaminated`.
+      files: files or directories that `sources.read_rows` reads.
+      tokenizer: the model's tokenizer.
+      options: which rows, filters and lengths; its file names are not used.
+      report: gets the counts of the rows that were read so far.
+      heldout_files: rows with prompts that `options.drop_contaminated` leaves out.
 
     Yields:
       Samples of at most `options.max_length` tokens, in the order of the rows.
 
     Raises:
-      ValueError: a bad file or row (with file:line), fewer rows than asked for, or a row that is
-        too long where `options.overlong` is "raise".
+      ValueError: a file or row is wrong (with file:line), there are fewer rows than asked for, or
+        a row is too long and `options.overlong` is "raise".
     """
     filters: list[Filter] = []
     if options.drop_degenerate:
@@ -142,7 +143,7 @@ def read_samples(
 
 
 def check_any_left(files: Sequence[Path], options: DataOptions, report: DataReport) -> None:
-    """Raises ValueError where no sample, or too small a share of the rows, is left."""
+    """Raises ValueError if no sample is left, or if more than `options.max_drop` were left out."""
     names = ", ".join(map(str, files)) or "no files"
     if not report.rows_read:
         raise ValueError(f"{names}: no rows in the range {options.start}:{options.stop or ''}")
@@ -158,7 +159,7 @@ def check_any_left(files: Sequence[Path], options: DataOptions, report: DataRepo
 def _numbered_rows(
     files: Sequence[Path], options: DataOptions
 ) -> Iterator[tuple[int, tuple[int, tuple[str, dict]]]]:
-    """(number over all files, (file's index, (where, row))) of the rows asked for."""
+    """The rows asked for: (number over all files, (index of the file, (where, row)))."""
     rows = ((source, row) for source, file in enumerate(files) for row in read_rows(file))
     return itertools.islice(enumerate(rows), options.start, options.stop)
 
@@ -169,7 +170,7 @@ def _convert(
     filters: Sequence[Filter],
     report: DataReport,
 ) -> Iterator[_Row]:
-    """Converts and filters rows, counts them, and yields those that were not rejected."""
+    """Converts, filters and counts rows; yields those that were not rejected."""
     counts = list(report.by_source.values())
     for number, (source, (where, row)) in rows:
         report.rows_read += 1
@@ -200,7 +201,7 @@ class _Outcome(NamedTuple):
 
 
 def _encode(tokenizer: Tokenizer, chunk: Sequence[_Row], options: DataOptions) -> list[_Outcome]:
-    """Tokenises; what is too long is shortened, dropped or refused."""
+    """Tokenises rows; shortens, drops or refuses those that are too long."""
     encoded = encode_chats(tokenizer, [row.conversation.turns for row in chunk])
     limit, outcomes = options.max_length, [_Outcome(sample) for sample in encoded]
     too_long = [i for i, sample in enumerate(encoded) if len(sample.ids) > limit]
@@ -250,15 +251,15 @@ def _count(
 def batches(
     step_batches: StepBatches, start_step: int = 0, num_threads: int = 2
 ) -> Iterator[tuple[int, Batch]]:
-    """Yields (step, batch) from `start_step` to the last step, read ahead by Grain's threads.
+    """Yields (step, batch) from `start_step` to the last step; threads of Grain read ahead.
 
-    `num_threads` 0 makes each batch when it is asked for.
+    With `num_threads` 0 nothing is read ahead.
     """
     if not 0 <= start_step <= len(step_batches):
         raise ValueError(f"start step {start_step} is not in a run of {len(step_batches)} steps")
     if start_step == len(step_batches):
         return
-    import grain  # imports JAX, which nothing else on the data side needs
+    import grain  # imports JAX; nothing else on the data side needs it
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     steps = grain.MapDataset.source(step_batches)[start_step:].to_iter_dataset(options)

@@ -1,8 +1,7 @@
-"""Files -> raw rows, one at a time: JSONL, Parquet, and directories of them.
+"""Reads raw rows, one at a time, from JSONL, Parquet, and directories of rows.
 
-A directory is one that the download made or that `Dataset.save_to_disk` of Hugging Face left.
-
-Reading is strict and names file:line. Nothing is held but a chunk of rows.
+A directory was made by the download, or by `Dataset.save_to_disk` of Hugging Face. Errors name
+file:line. Only a chunk of rows is in memory.
 """
 
 import json
@@ -14,28 +13,28 @@ from typing import Any, NamedTuple
 from jaxsft.common.files import file_sha256, read_json
 
 ROWS_MANIFEST = "manifest.json"
-ROWS_KIND = "jaxsft rows"  # in the manifest of a directory of rows
-_SAVED = "state.json"  # of Dataset.save_to_disk, which names its Arrow files
-_SAVED_SPLITS = "dataset_dict.json"  # of DatasetDict.save_to_disk
+ROWS_KIND = "jaxsft rows"  # `kind` in the manifest of a directory of rows
+_SAVED = "state.json"  # written by Dataset.save_to_disk; lists the Arrow files
+_SAVED_SPLITS = "dataset_dict.json"  # written by DatasetDict.save_to_disk
 
-_CHUNK_ROWS = 256  # of Parquet, made Python objects at once
+_CHUNK_ROWS = 256  # of Parquet, converted to Python objects together
 _UTF8_BOM = b"\xef\xbb\xbf"
-_MAX_LINE_BYTES = 64 * 2**20  # of JSONL; the longest published traces have under 1 MiB
+_MAX_LINE_BYTES = 64 * 2**20  # of JSONL; the longest published traces are under 1 MiB
 
 
 class RowFile(NamedTuple):
-    """A file of rows, and the SHA-256 (hex) that it was downloaded with, if it was."""
+    """A file of rows; if it was downloaded, also the SHA-256 (hex) that it had then."""
 
     path: Path
     sha256: str | None = None
 
 
 def row_files(path: str | Path) -> list[RowFile]:
-    """The files that `path` stands for: itself, or those that a directory's manifest lists.
+    """The files of rows at `path`: `path` itself, or the files listed in a directory's manifest.
 
     Raises:
-      ValueError: a directory that is neither downloaded nor saved by `datasets`, or a file of it
-        that is missing or has another size than the manifest says.
+      ValueError: the directory was neither downloaded nor saved by `datasets`, or one of its files
+        is missing or does not have the size in the manifest.
     """
     path = Path(path)
     if not path.is_dir():
@@ -83,7 +82,7 @@ def _not_as_downloaded(file: Path) -> ValueError:
 
 
 def count_rows(path: str | Path) -> int | None:
-    """Rows in a Parquet file or a directory of them; None for JSONL, which must be read for it."""
+    """Number of rows in a Parquet file or a directory of them; None for JSONL."""
     files = [file for file, _ in row_files(path)]
     if any(file.suffix != ".parquet" for file in files):
         return None
@@ -91,13 +90,15 @@ def count_rows(path: str | Path) -> int | None:
 
     try:
         return sum(parquet.read_metadata(file).num_rows for file in files)
-    except (OSError, ValueError):  # ArrowInvalid is one: reading will say what is wrong
+    except (OSError, ValueError):  # ArrowInvalid is one; `read_rows` will report it
         return None
 
 
 def file_digest(file: RowFile, known: dict[str, Any]) -> str:
-    """SHA-256 (hex) of a file, kept in `known`: while its `stamp` is the same it isn't computed
-    again. ValueError where the file cannot be read, or is not as it was downloaded."""
+    """SHA-256 (hex) of a file, cached in `known` until its `stamp` changes.
+
+    Raises ValueError if the file cannot be read, or is not as it was downloaded.
+    """
     key, now = str(file.path.absolute()), stamp(file.path)
     if known.get(key, [])[:-1] != now:
         known[key] = [*now, file_sha256(file.path)]
@@ -108,7 +109,7 @@ def file_digest(file: RowFile, known: dict[str, Any]) -> str:
 
 
 def stamp(file: Path) -> list[int]:
-    """What changes when a file does: size, times of contents and of anything, and its inode."""
+    """Size, modification time, status change time and inode: they change with the file."""
     try:
         status = file.stat()
     except OSError as error:
@@ -122,14 +123,15 @@ def _unreadable(path: Path, error: OSError) -> ValueError:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", row) from JSONL, ("file:row n", row) from others, of all `row_files`.
+    """Yields ("file:line", row) from JSONL and ("file:row n", row) from others, of all `row_files`.
 
     JSONL is read line by line: UTF-8, with or without a byte order mark, LF or CRLF; blank lines
-    are passed over.
+    are skipped.
 
     Raises:
-      ValueError: no such file, a directory that holds no rows, an empty file, a line that is over
-        64 MiB, not UTF-8 or not one JSON object, a repeated key, NaN or Infinity, too deep nesting.
+      ValueError: there is no such file, a directory has no rows, or a file is empty; a line is over
+        64 MiB, not UTF-8, not one JSON object, or nested too deeply; a key is repeated; a number is
+        NaN or Infinity.
     """
     for file, _ in row_files(path):
         yield from _read_file(file)
@@ -201,7 +203,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as arrow  # slow to import, and only Parquet needs it
+    import pyarrow as arrow  # slow to import; only Parquet needs it
     import pyarrow.parquet as parquet
 
     try:
@@ -218,7 +220,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets  # slow to import, and only what it saved needs it
+    import datasets  # slow to import; only Arrow files need it
 
     with path.open("rb") as file:
         if file.read(6) == b"ARROW1":
@@ -228,7 +230,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in datasets.Dataset.from_file(str(path)):
             number += 1
             yield f"{path}:row {number}", row
-    except (ValueError, OSError, KeyError, TypeError) as error:  # Arrow's, and of odd metadata
+    except (ValueError, OSError, KeyError, TypeError) as error:  # of Arrow or metadata
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path}: not a complete Arrow file after row {number} ({reason}); save it again"

@@ -1,15 +1,14 @@
 """Gemma's SentencePiece tokenizer, from `tokenizer.model` or rebuilt from a GGUF's vocabulary.
 
-Both sources give the same canonical model, byte for byte: BPE, identity normaliser (nothing is
-stripped, folded or prefixed; a space becomes U+2581 `▁`), byte fallback, and every reserved token
-typed CONTROL. SentencePiece never produces a CONTROL piece from text, so a literal
-`<end_of_turn>` in user text is ordinary text, whatever type the source gave that token.
+Both sources give the same model, byte for byte. It is BPE with byte fallback. It does not
+normalise text (a space becomes U+2581 `▁`, nothing else changes). Every reserved token has the type
+CONTROL. SentencePiece never makes a CONTROL piece from text, so `<end_of_turn>` in user text is
+ordinary text, whatever type the source gives to that token.
 
-What text means in ids equals the official `tokenizer.json` with its reserved tokens taken off the
-list of added tokens (tests/golden/tokenizer_gemma3.json). One lossy case, as in the official
-tokenizers: U+2581 in user text has the ids of a space and decodes to a space. Where two or more
-literal `▁` touch a space, `tokenizer.json` splits the run and SentencePiece does not; ours is
-SentencePiece.
+The ids equal those of the official `tokenizer.json` without reserved tokens in its list of added
+tokens (tests/golden/tokenizer_gemma3.json). There are two exceptions. U+2581 in user text gets the
+ids of a space and decodes to a space, as in the official tokenizers. If two or more literal `▁`
+stand next to a space, `tokenizer.json` splits them and SentencePiece, which is used here, does not.
 """
 
 import hashlib
@@ -31,23 +30,23 @@ from jaxsft.data.vocabulary import (
     serialize,
 )
 
-_MAX_UNITS, _MAX_UNIT_CHARS = 1 << 19, 24  # kept: some 100 MB of words, at most 400 MB
+_MAX_UNITS, _MAX_UNIT_CHARS = 1 << 19, 24  # of the cache: about 100 MB for words, at most 400 MB
 
 
 class Tokenizer:
-    """Text to ids and back; no BOS is ever added, no control id ever comes from text.
+    """Text to ids and back. It never adds BOS, and text never gives a control id.
 
     Attributes:
         vocab_size: number of pieces (256,000 for Gemma 1 and 2, 262,144 for Gemma 3).
-        pad_id, eos_id, bos_id, start_of_turn_id, end_of_turn_id: found by piece name.
-        stop_ids: (eos_id, end_of_turn_id); generation stops on either.
-        control_ids: every id that text cannot produce (reserved tokens, `<unk>` included).
-        model_bytes: the canonical model; written to `tokenizer.model` it loads to the same digest.
+        pad_id, eos_id, bos_id, start_of_turn_id, end_of_turn_id: found by the piece's name.
+        stop_ids: (eos_id, end_of_turn_id); generation stops at either.
+        control_ids: every id that text cannot give: the reserved tokens, with `<unk>`.
+        model_bytes: the canonical model. A `tokenizer.model` of these bytes has the same digest.
         digest: SHA-256 of model_bytes, in hex.
     """
 
     def __init__(self, vocabulary: Vocabulary, where: str) -> None:
-        """Build from a vocabulary; `where` names its source in errors, which are ValueError."""
+        """Builds it from a vocabulary. Errors are ValueError; `where` names the source in them."""
         types = canonical_types(vocabulary, where)
         self.model_bytes: bytes = serialize(vocabulary, types)
         self.digest: str = hashlib.sha256(self.model_bytes).hexdigest()
@@ -73,45 +72,45 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Load a SentencePiece `tokenizer.model`.
+        """Loads a SentencePiece `tokenizer.model`.
 
         Raises:
-            ValueError: missing, empty, truncated or damaged file, a Git LFS pointer, or a model
-                that is not a Gemma one.
+            ValueError: the file is missing, empty, cut off, damaged, a Git LFS pointer, or not a
+                Gemma model.
         """
         return cls(read_model(Path(path)), str(path))
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
-        """Rebuild the tokenizer from a GGUF file's `tokenizer.ggml.*` fields.
+        """Rebuilds the tokenizer from the `tokenizer.ggml.*` fields of a GGUF file.
 
         Raises:
-            ValueError: not a complete GGUF file, or it has no SentencePiece vocabulary of Gemma.
+            ValueError: the GGUF file is not complete, or has no SentencePiece vocabulary of Gemma.
         """
         return cls(read_gguf(Path(path)), str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without BOS; never a control id.
+        """Ids of `text`, without BOS and without control ids.
 
         Raises:
-            ValueError: `text` holds a lone surrogate, which UTF-8 cannot express.
+            ValueError: `text` has a lone surrogate, which UTF-8 cannot encode.
         """
         ids: list[int] = self._processor.encode(_utf8(text))
         return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, several times as fast where words recur.
+        """`encode` of every text, several times as fast if words repeat.
 
-        Texts are cut where no piece of the vocabulary reaches across, mostly in front of spaces, so
-        that the ids of the units, which are kept, are those of the text.
+        Each text is cut into units where no piece of the vocabulary can cross the cut, mostly
+        before spaces. So the ids of a text are the ids of its units. These are cached.
 
         Raises:
-            ValueError: as `encode`, with the index of the offending text.
+            ValueError: as `encode`, with the index of the text.
         """
         return [self._encode_by_units(text, i) for i, text in enumerate(texts)]
 
     def _encode_by_units(self, text: str, index: int) -> list[int]:
-        _utf8(text, f"text {index}: ")  # a unit would be refused without the text's index
+        _utf8(text, f"text {index}: ")  # for an error with the index of the text
         known, units = self._unit_ids, self._find_units(text)
         new = list(set(units).difference(known))
         if not new:
@@ -120,24 +119,24 @@ class Tokenizer:
         ids = [found[unit] if unit in found else known[unit] for unit in units]
         if len(known) > _MAX_UNITS:
             known.clear()
-        # A line without spaces is one unit, which will not recur.
+        # A line without spaces is one long unit. It will not repeat.
         known.update((unit, found[unit]) for unit in new if len(unit) <= _MAX_UNIT_CHARS)
         return list(itertools.chain.from_iterable(ids))
 
     def piece(self, token: int) -> str:
-        """The vocabulary's own spelling of an id: `▁word`, `<0x0A>`, `<bos>`."""
+        """The piece with this id as the vocabulary spells it: `▁word`, `<0x0A>`, `<bos>`."""
         spelling: str = self._processor.id_to_piece(token)
         return spelling
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of `ids`. Bytes that are not valid UTF-8 (a cut character) become U+FFFD.
+        """Text of `ids`. Bytes that are not valid UTF-8 (part of a character) become U+FFFD.
 
-        Control ids give their literal text (`<end_of_turn>`), nothing with `skip_special`.
+        Control ids give their name (`<end_of_turn>`), or nothing with `skip_special`.
 
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        # SentencePiece drops control pieces and spells <unk> "⁇": it only gets the runs between.
+        # SentencePiece drops control pieces and writes "⁇" for <unk>, so it gets only the others.
         parts: list[str] = []
         run: list[int] = []
         for token in map(int, ids):
@@ -158,12 +157,12 @@ class Tokenizer:
 
 
 def _unit_pattern(pieces: Iterable[str]) -> re.Pattern[str]:
-    r"""Cuts text into units whose ids, one after the other, are those of the text.
+    r"""A pattern that cuts text into units. The ids of a text are the ids of its units, in order.
 
-    BPE only ever joins neighbours into a piece of the vocabulary, so that no join crosses a place
-    between two characters that no piece has side by side. Gemma 3 has `▁` behind another character
-    in `>▁</` alone, and `\n` beside another nowhere: a unit is a word with the spaces in front of
-    it, or a run of newlines.
+    BPE joins neighbours into pieces of the vocabulary. So it never joins two neighbouring
+    characters that stand side by side in no piece. Gemma 3 has `▁` after another character only in
+    `>▁</`, and has no piece of `\n` and another character. So a unit is a word with the spaces
+    before it, or a run of newlines.
     """
     before_space, mixes_newline = set(), False
     for piece in pieces:
@@ -177,7 +176,7 @@ def _unit_pattern(pieces: Iterable[str]) -> re.Pattern[str]:
 
 
 def _utf8(text: str, where: str = "") -> bytes:
-    """UTF-8 of `text`; ValueError where it has none."""
+    """`text` in UTF-8; ValueError if that is not possible."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

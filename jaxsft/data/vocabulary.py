@@ -1,4 +1,4 @@
-"""Gemma's SentencePiece vocabulary, from `tokenizer.model` or a GGUF, made one canonical model."""
+"""Reads Gemma's vocabulary from `tokenizer.model` or GGUF, and makes one canonical model of it."""
 
 import re
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from jaxsft.formats.gguf import GGUFFile
 # SentencePiece's piece types; `tokenizer.ggml.token_type` uses the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# Looked up by name: the ids differ between Gemma 1/2 and 3 (<start_of_turn> is 106 or 105).
+# Found by name, because the ids differ: <start_of_turn> is 106 in Gemma 1 and 2, 105 in Gemma 3.
 REQUIRED_PIECES = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 
-# Reserved in Gemma 1, 2 or 3. Sources disagree on their types: a tokenizer.model may have turn and
-# unused tokens as USER_DEFINED (matched in text!), a GGUF has <start_of_image> so.
+# Reserved in Gemma 1, 2 or 3. Sources give them different types. In a tokenizer.model turn tokens
+# and unused tokens may be USER_DEFINED, which match in text; in a GGUF <start_of_image> may be.
 _RESERVED = re.compile(
     r"<(pad|eos|bos|unk|mask|2mass|start_of_turn|end_of_turn|start_of_image|end_of_image"
     r"|image_soft_token|unused\d+)>|\[multimodal\]|\[@BOS@\]"
@@ -30,7 +30,7 @@ _MAX_MODEL_BYTES = 1 << 28  # Gemma's tokenizer.model is 4 to 5 MB
 
 
 class Vocabulary(NamedTuple):
-    """Pieces by id, as the source has them."""
+    """The pieces in the order of their ids, as in the source."""
 
     pieces: Sequence[str]
     scores: Sequence[float]
@@ -38,7 +38,7 @@ class Vocabulary(NamedTuple):
 
 
 def read_gguf(path: Path) -> Vocabulary:
-    """The vocabulary in a GGUF file; ValueError where it has none, or not Gemma's kind."""
+    """The vocabulary in a GGUF file; ValueError if it has none, or not one of Gemma's kind."""
     metadata = GGUFFile(path).metadata
 
     def contents(name: str, kind: str) -> Any:
@@ -62,7 +62,7 @@ def read_gguf(path: Path) -> Vocabulary:
 
 
 def read_model(path: Path) -> Vocabulary:
-    """The vocabulary in a `tokenizer.model`, after checking that it works as Gemma's does."""
+    """The vocabulary in a `tokenizer.model`; ValueError if it does not work as Gemma's does."""
     if _read_head(path).startswith(b"GGUF"):
         raise ValueError(f"{path}: a GGUF file, not a tokenizer.model; load it as GGUF")
     if path.stat().st_size > _MAX_MODEL_BYTES:
@@ -73,9 +73,9 @@ def read_model(path: Path) -> Vocabulary:
     except DecodeError:
         proto.Clear()
     pieces = [piece.piece for piece in proto.pieces]
-    if not all(isinstance(piece, str) for piece in pieces):  # protobuf gives bytes then
+    if not all(isinstance(piece, str) for piece in pieces):  # bytes: not UTF-8
         raise ValueError(f"{path}: a piece is not UTF-8: damaged file; get it again")
-    # Pieces are stored before the two specs, so a file cut between records lacks one.
+    # The two specs come after the pieces, so a file that was cut off lacks one of them.
     if not (pieces and proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")):
         raise ValueError(f"{path}: no SentencePiece model, or truncated; get tokenizer.model again")
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -95,9 +95,9 @@ def read_model(path: Path) -> Vocabulary:
 
 
 def canonical_types(vocabulary: Vocabulary, where: str) -> list[int]:
-    """Piece types [vocab_size] with reserved tokens CONTROL, whatever the source says.
+    """Types of the pieces [vocab_size]; reserved tokens are CONTROL, whatever the source says.
 
-    Raises ValueError, which names `where`, for a vocabulary that is damaged or not a Gemma one.
+    Raises ValueError, with `where` in it, if the vocabulary is damaged or not a Gemma one.
     """
     pieces, scores, types = vocabulary
     if not len(pieces) == len(scores) == len(types):
@@ -120,12 +120,12 @@ def canonical_types(vocabulary: Vocabulary, where: str) -> list[int]:
 
 
 def serialize(vocabulary: Vocabulary, types: Sequence[int]) -> bytes:
-    """The canonical ModelProto; equal vocabularies give equal bytes."""
+    """The canonical ModelProto as bytes; equal vocabularies give equal bytes."""
     proto = ModelProto()
     for piece, score, kind in zip(vocabulary.pieces, vocabulary.scores, types, strict=True):
-        if kind == USER_DEFINED:  # llama.cpp's converter writes runs of `▁` as plain spaces
+        if kind == USER_DEFINED:  # llama.cpp's converter writes `▁` as a space here
             piece = piece.replace(" ", "\u2581")
-        # Only NORMAL scores count; the others are -1000 in a GGUF. The + 0.0 makes -0.0 be 0.0.
+        # Only NORMAL scores count; the others are -1000 in a GGUF. The + 0.0 turns -0.0 into 0.0.
         proto.pieces.add(piece=piece, score=score + 0.0 if kind == NORMAL else 0.0, type=kind)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type = TrainerSpec.BPE
@@ -142,7 +142,7 @@ def serialize(vocabulary: Vocabulary, types: Sequence[int]) -> bytes:
 
 
 def _read_head(path: Path) -> bytes:
-    """The first bytes of a file that is readable, not empty and no Git LFS pointer."""
+    """The first bytes of a file; ValueError if it is empty, unreadable or a Git LFS pointer."""
     try:
         with path.open("rb") as file:
             head = file.read(64)

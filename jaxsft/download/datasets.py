@@ -1,13 +1,13 @@
-"""Data sets -> directories of rows: only the shards of the hub that hold the rows asked for.
+"""Makes directories of rows from data sets. Only shards with the rows asked for are downloaded.
 
-    data/glaive/revision.json       the commit that "main" meant at first, and stays
-    data/glaive/.source/            shards of the hub, each deleted once its parts are written
+    data/glaive/revision.json       the commit of "main" at the first download; it stays
+    data/glaive/.source/            shards of the hub; each is deleted after its parts are written
     data/glaive/train-0-180000/     part-00000.parquet, …, manifest.json (written last)
-                                    unfinished.json in its place as long as parts are missing
+                                    unfinished.json instead of it while parts are missing
 
-Everything is planned from the shards' footers, before any row is read: which shards, which of
-their rows make which part, and whether the converter accepts the columns. A part is a function of
-the plan alone; an interrupted download goes on with the next one.
+The plan is made from the footers of the shards, before any row is read: which shards, which of
+their rows go to which part, and whether the columns fit a schema. A part depends on the plan only,
+so an interrupted download continues with the next part.
 """
 
 import itertools
@@ -41,7 +41,7 @@ _UNFINISHED_KIND = "jaxsft unfinished rows"
 
 
 class Request(NamedTuple):
-    """A directory of rows to be made; `source` and `revision` are what its manifest says."""
+    """A directory of rows to make; its manifest gets the same `source`."""
 
     directory: Path
     source: dict[str, Any]
@@ -50,26 +50,26 @@ class Request(NamedTuple):
 
 
 class Progress:
-    """What a download reports as it goes; this one to nobody."""
+    """Gets the progress of a download; this base class ignores it."""
 
     def plan(self, what: str, num_bytes: int, num_rows: int) -> None:
-        """A directory is begun: bytes to download, rows to convert; 0 where nobody knows."""
+        """A directory is started: bytes to download, rows to convert; 0 if not known."""
 
     def received(self, num_bytes: int) -> None:
-        """That many bytes more; fewer where they have to come again."""
+        """More bytes have come; negative if bytes must come again."""
 
     def converted(self, num_rows: int) -> None:
-        """That many source rows more."""
+        """More source rows are converted."""
 
 
 def finished(request: Request) -> dict[str, Any] | None:
-    """The manifest of a complete directory, found without reading a row; None if incomplete.
+    """The manifest of a complete directory; None if it is not complete. Reads no row.
 
-    Another version of the converter may have made it: the parts hold rows as they came, which are
-    converted, and so checked, when they are used.
+    Another version of the converter may have made it. The parts hold the original rows, which are
+    converted and checked again when they are used.
 
     Raises:
-      ValueError: it is complete, but of another source, or damaged.
+      ValueError: the directory is complete but was made from another source, or is damaged.
     """
     directory = request.directory
     if not (directory / ROWS_MANIFEST).is_file():
@@ -82,7 +82,7 @@ def finished(request: Request) -> dict[str, Any] | None:
 
 
 def tidy_up(requests: Sequence[Request]) -> None:
-    """Removes what a download that was killed at its very end left beside complete directories."""
+    """Removes the files that a download left when it was killed just before its end."""
     home = requests[0].directory.parent
     left_over = [request.directory / UNFINISHED for request in requests]
     if not (home / _SOURCE).is_dir() and not any(file.is_file() for file in left_over):
@@ -98,13 +98,13 @@ def tidy_up(requests: Sequence[Request]) -> None:
 def download_splits(
     hub: Hub, requests: Sequence[Request], progress: Progress
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Makes directories of rows of one hub data set, in order; yields each and its manifest.
+    """Makes directories of rows of one hub data set, in order; yields each with its manifest.
 
-    The requests share repository, revision and the directory above theirs.
+    All requests have the same repository, revision and parent directory.
 
     Raises:
-      ValueError: no such repository, revision, subset or split; columns or every row that the
-        converter does not accept; a directory begun with other options; no room.
+      ValueError: there is no such repository, revision, subset or split; the columns fit no schema;
+        no row is accepted; a directory was started with other options; the disk has no room.
       NoNetworkError, HubError: see files.py.
     """
     source, home = requests[0].source, requests[0].directory.parent
@@ -127,10 +127,10 @@ def download_splits(
 
 
 def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, Any]:
-    """Makes the directory of rows of a local JSONL or Parquet file; returns its manifest.
+    """Makes the directory of rows from a local JSONL or Parquet file; returns its manifest.
 
     Raises:
-      ValueError: with file:line or file:row, where the file or a row of it is wrong.
+      ValueError: with file:line or file:row, if the file or one of its rows is wrong.
     """
     with DirectoryLock(request.directory.parent):
         progress.plan(str(request.directory), 0, 0)
@@ -139,7 +139,7 @@ def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, 
         except BaseException:
             if not (request.directory / ROWS_MANIFEST).is_file():
                 remove_parts(request.directory)
-                with suppress(OSError):  # it was not made, or holds something else
+                with suppress(OSError):  # it does not exist, or other files are in it
                     request.directory.rmdir()
             raise
 
@@ -168,7 +168,7 @@ def _carry_out(
     needed_later: set[str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Writes the parts that are missing; keeps no shard for longer than it is needed."""
+    """Writes the missing parts; deletes each shard when it is no longer needed."""
     slices = plan.slices
     request.directory.mkdir(parents=True, exist_ok=True)
     shards.mkdir(exist_ok=True)
@@ -212,7 +212,7 @@ def _head(request: Request, revision: str | None) -> dict[str, Any]:
 def _parts_so_far(
     directory: Path, state: dict[str, Any], note: Callable[[str], None]
 ) -> list[Part]:
-    """The parts that an interrupted download has written, as far as they are there and usable."""
+    """The parts that an interrupted download has written, up to the first that is missing."""
     path = directory / UNFINISHED
     parts: list[Part] = []
     if path.is_file():

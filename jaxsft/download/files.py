@@ -1,15 +1,13 @@
-"""The Hugging Face hub: the files of a repository at one commit, and their bytes, checked.
+"""Downloads files of one commit of a Hugging Face repository, and checks their bytes.
 
-Requests go through the hub's own client: its endpoint (HF_ENDPOINT), proxies, redirects and time
-limit (HF_HUB_DOWNLOAD_TIMEOUT seconds without a byte). The token is the caller's and goes to the
-hub alone: the client drops it when the hub redirects to another host, and no message holds what a
-server answered. Every file is compared with the size and the digest that the hub lists for it; a
-file that was cut off goes on where it stopped, in this process or in the next.
+Requests use the hub's own client: its endpoint (HF_ENDPOINT), proxies, redirects and time limit
+(HF_HUB_DOWNLOAD_TIMEOUT seconds without a byte). The token goes to the hub only: the client drops
+it when the hub redirects to another host. No message contains an address or a server's answer,
+because both may contain a token.
 
-A name that the hub lists is refused if, as a path, it could leave the directory.
-
-A request that fails is tried again, after as long as the hub asks for, or given up with one line.
-No message holds what a server answered, nor an address: both could carry a token.
+Every file must have the size and digest that the hub lists. An interrupted file continues where it
+stopped, also in a later process. A file name that could lead out of the directory is refused. A
+failed request is tried again, after the time that the hub asks for, or gives an error of one line.
 """
 
 import email.utils
@@ -47,28 +45,28 @@ if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData
 
 _MAX_WRONG_DIGESTS = 2
-_FOOTER_GUESS_BYTES = 1 << 16  # what pyarrow, too, reads of a file's end at first
+_FOOTER_GUESS_BYTES = 1 << 16  # of a file's end; pyarrow reads as much at first
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-_LONGEST_WAIT_S = 60.0  # of the doubling waits
+_LONGEST_WAIT_S = 60.0  # when waits double
 _LONGEST_ASKED_WAIT_S = 900.0  # the hub's rate limits count over 5 minutes
-_NO_NETWORK_TRIES = 2  # before the first answer; the usual retries would take two minutes
+_NO_NETWORK_TRIES = 2  # before the first answer; all retries would take two minutes
 
 
 class HubError(Exception):
-    """The hub did not deliver in spite of the retries; the same call later goes on from there."""
+    """All retries failed. A later call continues where this one stopped."""
 
 
 class NoNetworkError(ValueError):
-    """The hub was never reached."""
+    """The hub could not be reached at all."""
 
 
 class BadBodyError(Exception):
-    """An answer whose bytes cannot be right."""
+    """An answer with bytes that cannot be right."""
 
 
 class WrongPartError(BadBodyError):
-    """Another part of the file than asked for, which cannot go on from what is there."""
+    """An answer with the wrong part of the file, which cannot be appended."""
 
 
 TRIED_AGAIN = (
@@ -81,15 +79,16 @@ TRIED_AGAIN = (
 class Hub:
     """How to reach the hub.
 
-    `retries` counts tries in a row that brought no byte. The wait before the first of them doubles
-    with each; an answer's Retry-After goes before it. `note` gets one line for each.
+    `retries` is the number of retries in a row that may bring no byte. The wait before a retry
+    starts at `retry_wait_s` and doubles, unless the answer has a Retry-After. `note` gets a line
+    for each retry.
     """
 
-    token: str | None = field(default=None, repr=False)  # a traceback may show the object
+    token: str | None = field(default=None, repr=False)  # not shown if the object is printed
     retries: int = 6
     retry_wait_s: float = 1.0
     note: Callable[[str], None] = lambda line: None
-    answered: bool = False  # whether the hub ever was reached
+    answered: bool = False  # whether the hub has answered at least once
 
     def __post_init__(self) -> None:
         if self.token is not None and not re.fullmatch("[!-~]+", self.token):
@@ -97,7 +96,7 @@ class Hub:
 
 
 class HubFile(NamedTuple):
-    """A file as the hub lists it; `sha256` for those in its large-file storage, else None."""
+    """A file as the hub lists it. `sha256` is None unless the file is in large-file storage."""
 
     path: str
     size: int
@@ -106,7 +105,7 @@ class HubFile(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A repository at one commit; `configs` is the data set card's, [] without one."""
+    """A repository at one commit; `configs` is from the data set's card, [] if it has none."""
 
     repo: str
     revision: str
@@ -115,12 +114,12 @@ class Snapshot(NamedTuple):
 
 
 def look_up(hub: Hub, repo: str, revision: str) -> Snapshot:
-    """The files of `repo` at the commit that `revision` (branch, tag or commit) means now.
+    """The files of `repo` at the current commit of `revision` (branch, tag or commit).
 
     Raises:
-      ValueError: no such repository or revision, no access, or a file name that is no path.
-      NoNetworkError: the hub was not reached, or HF_HUB_OFFLINE is set.
-      HubError: it answers with errors only.
+      ValueError: there is no such repository or revision, no access, or a file name is not safe.
+      NoNetworkError: the hub cannot be reached, or HF_HUB_OFFLINE is set.
+      HubError: all retries failed, or the answer is not one of a hub.
     """
     api = HfApi(token=hub.token or False)
     tries = Tries(hub, repo)
@@ -157,15 +156,15 @@ def fetch(
     path: Path,
     received: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Downloads one file to `path`, which is there whole and checked, or not at all.
+    """Downloads one file to `path`. The file is there only when it is complete and checked.
 
     Raises:
-      ValueError: no access, or no room on the disk.
-      HubError: after the retries the file still does not come, or comes with another digest.
+      ValueError: there is no access, or no room on the disk.
+      HubError: all retries failed, or the file has another digest than the hub lists.
     """
     partial = path.with_name(path.name + ".partial")
     if path.is_file():
-        path.replace(partial)  # checked below as if it had just come
+        path.replace(partial)  # to be checked below
     have = partial.stat().st_size if partial.is_file() else 0
     check_free_space(
         path.parent,
@@ -200,7 +199,7 @@ def fetch(
 
 
 def parquet_footer(hub: Hub, snapshot: Snapshot, file: HubFile) -> "FileMetaData":
-    """Row count and schema of a Parquet file, from its last bytes alone; errors as `fetch`."""
+    """Row count and schema of a Parquet file, from its last bytes; raises as `fetch`."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -211,7 +210,7 @@ def parquet_footer(hub: Hub, snapshot: Snapshot, file: HubFile) -> "FileMetaData
             tail = b"".join(_read_range(hub, snapshot, file, file.size - num_bytes, file.size))
             if tail[-4:] != b"PAR1" or len(tail) < 12:
                 raise BadBodyError("no Parquet footer")
-            # The footer, its length as 4 bytes, and the magic, at the end of the file
+            # A file ends with the footer, its length in 4 bytes, and the magic
             # (https://parquet.apache.org/docs/file-format/).
             needed = struct.unpack("<I", tail[-8:-4])[0] + 8
             if needed > file.size:
@@ -228,13 +227,13 @@ def parquet_footer(hub: Hub, snapshot: Snapshot, file: HubFile) -> "FileMetaData
 def _read_range(
     hub: Hub, snapshot: Snapshot, file: HubFile, start: int, stop: int
 ) -> Iterator[bytes]:
-    """Bytes [start, stop) of the file as they come; raises one of `TRIED_AGAIN` if some lack."""
+    """Yields bytes [start, stop) of the file; raises one of `TRIED_AGAIN` if some are missing."""
     if start == stop:
         return
     url = hf_hub_url(snapshot.repo, file.path, repo_type="dataset", revision=snapshot.revision)
     headers = build_hf_headers(token=hub.token or False) | {
         "range": f"bytes={start}-{stop - 1}",
-        "accept-encoding": "identity",  # ranges count the file's own bytes
+        "accept-encoding": "identity",  # ranges are for the bytes of the file itself
     }
     seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream(
@@ -265,7 +264,7 @@ def _listed(repo: str, entry: Any) -> HubFile:
 
 
 def _check_path(repo: str, name: str) -> None:
-    """ValueError unless the name stays below the directory that it is joined to, on any system."""
+    """ValueError unless the name, joined to a directory, is inside of it on every system."""
     parts = name.split("/")
     if not set(parts) & {"", ".", ".."} and not re.search(r'[\\:*?"<>|\x00-\x1f]', name):
         return
@@ -275,7 +274,7 @@ def _check_path(repo: str, name: str) -> None:
 
 
 def _is_listed(path: Path, file: HubFile) -> bool:
-    """Whether the file on disk is the one that the hub lists: its SHA-256, or else its git id."""
+    """Whether the file on disk has the size and SHA-256, or git id, that the hub lists."""
     if path.stat().st_size != file.size:
         return False
     if file.sha256:
@@ -288,7 +287,7 @@ def _is_listed(path: Path, file: HubFile) -> bool:
 
 
 class Tries:
-    """Counts the tries of one thing that brought nothing, and waits in between."""
+    """Counts failed tries of one download, and waits between them."""
 
     def __init__(self, hub: Hub, what: str):
         self.hub = hub
@@ -296,7 +295,7 @@ class Tries:
         self.count = 0
 
     def failed(self, error: Exception) -> None:
-        """Sleeps before the next try; raises where there is none, or where none would help."""
+        """Sleeps before the next try; raises if there is none, or if it could not help."""
         why, asked_s = _judge(self.hub, self.what, error, self.count)
         self.count += 1
         if self.count > self.hub.retries:
@@ -314,7 +313,7 @@ class Tries:
 
 
 def _judge(hub: Hub, what: str, error: Exception, count: int) -> tuple[str, float | None]:
-    """(why, seconds that the hub asks to wait or None), in words that hold nothing of an answer."""
+    """(the reason, without text of the answer; seconds that the hub asks to wait, or None)."""
     if isinstance(error, OfflineModeIsEnabled):
         raise NoNetworkError("HF_HUB_OFFLINE is set") from None
     if isinstance(error, GatedRepoError):
@@ -348,7 +347,7 @@ def _judge(hub: Hub, what: str, error: Exception, count: int) -> tuple[str, floa
 
 
 def _asked_wait_s(response: Any) -> float | None:
-    """Retry-After in seconds or as a date, or the hub's own `ratelimit` header."""
+    """Seconds to wait: from Retry-After (seconds or a date) or the hub's `ratelimit` header."""
     limit = parse_ratelimit_headers(response.headers)
     if response.status_code == 429 and limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)

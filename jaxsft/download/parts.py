@@ -1,7 +1,7 @@
-"""Rows that the converter accepts -> Parquet parts of a directory of rows, and its manifest.
+"""Writes the rows that the converter accepts as Parquet parts, and the manifest of all parts.
 
-A part is made from a fixed range of source rows, so that the same source gives the same bytes in
-one go or in several. It holds the columns that `reasoning.convert_row` reads, unchanged.
+A part is made from a fixed range of source rows, so an interrupted download gives the same bytes as
+one without a break. It has the columns that `rows.convert_row` reads, unchanged.
 """
 
 import itertools
@@ -17,13 +17,13 @@ from jaxsft.common.files import file_sha256, whole_file, write_json
 from jaxsft.data.rows import ACCEPTED_SCHEMAS, Rejected, convert_row
 from jaxsft.data.sources import ROWS_MANIFEST
 
-# Of a row that `convert_row` refuses with an error, such as a null; the user cannot mend a hub's.
+# For rows of the hub, which the user cannot repair, that raise an error in `convert_row`.
 INVALID_ROW = "invalid_row"
 
-_ENOUGH_REJECTED = 1000  # rows without one accepted: the rest will not be better
-_CHUNK_ROWS = 1000  # in memory at once, and a row group of the parts
+_ENOUGH_REJECTED = 1000  # rows without one accepted: give up
+_CHUNK_ROWS = 1000  # in memory together, and in a row group of a part
 _REASONING = "reasoning_content"
-# What marks each schema of reasoning.py, in its order: the first whose fields are there counts.
+# The fields of each schema of rows.py, in its order. The first that is complete counts.
 _SCHEMAS = (
     *(("messages",), ("conversations",), ("prompt", "response"), ("prompt", "completion")),
     *(("instruction", "response"), ("question", "answer"), ("text", "code", "test_list")),
@@ -32,7 +32,7 @@ _NESTED = frozenset({"messages", "conversations", "test_list"})
 
 
 class Counts(NamedTuple):
-    """Rows read, rows kept, and the others by reason."""
+    """Rows read, rows kept, and the numbers of the others by reason."""
 
     rows_read: int
     rows: int
@@ -40,7 +40,7 @@ class Counts(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One file of the directory, and the counts of the source rows that it was made from."""
+    """One file of a directory of rows, and the counts of its source rows."""
 
     counts: Counts
     name: str
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 def columns_read(names: Sequence[str], where: str) -> list[str]:
-    """The columns of `names` that the converter reads; ValueError where it accepts none."""
+    """The columns of `names` that the converter reads; ValueError if they fit no schema."""
     for fields in _SCHEMAS:
         if set(fields) <= set(names):
             optional = [_REASONING] if "completion" in fields and _REASONING in names else []
@@ -59,7 +59,7 @@ def columns_read(names: Sequence[str], where: str) -> list[str]:
 
 
 def check_columns(schema: arrow.Schema, where: str) -> list[str]:
-    """As `columns_read`, and ValueError for a column whose values are no text (or no list)."""
+    """`columns_read`, and ValueError if a column is not text, or not a list where it must be."""
     columns = columns_read(schema.names, where)
     for name in columns:
         kind = schema.field(name).type
@@ -75,10 +75,10 @@ def check_columns(schema: arrow.Schema, where: str) -> list[str]:
 def parquet_batches(
     file: Path, columns: list[str], start: int, stop: int
 ) -> Iterator[arrow.RecordBatch]:
-    """Rows [start, stop) of a Parquet file in chunks; row groups without any are not read.
+    """Rows [start, stop) of a Parquet file in chunks. Reads only the row groups that hold them.
 
     Raises:
-      ValueError: it is no complete Parquet file.
+      ValueError: it is not a complete Parquet file.
     """
     try:
         yield from _parquet_batches(file, columns, start, stop)
@@ -115,8 +115,8 @@ def jsonl_batches(
     """Rows of `read_rows` in chunks, each with the columns of `schema` (see `schema_of_row`).
 
     Raises:
-      ValueError: with file:line, where the converter refuses a row with an error, or where a row
-        would convert to something else with these columns.
+      ValueError: with file:line, if `convert_row` raises an error for a row, or if a row would
+        convert to something else with these columns.
     """
     while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
         wanted = [_converted(where, row) for where, row in chunk]
@@ -143,7 +143,7 @@ def _converted(where: str, row: dict[str, Any]) -> object:
 
 
 def schema_of_row(where: str, row: dict[str, Any]) -> arrow.Schema:
-    """The columns for rows like this one; ValueError where the converter accepts none."""
+    """The columns for rows like this one; ValueError if it fits no schema."""
     columns = columns_read(list(row), where)
     if columns == ["prompt", "completion"]:
         columns.append(_REASONING)  # may come with a later row
@@ -165,16 +165,16 @@ def write_part(
     where: str | None = None,
     num_before: int = 0,
 ) -> Part:
-    """Writes the accepted rows to `path`, which is there whole or not at all.
+    """Writes the accepted rows to `path`, as a whole or not at all.
 
-    There must be a batch. Where no row is accepted there is no file, and no name. A row that the
-    converter refuses with an error raises it, for its owner to mend, in front of it `where` and
-    its number, `num_before` rows being before the part. Without `where` it is counted as
-    "invalid_row".
+    There must be at least one batch. If no row is accepted, no file is written and the name is "".
+    If `convert_row` raises ValueError for a row, the row is counted as "invalid_row". With `where`
+    the error is raised instead, with `where` and the number of the row before it; `num_before` rows
+    come before this part.
     """
     with whole_file(path) as partial:
         counts = _write_accepted(partial, batches, where, num_before)
-    if not counts.rows:  # a reader takes a file without rows for a mistake
+    if not counts.rows:  # readers refuse a file without rows
         path.unlink()
         return Part(counts, "", 0, "")
     return Part(counts, path.name, path.stat().st_size, file_sha256(path))
@@ -202,7 +202,7 @@ def _write_accepted(
 
 
 def _rows(batch: arrow.RecordBatch) -> list[dict[str, Any] | None]:
-    """The rows; None for one whose text is no UTF-8."""
+    """The rows of the batch; None for a row with text that is not UTF-8."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -224,7 +224,7 @@ def _reject_reason(row: dict[str, Any] | None, where: str | None) -> str | None:
 
 
 def write_manifest(directory: Path, head: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
-    """Makes the directory complete: `head`, the counts and the files; ValueError without a row."""
+    """Completes the directory with `head`, counts and files; ValueError if no row was accepted."""
     check_some_accepted(directory, parts, enough=1)
     rejected = sum((Counter(part.counts.rejected) for part in parts), Counter())
     manifest = head | {
@@ -243,14 +243,14 @@ def write_manifest(directory: Path, head: dict[str, Any], parts: list[Part]) -> 
 
 
 def remove_parts(directory: Path, kept: Collection[str] = ()) -> None:
-    """Removes the parts in the directory, whole and begun, that are not named in `kept`."""
+    """Removes complete and partial parts from the directory, except those named in `kept`."""
     for file in directory.glob("part-*"):
         if file.name not in kept:
             file.unlink()
 
 
 def check_some_accepted(directory: Path, parts: list[Part], enough: int = _ENOUGH_REJECTED) -> None:
-    """ValueError where of that many rows none was accepted."""
+    """ValueError if at least `enough` rows were read and none of them was accepted."""
     rejected = sum((Counter(part.counts.rejected) for part in parts), Counter())
     if rejected.total() >= enough and not any(part.counts.rows for part in parts):
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in rejected.most_common())

@@ -1,4 +1,4 @@
-"""Splits of data sets as they are written, `train[180000:280000]`, and where their rows are."""
+"""Parses splits such as `train[180000:280000]`, and finds the files that hold their rows."""
 
 import difflib
 import itertools
@@ -16,19 +16,19 @@ from jaxsft.download.files import HubFile, Snapshot
 from jaxsft.download.parts import check_columns, jsonl_batches, parquet_batches, schema_of_row
 
 _SPLIT = re.compile(r"(\w+(?:[.-]\w+)*)(?:\[(\d*):(\d*)\])?")
-# The names that splits have by convention, for repositories whose card lists none.
+# Usual names of splits, for repositories with no list of splits on their card.
 _USUAL = re.compile(r"(?:^|[/._-])(train|test|validation|valid|val|dev|eval|prompt)(?=[/._-])")
 
 
 class Known(NamedTuple):
-    """A data set with a short name: where it is, and the splits that are taken by default."""
+    """A data set that has a short name: its repository, and the splits to take by default."""
 
     repo: str
     subset: str | None
     splits: tuple[str, ...]
 
 
-# The test splits are there so that training rows can be compared with them.
+# Training rows are compared with the test splits.
 KNOWN = {
     "glaive": Known("glaiveai/reasoning-v1-20m", None, ("train[:180000]", "train[180000:280000]")),
     "gsm8k": Known("openai/gsm8k", "main", ("train", "test")),
@@ -37,7 +37,7 @@ KNOWN = {
 
 
 class Slice(NamedTuple):
-    """Rows [start, stop) of a shard: what one part is made from."""
+    """Rows [start, stop) of a shard. They become one part."""
 
     shard: HubFile
     start: int
@@ -45,14 +45,14 @@ class Slice(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a split is made from: the columns that the converter reads, a slice for each part."""
+    """How a split is made: the columns that the converter reads, and a slice for each part."""
 
     columns: list[str]
     slices: list[Slice]
 
 
 class Split(NamedTuple):
-    """Rows [start, stop) of a split; stop is None for its end."""
+    """Rows [start, stop) of a split; with stop None, to its end."""
 
     name: str
     start: int = 0
@@ -60,21 +60,21 @@ class Split(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As `parse_split` reads it."""
+        """The text that `parse_split` reads."""
         if not self.start and self.stop is None:
             return self.name
         return f"{self.name}[{self.start or ''}:{'' if self.stop is None else self.stop}]"
 
     @property
     def directory_name(self) -> str:
-        """train, train-0-180000, train-180000-end."""
+        """Such as train, train-0-180000 or train-180000-end."""
         if not self.start and self.stop is None:
             return self.name
         return f"{self.name}-{self.start}-{'end' if self.stop is None else self.stop}"
 
 
 def parse_split(text: str) -> Split:
-    """`train`, `train[:180000]`, `train[180000:280000]`; ValueError for anything else."""
+    """Parses `train`, `train[:180000]`, `train[180000:280000]`; ValueError for other text."""
     match = _SPLIT.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"split {text!r}: write it as train or train[180000:280000]")
@@ -85,7 +85,7 @@ def parse_split(text: str) -> Split:
 
 
 def check_end(where: str, split: Split, num_rows: int) -> int:
-    """The number of the row behind the last; ValueError where the data ends before the split."""
+    """The index after the last row of the split; ValueError if the data has fewer rows."""
     if split.start < num_rows and (split.stop or 0) <= num_rows:
         return num_rows if split.stop is None else split.stop
     raise ValueError(
@@ -101,10 +101,10 @@ def plan_split(
     split: Split,
     rows_per_part: int,
 ) -> Plan:
-    """Plans from the footers of the split's shards, up to the last that holds rows asked for.
+    """Makes the plan from the footers of the shards, up to the last one with rows asked for.
 
     Raises:
-      ValueError: no such subset, split or rows, or columns that the converter does not accept.
+      ValueError: there is no such subset, split or row, or the columns fit no schema.
     """
     columns: list[str] = []
     slices: list[Slice] = []
@@ -127,9 +127,9 @@ def plan_split(
 
 
 def file_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
-    """The split's rows of a local Parquet or JSONL file, `size` to a piece; a piece has a row.
+    """The split's rows of a local Parquet or JSONL file, in pieces of `size`; none is empty.
 
-    A JSONL file that ends before the split does not raise; see `check_end`.
+    If a JSONL file has too few rows, no error is raised here; see `check_end`.
     """
     return (_parquet_pieces if file.suffix == ".parquet" else _jsonl_pieces)(file, split, size)
 
@@ -155,10 +155,10 @@ def _jsonl_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arro
 
 
 def split_files(snapshot: Snapshot, subset: str | None, split: str) -> list[HubFile]:
-    """The Parquet files of one split in the order of its rows.
+    """The Parquet files of one split, in the order of its rows.
 
-    The data set's card says which (`configs`); without it they are those whose name or folder
-    begins with the split's name, all files being of the split train where no name says anything.
+    The card of the data set lists them (`configs`). Without a list the name or folder of a file
+    tells its split, and a file whose name does not tell belongs to train.
 
     Raises:
       ValueError: there is no such subset or split, or it is not stored as Parquet.
@@ -196,7 +196,7 @@ def _listed_on_card(snapshot: Snapshot, subset: str | None, split: str) -> list[
 
 
 def _patterns(data_files: Any) -> dict[str, list[str]]:
-    """Path patterns by split; `data_files` on a card is a path, paths, or {split, path}s."""
+    """Path patterns by split. `data_files` is a path, or a list of paths or {split, path}."""
     entries = data_files if isinstance(data_files, list) else [data_files or []]
     found: dict[str, list[str]] = {}
     for entry in entries:
