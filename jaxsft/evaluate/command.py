@@ -52,7 +52,7 @@ from jaxsft.evaluate.sides import (
 )
 from jaxsft.evaluate.table import show_comparison, with_perplexity
 from jaxsft.gemma import lora
-from jaxsft.gemma.decode import num_rows
+from jaxsft.gemma.decode import generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.prepare.rows import all_samples, load_heldout
 from jaxsft.step.train_step import StepSpec
@@ -236,7 +236,7 @@ def measure_model(
             on_batch=on_batch,
         )
     num_prompts = len(rows.prompts)
-    batch_size = num_rows(options.eval, num_prompts, mesh)
+    batch_size = generation_batch_size(options.eval, num_prompts, mesh)
     with counting(console, name, "answers", num_prompts, batch_size) as on_batch:
         answers = answer_prompts(
             adapter,

@@ -19,7 +19,7 @@ class Tokens(NamedTuple):
     segment_ids: jax.Array  # int32 [B, T]
 
 
-def visible(query: Tokens, key: Tokens, window: int | None) -> jax.Array:
+def attention_mask(query: Tokens, key: Tokens, window: int | None) -> jax.Array:
     """bool [B, T, S]: the same segment, not in the future, and inside the sliding window.
 
     A window of w sees w keys, itself included: k > q - w.

@@ -92,7 +92,7 @@ def generate(
     # Neighbours in length share a batch, and so little padding. The longest first: where memory
     # does not suffice for them, nothing has been answered in vain.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batch_size = num_rows(options, len(order), mesh)
+    batch_size = generation_batch_size(options, len(order), mesh)
     stops = np.array(stop_ids, np.int32)
     answers: dict[int, Generation] = {}
     for low in range(0, len(order), batch_size):
@@ -109,7 +109,7 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
-def num_rows(options: EvalOptions, num_prompts: int, mesh: Mesh | None) -> int:
+def generation_batch_size(options: EvalOptions, num_prompts: int, mesh: Mesh | None) -> int:
     """Rows of a batch: as many for each device, and at least two for a TPU's."""
     num_devices = 1 if mesh is None else mesh.size
     rows_per_device = -(-min(options.batch_size, max(num_prompts, 1)) // num_devices)
@@ -136,7 +136,7 @@ def stream(
     limit = _max_positions(graphdef, adapter, frozen)
     _check_length("the prompt", prompt, options, limit)
     program = _Program(graphdef, options, None, num_ids)
-    padded_BT, rows = _pad([prompt], [0] * num_rows(options, 1, None))
+    padded_BT, rows = _pad([prompt], [0] * generation_batch_size(options, 1, None))
     token_B, cache = _prefill(adapter, frozen, padded_BT, rows, program)
     for n in range(1, options.max_new_tokens + 1):
         token = int(token_B[0])

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
-from jaxsft.gemma.attention import Tokens, attend, soft_cap, visible
+from jaxsft.gemma.attention import Tokens, attend, attention_mask, soft_cap
 from jaxsft.gemma.layers import Linear, RMSNorm, apply_rotary, rotary_table
 from jaxsft.gemma.sharding import constrain
 
@@ -175,7 +175,7 @@ class Gemma(nnx.Module):
     ) -> jax.Array:
         """Hidden states [B, T, D] after the final norm, for packed rows (segment 0 is padding)."""
         where = Tokens(positions_BT, segment_ids_BT)
-        masks = {kind: visible(where, where, self._window(kind)) for kind in (LOCAL, GLOBAL)}
+        masks = {kind: attention_mask(where, where, self._window(kind)) for kind in (LOCAL, GLOBAL)}
 
         def attend_fn(kind, layer, q_BTNH, k_BTKH, v_BTKH, cache):
             return self._attend(q_BTNH, k_BTKH, v_BTKH, masks[kind]), cache
@@ -199,7 +199,7 @@ class Gemma(nnx.Module):
             size = num_slots if window is None else min(num_slots, length + window - 1)
             seen[kind] = jnp.maximum(start + length - size, 0), size
             key = Tokens(*(lax.dynamic_slice_in_dim(x, *seen[kind], axis=1) for x in tokens))
-            masks[kind] = visible(where, key, window)
+            masks[kind] = attention_mask(where, key, window)
 
         def attend_fn(kind, layer, q_BTNH, k_BTKH, v_BTKH, cache):
             new = jnp.stack([k_BTKH, v_BTKH])[None]

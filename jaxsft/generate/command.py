@@ -20,7 +20,7 @@ from jaxsft.config import SYSTEM_PROMPT, ModelOptions
 from jaxsft.data.rows import Turn, split_completion
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import lora
-from jaxsft.gemma.decode import Generation, generate, num_rows
+from jaxsft.gemma.decode import Generation, generate, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.generate.chat import ChatSession, Voice, answer, chat, encode, show
 from jaxsft.generate.options import GenerateOptions
@@ -93,7 +93,7 @@ def answer_file(
             encoded.append(encode(prompt.turns, session))
         except ValueError as error:
             raise ValueError(f"{prompt.where}: {error}") from None
-    batch_size = num_rows(decoding, len(prompts), mesh)
+    batch_size = generation_batch_size(decoding, len(prompts), mesh)
     num_batches, done = len(voices) * math.ceil(len(prompts) / batch_size), 0
     by_voice = []
     with Console(stderr=True).status("answering …") as status:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.experimental.mosaic.dialects import tpu
 from jax.extend.mlir import ir
@@ -29,7 +30,7 @@ from jaxsft.gemma.sharding import make_mesh, named, state_shardings
 from jaxsft.step import flash_attention
 from jaxsft.step.fused import FusedSpec
 from jaxsft.step.fused_weights import fuse, make_layout
-from jaxsft.step.optimizer import make_transform, run_schedule
+from jaxsft.step.optimizer import make_schedule, make_transform
 from jaxsft.step.train_step import (
     StepSpec,
     TrainState,
@@ -133,6 +134,17 @@ def make_fused_spec(config: TrainConfig, model_config: GemmaConfig, mesh: Mesh) 
         chunk_tokens=config.loss_chunk_tokens,
         recompute_layers=config.model.remat == "full",
         use_kernel=on_tpu,
+    )
+
+
+def run_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Learning rate by update, for a run of `steps` steps."""
+    return make_schedule(
+        config.lr_scheduler_type,
+        peak=config.learning_rate,
+        end=config.min_learning_rate,
+        warmup_steps=config.warmup_steps,
+        num_steps=steps,
     )
 
 

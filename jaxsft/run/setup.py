@@ -28,9 +28,9 @@ from jaxsft.run.program import (
     mesh_of,
     num_run_steps,
     program_hash,
+    run_schedule,
 )
 from jaxsft.step.fused_weights import fuse, unfuse
-from jaxsft.step.optimizer import run_schedule
 from jaxsft.step.train_step import StepSpec, TrainState, init_state
 from jaxsft.weights.find import Origin, architecture, check_tokenizer
 from jaxsft.weights.load import WeightsInfo, load_model

@@ -58,7 +58,7 @@ def supports_row_length(row_length: int) -> bool:
     return row_length % block == 0 and block % 128 == 0 and row_length <= MAX_ROW_LENGTH
 
 
-def forward(
+def attention_forward(
     qkv: jax.Array,
     rotary: jax.Array,
     norms: jax.Array,
@@ -85,7 +85,7 @@ def forward(
     )
 
 
-def backward(
+def attention_backward(
     qkv: Stacked,
     d_out: jax.Array,
     rotary: jax.Array,

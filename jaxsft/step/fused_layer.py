@@ -16,10 +16,9 @@ import jax.numpy as jnp
 
 from jaxsft.common.batch import Batch
 from jaxsft.gemma.architecture import LOCAL, GemmaConfig
-from jaxsft.gemma.attention import Tokens, attend, visible
+from jaxsft.gemma.attention import Tokens, attend, attention_mask
 from jaxsft.gemma.layers import apply_rotary, rms_norm, rotary_table
-from jaxsft.step import flash_attention
-from jaxsft.step.flash_attention import HeadLayout
+from jaxsft.step.flash_attention import HeadLayout, attention_backward, attention_forward
 from jaxsft.step.fused_weights import Layer, split_heads
 from jaxsft.step.row_kernels import (
     Stacked,
@@ -62,8 +61,8 @@ def make_attend(
             norm_eps=config.rms_norm_eps if config.qk_norm else None,
         )
         rotary = table[..., 0, :]
-        forward_kernel = partial(flash_attention.forward, layout=layout, interpret=interpret)
-        backward_kernel = partial(flash_attention.backward, layout=layout, interpret=interpret)
+        forward_kernel = partial(attention_forward, layout=layout, interpret=interpret)
+        backward_kernel = partial(attention_backward, layout=layout, interpret=interpret)
 
         def from_stack(qkv: jax.Array | Stacked, norms: jax.Array, d_out: jax.Array) -> jax.Array:
             if not isinstance(qkv, Stacked):
@@ -73,7 +72,7 @@ def make_attend(
 
         return Attend(lambda qkv, norms: forward_kernel(qkv, rotary, norms, segments), from_stack)
     where = Tokens(positions, segments)
-    mask = visible(where, where, window)
+    mask = attention_mask(where, where, window)
 
     def forward(qkv: jax.Array, norms: jax.Array) -> jax.Array:
         heads = (x.reshape(*x.shape[:2], -1, config.head_dim) for x in split_heads(qkv, config))

@@ -32,7 +32,7 @@ from jaxsft.gemma.sharding import (
 from jaxsft.step.fused import FusedSpec, loss_and_gradients
 from jaxsft.step.fused import losses as fused_losses
 from jaxsft.step.fused_weights import group_adapter, write_adapter
-from jaxsft.step.spikes import History, empty_history, is_spike, remember
+from jaxsft.step.optimizer import SpikeHistory, empty_history, is_spike, record
 
 
 class TrainState(NamedTuple):
@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
     num_updates: jax.Array  # int32 scalar
     adapter: nnx.State
     moments: optax.OptState
-    history: History | None = None  # None unless spikes are skipped
+    history: SpikeHistory | None = None  # None unless spikes are skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,7 @@ def train_step(
     if history is not None:
         assert spec.spike_sigmas is not None
         applied &= ~is_spike(history, loss, grad_norm, spec.spike_sigmas)
-        history = remember(history, loss, grad_norm, finite)
+        history = record(history, loss, grad_norm, finite)
 
     learning_rate = spec.schedule(state.num_updates)
     adapter, moments = _update(state, grads, learning_rate, applied, spec)

@@ -276,7 +276,7 @@ def test_rows_of_a_batch(
     for mesh in (abstract, None) if num_devices == 1 else (abstract,):
         for is_tpu, expected in ((False, on_cpu), (True, on_tpu)):
             monkeypatch.setattr(sample, "_on_tpu", lambda _, found=is_tpu: found)
-            assert sample.num_rows(options, num_prompts, mesh) == expected
+            assert sample.generation_batch_size(options, num_prompts, mesh) == expected
 
 
 def test_few_programs_are_compiled(one: Split) -> None:

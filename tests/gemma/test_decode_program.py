@@ -70,7 +70,7 @@ def measure() -> dict[str, Any]:
     weights = struct(weights, state_shardings(weights, mesh))
 
     options = EvalOptions()
-    num_rows = sample.num_rows(options, NUM_PROMPTS, mesh)
+    num_rows = sample.generation_batch_size(options, NUM_PROMPTS, mesh)
     prompts = sample._pad([[0] * PROMPT_LENGTH], [0] * num_rows)
     padded, rows = jax.eval_shape(lambda: prompts)
     program = sample._Program(arguments.spec.graphdef, options, mesh)

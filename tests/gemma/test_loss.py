@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.plain_loss import plain_cross_entropy
 
-from jaxsft.gemma.loss import chunked_cross_entropy, plain_cross_entropy
+from jaxsft.gemma.loss import chunked_cross_entropy
 from jaxsft.gemma.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
