@@ -29,18 +29,18 @@ def estimate_frozen(plan: RunPlan, console: Console) -> StepEstimate:
     """The estimate of the plan's step, a fused one, without adapters."""
     config, topology = plan.config, plan.estimate.topology
     arguments = abstract_setup(config, plan.model_config, topology_devices(topology), 1)
-    assert arguments.spec.fused is not None
-    layout = dataclasses.replace(arguments.spec.fused.layout, targets=())
-    fused = arguments.spec.fused._replace(layout=layout)
-    spec = dataclasses.replace(arguments.spec, fused=fused)
+    assert arguments.spec.model.fused is not None
+    layout = dataclasses.replace(arguments.spec.model.fused.layout, targets=())
+    fused = arguments.spec.model.fused._replace(layout=layout)
+    model = dataclasses.replace(arguments.spec.model, fused=fused)
     bare = nnx.eval_shape(partial(make_model, config, plan.model_config))
-    weights = abstract_weights(nnx.split(bare)[1], spec)
+    weights = abstract_weights(nnx.split(bare)[1], model)
     step = jax.jit(
         partial(
             frozen_step,
-            mesh=spec.mesh,
+            mesh=model.mesh,
             fused=fused,
-            accumulation_steps=spec.accumulation_steps,
+            accumulation_steps=arguments.spec.update.accumulation_steps,
         )
     )
     with console.status(f"Compiling the step without adapters for {topology} …"):

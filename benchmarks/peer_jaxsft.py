@@ -49,15 +49,17 @@ class JaxsftTrainer:
     def _batch(self, rows: Path) -> Batch:
         with np.load(rows) as arrays:
             batch = Batch(*(arrays[name] for name in Batch._fields))
-        return put_batch(batch, self.setup.spec.mesh)
+        return put_batch(batch, self.setup.spec.model.mesh)
 
     def gradients(self, rows: Path, out: Path) -> float:
         """See `peer_protocol.Trainer`."""
         # An optimizer whose state is the gradient.
-        spec = dataclasses.replace(self.setup.spec, transform=optax.trace(decay=0.0))
+        spec = self.setup.spec
+        update = dataclasses.replace(spec.update, transform=optax.trace(decay=0.0))
+        spec = dataclasses.replace(spec, update=update)
         state = init_state(jax.tree.map(jnp.copy, self.state.adapter), spec)
         state, self.frozen, metrics = train_step(state, self.frozen, self._batch(rows), spec=spec)
-        model = nnx.merge(spec.graphdef, state.moments.trace, self.setup.model_weights)
+        model = nnx.merge(spec.model.graphdef, state.moments.trace, self.setup.model_weights)
         with tempfile.TemporaryDirectory(dir=out.parent) as directory:
             save_adapter(directory, model, self.setup.adapter_config)
             (Path(directory) / WEIGHTS_NAME).rename(out)

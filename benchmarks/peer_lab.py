@@ -73,8 +73,8 @@ def _batch(samples: Sequence[Sample]) -> Batch:
 def save_rows(path: Path, batch: Batch) -> None:
     """Writes a batch for all trainers: ours takes the five arrays of `Batch`, the others `tokens`
     and `loss_mask` [B, T], true where that token is a label (ours: where its successor is)."""
-    loss_mask = np.zeros_like(batch.loss_mask_BT)
-    loss_mask[:, 1:] = batch.loss_mask_BT[:, :-1]
+    loss_mask = np.zeros(batch.tokens_BT.shape, bool)
+    loss_mask[:, 1:] = batch.loss_weights_BT[:, :-1]
     np.savez(path, **batch._asdict(), tokens=batch.tokens_BT, loss_mask=loss_mask)
 
 

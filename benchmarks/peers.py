@@ -199,7 +199,7 @@ def figures(seconds: list[float], our_seconds: list[float], batch: Batch) -> dic
     return {
         "step_s": median,
         "all_steps_s": seconds,
-        "loss_tokens_per_s": int(batch.loss_mask_BT.sum()) / median,
+        "loss_tokens_per_s": int(batch.loss_weights_BT.sum()) / median,
         "real_tokens_per_s": int((batch.segment_ids_BT > 0).sum()) / median,
         "times_ours": statistics.median(theirs / ours for theirs, ours in pairs),
     }
@@ -220,7 +220,7 @@ def show_agreement(
     """A line for each row set, and one for each trainer on it."""
     for rows, report in agreement.items():
         batch = row_sets[rows]
-        num_tokens, num_loss_tokens = (batch.segment_ids_BT > 0).sum(), batch.loss_mask_BT.sum()
+        num_tokens, num_loss_tokens = (batch.segment_ids_BT > 0).sum(), batch.loss_weights_BT.sum()
         console.print(
             f"{rows} rows: {' x '.join(map(str, batch.tokens_BT.shape))}, {num_tokens} tokens, "
             f"{num_loss_tokens} with loss"

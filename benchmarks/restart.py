@@ -100,7 +100,7 @@ def measure_stall(config: TrainConfig, directory: Path, num_saves: int) -> float
             is_saving = checkpoints.is_saving
             began_s = time.perf_counter()
             state, frozen, scalars = train_step(
-                state, frozen, put_batch(batch, spec.mesh), spec=spec
+                state, frozen, put_batch(batch, spec.model.mesh), spec=spec
             )
             jax.device_get(scalars)
             seconds = time.perf_counter() - began_s

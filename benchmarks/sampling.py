@@ -26,11 +26,10 @@ from rich.table import Table
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, fail
 from jaxsft.common.files import write_json
-from jaxsft.config import EvalOptions
 from jaxsft.data.sources import read_rows
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import lora
-from jaxsft.gemma.decode import generate
+from jaxsft.gemma.decode import SamplingOptions, generate
 from jaxsft.weights.load import demo_model_path, load_model
 
 PROMPTS = Path(__file__).parents[1] / "data" / "sample" / "train.jsonl"
@@ -101,10 +100,10 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     table = Table("batch", "ours, tokens/s", "transformers, tokens/s", "ratio", "goal")
     rows, gaps = [], []
     for batch in args.batches:
-        options = EvalOptions(batch_size=batch, max_new_tokens=args.new_tokens)
+        options = SamplingOptions(batch_size=batch, max_new_tokens=args.new_tokens)
         given = prompts[:batch]
 
-        def ours(options: EvalOptions = options, given: list[list[int]] = given) -> Any:
+        def ours(options: SamplingOptions = options, given: list[list[int]] = given) -> Any:
             return generate(*split, given, options=options, stop_ids=NEVER)
 
         def theirs(given: list[list[int]] = given) -> Any:

@@ -101,7 +101,7 @@ class PackedRows:
         """
         shape = (len(indices), self.row_length)
         tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
-        loss_mask = np.zeros(shape, bool)
+        loss_weights = np.zeros(shape, np.float32)
         for b, row in enumerate(indices):
             if not -1 <= row < len(self):
                 raise IndexError(f"row {row} of {len(self)}")
@@ -114,11 +114,11 @@ class PackedRows:
                 stop = start + (high - low)
                 tokens[b, start:stop] = self.tokens_N[low:high]
                 targets[b, start : stop - 1] = self.tokens_N[low + 1 : high]
-                loss_mask[b, start : stop - 1] = self.loss_mask_N[low + 1 : high]
+                loss_weights[b, start : stop - 1] = self.loss_mask_N[low + 1 : high]
                 segments[b, start:stop] = segment
                 positions[b, start:stop] = np.arange(high - low)
                 start = stop
-        return Batch(tokens, targets, loss_mask, segments, positions)
+        return Batch(tokens, targets, loss_weights, segments, positions)
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, copied."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from rich.console import Console
 from rich.text import Text
 
@@ -52,10 +51,10 @@ from jaxsft.evaluate.sides import (
 )
 from jaxsft.evaluate.table import show_comparison, with_perplexity
 from jaxsft.gemma import lora
-from jaxsft.gemma.decode import generation_batch_size
+from jaxsft.gemma.decode import SamplingOptions, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.prepare.rows import all_samples, load_heldout
-from jaxsft.step.train_step import StepSpec
+from jaxsft.step.score import ModelSpec
 from jaxsft.weights.find import check_tokenizer, load
 from jaxsft.weights.load import open_weights, without_weights
 from jaxsft.weights.merged import MergedWeights
@@ -220,9 +219,8 @@ def measure_model(
     )
     digest = file_sha256(origin.adapter / WEIGHTS_NAME) if origin.adapter is not None else None
     graphdef, adapter, frozen = lora.split(loaded.model)
-    nothing = optax.identity(), optax.constant_schedule(0.0)
     cap = loaded.info.config.final_softcap
-    spec = StepSpec(graphdef, *nothing, mesh, cap, _CHUNK_TOKENS)
+    spec = ModelSpec(graphdef, mesh, cap, _CHUNK_TOKENS)
     batch_size = min(options.eval.batch_size, len(rows.heldout))
     batch_size = -(-batch_size // mesh.size) * mesh.size
     with counting(console, name, "rows", len(rows.heldout), batch_size) as on_batch:
@@ -236,7 +234,7 @@ def measure_model(
             on_batch=on_batch,
         )
     num_prompts = len(rows.prompts)
-    batch_size = generation_batch_size(options.eval, num_prompts, mesh)
+    batch_size = generation_batch_size(SamplingOptions.from_fields(options.eval), num_prompts, mesh)
     with counting(console, name, "answers", num_prompts, batch_size) as on_batch:
         answers = answer_prompts(
             adapter,

@@ -14,9 +14,9 @@ from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.intervals import difference, ratio
 from jaxsft.evaluate.scoring import ANSWER_METRICS, Comparison, GeneratedAnswer, Metric
-from jaxsft.gemma.decode import generate
+from jaxsft.gemma.decode import SamplingOptions, generate
 from jaxsft.gemma.sharding import named
-from jaxsft.step.train_step import StepSpec, eval_step
+from jaxsft.step.score import ModelSpec, token_log_probs
 
 NEXT_QUESTION = "\n\nQuestion:"  # ends an answer to a prompt of `as_text`
 _ANSWER = "<answer>"
@@ -43,7 +43,7 @@ def held_out_losses(
     rows: PackedRows,
     is_answer_N: npt.NDArray[np.bool_],
     *,
-    spec: StepSpec,
+    spec: ModelSpec,
     batch_size: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, SampleLosses]:
@@ -64,7 +64,7 @@ def held_out_losses(
             lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
             rows.batch(indices),
         )
-        losses_BT = on_host(eval_step(adapter, frozen, batch, spec=spec))
+        losses_BT = -on_host(token_log_probs(adapter, frozen, batch, spec=spec))
         for row, index in enumerate(i for i in indices if i >= 0):
             start = 0
             for sample in rows.row_samples[rows.row_offsets[index] : rows.row_offsets[index + 1]]:
@@ -204,7 +204,7 @@ def answer_prompts(
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     *,
-    spec: StepSpec,
+    spec: ModelSpec,
     options: EvalOptions,
     on_batch: Callable[[], None] = lambda: None,
     stop_text: str | None = None,
@@ -219,14 +219,15 @@ def answer_prompts(
         adapter,
         frozen,
         [prompt.ids for prompt in prompts],
-        options=options,
+        options=SamplingOptions.from_fields(options),
         stop_ids=tokenizer.stop_ids,
         num_ids=tokenizer.vocab_size,
         on_batch=on_batch,
         mesh=spec.mesh,
     )
     answers = []
-    for prompt, (ids, stopped) in zip(prompts, generations, strict=True):
+    for prompt, generation in zip(prompts, generations, strict=True):
+        ids, stopped = generation.ids, generation.stopped
         truncated = not stopped
         if tokenizer.start_of_turn_id in ids:
             ids = ids[: ids.index(tokenizer.start_of_turn_id)]

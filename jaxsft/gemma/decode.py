@@ -1,12 +1,13 @@
 """Generation: jitted prefill, then jitted decoding with a KV cache, over batches of prompts.
 
 Prompts are padded on their left, so that all rows of a batch write their new tokens into the same
-slots of the cache, and to few lengths, so that batches share programs.
+slots of the cache. They are padded to few lengths, so that batches share programs.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,83 +15,154 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsft.config import EvalOptions
+from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.attention import Tokens
-from jaxsft.gemma.model import Gemma, KVCache
+from jaxsft.gemma.model import KVCache
 from jaxsft.gemma.sharding import constrain
 
 MIN_PADDED_LENGTH = 32
-# With one row a chip the TPU compiler leaves the matrix unit: by its estimate a token of Gemma 2 2B
-# then takes 29 ms on each v5e of eight; for two rows it takes 14 ms, for eight 18 ms. Streamed from
-# one v5e it takes 23 ms, and 16 ms beside a second row that nobody reads.
+# With one row a chip the TPU compiler does not use the matrix unit: by its estimate a token of
+# Gemma 2 2B then takes 29 ms on each v5e of eight; for two rows it takes 14 ms, for eight 18 ms. On
+# one v5e a streamed answer takes 23 ms a token, and 16 ms beside a second row that nobody reads.
 MIN_ROWS_PER_TPU = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep all tokens."""
+
+    batch_size: int  # over all devices
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @classmethod
+    def from_fields(cls, options: Any) -> "SamplingOptions":
+        """From any object that has these fields."""
+        return cls(
+            **{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
+        )
+
+
 class Generation(NamedTuple):
-    """One answer. `stopped`: it ended by a stop token, which `ids` does not include."""
+    """One answer: its tokens, and the stop token that ended it (None: the length limit did).
+
+    `log_probs` has one value, in nats, for each of `ids` and one more for the stop token. It is the
+    log-probability of the token under softmax(logits / temperature) over the whole vocabulary,
+    before top-k and top-p; temperature 0 counts as 1. At temperature 1 it is therefore
+    what a trainer computes for the same token: its softmax, too, is over all rows of the embedding
+    and knows no top-k.
+    """
 
     ids: list[int]
-    stopped: bool
+    stop_id: int | None
+    log_probs: list[float]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer ended by a stop token."""
+        return self.stop_id is not None
+
+
+class CachedModel(Protocol):
+    """What decoding needs of a model, as `Gemma` has it."""
+
+    def init_cache(self, batch: int, num_slots: int, *, mesh: Mesh | None = None) -> KVCache:
+        """An empty cache."""
+
+    def with_cache(
+        self, tokens_BT: jax.Array, where: Tokens, cache: KVCache, *, mesh: Mesh | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states [B, T, D] of the next T tokens, and the cache with them."""
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D]."""
+
+
+class ModelBuilder(Protocol):
+    """Makes a `CachedModel` from frozen weights in another form than the model's own.
+
+    Hashable, and equal for equal models: it is a static argument of the compiled programs.
+    """
+
+    @property
+    def config(self) -> GemmaConfig:
+        """The model's architecture."""
+
+    def __call__(self, adapter: nnx.State, frozen: Any) -> CachedModel:
+        """The model with these arrays."""
 
 
 class _Program(NamedTuple):
-    """What is compiled in."""
+    """The static arguments of the compiled programs."""
 
-    graphdef: nnx.GraphDef
-    options: EvalOptions
-    mesh: Mesh | None
+    builder: nnx.GraphDef | ModelBuilder
+    options: SamplingOptions
+    mesh: Mesh | None = None
     num_ids: int | None = None
 
 
 class _Rows(NamedTuple):
-    """What decoding knows of a batch's prompts, int32: how many tokens they have, and their places
-    among all prompts, on which draws depend."""
+    """A batch's prompts: their lengths in tokens, and what their draws depend on."""
 
-    lengths_B: jax.Array
-    numbers_B: jax.Array
+    lengths_B: jax.Array  # int32
+    numbers_B: jax.Array  # int32, each prompt's index among all prompts
+    seed_key: jax.Array  # the data of a key: an argument, so that a new seed compiles nothing
+
+
+class _Drawn(NamedTuple):
+    """A token for each row, and its log-probability."""
+
+    token_B: jax.Array
+    log_prob_B: jax.Array
 
 
 class _Loop(NamedTuple):
     cache: KVCache
     out_BT: jax.Array  # int32, the tokens drawn so far
+    log_probs_BT: jax.Array  # float32
     num_drawn: jax.Array  # int32 scalar
     done_B: jax.Array  # bool
 
 
 def generate(
-    graphdef: nnx.GraphDef,
+    builder: nnx.GraphDef | ModelBuilder,
     adapter: nnx.State,
-    frozen: nnx.State,
+    frozen: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    options: EvalOptions,
+    options: SamplingOptions,
     stop_ids: Sequence[int],
     num_ids: int | None = None,
     on_batch: Callable[[], None] = lambda: None,
     mesh: Mesh | None = None,
 ) -> list[Generation]:
-    """Answers `prompts` (token ids, BOS included), in their order; calls `on_batch` before each
-    batch.
+    """Answers `prompts` (token ids, BOS included), in their order.
 
-    The rows of a batch, `num_rows` of them, are split over the devices of `mesh`; with several
-    processes all must call, and all get all answers. Prefill is compiled for each length that the
-    longest prompts of the batches are padded to (32, 48, 64, 96, 128 … tokens), decoding for each
-    power of two: 2 programs for prompts of up to 32 tokens, at most 14 for up to 512.
-
-    `num_ids` is the tokenizer's: ids above, of rows that pad the embedding, are not drawn.
+    The rows of a batch are split over the devices of `mesh`. With several processes all must call,
+    and all get all answers. Prefill is compiled for each length that the longest prompts of the
+    batches are padded to (32, 48, 64, 96, 128 … tokens), decoding for each power of two: 2 programs
+    for prompts of up to 32 tokens, at most 14 for up to 512.
 
     The draw for prompt i depends on (options.seed, i) and the position alone, so neither batch size
     nor the other prompts change it.
 
+    Args:
+      builder: the model's graphdef, or the builder for another form of the frozen weights.
+      num_ids: the tokenizer's. Higher ids, whose rows pad the embedding, are not drawn.
+      on_batch: is called before each batch and may raise.
+
     Raises:
       ValueError: a prompt is empty or, with max_new_tokens, beyond the model's positions.
     """
-    program = _Program(graphdef, options, mesh, num_ids)
-    limit = _max_positions(graphdef, adapter, frozen)
+    program = _program(builder, options, mesh, num_ids)
+    limit = _max_positions(builder, adapter, frozen)
     for i, prompt in enumerate(prompts):
         _check_length(f"prompt {i}", prompt, options, limit)
-    # Neighbours in length share a batch, and so little padding. The longest first: where memory
-    # does not suffice for them, nothing has been answered in vain.
+    # Neighbours in length share a batch, which saves padding. The longest come first: if memory
+    # does not suffice for them, no work is lost.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batch_size = generation_batch_size(options, len(order), mesh)
     stops = np.array(stop_ids, np.int32)
@@ -98,19 +170,26 @@ def generate(
     for low in range(0, len(order), batch_size):
         on_batch()
         indices = order[low : low + batch_size]
-        # A short last batch is filled up by repeating its first prompt: no other shape to compile.
-        padded_BT, rows = _pad(prompts, indices + [indices[0]] * (batch_size - len(indices)))
-        token_B, cache = _prefill(adapter, frozen, padded_BT, rows, program)
-        end = _decode(adapter, frozen, cache, token_B, rows, stops, program)
-        out_BT, done_B = np.asarray(end.out_BT)[:, : int(end.num_drawn)], np.asarray(end.done_B)
-        for i, ids, done in zip(indices, out_BT, done_B, strict=False):
-            length = int(np.argmax(np.isin(ids, stop_ids))) if done else len(ids)
-            answers[i] = Generation(ids[:length].tolist(), stopped=bool(done))
+        # A short last batch repeats its first prompt, so that it has the shape of the others.
+        padded_BT, rows = _pad(
+            prompts, indices + [indices[0]] * (batch_size - len(indices)), options.seed
+        )
+        drawn, cache = _prefill(adapter, frozen, padded_BT, rows, program)
+        end = _decode(adapter, frozen, cache, drawn, rows, stops, program)
+        num_drawn, done_B = int(end.num_drawn), np.asarray(end.done_B)
+        out_BT, log_probs_BT = np.asarray(end.out_BT), np.asarray(end.log_probs_BT)
+        for row, i in enumerate(indices):
+            ids, log_probs = out_BT[row, :num_drawn], log_probs_BT[row, :num_drawn]
+            stop_id = None
+            if done_B[row]:
+                length = int(np.argmax(np.isin(ids, stop_ids)))
+                stop_id, log_probs, ids = int(ids[length]), log_probs[: length + 1], ids[:length]
+            answers[i] = Generation(ids.tolist(), stop_id, log_probs.tolist())
     return [answers[i] for i in range(len(prompts))]
 
 
-def generation_batch_size(options: EvalOptions, num_prompts: int, mesh: Mesh | None) -> int:
-    """Rows of a batch: as many for each device, and at least two for a TPU's."""
+def generation_batch_size(options: SamplingOptions, num_prompts: int, mesh: Mesh | None) -> int:
+    """Rows of a batch: equally many for each device, and at least two for each TPU."""
     num_devices = 1 if mesh is None else mesh.size
     rows_per_device = -(-min(options.batch_size, max(num_prompts, 1)) // num_devices)
     return num_devices * max(rows_per_device, MIN_ROWS_PER_TPU if _on_tpu(mesh) else 1)
@@ -122,39 +201,54 @@ def _on_tpu(mesh: Mesh | None) -> bool:
 
 
 def stream(
-    graphdef: nnx.GraphDef,
+    builder: nnx.GraphDef | ModelBuilder,
     adapter: nnx.State,
-    frozen: nnx.State,
+    frozen: Any,
     prompt: Sequence[int],
     *,
-    options: EvalOptions,
+    options: SamplingOptions,
     stop_ids: Sequence[int],
     num_ids: int | None = None,
 ) -> Iterator[int]:
-    """The tokens of `generate`'s answer to this prompt alone, as they come; programs and errors as
-    there."""
-    limit = _max_positions(graphdef, adapter, frozen)
+    """Yields the tokens of `generate`'s answer to this prompt alone as they are drawn.
+
+    Arguments, programs and errors as there.
+    """
+    limit = _max_positions(builder, adapter, frozen)
     _check_length("the prompt", prompt, options, limit)
-    program = _Program(graphdef, options, None, num_ids)
-    padded_BT, rows = _pad([prompt], [0] * generation_batch_size(options, 1, None))
-    token_B, cache = _prefill(adapter, frozen, padded_BT, rows, program)
+    program = _program(builder, options, None, num_ids)
+    numbers = [0] * generation_batch_size(options, 1, None)
+    padded_BT, rows = _pad([prompt], numbers, options.seed)
+    drawn, cache = _prefill(adapter, frozen, padded_BT, rows, program)
     for n in range(1, options.max_new_tokens + 1):
-        token = int(token_B[0])
+        token = int(drawn.token_B[0])
         if token in stop_ids:
             return
         yield token
         if n < options.max_new_tokens:
-            token_B, cache = _decode_one(adapter, frozen, cache, token_B, rows, n, program)
+            drawn, cache = _decode_one(adapter, frozen, cache, drawn.token_B, rows, n, program)
 
 
-def _max_positions(graphdef: nnx.GraphDef, adapter: nnx.State, frozen: nnx.State) -> int:
+def _program(
+    builder: nnx.GraphDef | ModelBuilder,
+    options: SamplingOptions,
+    mesh: Mesh | None,
+    num_ids: int | None,
+) -> _Program:
+    # Neither the seed nor the batch size is compiled in.
+    return _Program(builder, dataclasses.replace(options, seed=0, batch_size=0), mesh, num_ids)
+
+
+def _max_positions(builder: nnx.GraphDef | ModelBuilder, adapter: nnx.State, frozen: Any) -> int:
+    if not isinstance(builder, nnx.GraphDef):
+        return builder.config.max_positions
     # Of shapes: modules refer to each other in cycles, and one with the arrays would hold on to
     # them until these are collected, 4.9 GiB of Gemma 2 2B beside the next train step.
     shapes = jax.tree.map(jax.typeof, (adapter, frozen))
-    return nnx.merge(graphdef, *shapes).config.max_positions
+    return nnx.merge(builder, *shapes).config.max_positions
 
 
-def _check_length(what: str, prompt: Sequence[int], options: EvalOptions, limit: int) -> None:
+def _check_length(what: str, prompt: Sequence[int], options: SamplingOptions, limit: int) -> None:
     if not prompt or len(prompt) + options.max_new_tokens > limit:
         raise ValueError(
             f"{what} has {len(prompt)} tokens; it needs at least 1 and, with "
@@ -162,18 +256,19 @@ def _check_length(what: str, prompt: Sequence[int], options: EvalOptions, limit:
         )
 
 
-def _pad(prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> tuple[Any, _Rows]:
-    """The prompts with these numbers, padded on their left: int32 [B, T]; and their rows."""
+def _pad(prompts: Sequence[Sequence[int]], numbers: Sequence[int], seed: int) -> tuple[Any, _Rows]:
+    """(the prompts with these numbers, padded on their left: int32 [B, T], their rows)."""
     lengths = [len(prompts[i]) for i in numbers]
     length = _padded_length(max(lengths))
     padded = [[0] * (length - len(prompts[i])) + list(prompts[i]) for i in numbers]
-    # NumPy's arrays, which are no process's own: several may share a mesh.
+    # NumPy arrays belong to no device, so several processes may share a mesh.
     arrays: list[Any] = [np.array(each, np.int32) for each in (padded, lengths, numbers)]
+    arrays.append(np.asarray(jax.random.key_data(jax.random.key(seed))))
     return arrays[0], _Rows(*arrays[1:])
 
 
 def _padded_length(length: int) -> int:
-    """The next power of two, or three quarters of it: what is more would be computed in vain."""
+    """The next power of two, or three quarters of it where that suffices."""
     power = _power_of_two(length)
     less = power * 3 // 4
     return less if MIN_PADDED_LENGTH < length <= less else power
@@ -186,13 +281,14 @@ def _power_of_two(length: int) -> int:
 @partial(jax.jit, static_argnames="program")
 def _prefill(
     adapter: nnx.State, frozen: nnx.State, padded_BT: jax.Array, rows: _Rows, program: _Program
-) -> tuple[jax.Array, KVCache]:
-    """The first token of each row's answer [B], and the cache with the prompts."""
+) -> tuple[_Drawn, KVCache]:
+    """The first token of each row's answer, and the cache with the prompts."""
     model = _model(adapter, frozen, program)
     batch, length = padded_BT.shape
     positions_BT = jnp.arange(length) - length + rows.lengths_B[:, None]
     where = Tokens(jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
-    # One program decodes after prompts of either length. The last token is drawn, but never read.
+    # A power of two: prompts padded to three quarters of it share the decoding program. The last
+    # token is drawn, but never an input: hence - 1.
     num_slots = _power_of_two(length) + program.options.max_new_tokens - 1
     cache = model.init_cache(batch, num_slots, mesh=program.mesh)
     hidden_BTD, cache = model.with_cache(padded_BT, where, cache, mesh=program.mesh)
@@ -204,7 +300,7 @@ def _decode(
     adapter: nnx.State,
     frozen: nnx.State,
     cache: KVCache,
-    token_B: jax.Array,
+    first: _Drawn,
     rows: _Rows,
     stop_ids: jax.Array,
     program: _Program,
@@ -214,19 +310,31 @@ def _decode(
 
     def draw_one(loop: _Loop) -> _Loop:
         n, last_B = loop.num_drawn, loop.out_BT[:, loop.num_drawn - 1]
-        token_B, cache = _step(model, loop.cache, last_B, rows, n, program)
-        done_B = loop.done_B | jnp.isin(token_B, stop_ids)
-        return _Loop(cache, loop.out_BT.at[:, n].set(token_B), n + 1, done_B)
+        drawn, cache = _step(model, loop.cache, last_B, rows, n, program)
+        return _Loop(
+            cache,
+            loop.out_BT.at[:, n].set(drawn.token_B),
+            loop.log_probs_BT.at[:, n].set(drawn.log_prob_B),
+            n + 1,
+            loop.done_B | jnp.isin(drawn.token_B, stop_ids),
+        )
 
     def unfinished(loop: _Loop) -> jax.Array:
         return (loop.num_drawn < program.options.max_new_tokens) & ~jnp.all(loop.done_B)
 
-    out_BT = jnp.zeros((len(token_B), program.options.max_new_tokens), jnp.int32)
-    start = _Loop(cache, out_BT.at[:, 0].set(token_B), jnp.int32(1), jnp.isin(token_B, stop_ids))
+    shape = len(first.token_B), program.options.max_new_tokens
+    start = _Loop(
+        cache,
+        jnp.zeros(shape, jnp.int32).at[:, 0].set(first.token_B),
+        jnp.zeros(shape, jnp.float32).at[:, 0].set(first.log_prob_B),
+        jnp.int32(1),
+        jnp.isin(first.token_B, stop_ids),
+    )
     end = jax.lax.while_loop(unfinished, draw_one, start)
-    # Whole on every device, so on every process.
+    # Replicated, so that every process has all answers.
     return end._replace(
         out_BT=constrain(end.out_BT, program.mesh, None, None),
+        log_probs_BT=constrain(end.log_probs_BT, program.mesh, None, None),
         done_B=constrain(end.done_B, program.mesh, None),
     )
 
@@ -240,26 +348,28 @@ def _decode_one(
     rows: _Rows,
     n: int,
     program: _Program,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[_Drawn, KVCache]:
     model = _model(adapter, frozen, program)
     return _step(model, cache, token_B, rows, n, program)
 
 
-def _model(adapter: nnx.State, frozen: nnx.State, program: _Program) -> Gemma:
-    """With the whole adapter on every device: shards, as in training, would be gathered for every
-    token, and all that is computed with them exchanged."""
+def _model(adapter: nnx.State, frozen: Any, program: _Program) -> CachedModel:
+    """The model with the whole adapter on every device: with shards, as in training, every token
+    would gather them again."""
     whole = jax.tree.map(lambda x: constrain(x, program.mesh, *[None] * x.ndim), adapter)
-    return nnx.merge(program.graphdef, whole, frozen)
+    if isinstance(program.builder, nnx.GraphDef):
+        return nnx.merge(program.builder, whole, frozen)
+    return program.builder(whole, frozen)
 
 
 def _step(
-    model: Gemma,
+    model: CachedModel,
     cache: KVCache,
     token_B: jax.Array,
     rows: _Rows,
     n: jax.Array | int,
     program: _Program,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[_Drawn, KVCache]:
     """Token n of each row's answer after token n - 1."""
     where = Tokens((rows.lengths_B + n - 1)[:, None], jnp.ones_like(token_B)[:, None])
     hidden_BTD, cache = model.with_cache(token_B[:, None], where, cache, mesh=program.mesh)
@@ -267,19 +377,21 @@ def _step(
 
 
 def _draw(
-    model: Gemma, hidden_BD: jax.Array, rows: _Rows, n: jax.Array | int, program: _Program
-) -> jax.Array:
+    model: CachedModel, hidden_BD: jax.Array, rows: _Rows, n: jax.Array | int, program: _Program
+) -> _Drawn:
     def key(number: jax.Array) -> jax.Array:
-        return jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(program.options.seed), number), n
-        )
+        seed_key = jax.random.wrap_key_data(rows.seed_key)
+        return jax.random.fold_in(jax.random.fold_in(seed_key, number), n)
 
     keys_B = jax.vmap(key)(rows.numbers_B)
-    logits_BV = model.logits(hidden_BD)[:, : program.num_ids]
-    return sample_token(logits_BV, keys_B, program.options)
+    logits_BV, options = model.logits(hidden_BD), program.options
+    token_B = sample_token(logits_BV[:, : program.num_ids], keys_B, options)
+    scaled_BV = logits_BV / (options.temperature or 1.0)
+    chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0]
+    return _Drawn(token_B, chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1))
 
 
-def sample_token(logits_BV: jax.Array, keys_B: jax.Array, options: EvalOptions) -> jax.Array:
+def sample_token(logits_BV: jax.Array, keys_B: jax.Array, options: SamplingOptions) -> jax.Array:
     """int32 [B]: argmax at temperature 0 or top_k 1, else a draw: temperature, top-k, top-p."""
     if options.temperature == 0 or options.top_k == 1:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -1,7 +1,10 @@
-"""Cross-entropy over a large vocabulary: the plain form (oracle) and the chunked one.
+"""The loss head: log-probabilities over a large vocabulary without logits in memory.
 
-Both return (sum of the losses in nats, number of loss tokens); nothing is averaged here: averages
-of averages weigh short micro-batches too much. The one division is the caller's.
+The loss of a token is a function of its log-probability (`TokenLoss`), so other objectives than
+cross-entropy use the same head. Losses are returned as sums: an average of averages gives short
+micro-batches too much weight. The one division is the caller's.
+
+Axes: N = B·T positions, C positions of a chunk, D model, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxsft.common.batch import Batch
 from jaxsft.gemma.attention import soft_cap
 from jaxsft.gemma.sharding import AXIS_TABLE, partition_spec
 
@@ -22,102 +26,124 @@ VOCAB_TILE = 2048
 # float32 for entries of the table up to 500, as exp(70) · 2^18 · 500 < 3.4e38.
 MAX_CAP_WITHOUT_SHIFT = 70.0
 
+# (log-probability of the targets [C], the batch's arrays at the same positions, [C] each) ->
+# (loss [C], coefficient [C]): the loss's gradient is coefficient · gradient of -log-probability.
+# A batch may have more arrays than `Batch` for it, one value a position. Only positions whose
+# `loss_weights_BT` is not 0 are asked for. Static in `jit`, so a function with a name.
+TokenLoss = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
-def chunked_cross_entropy(
+
+def cross_entropy(log_probs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The `TokenLoss` of supervised training: -log-probability · weight."""
+    weights: Any = batch.loss_weights_BT
+    return -log_probs * weights, weights
+
+
+def chunked_loss(
     hidden_BTD: jax.Array,
     table_VD: jax.Array,
-    targets_BT: jax.Array,
-    mask_BT: jax.Array,
+    batch: Batch,
     *,
+    token_loss: TokenLoss,
     logit_cap: float | None,
     chunk_tokens: int,
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The same sum without logits in memory; the head does work for loss-carrying positions alone.
+) -> jax.Array:
+    """The summed loss, a float32 scalar; differentiable with respect to the hidden states alone.
 
-    Positions that bear loss are gathered `chunk_tokens` at a time, each device its own rows; a
-    device stops after its last one, so more loss tokens mean more chunks and none is ever lost. The
-    table is frozen: the gradient of the hidden states is formed in the same pass over the table,
-    and the backward pass only scales it.
+    Positions whose loss weight is not 0 are gathered `chunk_tokens` at a time, each device its own
+    rows, and only they cost work. A device stops after its last one: more loss tokens mean more
+    chunks, and none is ever lost. The table is frozen: the gradient with respect to the hidden
+    states is formed in the same pass over the table, and the backward pass only scales it.
     """
 
-    def local(hidden, table, targets, mask):
-        flat = _flat(hidden, table, targets, mask)
+    def local(hidden, table, batch):
+        flat, chunk = _flat(hidden, table, batch), _chunk(chunk_tokens, batch)
         with jax.named_scope("loss_head"):
-            loss_sum = _chunked_sum(*flat, logit_cap, min(chunk_tokens, flat[0].shape[0]))
-        return loss_sum[None], jnp.sum(mask, dtype=jnp.int32)[None]
+            return _loss_sum(*flat, token_loss, logit_cap, chunk)[None]
 
-    args = hidden_BTD, table_VD, targets_BT, mask_BT
-    loss_sum, num_tokens = _on_each_device(local, mesh, args, (partition_spec("batch"),) * 2)
-    return jnp.sum(loss_sum), jnp.sum(num_tokens)
+    args = hidden_BTD, table_VD, batch
+    return jnp.sum(_on_each_device(local, mesh, args))
 
 
-def chunked_token_losses(
+def chunked_log_probs(
     hidden_BTD: jax.Array,
     table_VD: jax.Array,
-    targets_BT: jax.Array,
-    mask_BT: jax.Array,
+    batch: Batch,
     *,
     logit_cap: float | None,
     chunk_tokens: int,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """float32 [B, T]: the loss in nats of every position, 0 where the mask is false."""
+    """float32 [B, T]: log-probability of every target in nats, 0 where the loss weight is 0."""
 
-    def local(hidden, table, targets, mask):
-        flat = _flat(hidden, table, targets, mask)
-        losses = token_losses(*flat, logit_cap, min(chunk_tokens, flat[0].shape[0]))
-        return losses.reshape(targets.shape)
+    def local(hidden, table, batch):
+        flat, chunk = _flat(hidden, table, batch), _chunk(chunk_tokens, batch)
+        return target_log_probs(*flat, logit_cap, chunk).reshape(batch.tokens_BT.shape)
 
-    args = hidden_BTD, table_VD, targets_BT, mask_BT
-    return _on_each_device(local, mesh, args, partition_spec("batch"))
+    return _on_each_device(local, mesh, (hidden_BTD, table_VD, batch))
 
 
-def _flat(hidden_BTD, table_VD, targets_BT, mask_BT) -> tuple[Any, Any, Any, Any]:
+def _flat(hidden_BTD: jax.Array, table_VD: jax.Array, batch: Batch) -> tuple[Any, Any, Any]:
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    return hidden_ND, table_VD, targets_BT.reshape(-1), mask_BT.reshape(-1)
+    return hidden_ND, table_VD, flat_batch(batch)
 
 
-def _on_each_device(local: Callable, mesh: Mesh | None, args: tuple, out_specs: Any) -> Any:
+def flat_batch(batch: Batch) -> Batch:
+    """The batch's arrays as [N]."""
+    return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1), batch)
+
+
+def _chunk(chunk_tokens: int, batch: Batch) -> int:
+    return min(chunk_tokens, batch.tokens_BT.size)
+
+
+def _on_each_device(local: Callable, mesh: Mesh | None, args: tuple) -> jax.Array:
     """`local` of each device's own rows and the whole table."""
     if mesh is None:
         return local(*args)
-    batch = partition_spec("batch")
+    rows = partition_spec("batch")
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(batch, partition_spec(), batch, batch),
-        out_specs=out_specs,
+        in_specs=(rows, partition_spec(), rows),
+        out_specs=rows,
         axis_names=set(AXIS_TABLE["batch"]),
         check_vma=False,  # the loop's trip count differs from device to device on purpose
     )(*args)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked_sum(hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk) -> jax.Array:
-    return jnp.sum(token_losses(hidden_ND, table_VD, targets_N, mask_N, logit_cap, chunk))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _loss_sum(hidden_ND, table_VD, batch_N, token_loss, logit_cap, chunk) -> jax.Array:
+    log_probs_N = target_log_probs(hidden_ND, table_VD, batch_N, logit_cap, chunk)
+    losses_N, _ = token_loss(log_probs_N, batch_N)
+    return jnp.sum(jnp.where(batch_N.loss_weights_BT != 0, losses_N, 0.0))
 
 
-def loss_and_gradient(
+def loss_and_hidden_gradient(
     hidden_ND: jax.Array,
     table_VD: jax.Array,
-    targets_N: jax.Array,
-    mask_N: jax.Array,
+    batch_N: Batch,
+    token_loss: TokenLoss,
     logit_cap: float | None,
     chunk_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss sum in nats, its gradient by hidden state [N, D]) in one pass over the table."""
+    """(loss sum, its gradient with respect to the hidden states [N, D]) in one pass over the table.
+
+    `batch_N` is a `flat_batch`.
+    """
     num_positions, dtype = hidden_ND.shape[0], hidden_ND.dtype
     table = table_VD.astype(dtype)
-    num_loss, order = _loss_positions(mask_N, chunk_tokens)
+    num_loss, order = _loss_positions(batch_N.loss_weights_BT, chunk_tokens)
 
     def body(carry):
         start, loss_sum, gradient = carry
-        rows = jax.lax.dynamic_slice(order, (start,), (chunk_tokens,))
-        x = hidden_ND.at[rows].get(mode="fill", fill_value=0)
-        target = targets_N.at[rows].get(mode="fill", fill_value=0)
-        losses, dx = _one_chunk(x, table, target, logit_cap, with_gradient=True)
+        rows, x, batch_C = _gather(order, start, hidden_ND, batch_N, chunk_tokens)
+        targets: Any = batch_C.targets_BT
+        log_probs, dx = _one_chunk(x, table, targets, logit_cap, with_gradient=True)
+        losses, coefficients = token_loss(log_probs, batch_C)
         loss_sum = loss_sum + jnp.sum(jnp.where(rows < num_positions, losses, 0.0))
+        dx = dx * coefficients[:, None]
         gradient = gradient.at[rows].set(dx.astype(dtype), mode="drop")
         return start + chunk_tokens, loss_sum, gradient
 
@@ -126,58 +152,65 @@ def loss_and_gradient(
     return loss_sum, gradient
 
 
-def token_losses(
+def target_log_probs(
     hidden_ND: jax.Array,
     table_VD: jax.Array,
-    targets_N: jax.Array,
-    mask_N: jax.Array,
+    batch_N: Batch,
     logit_cap: float | None,
     chunk_tokens: int,
 ) -> jax.Array:
-    """float32 [N]: the loss in nats of every position, 0 where `mask_N` is false."""
+    """float32 [N]: log-probability of every target in nats, 0 where the loss weight is 0."""
     table = table_VD.astype(hidden_ND.dtype)
-    num_loss, order = _loss_positions(mask_N, chunk_tokens)
+    num_loss, order = _loss_positions(batch_N.loss_weights_BT, chunk_tokens)
 
     def body(carry):
-        start, losses_N = carry
-        rows = jax.lax.dynamic_slice(order, (start,), (chunk_tokens,))
-        x = hidden_ND.at[rows].get(mode="fill", fill_value=0)
-        target = targets_N.at[rows].get(mode="fill", fill_value=0)
-        losses, _ = _one_chunk(x, table, target, logit_cap, with_gradient=False)
-        return start + chunk_tokens, losses_N.at[rows].set(losses, mode="drop")
+        start, log_probs_N = carry
+        rows, x, batch_C = _gather(order, start, hidden_ND, batch_N, chunk_tokens)
+        log_probs, _ = _one_chunk(x, table, batch_C.targets_BT, logit_cap, with_gradient=False)
+        return start + chunk_tokens, log_probs_N.at[rows].set(log_probs, mode="drop")
 
     start = jnp.int32(0), jnp.zeros(hidden_ND.shape[0], jnp.float32)
     return jax.lax.while_loop(lambda carry: carry[0] < num_loss, body, start)[1]
 
 
-def _loss_positions(mask_N: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """(how many bear loss, all positions: these first and in order).
+def _loss_positions(weights_N: Any, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(how many positions bear loss, all positions: these first and in order).
 
-    The slots after them name position N, which no row has: reads there are filled with zeros and
-    writes dropped.
+    The slots after them name position N, which no row has: reads there give zeros, and writes are
+    dropped.
     """
-    num_positions, num_loss = mask_N.shape[0], jnp.sum(mask_N, dtype=jnp.int32)
+    mask_N, num_positions = weights_N != 0, weights_N.shape[0]
     order = jnp.nonzero(mask_N, size=num_positions + chunk, fill_value=num_positions)[0]
-    return num_loss, order
+    return jnp.sum(mask_N, dtype=jnp.int32), order
 
 
-def _backward(logit_cap, chunk, gradient_ND, cotangent) -> tuple[Any, ...]:
+def _gather(
+    order: jax.Array, start: jax.Array, hidden_ND: jax.Array, batch_N: Batch, chunk: int
+) -> tuple[jax.Array, jax.Array, Batch]:
+    """A chunk's positions, hidden states and batch arrays."""
+    rows = jax.lax.dynamic_slice(order, (start,), (chunk,))
+    get = lambda x: x.at[rows].get(mode="fill", fill_value=0)  # noqa: E731
+    return rows, get(hidden_ND), jax.tree.map(get, batch_N)
+
+
+def _backward(token_loss, logit_cap, chunk, gradient_ND, cotangent) -> tuple[Any, ...]:
     scaled = gradient_ND.astype(jnp.float32) * cotangent
-    return scaled.astype(gradient_ND.dtype), None, None, None
+    return scaled.astype(gradient_ND.dtype), None, None
 
 
-_chunked_sum.defvjp(loss_and_gradient, _backward)
+_loss_sum.defvjp(loss_and_hidden_gradient, _backward)
 
 
 def _one_chunk(
     x_CD, table_VD, target_C, logit_cap, *, with_gradient: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Losses [C] and their gradients by x [C, D], float32, in one pass over the vocabulary.
+    """(log-probabilities of the targets [C], gradient [C, D] of minus their sum with respect to x),
+    float32, in one pass over the vocabulary.
 
     Like flash attention (arXiv:2205.14135) with the table as keys and values: tile by tile, the
     logits' exponentials, their sum and their product with the table accumulate, and the sum divides
-    at the end, so that no logit ever leaves the chip. The target's own term, p - 1, is formed apart
-    in float32: as a difference of two sums it would drown in bfloat16 where p is near 1.
+    at the end, so that no logit ever leaves the chip. The target's own term, p - 1, is computed
+    separately in float32: a difference of two sums would be lost in bfloat16 where p is near 1.
     """
     num_tokens, vocab_size = x_CD.shape[0], table_VD.shape[0]
     tile = min(VOCAB_TILE, vocab_size)
@@ -220,6 +253,6 @@ def _one_chunk(
     target_CD = table_VD[target_C].astype(jnp.float32)
     raw = jnp.sum(x_CD.astype(jnp.float32) * target_CD, axis=-1)
     target_logit = soft_cap(raw, logit_cap)
-    losses = jnp.log(total) + shift - target_logit
+    log_probs = -(jnp.log(total) + shift - target_logit)
     slope = 1.0 if logit_cap is None else 1.0 - (target_logit / logit_cap) ** 2
-    return losses, dx / total[:, None] + (jnp.expm1(-losses) * slope)[:, None] * target_CD
+    return log_probs, dx / total[:, None] + (jnp.expm1(log_probs) * slope)[:, None] * target_CD

@@ -18,11 +18,10 @@ from rich.style import Style
 
 from jaxsft.cli import EXIT_BAD_INPUT, fail
 from jaxsft.common.text import visible_text
-from jaxsft.config import EvalOptions
 from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.gemma.decode import stream
+from jaxsft.gemma.decode import SamplingOptions, stream
 
 TextKind = Literal["text", "tag", "reasoning", "answer"]
 
@@ -59,7 +58,7 @@ class ChatSession(NamedTuple):
 
     tokenizer: Tokenizer
     max_positions: int
-    decoding: EvalOptions
+    decoding: SamplingOptions
     console: Console
 
 

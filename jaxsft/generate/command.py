@@ -20,7 +20,7 @@ from jaxsft.config import SYSTEM_PROMPT, ModelOptions
 from jaxsft.data.rows import Turn, split_completion
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import lora
-from jaxsft.gemma.decode import Generation, generate, generation_batch_size
+from jaxsft.gemma.decode import Generation, SamplingOptions, generate, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.generate.chat import ChatSession, Voice, answer, chat, encode, show
 from jaxsft.generate.options import GenerateOptions
@@ -55,7 +55,8 @@ def generate_answers(options: GenerateOptions) -> int:
         sys.stdout.reconfigure(errors="replace")
     console.file = sys.stdout  # raises when the reader has gone, which ends the work
     positions = loaded.info.config.max_positions
-    session = ChatSession(loaded.tokenizer, positions, options.decoding, console)
+    sampling = SamplingOptions.from_fields(options.decoding)
+    session = ChatSession(loaded.tokenizer, positions, sampling, console)
     if options.prompts is not None:
         write_lines(answer_file(prompts, voices, session, mesh), options.output, console)
         return 0

@@ -56,7 +56,7 @@ def compile_local(config: TrainConfig, model_config: GemmaConfig, steps: int) ->
         needed = step_bytes(compiled, devices[0].platform) * (len(devices) if shares_memory else 1)
         # After compiling: what XLA holds on to is not free to train in either.
         available = free_memory(jax.local_devices())
-    formulation = "plain" if arguments.spec.fused is None else "fused"
+    formulation = "plain" if arguments.spec.model.fused is None else "fused"
     return LocalStep(program_hash(lowered), formulation, needed, available)
 
 

@@ -18,7 +18,7 @@ from jaxsft.config import TrainConfig
 from jaxsft.gemma.sharding import named, partition_spec
 from jaxsft.run.program import make_fused_spec
 from jaxsft.run.setup import Setup, plain_weights
-from jaxsft.step.fused import loss_and_gradients
+from jaxsft.step.fused import FusedSpec, loss_and_gradients
 from jaxsft.step.fused_weights import FusedLayout, Layer, fuse, group_adapter, write_adapter
 from jaxsft.step.train_step import StepSpec, init_state, train_step
 
@@ -60,7 +60,7 @@ def compare_ways(
         batch: a global batch [B, T] on the mesh.
     """
     spec, dtype = setup.spec, config.model.dtype
-    if spec.fused is not None and spec.fused.use_kernel:
+    if spec.model.fused is not None and spec.model.fused.use_kernel:
         kernels, xla = (
             _first_layers(adapter, setup.frozen, batch, spec=other)
             for other in (spec, _without_kernels(spec))
@@ -80,9 +80,13 @@ def compare_ways(
     return dataclasses.replace(setup, frozen=frozen), difference, ""
 
 
+def _with_fused(spec: StepSpec, fused: FusedSpec | None) -> StepSpec:
+    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, fused=fused))
+
+
 def _without_kernels(spec: StepSpec) -> StepSpec:
-    assert spec.fused is not None
-    return dataclasses.replace(spec, fused=spec.fused._replace(use_kernel=False))
+    assert spec.model.fused is not None
+    return _with_fused(spec, spec.model.fused._replace(use_kernel=False))
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -94,11 +98,11 @@ def _first_layers(
     All layers would tell less, because rounding differences grow with every layer, and would take
     minutes to compile. Every device takes at most two rows: XLA's attention keeps all scores.
     """
-    settings = spec.fused
+    settings = spec.model.fused
     assert settings is not None
 
     def local(adapter, weights, batch):
-        num_rows = batch.tokens_BT.shape[0] // spec.accumulation_steps
+        num_rows = batch.tokens_BT.shape[0] // spec.update.accumulation_steps
         rows = jax.tree.map(lambda x: x[: min(num_rows, 2)], batch)
         whole = jax.tree.map(lambda x: x.astype(settings.dtype), adapter)
         grouped = _first_of_each_kind(group_adapter(whole, settings.layout), settings.layout)
@@ -118,7 +122,7 @@ def _first_layers(
     whole_spec, rows_spec = partition_spec(), partition_spec("batch")
     (loss_sum, by_kind), d_embedded = jax.shard_map(
         local,
-        mesh=spec.mesh,
+        mesh=spec.model.mesh,
         in_specs=(whole_spec, whole_spec, rows_spec),
         out_specs=(whole_spec, rows_spec),
         check_vma=False,
@@ -145,9 +149,9 @@ def _other_formulation(config: TrainConfig, setup: Setup) -> tuple[str, StepSpec
 
     Raises ValueError where there is no other.
     """
-    spec, mesh = setup.spec, setup.spec.mesh
-    if spec.fused is not None:
-        plain = dataclasses.replace(spec, fused=None)
+    spec, mesh = setup.spec, setup.spec.model.mesh
+    if spec.model.fused is not None:
+        plain = _with_fused(spec, None)
         return "fused and plain step", plain, plain_weights(setup)
     if mesh.devices.flat[0].platform == "tpu":
         raise ValueError("a plain step has no kernels")
@@ -158,7 +162,7 @@ def _other_formulation(config: TrainConfig, setup: Setup) -> tuple[str, StepSpec
     weights = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(
         setup.frozen, layout=fused.layout
     )
-    return "plain and fused step", dataclasses.replace(spec, fused=fused), weights
+    return "plain and fused step", _with_fused(spec, fused), weights
 
 
 def _step_gradient(

@@ -88,14 +88,14 @@ def measure(
     if data.heldout is None:
         return {}
     step, samples, rows = int(setup.state.step), data.heldout_samples, data.heldout.rows
-    num_devices = setup.spec.mesh.size
+    num_devices = setup.spec.model.mesh.size
     console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
     losses = held_out_losses(
         setup.state.adapter,
         setup.frozen,
         rows,
         answer_mask(rows, data.tokenizer),
-        spec=setup.spec,
+        spec=setup.spec.model,
         batch_size=-(-config.eval.batch_size // num_devices) * num_devices,
         on_batch=on_batch,
     )
@@ -110,7 +110,7 @@ def measure(
             plain_weights(setup),
             prompts,
             data.tokenizer,
-            spec=setup.spec,
+            spec=setup.spec.model,
             options=config.eval,
             on_batch=on_batch,
         )

@@ -137,7 +137,9 @@ def time_steps(
         tick(f"timed step {i}")
         rows = batches[(first_step + i) % len(batches)]
         started = time.perf_counter()
-        state, frozen, scalars = train_step(state, frozen, put_batch(rows, spec.mesh), spec=spec)
+        state, frozen, scalars = train_step(
+            state, frozen, put_batch(rows, spec.model.mesh), spec=spec
+        )
         jax.device_get(scalars)
         seconds.append(time.perf_counter() - started)
     first_s, *others = from_first(lambda: seconds)  # so that all processes judge alike
@@ -156,9 +158,9 @@ def run_preflight(
     setup, state, times = time_steps(setup, NUM_TIMED_STEPS, tick)
     timed = [batches[(first_step + 1 + i) % len(batches)] for i in range(NUM_TIMED_STEPS)]
     num_tokens = sum(int((batch.segment_ids_BT > 0).sum()) for batch in timed)
-    memory = peak_memory(spec.mesh)
+    memory = peak_memory(spec.model.mesh)
     tick("comparing two ways to compute the step")
-    batch = put_batch(timed[-1], spec.mesh)
+    batch = put_batch(timed[-1], spec.model.mesh)
     # The trained copy of the adapter: a fresh one's B is zero.
     setup, difference, not_compared = compare_ways(config, setup, state.adapter, batch)
     return setup, Preflight(
@@ -168,7 +170,7 @@ def run_preflight(
         num_steps_left=len(batches) - first_step,
         budget_hours=config.budget_hours,
         memory=memory,
-        planned=find_plan(plan_dir, setup.program_hash, spec.mesh),
+        planned=find_plan(plan_dir, setup.program_hash, spec.model.mesh),
         difference=difference,
         not_compared=not_compared,
     )

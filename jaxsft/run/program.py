@@ -31,9 +31,11 @@ from jaxsft.step import flash_attention
 from jaxsft.step.fused import FusedSpec
 from jaxsft.step.fused_weights import fuse, make_layout
 from jaxsft.step.optimizer import make_schedule, make_transform
+from jaxsft.step.score import ModelSpec
 from jaxsft.step.train_step import (
     StepSpec,
     TrainState,
+    UpdateSpec,
     init_state,
     train_state_shardings,
     train_step,
@@ -156,8 +158,14 @@ def make_spec(
     steps: int,
 ) -> StepSpec:
     """Everything static about the step of the run."""
-    return StepSpec(
+    model = ModelSpec(
         graphdef=graphdef,
+        mesh=mesh,
+        logit_cap=model_config.final_softcap,
+        chunk_tokens=config.loss_chunk_tokens,
+        fused=make_fused_spec(config, model_config, mesh),
+    )
+    update = UpdateSpec(
         transform=make_transform(
             beta1=config.adam_beta1,
             beta2=config.adam_beta2,
@@ -166,15 +174,12 @@ def make_spec(
             max_grad_norm=config.max_grad_norm,
         ),
         schedule=run_schedule(config, steps),
-        mesh=mesh,
-        logit_cap=model_config.final_softcap,
-        chunk_tokens=config.loss_chunk_tokens,
         accumulation_steps=config.gradient_accumulation_steps,
         use_dropout=config.lora.dropout > 0,
         seed=config.seed,
-        fused=make_fused_spec(config, model_config, mesh),
         spike_sigmas=config.skip_spikes_sigmas,
     )
+    return StepSpec(model, update)
 
 
 def make_model(config: TrainConfig, model_config: GemmaConfig) -> Gemma:
@@ -210,12 +215,12 @@ def abstract_setup(
     return StepArguments(
         spec,
         jax.tree.map(_struct, state, train_state_shardings(state, spec)),
-        abstract_weights(frozen, spec),
+        abstract_weights(frozen, spec.model),
         abstract_batch(config, mesh),
     )
 
 
-def abstract_weights(frozen: nnx.State, spec: StepSpec) -> Any:
+def abstract_weights(frozen: nnx.State, spec: ModelSpec) -> Any:
     """Shapes and shardings of the frozen weights as the step takes them."""
     if spec.fused is None:
         return jax.tree.map(_struct, frozen, state_shardings(frozen, spec.mesh))
@@ -229,7 +234,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     sharding = named(mesh, "batch", None)
     structs: list[Any] = [
         jax.ShapeDtypeStruct(
-            shape, jnp.bool_ if name == "loss_mask_BT" else jnp.int32, sharding=sharding
+            shape, jnp.float32 if name == "loss_weights_BT" else jnp.int32, sharding=sharding
         )
         for name in Batch._fields
     ]

@@ -25,14 +25,14 @@ _OF_A_SESSION = ("deadline:", "max_seconds:", "fit_deadline:", "hang_seconds:")
 def show_setup(console: Console, setup: Setup) -> None:
     """One line about model, adapter, steps and devices, one about the compiled program."""
     info, batches = setup.model_info, setup.step_batches
-    mesh = setup.spec.mesh
+    mesh = setup.spec.model.mesh
     console.print(
         f"{info.name}: {info.config.num_params:,} frozen parameters, "
         f"{num_adapter_params(setup.state):,} in the adapter; {len(batches):,} steps of "
         f"{batches.global_batch_size} rows on {mesh.size} {mesh.devices.flat[0].device_kind} "
         f"device{'s' if mesh.size > 1 else ''}"
     )
-    formulation = "plain" if setup.spec.fused is None else "fused"
+    formulation = "plain" if setup.spec.model.fused is None else "fused"
     console.print(f"train step: {formulation}, program {setup.program_hash}")
 
 

@@ -185,7 +185,7 @@ def run_to_the_end(
 
 def is_on_tpu(setup: Setup) -> bool:
     """Does the step run on TPUs?"""
-    return setup.spec.mesh.devices.flat[0].platform == "tpu"
+    return setup.spec.model.mesh.devices.flat[0].platform == "tpu"
 
 
 def guarded(body: Callable[[], int], *, argv: Sequence[str], again: str, console: Console) -> int:

@@ -100,10 +100,10 @@ def build(
     model_weights = jax.eval_shape(lambda: frozen)
     spec = make_spec(config, info.config, graphdef, mesh, steps)
     state = with_forked_adapter(config, init_state(adapter, spec), info, say)
-    if spec.fused is not None:
+    if spec.model.fused is not None:
         # Once nothing refers to the model's own weights, half of the memory is free again.
         frozen = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(
-            frozen, layout=spec.fused.layout
+            frozen, layout=spec.model.fused.layout
         )
         del model
         gc.collect()  # modules refer to each other in cycles: nothing else frees its arrays in time
@@ -138,19 +138,19 @@ def build(
 
 def plain_weights(setup: Setup) -> nnx.State:
     """The model's own frozen weights, for generation."""
-    fused = setup.spec.fused
+    fused = setup.spec.model.fused
     if fused is None:
         return setup.frozen
     restore = jax.jit(
         lambda weights: unfuse(weights, setup.model_weights, fused.layout),
-        out_shardings=state_shardings(setup.model_weights, setup.spec.mesh),
+        out_shardings=state_shardings(setup.model_weights, setup.spec.model.mesh),
     )
     return restore(setup.frozen)
 
 
 def trained_model(setup: Setup) -> Gemma:
     """The model with the present adapter; its frozen weights are shapes only."""
-    return nnx.merge(setup.spec.graphdef, setup.state.adapter, setup.model_weights)
+    return nnx.merge(setup.spec.model.graphdef, setup.state.adapter, setup.model_weights)
 
 
 def num_adapter_params(state: TrainState) -> int:
@@ -198,7 +198,7 @@ def checkpoint_metadata(setup: Setup) -> dict[str, Any]:
 def split_of(setup: Setup) -> str:
     """How a step's work is divided; it decides the order of the sums."""
     spec = setup.spec
-    return f"{spec.mesh.size} devices x {spec.accumulation_steps} micro-batches"
+    return f"{spec.model.mesh.size} devices x {spec.update.accumulation_steps} micro-batches"
 
 
 def with_num_steps(setup: Setup, config: TrainConfig, steps: int) -> Setup:
@@ -207,8 +207,9 @@ def with_num_steps(setup: Setup, config: TrainConfig, steps: int) -> Setup:
     Only for a run that has not begun: its batches stay the same."""
     batches = copy.copy(setup.step_batches)
     batches.num_steps = steps
-    spec = dataclasses.replace(setup.spec, schedule=run_schedule(config, steps))
-    batch = abstract_batch(config, spec.mesh)
+    update = dataclasses.replace(setup.spec.update, schedule=run_schedule(config, steps))
+    spec = dataclasses.replace(setup.spec, update=update)
+    batch = abstract_batch(config, spec.model.mesh)
     return dataclasses.replace(
         setup,
         spec=spec,

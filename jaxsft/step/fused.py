@@ -1,7 +1,7 @@
-"""The loss of a Gemma with LoRA and its gradient by the adapter, layer by layer.
+"""The loss of a Gemma with LoRA and its gradient with respect to the adapter, layer by layer.
 
-`lax.scan` forward, saving what fused_layer.py says, then backward: the loss head forms the gradient
-of the hidden states in its forward pass, so that the whole is one pass up and one down.
+One `lax.scan` over the layers forward, which saves what fused_layer.py says, then one backward. The
+loss head forms the gradient with respect to the hidden states in its forward pass.
 """
 
 import math
@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.common.batch import Batch
-from jaxsft.gemma.loss import loss_and_gradient, token_losses
+from jaxsft.gemma.loss import (
+    TokenLoss,
+    cross_entropy,
+    flat_batch,
+    loss_and_hidden_gradient,
+    target_log_probs,
+)
 from jaxsft.step.fused_layer import LayerSettings, layer_backward, layer_forward, make_attend
 from jaxsft.step.fused_weights import FusedLayout, Layer, write_adapter
 from jaxsft.step.row_kernels import Stacked, enter, enter_backward
@@ -24,7 +30,7 @@ class FusedSpec(NamedTuple):
     layout: FusedLayout
     dtype: Any  # of activations and of the frozen weights
     chunk_tokens: int
-    recompute_layers: bool  # save the layers' inputs alone
+    recompute_layers: bool  # save only the layers' inputs
     use_kernel: bool  # Pallas attention; False: the XLA reference
 
 
@@ -34,11 +40,18 @@ def loss_and_gradients(
     batch: Batch,
     so_far: list[list[Layer]],
     spec: FusedSpec,
+    token_loss: TokenLoss = cross_entropy,
 ) -> tuple[jax.Array, list[list[Layer]], jax.Array]:
-    """(loss sum in nats, `so_far` plus its float32 gradients by the grouped adapter, its gradient
-    by the embedded tokens [N, D]) of rows [B, T].
+    """The summed loss of rows [B, T] and its gradients.
 
-    `weights` must hold `grouped` already (`write_adapter`).
+    Args:
+      weights: fused weights with `grouped` in their pads already (`write_adapter`).
+      grouped: the adapter as `group_adapter` returns it.
+      so_far: float32 gradients to add to, shaped like `grouped`.
+
+    Returns:
+      The loss sum, `so_far` plus the gradient with respect to `grouped`, and the gradient with
+      respect to the embedded tokens [N, D].
     """
     settings = _settings(batch, spec)
     x, saved_by_segment = _embed(weights, batch, spec), []
@@ -54,7 +67,7 @@ def loss_and_gradients(
 
         x, saved = jax.lax.scan(forward, x, (stacks, loras))
         saved_by_segment.append(saved)
-    loss_sum, dx = _head(x, weights, batch, spec)
+    loss_sum, dx = _head(x, weights, batch, spec, token_loss)
 
     grads_by_segment: list[list[Layer]] = []
     for (stacks, loras, (kinds, count)), saved, sums in zip(
@@ -72,7 +85,7 @@ def loss_and_gradients(
                         again = layer_forward(saved_here("x").read(), layer, lora, of_kind)
                     saved_here = again[1].__getitem__
                 dx, of_layer = layer_backward(dx, layer, lora, saved_here, of_kind)
-                # In place and within the matmul that makes the gradient, not stack by stack after.
+                # Added in place by the matmul that forms the gradient, not in a pass afterwards.
                 sums[p] = jax.tree.map(lambda s, g: s.at[index].add(g), sums[p], of_layer)
             return (dx, sums), None
 
@@ -82,12 +95,12 @@ def loss_and_gradients(
     return loss_sum, grads_by_segment, dx
 
 
-def losses(
+def fused_log_probs(
     weights: dict[str, Any], grouped: list[list[Layer]], batch: Batch, spec: FusedSpec
 ) -> jax.Array:
-    """float32 [B, T]: the loss in nats of every position, 0 where the mask is false.
+    """float32 [B, T]: log-probability of every target in nats, 0 where the loss weight is 0.
 
-    `weights` need not hold `grouped`, each layer is written as it runs.
+    `grouped` is written into each layer's pads here; what `weights` has there is not read.
     """
     settings, x = _settings(batch, spec), _embed(weights, batch, spec)
     segments = zip(weights["stacks"], grouped, spec.layout.segments, strict=True)
@@ -99,7 +112,9 @@ def losses(
             return x, None
 
         x, _ = jax.lax.scan(forward, x, (stacks, loras))
-    return token_losses(*_head_arguments(x, weights, batch, spec)).reshape(batch.tokens_BT.shape)
+    hidden, table, flat = _head_inputs(x, weights, batch, spec)
+    log_probs_N = target_log_probs(hidden, table, flat, *_head_settings(batch, spec))
+    return log_probs_N.reshape(batch.tokens_BT.shape)
 
 
 def _settings(batch: Batch, spec: FusedSpec) -> dict[str, LayerSettings]:
@@ -125,36 +140,41 @@ def _embed(weights: dict[str, Any], batch: Batch, spec: FusedSpec) -> jax.Array:
 
 
 def _head(
-    x_ND: jax.Array, weights: dict[str, Any], batch: Batch, spec: FusedSpec
+    x_ND: jax.Array,
+    weights: dict[str, Any],
+    batch: Batch,
+    spec: FusedSpec,
+    token_loss: TokenLoss,
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss sum, its gradient by the last layer's output) through the final norm."""
+    """(loss sum, its gradient with respect to the last layer's output, before the final norm)."""
     config, scale = spec.layout.config, weights["final_norm"]
-    arguments = _head_arguments(x_ND, weights, batch, spec)
+    inputs = _head_inputs(x_ND, weights, batch, spec)
     with jax.named_scope("loss_head"):
-        loss_sum, d_hidden = loss_and_gradient(*arguments)
+        loss_sum, d_hidden = loss_and_hidden_gradient(
+            *inputs, token_loss, *_head_settings(batch, spec)
+        )
     zeros = jnp.zeros_like(d_hidden)
     return loss_sum, enter_backward(zeros, d_hidden, x_ND, scale, eps=config.rms_norm_eps)[0]
 
 
-def _head_arguments(
+def _head_inputs(
     x_ND: jax.Array, weights: dict[str, Any], batch: Batch, spec: FusedSpec
-) -> tuple[Any, ...]:
-    """What the loss functions take, of the last layer's output."""
-    config = spec.layout.config
-    (hidden,) = enter(x_ND, weights["final_norm"], eps=config.rms_norm_eps)
-    return (
-        hidden,
-        weights["embedding"],
-        jnp.asarray(batch.targets_BT).reshape(-1),
-        jnp.asarray(batch.loss_mask_BT).reshape(-1),
-        config.final_softcap,
-        min(spec.chunk_tokens, x_ND.shape[0]),
-    )
+) -> tuple[jax.Array, jax.Array, Batch]:
+    """(hidden states after the final norm, table, flat batch), from the last layer's output."""
+    (hidden,) = enter(x_ND, weights["final_norm"], eps=spec.layout.config.rms_norm_eps)
+    return hidden, weights["embedding"], flat_batch(batch)
+
+
+def _head_settings(batch: Batch, spec: FusedSpec) -> tuple[float | None, int]:
+    return spec.layout.config.final_softcap, min(spec.chunk_tokens, batch.tokens_BT.size)
 
 
 def _reader(stack: Layer, index: jax.Array) -> Callable[[str], Stacked]:
-    """One layer's saved arrays. Every use has an index of its own: XLA would otherwise share one
-    slice between its consumers and copy it out of the stack for them (0.9 ms for one MLP)."""
+    """One layer's saved arrays, by name.
+
+    Every use has an index of its own: otherwise XLA shares one slice between the consumers and
+    copies it out of the stack for them (0.9 ms for one MLP).
+    """
 
     def saved(name: str) -> Stacked:
         nonlocal index

@@ -1,13 +1,12 @@
-"""The one jitted train step and the eval step.
+"""The one jitted train step.
 
-Only the adapter is differentiated: frozen weights get no gradient and no optimizer state. Two
-formulations of one function: `StepSpec.fused` None differentiates model.py (the reference: any
-device, dropout, sharded weights), otherwise fused.py computes the gradient, each device on its own
-rows, with one gather of the adapter before and one reduction of its gradient after.
+Only the adapter is differentiated: frozen weights get no gradient and no optimizer state. With
+`ModelSpec.fused` None, autodiff differentiates model.py. Otherwise fused.py computes the gradient,
+each device on its own rows, with one gather of the adapter before and one reduction of its gradient
+after.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxsft.common.batch import Batch
-from jaxsft.gemma.loss import chunked_cross_entropy, chunked_token_losses
+from jaxsft.gemma.loss import TokenLoss, chunked_loss, cross_entropy
 from jaxsft.gemma.sharding import (
     constrain,
     gather_shards,
@@ -29,17 +28,17 @@ from jaxsft.gemma.sharding import (
     shard_spec,
     state_shardings,
 )
-from jaxsft.step.fused import FusedSpec, loss_and_gradients
-from jaxsft.step.fused import losses as fused_losses
+from jaxsft.step.fused import loss_and_gradients
 from jaxsft.step.fused_weights import group_adapter, write_adapter
 from jaxsft.step.optimizer import SpikeHistory, empty_history, is_spike, record
+from jaxsft.step.score import ModelSpec
 
 
 class TrainState(NamedTuple):
-    """What a step changes and a checkpoint keeps. Adapter and moments are float32.
+    """What a step changes and a checkpoint stores. Adapter and moments are float32.
 
-    `step` counts batches consumed, `num_updates` the updates applied: a step whose loss or gradient
-    is not finite, or that is a spike, is consumed but not applied.
+    `step` counts the batches seen, `num_updates` the updates applied: no update is applied when the
+    loss or the gradient is not finite, or the step is a spike.
     """
 
     step: jax.Array  # int32 scalar
@@ -50,20 +49,25 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """Everything static about the step; hashable, so that `jit` compiles once for each."""
+class UpdateSpec:
+    """Everything static about training a model: the loss of a token, and what is done with the
+    gradient; hashable."""
 
-    graphdef: nnx.GraphDef
     transform: optax.GradientTransformation
     schedule: optax.Schedule
-    mesh: Mesh
-    logit_cap: float | None
-    chunk_tokens: int
     accumulation_steps: int = 1
     use_dropout: bool = False
-    seed: int = 0
-    fused: FusedSpec | None = None
+    seed: int = 0  # of dropout
     spike_sigmas: float | None = None  # None: no step is skipped as a spike
+    token_loss: TokenLoss = cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Everything static about the step; `jit` compiles once for each value."""
+
+    model: ModelSpec
+    update: UpdateSpec
 
 
 def init_state(adapter: nnx.State, spec: StepSpec) -> TrainState:
@@ -71,9 +75,9 @@ def init_state(adapter: nnx.State, spec: StepSpec) -> TrainState:
 
     def init(adapter: nnx.State) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        history = None if spec.spike_sigmas is None else empty_history()
-        moments = spec.transform.init(adapter)
-        # Donation wants distinct buffers: a zero each.
+        history = None if spec.update.spike_sigmas is None else empty_history()
+        moments = spec.update.transform.init(adapter)
+        # Two zeros: donation needs distinct buffers.
         return TrainState(zero, jnp.zeros((), jnp.int32), adapter, moments, history)
 
     shardings = train_state_shardings(jax.eval_shape(init, adapter), spec)
@@ -81,72 +85,90 @@ def init_state(adapter: nnx.State, spec: StepSpec) -> TrainState:
 
 
 def train_state_shardings(state: TrainState, spec: StepSpec) -> TrainState:
-    """NamedSharding of every array: with the fused step adapter and moments are split over the
-    devices (ZeRO, arXiv:1910.02054), else replicated."""
-    num_shards = 1 if spec.fused is None else spec.mesh.shape["data"]
+    """NamedSharding of every array of the state.
+
+    With the fused step, adapter and moments are split over the devices (ZeRO, arXiv:1910.02054);
+    otherwise they are replicated.
+    """
+    num_shards = 1 if spec.model.fused is None else spec.model.mesh.shape["data"]
     shardings = jax.tree.map(
-        lambda x: NamedSharding(spec.mesh, shard_spec(x.shape, num_shards)),
+        lambda x: NamedSharding(spec.model.mesh, shard_spec(x.shape, num_shards)),
         state._replace(history=None),
     )
-    return shardings._replace(history=jax.tree.map(lambda _: named(spec.mesh), state.history))
+    return shardings._replace(history=jax.tree.map(lambda _: named(spec.model.mesh), state.history))
 
 
-def _loss(
-    head: Callable[..., Any],
-    adapter: nnx.State,
-    frozen: nnx.State,
-    batch: Batch,
-    key: jax.Array | None,
-    spec: StepSpec,
-) -> Any:
-    """`head`, one of loss.py's chunked functions, of one micro-batch [B, T]."""
-    model = nnx.merge(spec.graphdef, adapter, frozen)
+def _loss_sum(
+    adapter: nnx.State, frozen: nnx.State, batch: Batch, key: jax.Array | None, spec: StepSpec
+) -> jax.Array:
+    """The summed loss of one micro-batch [B, T]; dropout where there is a `key`."""
+    of_model = spec.model
+    model = nnx.merge(of_model.graphdef, adapter, frozen)
     hidden_BTD = model(
-        batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, mesh=spec.mesh, dropout_key=key
+        batch.tokens_BT,
+        batch.positions_BT,
+        batch.segment_ids_BT,
+        mesh=of_model.mesh,
+        dropout_key=key,
     )
-    return head(
+    return chunked_loss(
         hidden_BTD,
         model.embedding[...],
-        jnp.asarray(batch.targets_BT),
-        jnp.asarray(batch.loss_mask_BT),
-        logit_cap=spec.logit_cap,
-        chunk_tokens=spec.chunk_tokens,
-        mesh=spec.mesh,
+        batch,
+        token_loss=spec.update.token_loss,
+        logit_cap=of_model.logit_cap,
+        chunk_tokens=of_model.chunk_tokens,
+        mesh=of_model.mesh,
     )
+
+
+class _Sums(NamedTuple):
+    """Sums over all micro-batches and devices."""
+
+    loss: jax.Array  # float32 scalar, nats
+    weight: jax.Array  # float32 scalar: exact for ones, up to 2^24 of them
+    num_tokens: jax.Array  # int32 scalar: targets whose weight is not 0
+
+
+def _sums(loss: jax.Array, batch: Batch) -> _Sums:
+    weights_BT = batch.loss_weights_BT
+    num_tokens = jnp.sum(weights_BT != 0, dtype=jnp.int32)
+    return _Sums(loss, jnp.sum(weights_BT, dtype=jnp.float32), num_tokens)
 
 
 def _gradient_sum(
     adapter: nnx.State, frozen: nnx.State, batch: Batch, key: jax.Array | None, spec: StepSpec
-) -> tuple[nnx.State, jax.Array, jax.Array]:
-    """Gradient of the loss *sum*, that sum, and its token count, over all micro-batches."""
-    grad_fn = jax.value_and_grad(partial(_loss, chunked_cross_entropy), has_aux=True)
-    count = spec.accumulation_steps
+) -> tuple[nnx.State, _Sums]:
+    """The gradient of the loss *sum* with respect to the adapter, and the sums."""
+    grad_fn, count = jax.value_and_grad(_loss_sum), spec.update.accumulation_steps
     if count == 1:
-        (loss_sum, num_tokens), grads = grad_fn(adapter, frozen, batch, key, spec)
-        return grads, loss_sum, num_tokens
+        loss_sum, grads = grad_fn(adapter, frozen, batch, key, spec)
+        return grads, _sums(loss_sum, batch)
 
     def split(x_BT: jax.Array) -> jax.Array:
         # Micro-batch a takes rows a, a + A, a + 2A, …: every device keeps its own rows.
         x_ABT = x_BT.reshape(-1, count, x_BT.shape[-1]).swapaxes(0, 1)
-        return constrain(x_ABT, spec.mesh, None, "batch", None)
+        return constrain(x_ABT, spec.model.mesh, None, "batch", None)
 
     def body(carry, indexed):
         index, micro_batch = indexed
         micro_key = None if key is None else jax.random.fold_in(key, index)
-        (loss_sum, num_tokens), grads = grad_fn(adapter, frozen, micro_batch, micro_key, spec)
-        return jax.tree.map(jnp.add, carry, (grads, loss_sum, num_tokens)), None
+        added = grad_fn(adapter, frozen, micro_batch, micro_key, spec)
+        return jax.tree.map(jnp.add, carry, added), None
 
-    zeros = jax.tree.map(jnp.zeros_like, adapter), jnp.float32(0.0), jnp.int32(0)
+    zeros = jnp.float32(0.0), jax.tree.map(jnp.zeros_like, adapter)
     micro_batches = jnp.arange(count), jax.tree.map(split, batch)
-    return jax.lax.scan(body, zeros, micro_batches)[0]
+    (loss_sum, grads), _ = jax.lax.scan(body, zeros, micro_batches)
+    return grads, _sums(loss_sum, batch)
 
 
 def _fused_gradient_sum(
     adapter: nnx.State, weights: dict[str, Any], batch: Batch, spec: StepSpec
-) -> tuple[nnx.State, jax.Array, jax.Array, dict[str, Any]]:
-    """As _gradient_sum, its gradient sharded like the adapter; and the weights it wrote into."""
-    assert spec.fused is not None
-    settings, num_shards = spec.fused, spec.mesh.shape["data"]
+) -> tuple[nnx.State, _Sums, dict[str, Any]]:
+    """As `_gradient_sum`, the gradient sharded like the adapter; and the weights with the adapter
+    written into their pads."""
+    settings, num_shards = spec.model.fused, spec.model.mesh.shape["data"]
+    assert settings is not None
     leaves, tree = jax.tree.flatten(adapter)
     dims = [shard_dim(x.shape, num_shards) for x in leaves]
     specs = [shard_spec(x.shape, num_shards) for x in leaves]
@@ -160,40 +182,44 @@ def _fused_gradient_sum(
         weights = weights | {"stacks": stacks}
 
         def body(carry, micro_batch):
-            loss_sum, num_tokens, grads = carry
-            added, grads, _ = loss_and_gradients(weights, grouped, micro_batch, grads, settings)
-            num_tokens += jnp.sum(micro_batch.loss_mask_BT, dtype=jnp.int32)
-            return (loss_sum + added, num_tokens, grads), None
+            loss_sum, grads = carry
+            added, grads, _ = loss_and_gradients(
+                weights, grouped, micro_batch, grads, settings, spec.update.token_loss
+            )
+            return (loss_sum + added, grads), None
 
-        count = spec.accumulation_steps
+        count = spec.update.accumulation_steps
         micro_batches = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), grouped)
-        start = jnp.float32(0.0), jnp.int32(0), zeros
-        (loss_sum, num_tokens, grads), _ = jax.lax.scan(body, start, micro_batches)
+        (loss_sum, grads), _ = jax.lax.scan(body, (jnp.float32(0.0), zeros), micro_batches)
         with jax.named_scope("optimizer"):
             abstract = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in whole]
             transpose = jax.linear_transpose(group, jax.tree.unflatten(tree, abstract))
             (by_projection,) = transpose(grads)
             reduced = reduce_to_shards(jax.tree.leaves(by_projection), dims)
-        return reduced, *jax.lax.psum((loss_sum, num_tokens), "data"), weights
+        return reduced, jax.lax.psum(_sums(loss_sum, batch), "data"), weights
 
     whole_spec, rows = partition_spec(), partition_spec("batch")
-    reduced, loss_sum, num_tokens, weights = jax.shard_map(
+    reduced, sums, weights = jax.shard_map(
         local,
-        mesh=spec.mesh,
+        mesh=spec.model.mesh,
         in_specs=(specs, whole_spec, rows),
-        out_specs=(specs, whole_spec, whole_spec, whole_spec),
+        out_specs=(specs, whole_spec, whole_spec),
         check_vma=False,  # the loss head's trip count differs from device to device on purpose
     )(leaves, weights, batch)
-    return jax.tree.unflatten(tree, reduced), loss_sum, num_tokens, weights
+    return jax.tree.unflatten(tree, reduced), sums, weights
 
 
 @jax.named_scope("optimizer")
 def _update(
-    state: TrainState, grads: nnx.State, learning_rate: Any, applied: jax.Array, spec: StepSpec
+    state: TrainState,
+    grads: nnx.State,
+    learning_rate: Any,
+    applied: jax.Array,
+    transform: optax.GradientTransformation,
 ) -> tuple[nnx.State, Any]:
-    """(adapter, moments) after the gradients, or as they were where not `applied`."""
-    updates, moments = spec.transform.update(grads, state.moments, state.adapter)
+    """(adapter, moments) after the update, or unchanged where not `applied`."""
+    updates, moments = transform.update(grads, state.moments, state.adapter)
     adapter = jax.tree.map(lambda p, u: p - learning_rate * u, state.adapter, updates)
     kept = state.adapter, state.moments
     return jax.tree.map(lambda new, old: jnp.where(applied, new, old), (adapter, moments), kept)
@@ -205,41 +231,42 @@ def train_step(
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     """One optimizer step on a global batch [B, T]; donates `state` and `frozen`.
 
-    `frozen` is the model's frozen state, or with `spec.fused` its fused weights, whose pads the
-    step writes: hence returned, all else in it unchanged.
+    `frozen` is the model's frozen state, or with `spec.model.fused` the fused weights. The step
+    writes the adapter into their pads and changes nothing else in them.
 
-    Returns the new state, the frozen weights, and scalars: loss (nats per loss token),
-    num_loss_tokens, grad_norm (before clipping), learning_rate, applied (False: loss or gradient
-    was not finite, or a spike, and adapter and moments are unchanged).
+    Returns the new state, the frozen weights (the ones passed in are donated), and scalars: loss
+    (the weighted mean, in nats), num_loss_tokens (targets whose weight is not 0), grad_norm (before
+    clipping), learning_rate, applied (False: loss or gradient was not finite, or the step was a
+    spike, and adapter and moments are unchanged).
     """
-    key = None
-    if spec.use_dropout:
-        key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
-    if spec.fused is not None:
-        sums = _fused_gradient_sum(state.adapter, frozen, batch, spec)
-        grads, loss_sum, num_tokens, frozen = sums
+    model, update = spec.model, spec.update
+    if model.fused is not None:
+        grads, sums, frozen = _fused_gradient_sum(state.adapter, frozen, batch, spec)
     else:
-        grads, loss_sum, num_tokens = _gradient_sum(state.adapter, frozen, batch, key, spec)
-        # Placed as it came, or the next step would compile again.
-        frozen = jax.lax.with_sharding_constraint(frozen, state_shardings(frozen, spec.mesh))
+        key = None
+        if update.use_dropout:
+            key = jax.random.fold_in(jax.random.key(update.seed), state.step)
+        grads, sums = _gradient_sum(state.adapter, frozen, batch, key, spec)
+        # With the sharding that it came with, or the next step would compile again.
+        frozen = jax.lax.with_sharding_constraint(frozen, state_shardings(frozen, model.mesh))
     # The one division. A batch without loss tokens has zero gradients; 1 keeps it finite.
-    denominator = jnp.maximum(num_tokens, 1).astype(jnp.float32)
-    loss = loss_sum / denominator
+    denominator = jnp.where(sums.num_tokens > 0, sums.weight, 1.0)
+    loss = sums.loss / denominator
     grads = jax.tree.map(lambda g: g / denominator, grads)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (num_tokens > 0)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (sums.num_tokens > 0)
     applied, history = finite, state.history
     if history is not None:
-        assert spec.spike_sigmas is not None
-        applied &= ~is_spike(history, loss, grad_norm, spec.spike_sigmas)
+        assert update.spike_sigmas is not None
+        applied &= ~is_spike(history, loss, grad_norm, update.spike_sigmas)
         history = record(history, loss, grad_norm, finite)
 
-    learning_rate = spec.schedule(state.num_updates)
-    adapter, moments = _update(state, grads, learning_rate, applied, spec)
+    learning_rate = update.schedule(state.num_updates)
+    adapter, moments = _update(state, grads, learning_rate, applied, update.transform)
     new_state = TrainState(state.step + 1, state.num_updates + applied, adapter, moments, history)
     metrics = {
         "loss": loss,
-        "num_loss_tokens": num_tokens,
+        "num_loss_tokens": sums.num_tokens,
         "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(learning_rate, jnp.float32),
         "applied": applied,
@@ -248,28 +275,7 @@ def train_step(
     return jax.lax.with_sharding_constraint(new_state, shardings), frozen, metrics
 
 
-@partial(jax.jit, static_argnames="spec")
-def eval_step(adapter: nnx.State, frozen: Any, batch: Batch, *, spec: StepSpec) -> jax.Array:
-    """float32 [B, T]: the loss in nats of every position, 0 where it bears none; no dropout."""
-    if spec.fused is None:
-        return _loss(chunked_token_losses, adapter, frozen, batch, None, spec)
-    settings, rows = spec.fused, partition_spec("batch")
-
-    def local(adapter, weights, batch):
-        whole = jax.tree.map(lambda x: x.astype(settings.dtype), adapter)
-        return fused_losses(weights, group_adapter(whole, settings.layout), batch, settings)
-
-    whole_spec = partition_spec()
-    return jax.shard_map(
-        local,
-        mesh=spec.mesh,
-        in_specs=(whole_spec, whole_spec, rows),
-        out_specs=rows,
-        check_vma=False,
-    )(adapter, frozen, batch)
-
-
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """A process's rows [B / num_processes, T] as global arrays split over the mesh's batch axes."""
     sharding = named(mesh, "batch", None)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)

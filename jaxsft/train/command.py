@@ -192,7 +192,7 @@ def train(
             step = index + 1
             # ---- The step ----
             session.beat(f"step {step}")
-            on_device = put_batch(batch, spec.mesh)
+            on_device = put_batch(batch, spec.model.mesh)
             with jax.transfer_guard("disallow"):
                 state, frozen, scalars = train_step(state, frozen, on_device, spec=spec)
             metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}

@@ -147,7 +147,7 @@ def test_rows_after_the_last_epoch_are_padding():
     assert sorted(stream[:6]) == [0, 0, 1, 1, 2, 2]
     assert stream[6:].tolist() == [-1, -1]
     assert not steps[1].segment_ids_BT[2:].any()
-    assert not steps[1].loss_mask_BT[2:].any()
+    assert not steps[1].loss_weights_BT[2:].any()
     half = StepBatches(rows, 2, seed=0, num_steps=num_steps(3, 1.5, 2), epochs=1.5)
     assert (half.row_indices(0) >= 0).all() and (half.row_indices(1) >= 0).all()
     assert half.row_indices(2).tolist() == [-1, -1] and len(half) == 2

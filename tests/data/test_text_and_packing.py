@@ -98,15 +98,15 @@ def test_packing_loses_and_duplicates_nothing(packing):
             np.testing.assert_array_equal(batch.positions_BT[b, here], np.arange(len(here)))
             # Targets are the segment's own tokens shifted by one; the last position has none.
             np.testing.assert_array_equal(batch.targets_BT[b, here[:-1]], ids[1:])
-            assert batch.targets_BT[b, here[-1]] == 0 and not batch.loss_mask_BT[b, here[-1]]
-            found[int(ids[0])] = (ids, batch.loss_mask_BT[b, here[:-1]])
+            assert batch.targets_BT[b, here[-1]] == 0 and not batch.loss_weights_BT[b, here[-1]]
+            found[int(ids[0])] = (ids, batch.loss_weights_BT[b, here[:-1]])
     assert len(found) == len(samples)
     for sample in samples:
         ids, loss_mask = found[int(sample.ids[0])]
         np.testing.assert_array_equal(ids, sample.ids)
         np.testing.assert_array_equal(loss_mask, sample.loss_mask[1:])
     assert rows.num_tokens == (batch.segment_ids_BT > 0).sum()
-    assert rows.num_loss_tokens == batch.loss_mask_BT.sum()
+    assert rows.num_loss_tokens == batch.loss_weights_BT.sum()
     assert rows.fill == (batch.segment_ids_BT > 0).mean()
 
 

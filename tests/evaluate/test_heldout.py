@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.fake_tokenizer import FakeTokenizer
@@ -100,13 +99,13 @@ def test_examples_as_text_and_where_such_an_answer_ends(monkeypatch: pytest.Monk
     four, more = tokenizer.encode(" 4"), tokenizer.encode("\n\nQuestion: And?\nAnswer: 5")
     turn = [tokenizer.start_of_turn_id, *tokenizer.encode("user")]
     found = [
-        Generation(four, stopped=True),
-        Generation(four + more[:3], stopped=False),
-        Generation(four + more, stopped=False),
+        Generation(four, 1, []),
+        Generation(four + more[:3], None, []),
+        Generation(four + more, None, []),
         # Another turn, of which generation reached the end, or not.
-        Generation(four + turn, stopped=True),
-        Generation(four + turn, stopped=False),
-        Generation(four + more + turn, stopped=False),
+        Generation(four + turn, 1, []),
+        Generation(four + turn, None, []),
+        Generation(four + more + turn, None, []),
     ]
     monkeypatch.setattr(tokenizer, "vocab_size", 300, raising=False)
     monkeypatch.setattr(heldout, "generate", lambda *_, **__: found)
@@ -154,10 +153,10 @@ def test_answer_begins_with_its_tag() -> None:
 def test_losses_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token loses its own id: sums that the rows themselves give."""
 
-    def eval_step(adapter: Any, frozen: Any, batch: Batch, *, spec: Any) -> jax.Array:
-        return (batch.targets_BT * batch.loss_mask_BT).astype(jnp.float32)
+    def token_log_probs(adapter: Any, frozen: Any, batch: Batch, *, spec: Any) -> jax.Array:
+        return -batch.targets_BT * batch.loss_weights_BT
 
-    monkeypatch.setattr(heldout, "eval_step", eval_step)
+    monkeypatch.setattr(heldout, "token_log_probs", token_log_probs)
     rows, tokenizer = packed([GOOD, "No tags.", GOOD[1:], "x"], [[0, 2], [3], [1]])
     mask, batches = answer_mask(rows, tokenizer), []
     found = held_out_losses(

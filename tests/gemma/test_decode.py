@@ -21,12 +21,11 @@ from jax.sharding import AbstractMesh
 from support.lora_twins import short_twin
 from support.twins import TWINS, WINDOW, make_twin, to_jax
 
-from jaxsft.config import EvalOptions
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import decode as sample
 from jaxsft.gemma import lora
 from jaxsft.gemma.attention import Tokens
-from jaxsft.gemma.decode import Generation, generate, sample_token, stream
+from jaxsft.gemma.decode import Generation, SamplingOptions, generate, sample_token, stream
 from jaxsft.gemma.model import Gemma, KVCache
 from jaxsft.gemma.sharding import MESH_AXES
 
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NEVER = (9999,)  # a stop id outside the twins' vocabulary
 NUM_NEW_TOKENS = 20
-GREEDY = EvalOptions(batch_size=4, max_new_tokens=NUM_NEW_TOKENS)
+GREEDY = SamplingOptions(batch_size=4, max_new_tokens=NUM_NEW_TOKENS)
 DRAWN = dataclasses.replace(GREEDY, temperature=8.0, top_k=0)  # the twin's logits reach 30
 # One shorter than the window, the others longer; together in one bucket of 32.
 LENGTHS = (3, 21, 9, 14)
@@ -156,8 +155,19 @@ def drawn(one: Split) -> list[Generation]:
     return generate(*one, PROMPTS, options=DRAWN, stop_ids=NEVER)
 
 
-def test_every_draw_is_from_the_logits_of_full_recomputation(
+def test_draws_and_log_probs_are_those_of_full_recomputation(
     one: Split, drawn: list[Generation]
+) -> None:
+    """The log-probability is that of the whole row at the temperature, whatever top-k and top-p."""
+    truncated = dataclasses.replace(DRAWN, top_k=5, top_p=0.9)
+    check_against_full_recomputation(one, drawn, DRAWN)
+    for options in (truncated, GREEDY):
+        answers = generate(*one, PROMPTS, options=options, stop_ids=NEVER)
+        check_against_full_recomputation(one, answers, options)
+
+
+def check_against_full_recomputation(
+    one: Split, drawn: list[Generation], options: SamplingOptions
 ) -> None:
     graphdef, adapter, frozen = one
     tokens, segments = np.zeros((2, len(PROMPTS), max(LENGTHS) + NUM_NEW_TOKENS), np.int32)
@@ -167,35 +177,43 @@ def test_every_draw_is_from_the_logits_of_full_recomputation(
     logits_BTV = full_logits(adapter, frozen, tokens, segments, graphdef)
     for row, (prompt, answer) in enumerate(zip(PROMPTS, drawn, strict=True)):
         assert len(answer.ids) == NUM_NEW_TOKENS and not answer.stopped
-        key = jax.random.fold_in(jax.random.key(DRAWN.seed), row)
+        key = jax.random.fold_in(jax.random.key(options.seed), row)
         keys = jax.vmap(lambda n, key=key: jax.random.fold_in(key, n))(jnp.arange(NUM_NEW_TOKENS))
         logits = logits_BTV[row, len(prompt) - 1 : len(prompt) - 1 + NUM_NEW_TOKENS]
-        assert answer.ids == sample_token(logits, keys, DRAWN).tolist()
+        assert answer.ids == sample_token(logits, keys, options).tolist()
+        log_probs = jax.nn.log_softmax(logits / (options.temperature or 1.0))
+        errors = np.abs(log_probs[np.arange(NUM_NEW_TOKENS), answer.ids] - answer.log_probs)
+        assert errors.mean() <= 2e-6 and errors.max() <= 1e-4
+
+
+def ids_of(answers: Sequence[Generation]) -> list[list[int]]:
+    return [answer.ids for answer in answers]
 
 
 def test_the_adapter_counts(one: Split, drawn: list[Generation]) -> None:
     graphdef, adapter, frozen = one
     nothing = jax.tree.map(jnp.zeros_like, adapter)
-    assert generate(graphdef, nothing, frozen, PROMPTS, options=DRAWN, stop_ids=NEVER) != drawn
+    without = generate(graphdef, nothing, frozen, PROMPTS, options=DRAWN, stop_ids=NEVER)
+    assert ids_of(without) != ids_of(drawn)
 
 
 def test_batch_size_and_company_change_nothing(one: Split, drawn: list[Generation]) -> None:
-    def answers(batch_size: int, prompts: list[list[int]]) -> list[Generation]:
+    def answers(batch_size: int, prompts: list[list[int]]) -> list[list[int]]:
         options = dataclasses.replace(DRAWN, batch_size=batch_size)
-        return generate(*one, prompts, options=options, stop_ids=NEVER)
+        return ids_of(generate(*one, prompts, options=options, stop_ids=NEVER))
 
-    assert answers(1, PROMPTS) == drawn
+    assert answers(1, PROMPTS) == ids_of(drawn)
     # Three of four, then one and two repetitions of it.
-    assert answers(3, PROMPTS) == drawn
+    assert answers(3, PROMPTS) == ids_of(drawn)
     # Another second prompt, and nothing after the third.
     other = random_prompts([30], seed=1)[0]
-    assert answers(3, [PROMPTS[0], other, PROMPTS[2]])[::2] == drawn[:3:2]
+    assert answers(3, [PROMPTS[0], other, PROMPTS[2]])[::2] == ids_of(drawn)[:3:2]
 
 
 @pytest.mark.parametrize("on_tpu", [False, True], ids=["", "on a TPU"])  # in two rows
 @pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_a_stream_is_generates_answer(
-    one: Split, options: EvalOptions, on_tpu: bool, monkeypatch: pytest.MonkeyPatch
+    one: Split, options: SamplingOptions, on_tpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = PROMPTS[1]
     whole = generate(*one, [prompt], options=options, stop_ids=NEVER)[0].ids
@@ -238,7 +256,12 @@ def test_an_answer_ends_before_the_first_stop_token(one: Split, drawn: list[Gene
     stop_ids = next(ids for ids in choices if set(ends(ids)) == {0, middle, last, None})
     answers = generate(*one, PROMPTS, options=DRAWN, stop_ids=stop_ids)
     for answer, whole, end in zip(answers, drawn, ends(stop_ids), strict=True):
-        assert answer == Generation(whole.ids[:end], end is not None)
+        stop_id = None if end is None else whole.ids[end]
+        assert (answer.ids, answer.stop_id) == (whole.ids[:end], stop_id)
+        # Of the stop token as well.
+        num_log_probs = NUM_NEW_TOKENS if end is None else end + 1
+        assert answer.log_probs == pytest.approx(whole.log_probs[:num_log_probs], abs=1e-5)
+        assert len(answer.log_probs) == num_log_probs
 
 
 def test_nothing_holds_on_to_the_weights(one: Split) -> None:
@@ -288,6 +311,7 @@ def test_few_programs_are_compiled(one: Split) -> None:
         return sample._prefill._cache_size() - before[0], sample._decode._cache_size() - before[1]
 
     assert compiled(5, 9) == (1, 1)
+    options = dataclasses.replace(options, seed=7)
     # Other lengths, up to the padded one, a batch and a half.
     assert compiled(1, 20) == compiled(32, 32) == compiled(7, 8, 9) == (0, 0)
     # Sorted by length, 4 and 33 share the second batch, which is padded to 48.
@@ -314,6 +338,10 @@ def test_the_last_position_can_be_reached(one: Split) -> None:
     assert answer.ids == logits[123:127].argmax(-1).tolist()
 
 
+def options_of(**settings: Any) -> SamplingOptions:
+    return SamplingOptions(batch_size=1, max_new_tokens=1, **settings)
+
+
 def keys(num_rows: int, seed: int = 0) -> jax.Array:
     return jax.vmap(jax.random.key)(seed * 100_000 + jnp.arange(num_rows))
 
@@ -326,7 +354,7 @@ def random_logits(num_rows: int) -> np.ndarray:
     return (3 * rng.standard_normal((num_rows, 64))).astype(np.float32)
 
 
-def warped(logits: np.ndarray, options: EvalOptions) -> np.ndarray:
+def warped(logits: np.ndarray, options: SamplingOptions) -> np.ndarray:
     """transformers' logits after temperature, top-k and top-p; -inf where a token is left out."""
     warpers: list[Any] = [transformers.TemperatureLogitsWarper(options.temperature)]
     if options.top_k:
@@ -356,7 +384,7 @@ def warped(logits: np.ndarray, options: EvalOptions) -> np.ndarray:
 def test_draws_are_from_transformers_distribution(
     temperature: float, top_k: int, top_p: float
 ) -> None:
-    options = EvalOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    options = options_of(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = random_logits(1)
     scores = torch.tensor(warped(logits, options)[0], dtype=torch.float64)
     expected = NUM_DRAWS * torch.softmax(scores, dim=-1).numpy()
@@ -375,19 +403,19 @@ def test_draws_are_from_transformers_distribution(
 @pytest.mark.parametrize(
     "options",
     [
-        EvalOptions(temperature=0.0, top_k=0),
-        EvalOptions(temperature=0.0, top_k=5, top_p=0.5),
-        EvalOptions(temperature=2.0, top_k=1),
+        options_of(temperature=0.0, top_k=0),
+        options_of(temperature=0.0, top_k=5, top_p=0.5),
+        options_of(temperature=2.0, top_k=1),
     ],
 )
-def test_greedy_needs_no_key(options: EvalOptions) -> None:
+def test_greedy_needs_no_key(options: SamplingOptions) -> None:
     logits = random_logits(256)
     drawn = np.asarray(sample_token(jnp.asarray(logits), keys(256), options))
     assert drawn.dtype == np.int32 and np.array_equal(drawn, logits.argmax(-1))
 
 
 def test_a_draw_depends_on_its_own_row_alone() -> None:
-    options = EvalOptions(temperature=1.0, top_k=20, top_p=0.9)
+    options = options_of(temperature=1.0, top_k=20, top_p=0.9)
     logits = jnp.asarray(random_logits(64))
     drawn = sample_token(logits, keys(64), options)
     rows = jnp.array([40, 3, 3, 17])
@@ -400,9 +428,9 @@ def test_another_seed_or_place_is_another_draw(one: Split, drawn: list[Generatio
     assert generate(*one, PROMPTS, options=DRAWN, stop_ids=NEVER) == drawn
     other_seed = dataclasses.replace(DRAWN, seed=DRAWN.seed + 1)
     others = generate(*one, PROMPTS, options=other_seed, stop_ids=NEVER)
-    assert all(a != b for a, b in zip(others, drawn, strict=True))
+    assert all(a.ids != b.ids for a, b in zip(others, drawn, strict=True))
     same = generate(*one, [PROMPTS[1]] * 4, options=DRAWN, stop_ids=NEVER)
-    assert len({tuple(answer.ids) for answer in same}) == 4 and same[1] == drawn[1]
+    assert len({tuple(answer.ids) for answer in same}) == 4 and same[1].ids == drawn[1].ids
 
 
 REAL_PROMPTS = [
@@ -449,7 +477,7 @@ def test_real_model_greedy(
     real_model: Gemma, hf_real_model: Any, real_prompts: list[list[int]]
 ) -> None:
     assert len(real_prompts) == 16 and len({len(prompt) for prompt in real_prompts}) > 6
-    options = EvalOptions(batch_size=16, max_new_tokens=64)
+    options = SamplingOptions(batch_size=16, max_new_tokens=64)
     answers = generate(*lora.split(real_model), real_prompts, options=options, stop_ids=NEVER)
     assert all(len(answer.ids) == 64 and not answer.stopped for answer in answers)
     assert len({token for answer in answers for token in answer.ids}) > 100
@@ -465,6 +493,6 @@ def test_real_model_in_other_batches(
     assert real_model.config.sliding_window == 512
     text = [token for prompt in real_prompts for token in prompt[1:]] * 4
     prompts = [[2, *text[:700]], *real_prompts, [2, *text[:490]]]
-    options = EvalOptions(batch_size=batch_size, max_new_tokens=40)
+    options = SamplingOptions(batch_size=batch_size, max_new_tokens=40)
     answers = generate(*lora.split(real_model), prompts, options=options, stop_ids=NEVER)
     assert_greedy(hf_real_model, prompts, answers)

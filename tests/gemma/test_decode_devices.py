@@ -26,7 +26,6 @@ def measure() -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from jaxsft.config import EvalOptions
     from jaxsft.gemma import decode as sample
     from jaxsft.gemma import lora
     from jaxsft.gemma.architecture import GLOBAL, LOCAL, PRESETS
@@ -52,7 +51,7 @@ def measure() -> dict[str, Any]:
     adapter = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(x.dtype), adapter)
     # 21 prompts in batches of five, which eight devices make sixteen.
     prompts = [rng.integers(4, 96, length).tolist() for length in rng.integers(1, 32, 21)]
-    greedy = EvalOptions(batch_size=5, max_new_tokens=12)
+    greedy = sample.SamplingOptions(batch_size=5, max_new_tokens=12)
     drawn = dataclasses.replace(greedy, temperature=1.0, top_k=20, top_p=0.9)
     report = {}
     for case, shape in CASES.items():
@@ -70,7 +69,7 @@ def measure() -> dict[str, Any]:
             for options, stop_ids in ((greedy, (96,)), (drawn, (5, 6, 7)))
         ]
         if mesh is not None:
-            padded, rows = sample._pad(prompts, range(8))
+            padded, rows = sample._pad(prompts, range(8), 0)
             program = sample._Program(graphdef, greedy, mesh)
             _, cache = sample._prefill(*placed, padded, rows, program)
             (shard, *_), kv = cache.kv_L2BSKH.addressable_shards, cache.kv_L2BSKH

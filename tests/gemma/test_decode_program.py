@@ -64,7 +64,7 @@ def measure() -> dict[str, Any]:
     layers = preset.layer_types[:NUM_LAYERS]
     twin = dataclasses.replace(preset, layer_types=layers, vocab_size=8192)
     arguments = abstract_setup(config, twin, topology_devices("v5e:2x4"), steps=100)
-    mesh, adapter = arguments.spec.mesh, arguments.state.adapter
+    mesh, adapter = arguments.spec.model.mesh, arguments.state.adapter
     struct = partial(jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s))
     weights = split(nnx.eval_shape(partial(make_model, config, twin)))[2]
     weights = struct(weights, state_shardings(weights, mesh))
@@ -73,7 +73,7 @@ def measure() -> dict[str, Any]:
     num_rows = sample.generation_batch_size(options, NUM_PROMPTS, mesh)
     prompts = sample._pad([[0] * PROMPT_LENGTH], [0] * num_rows)
     padded, rows = jax.eval_shape(lambda: prompts)
-    program = sample._Program(arguments.spec.graphdef, options, mesh)
+    program = sample._Program(arguments.spec.model.graphdef, options, mesh)
     token_B, cache = jax.eval_shape(
         partial(sample._prefill, program=program), adapter, weights, padded, rows
     )

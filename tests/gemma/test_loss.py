@@ -1,17 +1,18 @@
-"""Chunked cross-entropy equals the plain one, which equals its definition in float64."""
+"""The chunked loss head equals the plain one, which equals its definition in float64."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.plain_loss import plain_cross_entropy
+from support.plain_loss import plain_log_probs
 
-from jaxsft.gemma.loss import chunked_cross_entropy
+from jaxsft.common.batch import Batch
+from jaxsft.gemma.loss import chunked_log_probs, chunked_loss, cross_entropy
 from jaxsft.gemma.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -19,14 +20,17 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T, D, V = 3, 9, 16, 101
 CAP = 4.0  # the largest logits of `problem` are far beyond it
 
-MASKS = {
-    "some": np.random.default_rng(1).random((B, T)) < 0.4,
-    "none": np.zeros((B, T), bool),
-    "all": np.ones((B, T), bool),
-    "one": np.arange(B * T).reshape(B, T) == 13,
+RNG = np.random.default_rng(1)
+SOME = RNG.random((B, T)) < 0.4
+WEIGHTS = {
+    "some": SOME,
+    "fractions": SOME * RNG.uniform(0.1, 3.0, (B, T)),
+    "none": np.zeros((B, T)),
+    "all": np.ones((B, T)),
     "last": np.arange(B * T).reshape(B, T) == B * T - 1,
     "one row": np.arange(B)[:, None] + np.zeros((B, T)) == 1,
 }
+WEIGHTS = {name: weights.astype(np.float32) for name, weights in WEIGHTS.items()}
 
 
 def problem(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -37,38 +41,42 @@ def problem(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
     return hidden, table, jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
 
 
+def batch_of(targets: Any, weights: Any) -> Batch:
+    """What the head reads of a batch."""
+    zeros: Any = jnp.zeros(targets.shape, jnp.int32)
+    return Batch(zeros, targets, weights, zeros, zeros)
+
+
 def oracle(
-    hidden: Any, table: Any, targets: Any, mask: np.ndarray, cap: float | None
+    hidden: Any, table: Any, targets: Any, weights: np.ndarray, cap: float | None
 ) -> tuple[float, np.ndarray]:
-    """The loss sum and its gradient by the hidden states, in float64."""
+    """The loss sum and its gradient with respect to the hidden states, in float64."""
     hidden, table = np.asarray(hidden, np.float64), np.asarray(table, np.float64)
     raw = hidden @ table.T
     logits = raw if cap is None else cap * np.tanh(raw / cap)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     is_target = np.asarray(targets)[..., None] == np.arange(len(table))
-    loss = -np.sum(log_probs[is_target] * mask.reshape(-1))
-    d_logits = (np.exp(log_probs) - is_target) * mask[..., None]
+    loss = -np.sum(log_probs[is_target] * weights.reshape(-1))
+    d_logits = (np.exp(log_probs) - is_target) * weights[..., None]
     d_raw = d_logits if cap is None else d_logits * (1 - np.tanh(raw / cap) ** 2)
     return float(loss), d_raw @ table
 
 
-@partial(jax.jit, static_argnames=("cap", "chunk"))
-def chunked(hidden, table, targets, mask, cap, chunk):
-    def loss(hidden):
-        return chunked_cross_entropy(
-            hidden, table, targets, mask, logit_cap=cap, chunk_tokens=chunk
-        )
-
-    return jax.value_and_grad(loss, has_aux=True)(hidden)
+@partial(jax.jit, static_argnames=("cap", "chunk", "token_loss", "mesh"))
+def chunked(hidden, table, batch, cap, chunk, token_loss=cross_entropy, mesh=None):
+    """(loss sum, its gradient)."""
+    return jax.value_and_grad(chunked_loss)(
+        hidden, table, batch, token_loss=token_loss, logit_cap=cap, chunk_tokens=chunk, mesh=mesh
+    )
 
 
 @partial(jax.jit, static_argnames="cap")
-def plain(hidden, table, targets, mask, cap):
+def plain(hidden, table, targets, weights, cap):
     def loss(hidden):
-        return plain_cross_entropy(hidden, table, targets, mask, logit_cap=cap)
+        return -jnp.sum(plain_log_probs(hidden, table, targets, logit_cap=cap) * weights)
 
-    return jax.value_and_grad(loss, has_aux=True)(hidden)
+    return jax.value_and_grad(loss)(hidden)
 
 
 def relative(x: Any, reference: Any) -> float:
@@ -84,56 +92,129 @@ def test_cap_matters_here() -> None:
 
 
 @pytest.mark.parametrize("cap", [None, CAP])
-@pytest.mark.parametrize("mask", MASKS)
-def test_plain_equals_the_definition(mask: str, cap: float | None) -> None:
+def test_plain_equals_the_definition(cap: float | None) -> None:
     args = problem()
-    (loss, count), gradient = plain(*args, MASKS[mask], cap)
-    expected_loss, expected_gradient = oracle(*args, MASKS[mask], cap)
-    assert count.dtype == jnp.int32 and int(count) == MASKS[mask].sum()
-    assert loss.dtype == jnp.float32
-    assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
-    assert relative(gradient, expected_gradient) <= 1e-5
+    for weights in WEIGHTS.values():
+        loss, gradient = plain(*args, weights, cap)
+        expected_loss, expected_gradient = oracle(*args, weights, cap)
+        assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
+        assert relative(gradient, expected_gradient) <= 1e-5
 
 
 # 1, a divisor of nothing, all positions exactly, and more than there are.
 @pytest.mark.parametrize("chunk", [1, 4, B * T, 1000])
 @pytest.mark.parametrize("cap", [None, CAP])
 def test_chunked_equals_plain(chunk: int, cap: float | None) -> None:
-    args = problem()
-    for name, mask in MASKS.items():
-        (loss, count), gradient = chunked(*args, mask, cap, chunk)
-        (plain_loss, plain_count), plain_gradient = plain(*args, mask, cap)
-        assert loss.dtype == jnp.float32 and gradient.shape == args[0].shape
-        assert int(count) == int(plain_count) == mask.sum(), name
+    hidden, table, targets = problem()
+    expected = np.asarray(plain_log_probs(hidden, table, targets, logit_cap=cap))
+    for name, weights in WEIGHTS.items():
+        batch = batch_of(targets, weights)
+        loss, gradient = chunked(hidden, table, batch, cap, chunk)
+        plain_loss, plain_gradient = plain(hidden, table, targets, weights, cap)
+        assert loss.dtype == jnp.float32 and gradient.shape == hidden.shape
         assert float(loss) == pytest.approx(float(plain_loss), rel=1e-6), name
         assert relative(gradient, plain_gradient) <= 1e-5, name
         # Positions without loss get exactly nothing, whatever stood in their slots.
-        assert not np.asarray(gradient)[~mask].any(), name
+        assert not np.asarray(gradient)[weights == 0].any(), name
+        log_probs = chunked_log_probs(hidden, table, batch, logit_cap=cap, chunk_tokens=chunk)
+        np.testing.assert_allclose(log_probs, expected * (weights != 0), rtol=1e-5, atol=1e-6)
 
 
 def test_chunked_scales_with_the_cotangent_and_without_gradient() -> None:
     hidden, table, targets = problem()
-    mask = MASKS["some"]
+    weights = WEIGHTS["some"]
 
     def mean(hidden: jax.Array) -> jax.Array:
-        loss, count = chunked_cross_entropy(
-            hidden, table, targets, mask, logit_cap=CAP, chunk_tokens=4
+        loss = chunked_loss(
+            hidden,
+            table,
+            batch_of(targets, weights),
+            token_loss=cross_entropy,
+            logit_cap=CAP,
+            chunk_tokens=4,
         )
-        return 3.0 * loss / count
+        return 3.0 * loss / weights.sum()
 
     loss, gradient = jax.value_and_grad(mean)(hidden)
-    expected_loss, expected_gradient = oracle(hidden, table, targets, mask, CAP)
-    assert float(loss) == pytest.approx(3 * expected_loss / mask.sum(), rel=1e-5)
+    expected_loss, expected_gradient = oracle(hidden, table, targets, weights, CAP)
+    assert float(loss) == pytest.approx(3 * expected_loss / weights.sum(), rel=1e-5)
     assert float(mean(hidden)) == pytest.approx(float(loss), rel=1e-6)
-    assert relative(gradient, 3 * expected_gradient / mask.sum()) <= 1e-5
+    assert relative(gradient, 3 * expected_gradient / weights.sum()) <= 1e-5
+
+
+# ---- another objective: GRPO's, clipped, with k3 towards a reference ----
+
+
+class Rollouts(NamedTuple):
+    """`Batch` with what GRPO knows of every token."""
+
+    tokens_BT: Any
+    targets_BT: Any
+    loss_weights_BT: Any
+    segment_ids_BT: Any
+    positions_BT: Any
+    old_BT: Any
+    reference_BT: Any
+    advantages_BT: Any
+
+
+LOW, HIGH, BETA = 0.2, 0.28, 0.1
+
+
+def clipped(log_probs: jax.Array, batch: Rollouts) -> jax.Array:
+    """-min(r A, clip(r) A) + beta k3, times the weight (arXiv:2402.03300, arXiv:2503.14476)."""
+    ratio, advantages = jnp.exp(log_probs - batch.old_BT), batch.advantages_BT
+    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - LOW, 1 + HIGH) * advantages)
+    apart = batch.reference_BT - log_probs
+    return (BETA * (jnp.expm1(apart) - apart) - gain) * batch.loss_weights_BT
+
+
+def clipped_token_loss(log_probs: jax.Array, batch: Rollouts) -> tuple[jax.Array, jax.Array]:
+    """`clipped` as the head takes it: c = A r [not clipped] - beta (1 - e^(reference - log p))."""
+    ratio, advantages = jnp.exp(log_probs - batch.old_BT), batch.advantages_BT
+    is_clipped = jnp.where(advantages > 0, ratio > 1 + HIGH, ratio < 1 - LOW)
+    coefficient = jnp.where(is_clipped, 0.0, advantages * ratio)
+    coefficient += BETA * jnp.expm1(batch.reference_BT - log_probs)
+    return clipped(log_probs, batch), coefficient * batch.loss_weights_BT
+
+
+@pytest.mark.parametrize("cap", [None, CAP])
+def test_the_head_takes_another_objective(cap: float | None) -> None:
+    hidden, table, targets = problem()
+    now = plain_log_probs(hidden, table, targets, logit_cap=cap)
+    old, reference, advantages = np.random.default_rng(5).normal(0, 0.3, (3, B, T))
+    advantages = 3 * advantages.astype(np.float32)
+    batch = Rollouts(
+        *batch_of(targets, WEIGHTS["fractions"]),
+        (now + old).astype(jnp.float32),
+        (now + reference).astype(jnp.float32),
+        advantages,
+    )
+    outside = (old < -np.log1p(HIGH)) & (advantages > 0) | (old > -np.log1p(-LOW)) & (
+        advantages < 0
+    )
+    assert 0 < (outside & SOME).sum() < SOME.sum()  # some are clipped, others not
+
+    def objective(hidden: jax.Array) -> jax.Array:
+        return jnp.sum(clipped(plain_log_probs(hidden, table, targets, logit_cap=cap), batch))
+
+    expected_loss, expected_gradient = jax.value_and_grad(objective)(hidden)
+    for chunk in (4, 1000):
+        loss, gradient = chunked(hidden, table, batch, cap, chunk, clipped_token_loss)
+        assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+        assert relative(gradient, expected_gradient) <= 1e-5
+        assert not np.asarray(gradient)[~SOME].any()
+
+
+# ---- numbers at the edge, and what a mesh changes ----
 
 
 def test_extreme_logits_stay_finite() -> None:
     hidden, table, targets = problem()
-    mask = MASKS["all"]
+    weights = WEIGHTS["all"]
     for cap in (None, CAP):
-        (loss, _), gradient = chunked(100 * hidden, table, targets, mask, cap, 4)
-        expected_loss, _ = oracle(100 * np.asarray(hidden), table, targets, mask, cap)
+        loss, gradient = chunked(100 * hidden, table, batch_of(targets, weights), cap, 4)
+        expected_loss, _ = oracle(100 * np.asarray(hidden), table, targets, weights, cap)
         assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
         assert np.isfinite(np.asarray(gradient)).all()
 
@@ -145,9 +226,10 @@ def test_bfloat16(cap: float | None) -> None:
     It is rounded three times, by 2^-9 at most: logit gradients, product, times the cotangent.
     """
     hidden, table, targets = problem(jnp.bfloat16)
-    (loss, _), gradient = chunked(hidden, table, targets, MASKS["some"], cap, 4)
+    weights = WEIGHTS["fractions"]
+    loss, gradient = chunked(hidden, table, batch_of(targets, weights), cap, 4)
     expected_loss, expected_gradient = oracle(
-        hidden.astype(jnp.float32), table.astype(jnp.float32), targets, MASKS["some"], cap
+        hidden.astype(jnp.float32), table.astype(jnp.float32), targets, weights, cap
     )
     assert loss.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
     assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
@@ -156,32 +238,20 @@ def test_bfloat16(cap: float | None) -> None:
 
 def test_table_is_cast_to_the_hidden_dtype() -> None:
     hidden, table, targets = problem()
-    hidden, mask = hidden.astype(jnp.bfloat16), MASKS["all"]
+    hidden, weights = hidden.astype(jnp.bfloat16), WEIGHTS["all"]
     rounded = table.astype(jnp.bfloat16)
-    assert float(chunked(hidden, table, targets, mask, CAP, 4)[0][0]) == pytest.approx(
-        oracle(hidden.astype(jnp.float32), rounded.astype(jnp.float32), targets, mask, CAP)[0],
+    assert float(chunked(hidden, table, batch_of(targets, weights), CAP, 4)[0]) == pytest.approx(
+        oracle(hidden.astype(jnp.float32), rounded.astype(jnp.float32), targets, weights, CAP)[0],
         rel=1e-5,
     )
 
 
 def test_one_device_mesh_changes_nothing() -> None:
     hidden, table, targets = problem()
-    mask, mesh = MASKS["some"], make_mesh(1, devices=jax.devices()[:1])
-
-    @jax.jit
-    def on_mesh(hidden: jax.Array) -> Any:
-        return jax.value_and_grad(
-            lambda hidden: chunked_cross_entropy(
-                hidden, table, targets, mask, logit_cap=CAP, chunk_tokens=4, mesh=mesh
-            ),
-            has_aux=True,
-        )(hidden)
-
-    (loss, count), gradient = on_mesh(hidden)
-    (expected_loss, expected_count), expected_gradient = chunked(
-        hidden, table, targets, mask, CAP, 4
-    )
-    assert (float(loss), int(count)) == (float(expected_loss), int(expected_count))
+    mesh, batch = make_mesh(1, devices=jax.devices()[:1]), batch_of(targets, WEIGHTS["some"])
+    loss, gradient = chunked(hidden, table, batch, CAP, 4, mesh=mesh)
+    expected_loss, expected_gradient = chunked(hidden, table, batch, CAP, 4)
+    assert float(loss) == float(expected_loss)
     np.testing.assert_array_equal(gradient, expected_gradient)
 
 
@@ -217,21 +287,16 @@ def test_no_tokens_by_vocabulary_array_exists(with_mesh: bool) -> None:
     mesh = make_mesh(1, devices=jax.devices()[:1]) if with_mesh else None
     chunk, vocab_size, batch, length = 8, 300, 4, 16
     hidden, table = jnp.zeros((batch, length, 12)), jnp.zeros((vocab_size, 12))
-    targets, mask = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
+    targets, weights = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length))
 
-    def chunked_loss(hidden, table, targets, mask):
-        return chunked_cross_entropy(
-            hidden, table, targets, mask, logit_cap=30.0, chunk_tokens=chunk, mesh=mesh
-        )[0]
+    def jaxpr_of(function: Callable[..., Any], *args: Any) -> Any:
+        return jax.make_jaxpr(function)(*args).jaxpr
 
-    def plain_loss(hidden, table, targets, mask):
-        return plain_cross_entropy(hidden, table, targets, mask, logit_cap=30.0)[0]
-
-    args = hidden, table, targets, mask
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(chunked_loss))(*args).jaxpr
+    run = partial(chunked, cap=30.0, chunk=chunk, mesh=mesh)
+    jaxpr = jaxpr_of(run, hidden, table, batch_of(targets, weights))
     # The walk reaches the loop's body: it sees one chunk's logits.
     assert (chunk, vocab_size) in set(intermediates(jaxpr))
     assert tokens_by_vocabulary(jaxpr, batch * length, vocab_size) == []
 
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(plain_loss))(*args).jaxpr
+    jaxpr = jaxpr_of(partial(plain, cap=30.0), hidden, table, targets, weights)
     assert (batch, length, vocab_size) in tokens_by_vocabulary(jaxpr, batch * length, vocab_size)

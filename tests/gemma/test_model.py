@@ -35,7 +35,7 @@ from jaxsft.data.packing import PackedRows
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GLOBAL, LOCAL
 from jaxsft.gemma.layers import RMSNorm
-from jaxsft.gemma.loss import chunked_cross_entropy
+from jaxsft.gemma.loss import chunked_loss, cross_entropy
 from jaxsft.gemma.model import Gemma
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -238,20 +238,20 @@ def test_parity_fails_without_the_segment_mask() -> None:
 def _loss_and_gradients(
     graphdef: nnx.GraphDef, adapter: nnx.State, frozen: nnx.State, batch: Batch
 ) -> tuple[tuple[jax.Array, jax.Array], nnx.State]:
-    """((mean loss per loss token, logits), gradient of the loss by the adapter)."""
+    """((mean loss per loss token, logits), gradient of the loss with respect to the adapter)."""
 
     def mean_loss(adapter: nnx.State) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, adapter, frozen)
         hidden = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-        loss_sum, num_tokens = chunked_cross_entropy(
+        loss_sum = chunked_loss(
             hidden,
             model.embedding[...],
-            batch.targets_BT,
-            batch.loss_mask_BT,
+            batch,
+            token_loss=cross_entropy,
             logit_cap=model.config.final_softcap,
             chunk_tokens=16,
         )
-        return loss_sum / num_tokens, model.logits(hidden)
+        return loss_sum / jnp.sum(batch.loss_weights_BT), model.logits(hidden)
 
     return jax.value_and_grad(mean_loss, has_aux=True)(adapter)
 

@@ -22,11 +22,11 @@ from support.child import HEARS_SIGNALS
 from support.other_devices import EIGHT_DEVICES
 from support.tiny_run import make_run
 
-from jaxsft.config import SYSTEM_PROMPT, EvalOptions
+from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn
 from jaxsft.gemma import lora
-from jaxsft.gemma.decode import generate
+from jaxsft.gemma.decode import SamplingOptions, generate
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.generate.__main__ import main
 from jaxsft.generate.chat import ChatSession, Voice
@@ -78,7 +78,7 @@ def answers(run_dir: Path, chats: Sequence[Sequence[Turn]], with_adapter: bool =
     origin = origin if with_adapter else dataclasses.replace(origin, adapter=None)
     loaded = load(origin, **dtypes, mesh=mesh)
     prompts = [encode_prompt(loaded.tokenizer, turns) for turns in [*chats, chats[0]]]
-    options = EvalOptions(batch_size=2, max_new_tokens=NUM_NEW)
+    options = SamplingOptions(batch_size=2, max_new_tokens=NUM_NEW)
     stop_ids = loaded.tokenizer.stop_ids
     generations = generate(
         *lora.split(loaded.model), prompts, options=options, stop_ids=stop_ids, mesh=mesh

@@ -153,7 +153,7 @@ def test_tokens_are_those_of_the_batch(
     ids = [token for each in tokens for token in each.ids]
     assert ids == batch.tokens_BT[batch.segment_ids_BT > 0].tolist()
     labels = [each.is_label for each in tokens for _ in each.ids]
-    assert labels[1:] == batch.loss_mask_BT[: len(labels) - 1].tolist() and not labels[0]
+    assert labels[1:] == batch.loss_weights_BT[: len(labels) - 1].tolist() and not labels[0]
     assert sum(segment.num_labels for segment in row.segments) == prepared.rows.num_loss_tokens
     assert row.num_padding == 160 - len(ids)
     for segment in row.segments:

@@ -177,12 +177,12 @@ def test_kernels_are_compared_with_xla(argv: list[str], monkeypatch: pytest.Monk
     path = check_early(config)
     data = load_data(config.data, open_tokenizer(path.tokenizer))
     setup = build(config, data, path)
-    assert setup.spec.fused is not None
-    with_kernels = setup.spec.fused._replace(use_kernel=True)
+    assert setup.spec.model.fused is not None
+    with_kernels = setup.spec.model.fused._replace(use_kernel=True)
     setup = dataclasses.replace(setup, spec=dataclasses.replace(setup.spec, fused=with_kernels))
     # A fresh B is zero, and with it the gradient of A, whatever the kernels do.
     adapter = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), setup.state.adapter)
-    batch = put_batch(setup.step_batches[0], setup.spec.mesh)
+    batch = put_batch(setup.step_batches[0], setup.spec.model.mesh)
 
     def difference() -> StepDifference:
         jax.clear_caches()

@@ -29,7 +29,8 @@ from jaxsft.step.fused_weights import (
     write_adapter,
 )
 from jaxsft.step.optimizer import make_schedule
-from jaxsft.step.train_step import StepSpec, eval_step, init_state, put_batch, train_step
+from jaxsft.step.score import ModelSpec, token_log_probs
+from jaxsft.step.train_step import StepSpec, UpdateSpec, init_state, put_batch, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -63,22 +64,20 @@ def layout_of(model: Gemma, targets: tuple[str, ...] = TARGETS) -> FusedLayout:
     )
 
 
+def with_fused(spec: StepSpec, fused: FusedSpec) -> StepSpec:
+    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, fused=fused))
+
+
 def both(model: Gemma, layout: FusedLayout, **settings: Any) -> list[tuple[Any, Any, StepSpec]]:
     """(state, frozen weights, spec) of the plain and of the fused step."""
     graphdef, adapter, frozen = lora.split(model)
-    plain = StepSpec(
-        graphdef=graphdef,
-        transform=optax.trace(decay=0.0),  # keeps the step's gradient as its state
-        schedule=CONSTANT,
-        mesh=MESH,
-        logit_cap=model.config.final_softcap,
-        chunk_tokens=16,
-        **settings,
-    )
+    # The transform keeps the step's gradient as its state.
+    update = UpdateSpec(optax.trace(decay=0.0), CONSTANT, **settings)
+    plain = StepSpec(ModelSpec(graphdef, MESH, model.config.final_softcap, 16), update)
     fused_spec = FusedSpec(
         layout, jnp.dtype("float32"), chunk_tokens=16, recompute_layers=False, use_kernel=False
     )
-    fused = dataclasses.replace(plain, fused=fused_spec)
+    fused = with_fused(plain, fused_spec)
     copied, weights = jax.tree.map(jnp.copy, (frozen, fuse(frozen, layout)))  # both are donated
     return [
         (init_state(adapter, plain), copied, plain),
@@ -109,13 +108,13 @@ def test_equals_the_plain_step(name: str, overrides: dict[str, int], recompute: 
     model = with_adapter(model, make_peft(hf_model, random_b=True))
     plain, fused = both(model, layout_of(model), accumulation_steps=2)
     if recompute:
-        settings = fused[2].fused._replace(recompute_layers=True)
-        fused = (*fused[:2], dataclasses.replace(fused[2], fused=settings))
+        settings = fused[2].model.fused._replace(recompute_layers=True)
+        fused = (*fused[:2], with_fused(fused[2], settings))
     batch, results = batch_of(6), []
     for state, frozen, spec in (plain, fused):
-        losses_BT = np.asarray(eval_step(state.adapter, frozen, batch, spec=spec))
+        losses_BT = -np.asarray(token_log_probs(state.adapter, frozen, batch, spec=spec.model))
         state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
-        assert abs(losses_BT.sum() / batch.loss_mask_BT.sum() - float(metrics["loss"])) < 1e-5
+        assert abs(losses_BT.sum() / batch.loss_weights_BT.sum() - float(metrics["loss"])) < 1e-5
         results.append((metrics, state, losses_BT))
     (expected, state, expected_losses_BT), (metrics, fused_state, losses_BT) = results
     np.testing.assert_allclose(losses_BT, expected_losses_BT, atol=1e-4)
@@ -146,7 +145,7 @@ def test_bfloat16_is_near_float32() -> None:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), grouped)
         spec = FusedSpec(layout, jnp.dtype(dtype), 16, False, use_kernel=False)
         loss_sum, grads, _ = loss_and_gradients(rounded, grouped, batch, zeros, spec)
-        return loss_sum / jnp.sum(batch.loss_mask_BT), jax.tree.leaves(grads)
+        return loss_sum / jnp.sum(batch.loss_weights_BT), jax.tree.leaves(grads)
 
     def worst(grads: list[jax.Array]) -> float:
         pairs = zip(grads, exact, strict=True)
@@ -182,9 +181,9 @@ def test_unfuse_is_the_inverse(overrides: dict[str, int]) -> None:
     hf_model, model = twin("gemma2", num_hidden_layers=3, **overrides)
     model = with_adapter(model, make_peft(hf_model, random_b=True))
     (_, frozen, _), (state, weights, spec) = both(model, layout_of(model))
-    assert spec.fused is not None
+    assert spec.model.fused is not None
     _, weights, _ = train_step(state, weights, batch_of(2), spec=spec)  # the pads are written
     abstract = jax.eval_shape(lambda: frozen)
-    back = unfuse(weights, abstract, spec.fused.layout)
+    back = unfuse(weights, abstract, spec.model.fused.layout)
     for (path, x), y in zip(jax.tree.leaves_with_path(back), jax.tree.leaves(frozen), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))

@@ -81,10 +81,10 @@ def needed_flops(arguments: Any) -> float:
     import jax
 
     spec, batch = arguments.spec, arguments.batch.tokens_BT
-    num_tokens = batch.size // spec.mesh.size
+    num_tokens = batch.size // spec.model.mesh.size
     layer: dict[str, Any] = arguments.frozen["stacks"][0][0]
     (grouped,) = jax.eval_shape(
-        lambda adapter: group_adapter(adapter, spec.fused.layout), arguments.state.adapter
+        lambda adapter: group_adapter(adapter, spec.model.fused.layout), arguments.state.adapter
     )[0]
     matrices = sum(layer[name].size for name in ("qkv", "o", "gate", "up", "down"))
     inputs = sum(grouped[name].size for name in ("qkv_a", "o_a", "mlp_a", "down_b"))

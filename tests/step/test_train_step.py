@@ -32,10 +32,11 @@ from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import make_mesh, state_shardings
 from jaxsft.step.optimizer import make_schedule, make_transform
+from jaxsft.step.score import ModelSpec, token_log_probs
 from jaxsft.step.train_step import (
     StepSpec,
     TrainState,
-    eval_step,
+    UpdateSpec,
     init_state,
     put_batch,
     train_step,
@@ -60,13 +61,8 @@ AT_ZERO = constant(0.0)
 def prepare(model: Gemma, **settings: Any) -> tuple[TrainState, nnx.State, StepSpec]:
     """(state at step 0, frozen weights, spec)."""
     graphdef, adapter, frozen = lora.split(model)
-    spec = StepSpec(
-        graphdef=graphdef,
-        mesh=MESH,
-        logit_cap=model.config.final_softcap,
-        chunk_tokens=16,
-        **settings,
-    )
+    of_model = ModelSpec(graphdef, MESH, model.config.final_softcap, chunk_tokens=16)
+    spec = StepSpec(of_model, UpdateSpec(**settings))
     # A copy, on the mesh: the step donates the weights, and the twins' own are for all tests.
     copied = jax.tree.map(jnp.copy, frozen)
     return init_state(adapter, spec), jax.device_put(copied, state_shardings(frozen, MESH)), spec
@@ -155,7 +151,7 @@ def test_five_steps_equal_torch(name: str, overrides: dict[str, int]) -> None:
     def change(final: AdapterTensors) -> AdapterTensors:
         return {key: final[key] - initial[key] for key in initial}
 
-    ours = our_tensors(spec.graphdef, state.adapter, frozen)
+    ours = our_tensors(spec.model.graphdef, state.adapter, frozen)
     # Without weight decay, or with another beta2, this is 3e-3 or more; without clipping 0.2.
     assert max_relative_difference(change(ours), change(peft_tensors(peft_model))) <= 1e-3
 
@@ -186,7 +182,7 @@ def loss_and_gradients(how: str) -> tuple[float, AdapterTensors]:
     state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
     num_labels = sum(int(sample.loss_mask[1:].sum()) for sample in samples)
     assert int(metrics["num_loss_tokens"]) == num_labels
-    return float(metrics["loss"]), our_tensors(spec.graphdef, state.moments.trace, frozen)
+    return float(metrics["loss"]), our_tensors(spec.model.graphdef, state.moments.trace, frozen)
 
 
 @pytest.mark.parametrize("how", ["packed", "accumulated"])
@@ -243,8 +239,8 @@ def test_a_bad_step_is_consumed_but_not_applied(bad: str) -> None:
     if bad == "NaN weight":
         bad_step = with_nan(frozen), good[2][1]
     else:
-        no_loss = jnp.zeros_like(good[2][1].loss_mask_BT)
-        bad_step = frozen, good[2][1]._replace(loss_mask_BT=no_loss)
+        no_loss = jnp.zeros_like(good[2][1].loss_weights_BT)
+        bad_step = frozen, good[2][1]._replace(loss_weights_BT=no_loss)
 
     before, _ = run(good[:2])
     state, history = run([*good[:2], bad_step])
@@ -267,13 +263,13 @@ def test_a_bad_step_is_consumed_but_not_applied(bad: str) -> None:
     assert (int(after.step), int(after.num_updates)) == (4, 3)
 
 
-def test_eval_step_is_the_train_loss() -> None:
+def test_log_probs_give_the_train_loss() -> None:
     adapter, frozen, spec = warming_up()
     batch = pack(STEPS[0], num_rows=3)
-    losses_BT = np.asarray(eval_step(adapter, frozen, batch, spec=spec))
+    losses_BT = -np.asarray(token_log_probs(adapter, frozen, batch, spec=spec.model))
     _, (metrics,) = run([(frozen, batch)])
-    assert (np.flatnonzero(losses_BT) == np.flatnonzero(batch.loss_mask_BT)).all()
-    assert losses_BT.sum() / batch.loss_mask_BT.sum() == pytest.approx(
+    assert (np.flatnonzero(losses_BT) == np.flatnonzero(batch.loss_weights_BT)).all()
+    assert losses_BT.sum() / batch.loss_weights_BT.sum() == pytest.approx(
         float(metrics["loss"]), rel=1e-6
     )
 
@@ -282,7 +278,8 @@ def test_spec_is_hashable_and_its_changes_are_seen() -> None:
     _, _, spec = warming_up()
     assert hash(spec) == hash(dataclasses.replace(spec))
     assert dataclasses.replace(spec) == spec
-    assert dataclasses.replace(spec, seed=1) != spec
+    other = dataclasses.replace(spec.update, seed=1)
+    assert dataclasses.replace(spec, update=other) != spec
 
 
 # ---- dropout ----

@@ -91,6 +91,7 @@ def measure() -> dict[str, Any]:
     from jaxsft.step import train_step as step
     from jaxsft.step.fused import FusedSpec
     from jaxsft.step.fused_weights import fuse, make_layout
+    from jaxsft.step.score import ModelSpec, token_log_probs
 
     config = GemmaConfig(
         name="tiny",
@@ -149,25 +150,20 @@ def measure() -> dict[str, Any]:
         mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
         copied = jax.tree.map(jnp.copy, frozen)  # the step donates it
         placed = jax.device_put(copied, state_shardings(frozen, mesh))
-        spec = step.StepSpec(
-            graphdef,
-            transform,
-            schedule,
-            mesh,
-            config.final_softcap,
-            chunk_tokens=8,
-            accumulation_steps=2,
-            use_dropout=case in CASES,
-        )
+        of_model = ModelSpec(graphdef, mesh, config.final_softcap, chunk_tokens=8)
         if case in FUSED_CASES:
             layout = make_layout(config, row_length=32, rank=3, scale=7 / 3, targets=lora.TARGETS)
             fused = FusedSpec(layout, jnp.dtype("float32"), 8, False, use_kernel=False)
-            spec = dataclasses.replace(spec, fused=fused)
+            of_model = dataclasses.replace(of_model, fused=fused)
             weights = jax.tree.map(jnp.copy, fuse(frozen, layout))
             placed = jax.device_put(weights, named(mesh))
+        update = step.UpdateSpec(
+            transform, schedule, accumulation_steps=2, use_dropout=case in CASES
+        )
+        spec = step.StepSpec(of_model, update)
         state = step.init_state(adapter, spec)
-        losses_BT = step.eval_step(
-            state.adapter, placed, step.put_batch(batches[0], mesh), spec=spec
+        losses_BT = -token_log_probs(
+            state.adapter, placed, step.put_batch(batches[0], mesh), spec=of_model
         )
         cache_size, history, gradients, changes = step.train_step._cache_size(), [], [], []
         for batch in batches:
@@ -188,7 +184,7 @@ def measure() -> dict[str, Any]:
             "num_devices": mesh.size,
             "losses": [loss for loss, _ in history],
             "num_loss_tokens": [count for _, count in history],
-            "eval_loss": float(losses_BT.sum()) / int(batches[0].loss_mask_BT.sum()),
+            "eval_loss": float(losses_BT.sum()) / int(batches[0].loss_weights_BT.sum()),
             "gradient_differences": [
                 max(differences(ours, theirs))
                 for ours, theirs in zip(gradients, reference["gradients"], strict=True)
