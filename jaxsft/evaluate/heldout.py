@@ -215,7 +215,7 @@ def answer_prompts(
     do; then it is neither `stopped` nor `truncated`.
     """
     generations = generate(
-        spec.graphdef,
+        spec.builder,
         adapter,
         frozen,
         [prompt.ids for prompt in prompts],

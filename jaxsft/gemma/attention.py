@@ -1,4 +1,4 @@
-"""Causal attention over packed segments: what may be seen, and the XLA reference.
+"""Causal attention over packed segments: the mask, and the XLA reference.
 
 Axes: B batch, T query position, S key position, K KV heads, G query heads per KV head, H head dim.
 """
@@ -13,14 +13,14 @@ MASKED_LOGIT = -1e30
 
 
 class Tokens(NamedTuple):
-    """Where tokens stand: `positions` inside their segment, `segment_ids` (0 is padding)."""
+    """Tokens' `positions` inside their segment, and their `segment_ids` (0 is padding)."""
 
     positions: jax.Array  # int32 [B, T]
     segment_ids: jax.Array  # int32 [B, T]
 
 
 def attention_mask(query: Tokens, key: Tokens, window: int | None) -> jax.Array:
-    """bool [B, T, S]: the same segment, not in the future, and inside the sliding window.
+    """bool [B, T, S]: the key is in the query's segment, not after it, and in the window.
 
     A window of w sees w keys, itself included: k > q - w.
     """

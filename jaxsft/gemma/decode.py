@@ -7,7 +7,7 @@ slots of the cache. They are padded to few lengths, so that batches share progra
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.attention import Tokens
-from jaxsft.gemma.model import KVCache
+from jaxsft.gemma.model import Gemma, KVCache
 from jaxsft.gemma.sharding import constrain
 
 MIN_PADDED_LENGTH = 32
@@ -66,39 +65,16 @@ class Generation(NamedTuple):
         return self.stop_id is not None
 
 
-class CachedModel(Protocol):
-    """What decoding needs of a model, as `Gemma` has it."""
-
-    def init_cache(self, batch: int, num_slots: int, *, mesh: Mesh | None = None) -> KVCache:
-        """An empty cache."""
-
-    def with_cache(
-        self, tokens_BT: jax.Array, where: Tokens, cache: KVCache, *, mesh: Mesh | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        """Hidden states [B, T, D] of the next T tokens, and the cache with them."""
-
-    def logits(self, x: jax.Array) -> jax.Array:
-        """float32 logits [..., V] of hidden states [..., D]."""
-
-
-class ModelBuilder(Protocol):
-    """Makes a `CachedModel` from frozen weights in another form than the model's own.
-
-    Hashable, and equal for equal models: it is a static argument of the compiled programs.
-    """
-
-    @property
-    def config(self) -> GemmaConfig:
-        """The model's architecture."""
-
-    def __call__(self, adapter: nnx.State, frozen: Any) -> CachedModel:
-        """The model with these arrays."""
+# What makes the model from (adapter, frozen weights): its graphdef. For frozen weights in another
+# form it is a function with the model's `config` that returns an object with Gemma's methods
+# `init_cache`, `with_cache` and `logits`; hashable, as it is a static argument of the programs.
+ModelBuilder = nnx.GraphDef | Any
 
 
 class _Program(NamedTuple):
     """The static arguments of the compiled programs."""
 
-    builder: nnx.GraphDef | ModelBuilder
+    builder: ModelBuilder
     options: SamplingOptions
     mesh: Mesh | None = None
     num_ids: int | None = None
@@ -128,7 +104,7 @@ class _Loop(NamedTuple):
 
 
 def generate(
-    builder: nnx.GraphDef | ModelBuilder,
+    builder: ModelBuilder,
     adapter: nnx.State,
     frozen: Any,
     prompts: Sequence[Sequence[int]],
@@ -150,7 +126,7 @@ def generate(
     nor the other prompts change it.
 
     Args:
-      builder: the model's graphdef, or the builder for another form of the frozen weights.
+      builder: the model's graphdef, or as `ModelBuilder` says.
       num_ids: the tokenizer's. Higher ids, whose rows pad the embedding, are not drawn.
       on_batch: is called before each batch and may raise.
 
@@ -201,7 +177,7 @@ def _on_tpu(mesh: Mesh | None) -> bool:
 
 
 def stream(
-    builder: nnx.GraphDef | ModelBuilder,
+    builder: ModelBuilder,
     adapter: nnx.State,
     frozen: Any,
     prompt: Sequence[int],
@@ -230,7 +206,7 @@ def stream(
 
 
 def _program(
-    builder: nnx.GraphDef | ModelBuilder,
+    builder: ModelBuilder,
     options: SamplingOptions,
     mesh: Mesh | None,
     num_ids: int | None,
@@ -239,7 +215,7 @@ def _program(
     return _Program(builder, dataclasses.replace(options, seed=0, batch_size=0), mesh, num_ids)
 
 
-def _max_positions(builder: nnx.GraphDef | ModelBuilder, adapter: nnx.State, frozen: Any) -> int:
+def _max_positions(builder: ModelBuilder, adapter: nnx.State, frozen: Any) -> int:
     if not isinstance(builder, nnx.GraphDef):
         return builder.config.max_positions
     # Of shapes: modules refer to each other in cycles, and one with the arrays would hold on to
@@ -353,7 +329,7 @@ def _decode_one(
     return _step(model, cache, token_B, rows, n, program)
 
 
-def _model(adapter: nnx.State, frozen: Any, program: _Program) -> CachedModel:
+def _model(adapter: nnx.State, frozen: Any, program: _Program) -> Gemma:
     """The model with the whole adapter on every device: with shards, as in training, every token
     would gather them again."""
     whole = jax.tree.map(lambda x: constrain(x, program.mesh, *[None] * x.ndim), adapter)
@@ -363,7 +339,7 @@ def _model(adapter: nnx.State, frozen: Any, program: _Program) -> CachedModel:
 
 
 def _step(
-    model: CachedModel,
+    model: Gemma,
     cache: KVCache,
     token_B: jax.Array,
     rows: _Rows,
@@ -377,7 +353,7 @@ def _step(
 
 
 def _draw(
-    model: CachedModel, hidden_BD: jax.Array, rows: _Rows, n: jax.Array | int, program: _Program
+    model: Gemma, hidden_BD: jax.Array, rows: _Rows, n: jax.Array | int, program: _Program
 ) -> _Drawn:
     def key(number: jax.Array) -> jax.Array:
         seed_key = jax.random.wrap_key_data(rows.seed_key)

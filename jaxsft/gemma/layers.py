@@ -19,9 +19,9 @@ from flax import nnx
 def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """scale · (x a) b in x's dtype: x [..., in], a [in, R] and b [R, out] float32 -> [..., out].
 
-    The backward pass is written out because autodiff forms dB as (dyᵀ · xa)ᵀ, for which XLA writes
-    a transposed copy of dy with whatever made it fused in: on a CPU that alone cost as much as the
-    rest of the backward pass. The gradients of a and b are accumulated in float32.
+    The backward pass is written by hand because autodiff forms dB as (dyᵀ · xa)ᵀ, for which XLA
+    writes a transposed copy of dy: on a CPU that copy cost as much as the rest of the backward
+    pass. The gradients with respect to a and b are accumulated in float32.
     """
     return _low_rank_forward(x, a, b, scale)[0]
 
@@ -51,8 +51,8 @@ class LoRA(nnx.Module):
     """Low-rank update scale · (x A) B (Hu et al. 2021, arXiv:2106.09685).
 
     a [..., in, R] starts as PEFT's kaiming-uniform(sqrt 5), which is U(-1/sqrt(in), 1/sqrt(in));
-    b [..., R, out] starts at zero. Both stay float32 masters and are cast to x's dtype for the
-    matmuls: bfloat16 masters round Adam's updates at 2e-5 away.
+    b [..., R, out] starts at zero. Both are float32 and cast to x's dtype for the matmuls: in
+    bfloat16, rounding would drop Adam's updates at 2e-5.
     """
 
     def __init__(

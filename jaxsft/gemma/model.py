@@ -1,8 +1,8 @@
 """Gemma 1, 2 and 3 text models, read top-down: one config-driven implementation.
 
-The layers are stored as the repeating pattern (Gemma 3: five local, one global): `blocks[p]` holds
-the p-th layer of every repetition, stacked for one `lax.scan`; what is left over (Gemma 3 1B: two
-local layers) stands unstacked in `tail`. The model returns hidden states; the loss and the sampler
+Layers are stored by their repeating pattern (Gemma 3: five local, one global): `blocks[p]` holds
+the p-th layer of every repetition, stacked for one `lax.scan`. The remaining layers (Gemma 3 1B:
+two local ones) are unstacked in `tail`. The model returns hidden states; the loss and the sampler
 apply the head, so that no [B, T, V] array ever exists.
 
 Axes: see layers.py.
@@ -25,7 +25,7 @@ from jaxsft.gemma.attention import Tokens, attend, attention_mask, soft_cap
 from jaxsft.gemma.layers import Linear, RMSNorm, apply_rotary, rotary_table
 from jaxsft.gemma.sharding import constrain
 
-# What the backward pass keeps of each layer; everything else is computed again.
+# What is saved of each layer for the backward pass; everything else is recomputed.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,  # keep everything: fastest, most memory
     "projections": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mlp"),
@@ -34,15 +34,85 @@ REMAT_POLICIES: dict[str, Any] = {
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer. All rows fill the same slots, one after another."""
+    """Keys and values of every layer. All rows fill the same slots, in order."""
 
     kv_L2BSKH: jax.Array
-    tokens: Tokens  # int32 [B, S]: where each slot's token stands; segment 0 is an empty slot
+    tokens: Tokens  # int32 [B, S]: each slot's position and segment; segment 0 is an empty slot
     num_filled: jax.Array  # int32 scalar
 
 
 # (layer kind, layer index, q, k, v, cache) -> (attention output [B, T, N, H], cache)
 AttendFn = Callable[..., tuple[jax.Array, KVCache | None]]
+
+
+def empty_cache(
+    config: GemmaConfig, dtype: Any, batch: int, num_slots: int, *, mesh: Mesh | None = None
+) -> KVCache:
+    """A cache for `batch` rows of up to `num_slots` tokens, padding included."""
+    shape = (config.num_layers, 2, batch, num_slots, config.num_kv_heads, config.head_dim)
+    kv = constrain(jnp.zeros(shape, dtype), mesh, None, None, "batch", None, None, None)
+    empty = jnp.zeros((batch, num_slots), jnp.int32)
+    return KVCache(kv, Tokens(empty, empty), jnp.int32(0))
+
+
+def cached_attention(
+    config: GemmaConfig, where: Tokens, cache: KVCache
+) -> tuple[AttendFn, Callable[[KVCache], KVCache]]:
+    """Attention of the next T tokens to those in the cache and to each other.
+
+    Returns the function for each layer, which writes the layer's keys and values into the cache
+    that it is given, and what completes the cache after the last layer. Rows are padded on their
+    left, by tokens of segment 0: a window's tokens are neighbours.
+    """
+    start, length, num_slots = cache.num_filled, where.positions.shape[1], cache.kv_L2BSKH.shape[3]
+    put = partial(lax.dynamic_update_slice, start_indices=(0, start))
+    tokens, seen, masks = jax.tree.map(put, cache.tokens, where), {}, {}
+    for kind in (LOCAL, GLOBAL):
+        window = config.sliding_window if kind == LOCAL else None
+        size = num_slots if window is None else min(num_slots, length + window - 1)
+        seen[kind] = jnp.maximum(start + length - size, 0), size
+        key = Tokens(*(lax.dynamic_slice_in_dim(x, *seen[kind], axis=1) for x in tokens))
+        masks[kind] = attention_mask(where, key, window)
+
+    def attend_fn(kind, layer, q_BTNH, k_BTKH, v_BTKH, cache):
+        new = jnp.stack([k_BTKH, v_BTKH])[None]
+        kv = lax.dynamic_update_slice(cache.kv_L2BSKH, new, (layer, 0, 0, start, 0, 0))
+        first, size = seen[kind]
+        shape = (1, 2, len(new[0, 0]), size, *kv.shape[4:])
+        k_BSKH, v_BSKH = lax.dynamic_slice(kv, (layer, 0, 0, first, 0, 0), shape)[0]
+        heads = attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            masks[kind],
+            scale=config.query_scale,
+            logit_cap=config.attn_softcap,
+        )
+        return heads, cache._replace(kv_L2BSKH=kv)
+
+    def complete(cache: KVCache) -> KVCache:
+        return cache._replace(tokens=tokens, num_filled=start + length)
+
+    return attend_fn, complete
+
+
+def embed_tokens(tokens_BT: jax.Array, table_VD: jax.Array, d_model: int, dtype: Any) -> jax.Array:
+    """[..., D] in `dtype`: the table's rows · sqrt(D).
+
+    The factor is rounded to the activation dtype as in the reference: bfloat16 48 for 2304.
+    """
+    factor = jnp.asarray(math.sqrt(d_model), dtype)
+    with jax.named_scope("embedding"):
+        return table_VD[tokens_BT].astype(dtype) * factor
+
+
+def head_logits(x: jax.Array, table_VD: jax.Array, logit_cap: float | None) -> jax.Array:
+    """float32 logits [..., V] of hidden states [..., D], soft cap included."""
+    table_VD = table_VD.astype(x.dtype)
+    logits = jnp.einsum("VD,...D->V...", table_VD, x, preferred_element_type=jnp.float32)
+    # Without the barrier XLA would swap the factors: on a CPU, 16 rows then take twice as long.
+    logits = jnp.moveaxis(lax.optimization_barrier(logits), 0, -1)
+    return soft_cap(logits, logit_cap)
 
 
 class Attention(nnx.Module):
@@ -120,7 +190,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """x [B, T, D] -> ([B, T, D], cache)."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
-        with jax.named_scope("attention"):  # the scopes by which a plan tells where time goes
+        with jax.named_scope("attention"):  # a plan reports time by these scopes
             y, cache = self.attn(self.pre_attn_norm(x_BTD), rotary, attend_fn, keys[:4])
             x_BTD = x_BTD + (y if self.post_attn_norm is None else self.post_attn_norm(y))
         with jax.named_scope("mlp"):
@@ -132,7 +202,7 @@ class Block(nnx.Module):
 class Gemma(nnx.Module):
     """The text model. Build it inside `nnx.eval_shape` to get its tree without memory.
 
-    `param_dtype` is how frozen weights are kept, `dtype` what activations are computed in.
+    `param_dtype` is the dtype of the frozen weights, `dtype` that of the activations.
     """
 
     def __init__(
@@ -175,10 +245,22 @@ class Gemma(nnx.Module):
     ) -> jax.Array:
         """Hidden states [B, T, D] after the final norm, for packed rows (segment 0 is padding)."""
         where = Tokens(positions_BT, segment_ids_BT)
-        masks = {kind: attention_mask(where, where, self._window(kind)) for kind in (LOCAL, GLOBAL)}
+        config = self.config
+        masks = {
+            LOCAL: attention_mask(where, where, config.sliding_window),
+            GLOBAL: attention_mask(where, where, None),
+        }
 
         def attend_fn(kind, layer, q_BTNH, k_BTKH, v_BTKH, cache):
-            return self._attend(q_BTNH, k_BTKH, v_BTKH, masks[kind]), cache
+            heads = attend(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                masks[kind],
+                scale=config.query_scale,
+                logit_cap=config.attn_softcap,
+            )
+            return heads, cache
 
         x, _ = self._run(tokens_BT, positions_BT, attend_fn, None, mesh, dropout_key)
         return x
@@ -186,56 +268,19 @@ class Gemma(nnx.Module):
     def with_cache(
         self, tokens_BT: jax.Array, where: Tokens, cache: KVCache, *, mesh: Mesh | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states [B, T, D] of the next T tokens (decoding: one), and the cache with them.
-
-        Rows are padded on their left, by tokens of segment 0: a window's tokens are neighbours.
-        """
-        kv, start = cache.kv_L2BSKH, cache.num_filled
-        (batch, length), num_slots = tokens_BT.shape, kv.shape[3]
-        put = partial(lax.dynamic_update_slice, start_indices=(0, start))
-        tokens, seen, masks = jax.tree.map(put, cache.tokens, where), {}, {}
-        for kind in (LOCAL, GLOBAL):
-            window = self._window(kind)
-            size = num_slots if window is None else min(num_slots, length + window - 1)
-            seen[kind] = jnp.maximum(start + length - size, 0), size
-            key = Tokens(*(lax.dynamic_slice_in_dim(x, *seen[kind], axis=1) for x in tokens))
-            masks[kind] = attention_mask(where, key, window)
-
-        def attend_fn(kind, layer, q_BTNH, k_BTKH, v_BTKH, cache):
-            new = jnp.stack([k_BTKH, v_BTKH])[None]
-            kv = lax.dynamic_update_slice(cache.kv_L2BSKH, new, (layer, 0, 0, start, 0, 0))
-            first, size = seen[kind]
-            shape = (1, 2, batch, size, *kv.shape[4:])
-            k_BSKH, v_BSKH = lax.dynamic_slice(kv, (layer, 0, 0, first, 0, 0), shape)[0]
-            cache = cache._replace(kv_L2BSKH=kv)
-            return self._attend(q_BTNH, k_BSKH, v_BSKH, masks[kind]), cache
-
+        """Hidden states [B, T, D] of the next T tokens (decoding: one), and the cache with them."""
+        attend_fn, complete = cached_attention(self.config, where, cache)
         x, updated = self._run(tokens_BT, where.positions, attend_fn, cache, mesh, None)
         assert updated is not None
-        return x, updated._replace(tokens=tokens, num_filled=start + length)
+        return x, complete(updated)
 
     def init_cache(self, batch: int, num_slots: int, *, mesh: Mesh | None = None) -> KVCache:
-        """An empty cache for `batch` rows of up to `num_slots` tokens, padding included."""
-        c = self.config
-        shape = (c.num_layers, 2, batch, num_slots, c.num_kv_heads, c.head_dim)
-        kv = constrain(jnp.zeros(shape, self.dtype), mesh, None, None, "batch", None, None, None)
-        empty = jnp.zeros((batch, num_slots), jnp.int32)
-        return KVCache(kv, Tokens(empty, empty), jnp.int32(0))
+        """As `empty_cache`."""
+        return empty_cache(self.config, self.dtype, batch, num_slots, mesh=mesh)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """float32 logits [..., V] of hidden states [..., D], soft cap included."""
-        table_VD = self.embedding[...].astype(x.dtype)
-        logits = jnp.einsum("VD,...D->V...", table_VD, x, preferred_element_type=jnp.float32)
-        # Without the barrier XLA would swap the factors: on a CPU, 16 rows then take twice as long.
-        logits = jnp.moveaxis(lax.optimization_barrier(logits), 0, -1)
-        return soft_cap(logits, self.config.final_softcap)
-
-    def _window(self, kind: str) -> int | None:
-        return self.config.sliding_window if kind == LOCAL else None
-
-    def _attend(self, q, k, v, mask) -> jax.Array:
-        c = self.config
-        return attend(q, k, v, mask, scale=c.query_scale, logit_cap=c.attn_softcap)
+        """As `head_logits`."""
+        return head_logits(x, self.embedding[...], self.config.final_softcap)
 
     def _run(
         self,
@@ -247,10 +292,7 @@ class Gemma(nnx.Module):
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         config, pattern = self.config, self.config.layer_pattern
-        # The factor is rounded to the activation dtype as in the reference: bfloat16 48 for 2304.
-        factor = jnp.asarray(math.sqrt(config.d_model), self.dtype)
-        with jax.named_scope("embedding"):
-            x = self.embedding[...][tokens_BT].astype(self.dtype) * factor
+        x = embed_tokens(tokens_BT, self.embedding[...], config.d_model, self.dtype)
         theta = {LOCAL: config.rope_theta_local, GLOBAL: config.rope_theta_global}
         rotary = {kind: rotary_table(positions_BT, config.head_dim, theta[kind]) for kind in theta}
 
@@ -289,7 +331,7 @@ class Gemma(nnx.Module):
 
 
 def layer_location(config: GemmaConfig, layer: int) -> tuple[str, int, int | None]:
-    """Where layer `layer` lives in the tree: ("blocks", p, row of the stack) or ("tail", i, None).
+    """Where layer `layer` is in the tree: ("blocks", p, row of the stack) or ("tail", i, None).
 
     The parameters of a block in "blocks" have a leading dimension of one row per repetition.
     """

@@ -75,10 +75,10 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str | None) -> jax
 
 
 def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """The tree of NamedShardings for parameters, from the `axes` that each one declares.
+    """The NamedSharding of every parameter, from the `axes` that it declares.
 
-    Spelled as XLA gives them back, without mesh axes of size 1 and trailing None: a step's output
-    is then its next input, and nothing is dispatched anew.
+    Written as XLA returns them, without mesh axes of size 1 and trailing None: otherwise a step's
+    output, as the next step's input, would compile the step again.
     """
 
     def one(variable: nnx.Variable) -> Any:
@@ -92,7 +92,7 @@ def state_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def shard_dim(shape: Sequence[int], num_shards: int) -> int | None:
-    """The dimension that an array of optimizer state is split over: its largest, if it divides."""
+    """The dimension to split optimizer state along: the largest, if `num_shards` divides it."""
     if num_shards == 1 or not shape:
         return None
     dim = max(range(len(shape)), key=lambda d: shape[d])
@@ -108,8 +108,8 @@ def shard_spec(shape: Sequence[int], num_shards: int) -> PartitionSpec:
 def gather_shards(shards: Sequence[jax.Array], dims: Sequence[int | None]) -> list[jax.Array]:
     """Whole arrays from every device's shards, split over `data` along `dims`.
 
-    For use inside `shard_map`. Arrays whose dim is None are whole already. Array by array: packed
-    into one, they would be laid out anew twice, which costs ten times the transfer.
+    For use inside `shard_map`. Arrays whose dim is None are whole already. One gather an array:
+    packing them into one costs two changes of layout, ten times the transfer.
     """
     return [
         x if dim is None else jax.lax.all_gather(x, "data", axis=dim, tiled=True)

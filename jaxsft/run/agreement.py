@@ -15,11 +15,11 @@ from flax import nnx
 
 from jaxsft.common.batch import Batch
 from jaxsft.config import TrainConfig
-from jaxsft.gemma.sharding import named, partition_spec
+from jaxsft.gemma.sharding import named, partition_spec, state_shardings
 from jaxsft.run.program import make_fused_spec
-from jaxsft.run.setup import Setup, plain_weights
+from jaxsft.run.setup import Setup
 from jaxsft.step.fused import FusedSpec, loss_and_gradients
-from jaxsft.step.fused_weights import FusedLayout, Layer, fuse, group_adapter, write_adapter
+from jaxsft.step.fused_weights import FusedLayout, Layer, fuse, group_adapter, unfuse, write_adapter
 from jaxsft.step.train_step import StepSpec, init_state, train_step
 
 # Largest relative differences of (loss, gradient) by dtype, some twice what rounding makes of the
@@ -152,7 +152,7 @@ def _other_formulation(config: TrainConfig, setup: Setup) -> tuple[str, StepSpec
     spec, mesh = setup.spec, setup.spec.model.mesh
     if spec.model.fused is not None:
         plain = _with_fused(spec, None)
-        return "fused and plain step", plain, plain_weights(setup)
+        return "fused and plain step", plain, _plain_weights(setup, spec.model.fused.layout)
     if mesh.devices.flat[0].platform == "tpu":
         raise ValueError("a plain step has no kernels")
     fused = make_fused_spec(
@@ -163,6 +163,15 @@ def _other_formulation(config: TrainConfig, setup: Setup) -> tuple[str, StepSpec
         setup.frozen, layout=fused.layout
     )
     return "plain and fused step", _with_fused(spec, fused), weights
+
+
+def _plain_weights(setup: Setup, layout: FusedLayout) -> nnx.State:
+    """The model's own frozen state, a second copy beside the fused weights."""
+    restore = jax.jit(
+        lambda weights: unfuse(weights, setup.model_weights, layout),
+        out_shardings=state_shardings(setup.model_weights, setup.spec.model.mesh),
+    )
+    return restore(setup.frozen)
 
 
 def _step_gradient(

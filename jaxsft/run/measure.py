@@ -19,7 +19,7 @@ from jaxsft.evaluate.heldout import (
 )
 from jaxsft.evaluate.scoring import compare_answers, is_exact_format
 from jaxsft.run.metrics import MetricsWriter
-from jaxsft.run.setup import Data, Setup, plain_weights
+from jaxsft.run.setup import Data, Setup
 
 _BEFORE = "before.json"
 
@@ -107,7 +107,7 @@ def measure(
         )
         generated = answer_prompts(
             setup.state.adapter,
-            plain_weights(setup),
+            setup.frozen,
             prompts,
             data.tokenizer,
             spec=setup.spec.model,

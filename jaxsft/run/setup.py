@@ -13,7 +13,7 @@ from jaxsft.config import TrainConfig, check_devices
 from jaxsft.data.packing import StepBatches
 from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
-from jaxsft.gemma.sharding import named, state_shardings
+from jaxsft.gemma.sharding import named
 from jaxsft.prepare.rows import Data, run_model
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fork import add_adapter, check_fork, with_forked_adapter
@@ -30,7 +30,7 @@ from jaxsft.run.program import (
     program_hash,
     run_schedule,
 )
-from jaxsft.step.fused_weights import fuse, unfuse
+from jaxsft.step.fused_weights import fuse
 from jaxsft.step.train_step import StepSpec, TrainState, init_state
 from jaxsft.weights.find import Origin, architecture, check_tokenizer
 from jaxsft.weights.load import WeightsInfo, load_model
@@ -134,18 +134,6 @@ def build(
         program_hash=program_hash(lower_step(arguments)),
         fingerprint=fingerprint(config, data, info, steps),
     )
-
-
-def plain_weights(setup: Setup) -> nnx.State:
-    """The model's own frozen weights, for generation."""
-    fused = setup.spec.model.fused
-    if fused is None:
-        return setup.frozen
-    restore = jax.jit(
-        lambda weights: unfuse(weights, setup.model_weights, fused.layout),
-        out_shardings=state_shardings(setup.model_weights, setup.spec.model.mesh),
-    )
-    return restore(setup.frozen)
 
 
 def trained_model(setup: Setup) -> Gemma:

@@ -1,11 +1,11 @@
 """Attention as Pallas TPU kernels on the projection's own output: RoPE, scores, softmax, values.
 
-One grid step holds a row's keys and values of one KV head in on-chip memory (VMEM) with the query
-heads that share them, so that KV heads are never repeated, nothing is transposed, the softmax is
-over whole rows of scores, and the backward pass, which recomputes it, needs the inputs alone.
+One grid step holds the keys and values of one row and one KV head in on-chip memory (VMEM), with
+the query heads that share them. So KV heads are never repeated, nothing is transposed, and the
+softmax is over whole rows of scores. The backward pass recomputes it from the inputs.
 
 Axes: B batch, T position, K KV heads, G query heads per KV head, H head dim. The columns of `qkv`
-[B, T, K·(G+2)·H] stand by KV head: its G query heads, its key, its value.
+[B, T, K·(G+2)·H] are ordered by KV head: its G query heads, its key, its value.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from jaxsft.gemma.attention import MASKED_LOGIT
 from jaxsft.gemma.layers import rms_norm
 from jaxsft.step.row_kernels import VMEM_LIMIT_BYTES, Stacked
 
-# Query rows per block: 512 keeps four float32 score blocks of 512 x 2048 within 16 MiB. Causal
-# blocks that no query sees are left out: at 2048 tokens 10 of 16 remain.
+# Query rows per block: 512 keeps four float32 score blocks of 512 x 2048 within 16 MiB. Blocks
+# that the causal mask hides are skipped: at 2048 tokens 10 of 16 remain.
 BLOCK_Q = 512
 # Up to this cap the row maximum is not needed: no sum of exp(score) · value overflows float32 for
 # values up to 3e4, as exp(70) · 4096 keys · 3e4 < 3.4e38.
@@ -31,7 +31,7 @@ HEAD_DIM = 256  # the kernels cut heads at multiples of it
 
 
 class HeadLayout(NamedTuple):
-    """How `qkv` is cut into heads, and what happens to the scores. `window` is in tokens."""
+    """How `qkv` is divided into heads, and how scores are computed. `window` is in tokens."""
 
     num_kv_heads: int
     group_size: int
@@ -53,7 +53,7 @@ class HeadLayout(NamedTuple):
 
 
 def supports_row_length(row_length: int) -> bool:
-    """Whether rows of this many tokens fit the kernels' blocks: 128, 256, 384, multiples of 512."""
+    """Whether the kernels take rows of this many tokens: 128, 256, 384 and multiples of 512."""
     block = min(BLOCK_Q, row_length)
     return row_length % block == 0 and block % 128 == 0 and row_length <= MAX_ROW_LENGTH
 
@@ -70,8 +70,8 @@ def attention_forward(
     """Heads' outputs [B, T, K·G·H] in qkv's dtype.
 
     `rotary` float32 [2, B, T, H/2]: cos and sin by position. `norms` [2, H]: the scales of q_norm
-    and k_norm, not read without `norm_eps`. Tokens see their own segment; rows must be filled so
-    that position differences are index differences within a segment, as packing does.
+    and k_norm, not read without `norm_eps`. Tokens see their own segment, whose tokens must be
+    neighbours in the row, as packing makes them.
     """
     batch, length, _ = qkv.shape
     stacked = Stacked(qkv[None], jnp.int32(0))
@@ -95,9 +95,9 @@ def attention_backward(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Gradient of a layer's `qkv` from that of the output [B, T, K·G·H].
+    """Gradient with respect to `qkv`, from the gradient of the output [B, T, K·G·H].
 
-    `qkv` is read where the forward pass saved it: one layer of a stack [L, B, T, K·(G+2)·H].
+    `qkv` is one layer of the stack [L, B, T, K·(G+2)·H] that the forward pass saved it in.
     """
     shape, dtype = qkv.stack.shape[1:], qkv.stack.dtype
     length, head_dim = shape[1], layout.head_dim
@@ -174,7 +174,7 @@ def _call(
 
 
 def _prepare(x: jax.Array, rotary: jax.Array, scale: jax.Array, layout: HeadLayout) -> jax.Array:
-    """A head [rows, H] as it enters the scores: normalised if the model does so, rotated."""
+    """A head [rows, H] with its norm (where the model has one) and rotary position applied."""
     if layout.norm_eps is not None:
         x = rms_norm(x, scale, layout.norm_eps)
     half = layout.head_dim // 2
@@ -185,7 +185,7 @@ def _prepare(x: jax.Array, rotary: jax.Array, scale: jax.Array, layout: HeadLayo
 
 
 def _blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
-    """(query rows, key rows that some of them see) of every block of queries."""
+    """(query rows, the key rows that they can see) for every block of queries."""
     size = min(BLOCK_Q, length)
     starts = range(0, length, size)
     lowest = [0 if window is None else max(0, i - window + 1) // size * size for i in starts]
@@ -197,7 +197,7 @@ def _blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """float32 product over one axis of each operand."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    # bfloat16 operands are exact at any precision; float32 ones want it all.
+    # bfloat16 operands are exact at any precision; float32 operands need the highest.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
@@ -282,7 +282,7 @@ def _backward_kernel(
             exp, total, tanh = _weights(q, k, rows, keys, *segments, layout)
             p = exp / total
             p_dp = p * _dot(dy, qkv[keys, value_at], (1, 1))
-            # The softmax's own row sum of p · dp is dy · out: the output is not needed.
+            # The row sum of p · dp equals dy · out, so the output is not needed.
             d_scores = p_dp - p * jnp.sum(p_dp, axis=-1, keepdims=True)
             if tanh is not None:
                 d_scores *= 1.0 - tanh * tanh

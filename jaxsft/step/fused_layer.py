@@ -1,8 +1,8 @@
 """One layer of a Gemma with LoRA, forward and backward written out by hand.
 
-The same function as model.py's Block with autodiff, for training alone: LoRA rides inside the
-frozen matmuls (fused_weights.py), what is costly to compute again is saved, and the backward pass
-reads each saved array where it needs it. Only the adapter gets a gradient.
+The same function as model.py's Block with autodiff, for training only. LoRA is part of the frozen
+matmuls (fused_weights.py). The forward pass saves what is costly to compute again, and the backward
+pass reads each saved array where it needs it. Only the adapter gets a gradient.
 
 Axes: N = B·T tokens, D model, F MLP; `pads` are the extra rows and columns that hold the adapter.
 """
@@ -34,8 +34,11 @@ from jaxsft.step.row_kernels import (
 
 
 class Attend(NamedTuple):
-    """Attention on the projection's columns: (qkv [B, T, C], head norms) -> [B, T, N·H], and
-    its gradient by qkv from (qkv [N, C], head norms, gradient)."""
+    """Attention on the projection's columns.
+
+    `forward`: (qkv [B, T, C], head norms) -> [B, T, N·H]. `backward`: (qkv [N, C], head norms,
+    gradient of the output) -> gradient with respect to qkv.
+    """
 
     forward: Callable[[jax.Array, jax.Array], jax.Array]
     backward: Callable[[jax.Array | Stacked, jax.Array, jax.Array], jax.Array]
@@ -44,7 +47,7 @@ class Attend(NamedTuple):
 def make_attend(
     config: GemmaConfig, kind: str, batch: Batch, *, use_kernel: bool, interpret: bool = False
 ) -> Attend:
-    """The Pallas kernels (`interpret` runs them on a CPU), or the XLA reference with autodiff."""
+    """Pallas kernels (`interpret` runs them on a CPU), or the XLA reference with autodiff."""
     positions, segments = map(jnp.asarray, (batch.positions_BT, batch.segment_ids_BT))
     window = config.sliding_window if kind == LOCAL else None
     theta = config.rope_theta_local if kind == LOCAL else config.rope_theta_global
@@ -99,7 +102,7 @@ def _matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: Any = 
 
 @jax.named_scope("lora")
 def _with_xa(x_NI: jax.Array, a: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """([x | x A], x A); x itself where the projection has no adapter."""
+    """([x | x A], x A), or (x, None) where the projection has no adapter."""
     if a is None:
         return x_NI, None
     xa = _matmul(x_NI, a, (1, 0))
@@ -129,7 +132,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 class LayerSettings(NamedTuple):
-    """What one kind of layer needs besides its weights. `batch_shape` is (rows, tokens a row)."""
+    """What one kind of layer needs besides its weights. `batch_shape` is (rows, tokens per row)."""
 
     attend: Attend
     batch_shape: tuple[int, int]
@@ -152,7 +155,7 @@ class LayerSettings(NamedTuple):
 def layer_forward(
     x_ND: jax.Array, layer: Layer, lora: Layer, settings: LayerSettings
 ) -> tuple[jax.Array, Layer]:
-    """One layer: ([N, D], what its backward pass wants to have)."""
+    """One layer: (output [N, D], what its backward pass reads)."""
     saved: Layer = {"x": x_ND}
     post_attn, post_mlp = _post_norms(layer)
     with jax.named_scope("attention"):
@@ -188,10 +191,10 @@ def layer_backward(
     saved: Callable[[str], Any],
     settings: LayerSettings,
 ) -> tuple[jax.Array, Layer]:
-    """(gradient of the layer's input, gradients of its grouped adapter in float32).
+    """(gradient of the layer's input, float32 gradients of its grouped adapter).
 
-    `saved(name)`, an array or a `Stacked`, is asked anew for every use: a value read once into
-    several consumers would be copied out of its stack first.
+    `saved(name)` is an array or a `Stacked`. It is called for every use: XLA copies a value with
+    several consumers out of its stack first.
     """
     dtype = dx_ND.dtype
     grads: Layer = {}

@@ -1,12 +1,11 @@
-"""How the fused step stores a Gemma: projections grouped and padded so that LoRA costs no pass.
+"""How the fused step stores a Gemma: projections grouped and padded so that LoRA is nearly free.
 
-`x W + (x A)(s B)` written as it stands reads and writes the output twice. Stored with more input
-rows, W takes s·B into them, and one matmul of `[x | x A]` gives both terms; for the MLP's output,
-where the input is the wide side, W takes A as more columns instead. The extra rows and columns
-(the group's ranks rounded up to a lane tile of 128) are scratch: every train step writes them first
-and nothing else reads them.
+Computed directly, `x W + (x A)(s B)` reads and writes the output twice. Instead W has extra input
+rows ("pads") that hold s·B, and one matmul of `[x | x A]` gives both terms. For the MLP's output
+projection, whose input is the wide side, W has extra columns that hold A. A group's pads are its
+ranks rounded up to a lane tile of 128. Every train step writes them first; nothing else reads them.
 
-Query, key and value stand in one matrix, by KV head (see flash_attention.py); gate and up share
+Query, key and value are one matrix, ordered by KV head (see flash_attention.py); gate and up share
 their LoRA input. Layers that behave alike are stacked for one `lax.scan`.
 """
 
@@ -37,10 +36,10 @@ _NORMS = ("pre_attn_norm", "post_attn_norm", "pre_mlp_norm", "post_mlp_norm")
 
 @dataclasses.dataclass(frozen=True)
 class FusedLayout:
-    """Static shape of the fused weights: hashable, decided once per run.
+    """Static shape of the fused weights; hashable.
 
-    `segments`: (layer kind of each stack, layers per stack). Layers of a segment run stack by
-    stack, `num_layers` times over: (("local", "global"), 13) is Gemma 2's 26 layers.
+    `segments`: (layer kind of each stack, layers per stack). A segment's layers run one of each
+    stack, then the next of each: (("local", "global"), 13) is Gemma 2's 26 layers.
     """
 
     config: GemmaConfig
@@ -48,7 +47,7 @@ class FusedLayout:
     scale: float
     targets: tuple[str, ...]
     segments: tuple[tuple[tuple[str, ...], int], ...]
-    is_uniform: bool  # one stack of all layers, whatever the model's own pattern is
+    is_uniform: bool  # one stack of all layers, whatever the model's pattern is
 
     def num_pads(self, group: str) -> int:
         """Extra rows (columns for "down") of a group's matrix."""
@@ -93,7 +92,7 @@ def fuse(frozen: Any, layout: FusedLayout) -> dict[str, Any]:
             "up": _pad_rows(mlp["up_proj"]["kernel"][...], layout.num_pads("mlp")),
             "down": _pad_columns(mlp["down_proj"]["kernel"][...], layout.num_pads("down")),
         }
-        # q_norm and k_norm as one array; zeros, which nothing reads, without them.
+        # q_norm and k_norm as one array; zeros, never read, for a model without them.
         zeros = jnp.zeros((*q.shape[:-2], layout.config.head_dim), q.dtype)
         head_norms = [attn[n]["scale"][...] if n in attn else zeros for n in ("q_norm", "k_norm")]
         return layer | {"head_norms": jnp.stack(head_norms, axis=-2)}
@@ -136,10 +135,10 @@ def unfuse(weights: dict[str, Any], frozen: Any, layout: FusedLayout) -> nnx.Sta
 
 
 def group_adapter(adapter: Any, layout: FusedLayout) -> list[list[Layer]]:
-    """The adapter in the fused layout, by segment and stack: linear in it, dtype kept.
+    """The adapter in the fused layout, by segment and stack; a linear map that keeps the dtype.
 
-    For each group its A [.., in, pads] and s·B [.., pads, out], each projection in its own rank
-    rows, zeros elsewhere. The transpose of this map takes gradients back.
+    For each group A [.., in, pads] and s·B [.., pads, out], each projection in its own rank rows,
+    zeros elsewhere. The transpose of this map converts gradients back.
     """
     config = layout.config
 
@@ -169,14 +168,14 @@ def group_adapter(adapter: Any, layout: FusedLayout) -> list[list[Layer]]:
 
 
 def _outputs(group: str) -> list[tuple[str, tuple[str, ...]]]:
-    """(matrix, the projections in its columns) of a group: the MLP's has two matrices."""
+    """(matrix, the projections in its columns) for each matrix of a group."""
     if group == "mlp":
         return [("gate", ("gate_proj",)), ("up", ("up_proj",))]
     return [(group, GROUPS[group])]
 
 
 def _place(b: jax.Array, name: str, members: tuple[str, ...], config: GemmaConfig) -> jax.Array:
-    """One projection's B over the columns of its matrix: zeros in the others' columns."""
+    """One projection's B in its columns of the matrix, zeros in the other columns."""
     parts = [
         b
         if name == member

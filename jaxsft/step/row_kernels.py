@@ -1,8 +1,8 @@
-"""Functions of rows as Pallas TPU kernels: one pass over memory for what XLA makes several of.
+"""Functions of rows as Pallas TPU kernels: one pass over memory where XLA makes several.
 
-A norm's reduction, the norm itself and the residual additions around it each read and write the
-whole activation when XLA schedules them. As one kernel over blocks of rows they read every input
-once, straight from the stack that a scan saved it in.
+XLA reads and writes the whole activation for a norm's reduction, for the norm itself and for each
+residual addition around it. One kernel over blocks of rows reads every input once, directly from
+the stack that a scan saved it in.
 
 Axes: N rows (tokens), D columns, L layers of a stack.
 """
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# 256 x 2304 float32 is 2.3 MiB: a dozen intermediates fit on the chip. Of rows that 256 does not
-# divide a block is their greatest common divisor: 128 for one of 384 tokens; Mosaic wants 16s.
+# 256 x 2304 float32 is 2.3 MiB: a dozen intermediates fit on the chip. Where 256 does not divide
+# the number of rows, a block has their greatest common divisor (128 for 384 rows); Mosaic needs a
+# multiple of 16.
 BLOCK_ROWS = 256
 VMEM_LIMIT_BYTES = 100 * 2**20  # of 128 MiB on TPU v5e and v6e
 
@@ -36,7 +37,7 @@ class Stacked(NamedTuple):
 
 
 def read(x: "jax.Array | Stacked") -> jax.Array:
-    """The array itself."""
+    """The array, or the layer read from its stack."""
     return x.read() if isinstance(x, Stacked) else x
 
 
@@ -52,8 +53,8 @@ def rowwise(
 ) -> tuple[jax.Array, ...]:
     """`function(*rows, *vectors)` with rows [N, D] and vectors [D] -> `num_outputs` of [N, D].
 
-    `function` must treat every row alone. Without the kernel, which `name` names, it is called as
-    it is.
+    `function` must compute each row independently of the others. `name` is the kernel's name;
+    without `use_kernel` the function is called directly.
     """
     if not use_kernel:
         return function(*map(read, rows), *vectors)
@@ -63,7 +64,7 @@ def rowwise(
     block = math.gcd(BLOCK_ROWS, num_rows)
     assert all(shape == shapes[0] for shape in shapes)
 
-    # The layer numbers are known before the kernel starts: a block's address depends on them.
+    # Prefetched: the addresses of the blocks depend on the layer numbers.
     prefetched = jnp.stack([x.layer for x in stacks]) if stacks else jnp.zeros(1, jnp.int32)
 
     def kernel(_: Any, *refs: Any) -> None:
@@ -110,8 +111,8 @@ def rowwise(
 
 
 # ---- the functions: RMSNorm and the residual stream of a layer ----
-# x, y, h and their gradients [N, D]: x the residual stream, y what a sublayer adds to it (through
-# its own norm where the model has one), h what the next sublayer reads. Computed in float32.
+# x, y, h and their gradients are [N, D]: x is the residual stream, y what a sublayer adds to it
+# (after a norm of its own where the model has one), h the next sublayer's input. All in float32.
 
 
 def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
@@ -132,7 +133,7 @@ def _norm_backward(dy: jax.Array, x: jax.Array, scale: jax.Array, eps: float) ->
 
 
 def _add(x: jax.Array, y: jax.Array, post: Sequence[jax.Array], eps: float) -> jax.Array:
-    """x + y, or x + norm(y), rounded as the model rounds."""
+    """x + y, or x + norm(y), rounded like the model does."""
     if post:
         y = _norm(y, post[0], eps).astype(x.dtype)
     return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)

@@ -13,9 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsft.common.batch import Batch
+from jaxsft.gemma.decode import ModelBuilder
 from jaxsft.gemma.loss import chunked_log_probs
 from jaxsft.gemma.sharding import partition_spec
 from jaxsft.step.fused import FusedSpec, fused_log_probs
+from jaxsft.step.fused_decode import FusedModelBuilder
 from jaxsft.step.fused_weights import group_adapter
 
 
@@ -32,6 +34,13 @@ class ModelSpec:
     logit_cap: float | None
     chunk_tokens: int
     fused: FusedSpec | None = None
+
+    @property
+    def builder(self) -> ModelBuilder:
+        """What the sampler takes with these frozen weights."""
+        if self.fused is None:
+            return self.graphdef
+        return FusedModelBuilder(self.fused.layout, self.fused.dtype)
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -1,4 +1,4 @@
-"""What the compiler makes of decoding on a TPU v5e-8, beside training's state: a four-layer twin.
+"""What the compiler makes of decoding from training's state on a TPU v5e-8: a four-layer twin.
 
 Compiled ahead of time, in a subprocess because libtpu reads its environment once.
 """
@@ -46,18 +46,15 @@ def measure() -> dict[str, Any]:
 
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from jaxsft.cli import parse_config
-    from jaxsft.config import EvalOptions
     from jaxsft.gemma import decode as sample
     from jaxsft.gemma.architecture import PRESETS
-    from jaxsft.gemma.lora import split
-    from jaxsft.gemma.sharding import named, state_shardings
+    from jaxsft.gemma.sharding import named
     from jaxsft.plan.hlo_price import COLLECTIVES
     from jaxsft.plan.hlo_text import Instruction, parse_program
     from jaxsft.plan.tpu_aot import Compiled, compile_for_tpu, topology_devices
-    from jaxsft.run.program import abstract_setup, make_model
+    from jaxsft.run.program import abstract_setup
 
     config, _ = parse_config("test", "", ["--config", "single_session"])
     preset = PRESETS["gemma-2-2b"]
@@ -66,22 +63,20 @@ def measure() -> dict[str, Any]:
     arguments = abstract_setup(config, twin, topology_devices("v5e:2x4"), steps=100)
     mesh, adapter = arguments.spec.model.mesh, arguments.state.adapter
     struct = partial(jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s))
-    weights = split(nnx.eval_shape(partial(make_model, config, twin)))[2]
-    weights = struct(weights, state_shardings(weights, mesh))
-
-    options = EvalOptions()
+    weights, options = arguments.frozen, sample.SamplingOptions(8, 768)
+    assert arguments.spec.model.fused is not None
     num_rows = sample.generation_batch_size(options, NUM_PROMPTS, mesh)
-    prompts = sample._pad([[0] * PROMPT_LENGTH], [0] * num_rows)
+    prompts = sample._pad([[0] * PROMPT_LENGTH], [0] * num_rows, 0)
     padded, rows = jax.eval_shape(lambda: prompts)
-    program = sample._Program(arguments.spec.model.graphdef, options, mesh)
-    token_B, cache = jax.eval_shape(
+    program = sample._Program(arguments.spec.model.builder, options, mesh)
+    drawn, cache = jax.eval_shape(
         partial(sample._prefill, program=program), adapter, weights, padded, rows
     )
     kv = struct(cache.kv_L2BSKH, named(mesh, None, None, "batch", None, None, None))
     stops = jax.ShapeDtypeStruct((2,), jnp.int32)
     compiled = compile_for_tpu(
         sample._decode.lower(
-            adapter, weights, cache._replace(kv_L2BSKH=kv), token_B, rows, stops, program
+            adapter, weights, cache._replace(kv_L2BSKH=kv), drawn, rows, stops, program
         )
     )
     assert isinstance(compiled, Compiled)
