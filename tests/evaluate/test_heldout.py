@@ -109,7 +109,7 @@ def test_examples_as_text_and_where_such_an_answer_ends(monkeypatch: pytest.Monk
     ]
     monkeypatch.setattr(tokenizer, "vocab_size", 300, raising=False)
     monkeypatch.setattr(heldout, "generate", lambda *_, **__: found)
-    spec = SimpleNamespace(graphdef=None, mesh=None)
+    spec = SimpleNamespace(builder=None, mesh=None)
     options = {"spec": spec, "options": EvalOptions(), "stop_text": heldout.NEXT_QUESTION}
     answers = heldout.answer_prompts(None, None, prompts * len(found), tokenizer, **options)
     # Text, tokens, stopped by itself, cut off at the limit.

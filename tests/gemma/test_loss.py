@@ -3,13 +3,20 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.plain_loss import plain_log_probs
+from support.plain_loss import (
+    HIGH,
+    LOW,
+    Rollouts,
+    clipped,
+    clipped_token_loss,
+    plain_log_probs,
+)
 
 from jaxsft.common.batch import Batch
 from jaxsft.gemma.loss import chunked_log_probs, chunked_loss, cross_entropy
@@ -143,39 +150,6 @@ def test_chunked_scales_with_the_cotangent_and_without_gradient() -> None:
 
 
 # ---- another objective: GRPO's, clipped, with k3 towards a reference ----
-
-
-class Rollouts(NamedTuple):
-    """`Batch` with what GRPO knows of every token."""
-
-    tokens_BT: Any
-    targets_BT: Any
-    loss_weights_BT: Any
-    segment_ids_BT: Any
-    positions_BT: Any
-    old_BT: Any
-    reference_BT: Any
-    advantages_BT: Any
-
-
-LOW, HIGH, BETA = 0.2, 0.28, 0.1
-
-
-def clipped(log_probs: jax.Array, batch: Rollouts) -> jax.Array:
-    """-min(r A, clip(r) A) + beta k3, times the weight (arXiv:2402.03300, arXiv:2503.14476)."""
-    ratio, advantages = jnp.exp(log_probs - batch.old_BT), batch.advantages_BT
-    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - LOW, 1 + HIGH) * advantages)
-    apart = batch.reference_BT - log_probs
-    return (BETA * (jnp.expm1(apart) - apart) - gain) * batch.loss_weights_BT
-
-
-def clipped_token_loss(log_probs: jax.Array, batch: Rollouts) -> tuple[jax.Array, jax.Array]:
-    """`clipped` as the head takes it: c = A r [not clipped] - beta (1 - e^(reference - log p))."""
-    ratio, advantages = jnp.exp(log_probs - batch.old_BT), batch.advantages_BT
-    is_clipped = jnp.where(advantages > 0, ratio > 1 + HIGH, ratio < 1 - LOW)
-    coefficient = jnp.where(is_clipped, 0.0, advantages * ratio)
-    coefficient += BETA * jnp.expm1(batch.reference_BT - log_probs)
-    return clipped(log_probs, batch), coefficient * batch.loss_weights_BT
 
 
 @pytest.mark.parametrize("cap", [None, CAP])

@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from support.lora_twins import make_peft, random_samples, twin, with_adapter
+from support.plain_loss import Rollouts, clipped, clipped_token_loss
 
 from jaxsft.common.batch import Batch
 from jaxsft.data.bins import best_fit_decreasing
@@ -121,6 +122,34 @@ def test_equals_the_plain_step(name: str, overrides: dict[str, int], recompute: 
     assert abs(float(metrics["loss"]) - float(expected["loss"])) < 1e-5
     assert int(metrics["num_loss_tokens"]) == int(expected["num_loss_tokens"])
     assert_gradients_equal(fused_state.moments.trace, state.moments.trace)
+
+
+def test_another_objective_in_both_steps() -> None:
+    """GRPO's, on a batch with arrays of its own: the two gradients are equal, and so are their loss
+    and the plain objective of the log-probabilities."""
+    hf_model, model = twin("gemma2", num_hidden_layers=2)
+    model = with_adapter(model, make_peft(hf_model, random_b=True))
+    settings: Any = {"token_loss": clipped_token_loss, "accumulation_steps": 2}
+    results: list[Any] = []
+    for state, frozen, spec in both(model, layout_of(model), **settings):
+        batch = batch_of(4)
+        rng = np.random.default_rng(4)
+        shape = batch.tokens_BT.shape
+        log_probs_BT = token_log_probs(state.adapter, frozen, batch, spec=spec.model)
+        old, reference, advantages = rng.normal(0, 0.3, (3, *shape)).astype(np.float32)
+        weights = batch.loss_weights_BT * rng.uniform(0.1, 3.0, shape).astype(np.float32)
+        rollouts: Any = Rollouts(
+            *batch._replace(loss_weights_BT=weights),
+            log_probs_BT + old,
+            log_probs_BT + reference,
+            jnp.asarray(3 * advantages),
+        )
+        expected = float(jnp.sum(clipped(log_probs_BT, rollouts)) / jnp.sum(weights))
+        state, _, metrics = train_step(state, frozen, rollouts, spec=spec)
+        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert int(metrics["num_loss_tokens"]) == int((weights != 0).sum())
+        results.append(state.moments.trace)
+    assert_gradients_equal(results[1], results[0])
 
 
 def test_bfloat16_is_near_float32() -> None:
