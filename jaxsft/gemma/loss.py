@@ -189,8 +189,10 @@ def _gather(
 ) -> tuple[jax.Array, jax.Array, Batch]:
     """A chunk's positions, hidden states and batch arrays."""
     rows = jax.lax.dynamic_slice(order, (start,), (chunk,))
-    get = lambda x: x.at[rows].get(mode="fill", fill_value=0)  # noqa: E731
-    return rows, get(hidden_ND), jax.tree.map(get, batch_N)
+    x_CD, batch_C = jax.tree.map(
+        lambda x: x.at[rows].get(mode="fill", fill_value=0), (hidden_ND, batch_N)
+    )
+    return rows, x_CD, batch_C
 
 
 def _backward(token_loss, logit_cap, chunk, gradient_ND, cotangent) -> tuple[Any, ...]:
