@@ -55,29 +55,21 @@ def test_equals_the_plain_model(name: str, overrides: dict[str, int]) -> None:
 
 
 def test_no_second_copy_of_the_weights() -> None:
-    """Both programs' temporaries stay far below the frozen weights, which dominate here."""
+    """Both programs' temporaries stay far below the frozen weights: Gemma 2 2B's layers, eight of
+    them, which are compiled for and never allocated. The padded adapter is 8% of the weights."""
     config = dataclasses.replace(
-        PRESETS["gemma-2-2b"],
-        vocab_size=64,
-        d_model=128,
-        d_ff=512,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        layer_types=(LOCAL, GLOBAL) * 8,
-        sliding_window=16,
+        PRESETS["gemma-2-2b"], vocab_size=64, layer_types=(LOCAL, GLOBAL) * 4, sliding_window=16
     )
-    layout = make_layout(config, row_length=64, rank=2, scale=1.5, targets=lora.TARGETS)
+    layout = make_layout(config, row_length=64, rank=64, scale=1.5, targets=lora.TARGETS)
 
     def with_lora() -> Gemma:
         model = Gemma(config, rngs=nnx.Rngs(0))
-        lora.inject(model, rank=2, alpha=3.0, rngs=nnx.Rngs(1))
+        lora.inject(model, rank=64, alpha=96.0, rngs=nnx.Rngs(1))
         return model
 
     _, adapter, frozen = lora.split(nnx.eval_shape(with_lora))
     weights = jax.eval_shape(lambda frozen: fuse(frozen, layout), frozen)
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    assert num_bytes > 10e6
 
     program = decode._Program(FusedModelBuilder(layout, jnp.dtype("float32")), OPTIONS)
     prompt, rows = decode._pad([[5, 6, 7]], [0], 0)
