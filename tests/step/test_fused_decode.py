@@ -55,8 +55,11 @@ def test_equals_the_plain_model(name: str, overrides: dict[str, int]) -> None:
 
 
 def test_no_second_copy_of_the_weights() -> None:
-    """Both programs' temporaries stay far below the frozen weights: Gemma 2 2B's layers, eight of
-    them, which are compiled for and never allocated. The padded adapter is 8% of the weights."""
+    """Temporaries of both programs for eight of Gemma 2 2B's layers, compiled but never allocated.
+
+    A CPU copies the two layers of a repetition out of their stacks (25% of the weights), and the
+    padded adapter is 8%: 33% in all. The model's own weights restored would be over 90%.
+    """
     config = dataclasses.replace(
         PRESETS["gemma-2-2b"], vocab_size=64, layer_types=(LOCAL, GLOBAL) * 4, sliding_window=16
     )
@@ -81,4 +84,4 @@ def test_no_second_copy_of_the_weights() -> None:
     step = decode._decode.lower(adapter, weights, cache, drawn, rows, stops, program)
     for lowered in (prefill, step):
         memory = lowered.compile().memory_analysis()
-        assert 0 < memory.temp_size_in_bytes < 0.2 * num_bytes
+        assert 0 < memory.temp_size_in_bytes < 0.5 * num_bytes
