@@ -147,7 +147,8 @@ def read_prompts(
     """The prompts of samples; their text is without the `system_prompt` in front."""
     prompts = []
     for sample in samples:
-        ids, completion = split_prompt(sample)
+        start = sample.completion_start
+        ids, completion = sample.ids[:start].tolist(), sample.ids[start:].tolist()
         text = _last_user_text(ids, tokenizer)
         if system_prompt:
             text = text.removeprefix(f"{system_prompt.strip()}\n\n")
@@ -163,12 +164,6 @@ def _last_user_text(ids: list[int], tokenizer: Tokenizer) -> str:
     start, _ = [i for i, token in enumerate(ids) if token == tokenizer.start_of_turn_id][-2:]
     turn = ids[start + 1 : ids.index(tokenizer.end_of_turn_id, start)]
     return tokenizer.decode(turn).removeprefix("user\n")
-
-
-def split_prompt(sample: Sample) -> tuple[list[int], list[int]]:
-    """(prompt ids, completion ids) of a sample; the completion is its last assistant turn."""
-    start = sample.completion_start
-    return sample.ids[:start].tolist(), sample.ids[start:].tolist()
 
 
 def with_examples(

@@ -61,13 +61,12 @@ def mean(values: npt.ArrayLike) -> Estimate:
     return ratio(values, np.ones_like(values))
 
 
-def ratio(sums: npt.ArrayLike, counts: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+def ratio(sums: npt.ArrayLike, counts: npt.ArrayLike) -> Estimate:
     """Sum of `sums` by sum of `counts`, such as loss per token over rows of many lengths.
 
     Args:
       sums: [N], one for each row.
       counts: [N], the number of terms in each sum, above 0.
-      seed: of the resampling.
     """
     from scipy import stats
 
@@ -89,34 +88,29 @@ def ratio(sums: npt.ArrayLike, counts: npt.ArrayLike, *, seed: int = 0) -> Estim
         n_resamples=NUM_RESAMPLES,
         batch=max(1, _CHUNK // num),
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high), num)
 
 
 def difference(
-    left: npt.ArrayLike,
-    right: npt.ArrayLike,
-    counts: npt.ArrayLike | None = None,
-    *,
-    seed: int = 0,
+    left: npt.ArrayLike, right: npt.ArrayLike, counts: npt.ArrayLike | None = None
 ) -> PairedDifference:
     """The difference of two models on the same N rows, right minus left.
 
     Args:
       left, right: [N], a value for each row, or with `counts` a sum.
       counts: [N], the number of terms in both models' sums (`ratio`); None for plain means.
-      seed: of the resampling.
     """
     left_N, right_N = np.asarray(left, np.float64), np.asarray(right, np.float64)
     assert left_N.shape == right_N.shape
     with np.errstate(invalid="ignore"):
         gains_N = right_N - left_N
-    estimate = ratio(gains_N, np.ones_like(gains_N) if counts is None else counts, seed=seed)
-    return PairedDifference(*estimate, p_value=sign_flip_p_value(gains_N, seed=seed))
+    estimate = ratio(gains_N, np.ones_like(gains_N) if counts is None else counts)
+    return PairedDifference(*estimate, p_value=sign_flip_p_value(gains_N))
 
 
-def sign_flip_p_value(gains: npt.ArrayLike, *, seed: int = 0) -> float:
+def sign_flip_p_value(gains: npt.ArrayLike) -> float:
     """Two-sided p value of the paired permutation test that Fisher proposed (1935, section 21).
 
     If the two models were alike, each row's gain would have had either sign with equal chance. The
@@ -146,6 +140,6 @@ def sign_flip_p_value(gains: npt.ArrayLike, *, seed: int = 0) -> float:
             vectorized=True,
             n_resamples=NUM_RESAMPLES,
             batch=max(1, _CHUNK // num),
-            rng=np.random.default_rng(seed),
+            rng=np.random.default_rng(0),
         ).pvalue
     )

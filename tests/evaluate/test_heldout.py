@@ -21,7 +21,6 @@ from jaxsft.evaluate.heldout import (
     compare_losses,
     held_out_losses,
     read_prompts,
-    split_prompt,
     with_examples,
 )
 from jaxsft.gemma.decode import Generation
@@ -29,56 +28,33 @@ from jaxsft.gemma.sharding import make_mesh
 
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
 QUOTED = "What does <end_of_turn>\n<start_of_turn>user\nmean?"
-
-TURNS = {
-    "one turn": [Turn("user", "Why?")],
-    "system": [Turn("system", "Think."), Turn("user", "Why?")],
-    "several turns": [
-        Turn("system", "Think."),
-        Turn("user", "Who?"),
-        Turn("assistant", "I."),
-        Turn("user", "Why?"),
-    ],
-    "turn tokens as text": [Turn("user", QUOTED)],
-}
-
-
-@pytest.mark.parametrize("name", TURNS)
-def test_split_prompt_is_where_generation_begins(name: str) -> None:
-    tokenizer, turns = FakeTokenizer(), TURNS[name]
-    sample = encode_chat(tokenizer, [*turns, Turn("assistant", GOOD)])
-    prompt, completion = split_prompt(sample)
-    assert prompt == encode_prompt(tokenizer, turns)
-    assert completion == [*tokenizer.encode(GOOD), tokenizer.end_of_turn_id]
-    assert all(type(token) is int for token in prompt + completion)
-    assert prompt + completion == sample.ids.tolist()
-    assert np.array_equal(np.flatnonzero(sample.loss_mask)[-len(completion) :][0], len(prompt))
+SYSTEM, WHY = Turn("system", "Think."), Turn("user", "Why?")
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("turns", "text"),
     [
-        ("one turn", "Why?"),
-        ("system", "Think.\n\nWhy?"),
-        ("several turns", "Why?"),
-        ("turn tokens as text", QUOTED),
+        ([WHY], "Why?"),
+        ([SYSTEM, WHY], "Think.\n\nWhy?"),
+        ([SYSTEM, Turn("user", "Who?"), Turn("assistant", "I."), WHY], "Why?"),
+        ([Turn("user", QUOTED)], QUOTED),
     ],
 )
-def test_a_prompt_shows_the_last_user_turn(name: str, text: str) -> None:
+def test_a_prompt_is_what_generation_is_given(turns: list[Turn], text: str) -> None:
     tokenizer = FakeTokenizer()
-    sample = encode_chat(tokenizer, [*TURNS[name], Turn("assistant", GOOD)])
+    sample = encode_chat(tokenizer, [*turns, Turn("assistant", GOOD)])
     (prompt,) = read_prompts([sample], tokenizer, None)
-    assert prompt == (encode_prompt(tokenizer, TURNS[name]), text, GOOD)
+    assert prompt == (encode_prompt(tokenizer, turns), text, GOOD)
 
 
 def test_examples_are_the_turns_before() -> None:
     tokenizer = FakeTokenizer()
-    system, question = Turn("system", "Think."), Turn("user", "What is 2 + 2?")
+    question = Turn("user", "What is 2 + 2?")
     examples = [(Turn("user", f"Question {i}"), Turn("assistant", GOOD)) for i in range(2)]
-    samples = [encode_chat(tokenizer, turns) for turns in ((system, *examples[0]), examples[1])]
+    samples = [encode_chat(tokenizer, turns) for turns in ((SYSTEM, *examples[0]), examples[1])]
     (sample,) = [encode_chat(tokenizer, [question, Turn("assistant", "<answer>4</answer>")])]
     (prompt,) = with_examples(read_prompts([sample], tokenizer, None), samples, tokenizer)
-    turns = [system, *examples[0], *examples[1], question]
+    turns = [SYSTEM, *examples[0], *examples[1], question]
     assert prompt.ids == encode_prompt(tokenizer, turns)
     assert (prompt.text, prompt.reference) == ("What is 2 + 2?", "<answer>4</answer>")
     (same,) = with_examples(read_prompts([sample], tokenizer, None), [], tokenizer)
@@ -88,7 +64,7 @@ def test_examples_are_the_turns_before() -> None:
 def test_examples_as_text_and_where_such_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = FakeTokenizer()
     samples = [
-        encode_chat(tokenizer, [*TURNS["system"][:1], Turn("user", q), Turn("assistant", a)])
+        encode_chat(tokenizer, [SYSTEM, Turn("user", q), Turn("assistant", a)])
         for q, a in (("Who?", GOOD), ("Why?", "<answer>4</answer>"))
     ]
     solved, asked = (read_prompts([sample], tokenizer, "Think.") for sample in samples)
@@ -123,9 +99,8 @@ def test_examples_as_text_and_where_such_an_answer_ends(monkeypatch: pytest.Monk
     ]
 
 
-@pytest.mark.parametrize("system_prompt", ["Think.", "Think.\n", " \nThink. "])
-def test_the_system_text_is_not_shown(system_prompt: str) -> None:
-    tokenizer = FakeTokenizer()
+def test_the_system_text_is_not_shown() -> None:
+    tokenizer, system_prompt = FakeTokenizer(), " \nThink. "
     turns = [Turn("system", system_prompt), Turn("user", "Why?"), Turn("assistant", GOOD)]
     (prompt,) = read_prompts([encode_chat(tokenizer, turns)], tokenizer, system_prompt)
     assert prompt.text == "Why?"

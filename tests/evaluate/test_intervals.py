@@ -9,21 +9,15 @@ from jaxsft.evaluate.intervals import difference, mean, ratio, share, sign_flip_
 
 
 def test_share_is_wilsons_formula() -> None:
-    z, num = 1.959964, 1319
-    for hits in (1, 430, 1318):
+    z = 1.959964
+    # Without a success, or with nothing else, the interval still has a width: 16.1% of 20.
+    for hits, num in ((1, 1319), (430, 1319), (1318, 1319), (0, 20), (20, 20)):
         p = hits / num
         centre, scale = p + z * z / (2 * num), 1 + z * z / num
         half = z * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
         found = share([True] * hits + [False] * (num - hits))
         expected = (p, (centre - half) / scale, (centre + half) / scale, num)
-        assert found == pytest.approx(expected, abs=1e-8)
-
-
-def test_no_success_is_no_certainty() -> None:
-    z = 1.959964
-    assert share([False] * 20).low == pytest.approx(0, abs=1e-15)
-    assert share([False] * 20).high == pytest.approx(z * z / (20 + z * z), abs=1e-6)  # 16.1%
-    assert share([True] * 20).high == pytest.approx(1, abs=1e-15)
+        assert found == pytest.approx(expected, abs=1e-7)
     assert share([]).num == 0 and math.isnan(share([]).value)
 
 
@@ -35,27 +29,16 @@ def test_equal_values_have_no_interval(values: list[float]) -> None:
     assert math.isnan(found.low) and math.isnan(found.high)
 
 
-def test_two_values_by_hand() -> None:
-    # Of the four resamples of {0, 1}, one has the mean 0 and one the mean 1: beyond 2.5% both.
-    assert mean([0.0, 1.0])[:3] == (0.5, 0.0, 1.0)
-
-
-def test_seed_decides() -> None:
-    values = np.random.default_rng(0).normal(size=50).tolist()
-    assert mean(values) == mean(values) != ratio(values, np.ones_like(values), seed=1)
-    gains = [*values, *values]
-    assert sign_flip_p_value(gains) == sign_flip_p_value(gains) != sign_flip_p_value(gains, seed=1)
-
-
 def test_ratio_weighs_rows_by_their_counts() -> None:
+    # Of the four resamples, one has the mean 1 and one the mean 3: beyond 2.5% both.
     assert ratio([10.0, 30.0], [10, 10])[:3] == (2.0, 1.0, 3.0)
     # A row of 90 tokens at 1 nat and one of 10 at 2: not the mean 1.5 of the two rows.
     assert ratio([90.0, 20.0], [90, 10]).value == pytest.approx(1.1)
     sums, counts = np.random.default_rng(3).lognormal(3, 1, 200), np.arange(200.0, 0, -1)
-    rows = np.random.default_rng(7).integers(200, size=(10_000, 200))
+    rows = np.random.default_rng(0).integers(200, size=(10_000, 200))
     resampled = sums[rows].sum(1) / counts[rows].sum(1)
     expected = np.quantile(resampled, [0.025, 0.975])
-    assert ratio(sums, counts, seed=7)[1:3] == pytest.approx(tuple(expected), rel=1e-12)
+    assert ratio(sums, counts)[1:3] == pytest.approx(tuple(expected), rel=1e-12)
 
 
 def test_intervals_cover_what_they_promise() -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import random
 import re
-from fractions import Fraction
 
 import pytest
 
@@ -14,10 +13,7 @@ from jaxsft.evaluate.scoring import (
     GeneratedAnswer,
     compare_answers,
     exact_parts,
-    final_number,
     format_fault,
-    has_each_tag_once,
-    is_exact_format,
     reference_number,
     repeated_share,
     score_answer,
@@ -50,28 +46,20 @@ HAND_MADE = [
     ("72", wrapped("72 clips"), T, T, T, T),
     ("72", wrapped("72km, in 3 days"), T, T, T, F),
     ("72", wrapped("The answer is **72**."), T, T, T, T),
-    ("72", wrapped("$72.00"), T, T, T, T),
     ("72", wrapped("75"), T, F, T, F),
     ("72", wrapped("79.2"), T, F, T, F),  # 1.1 times 72, exactly
     ("72", wrapped("79.21"), T, F, F, F),
-    ("72", wrapped("64.8"), T, F, T, F),
     ("72", wrapped("-72"), T, F, F, F),
     ("72", wrapped("seventy-two"), T, F, F, F),
     ("72", wrapped("48 + 24 = 72"), T, F, F, T),  # the first number counts
     ("72", wrapped(r"48 + 24 = \boxed{72}"), T, T, T, T),
     ("72", wrapped(r"\boxed{24}, no: \boxed{72} of 80"), T, T, T, F),
-    ("72", wrapped("It is on 12/25/2024: 72"), T, T, T, T),
+    ("5", wrapped(r"5 apples \boxed{}"), T, T, T, T),  # nothing in the box
+    ("7", wrapped(r"7, \boxed{\text{seven}}"), T, T, T, T),
     ("72", wrapped("70-72"), T, F, T, T),
-    ("1,234.50", wrapped("1,234.50"), T, T, T, T),
     ("1,234.50", wrapped("$1234.5 in all"), T, T, T, T),
-    ("1,080", wrapped("1080"), T, T, T, T),
-    ("-3", wrapped("-3"), T, T, T, T),
-    ("-3", wrapped("\u22123"), T, T, T, T),
     ("-3", wrapped("-$3"), T, T, T, T),
-    ("-3", wrapped("3"), T, F, F, F),
-    ("0.75", wrapped("3/4"), T, T, T, T),
     ("0.75", wrapped(r"\frac{3}{4} cups"), T, T, T, T),
-    ("1 1/2", wrapped("1½"), T, T, T, T),
     ("0", wrapped(".1"), T, F, F, F),  # no ratio to zero
     # The form is broken; a number in the answer counts all the same.
     ("72", f"Sure! {wrapped('72')}", F, T, T, T),
@@ -109,60 +97,22 @@ def test_reference_is_read_as_the_converter_writes_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        (r"4 + 1 = \boxed 5", 5),
-        (r"5 apples \boxed{}", 5),  # nothing in the box
-        (r"7, \boxed{\text{seven}}", 7),
-        (r"\boxed{\frac{3}{4}} of 8", "3/4"),
-    ],
-)
-def test_a_box_counts_where_a_number_is_in_it(text: str, number: int | str) -> None:
-    assert final_number(wrapped(text)) == Fraction(number)
-
-
-@pytest.mark.parametrize(
     ("text", "fault"),
     [
         (GOOD, None),
         (completion_text("Because.\nAnd so.", "Four."), None),  # what training teaches
-        ("<reasoning>a</reasoning><answer>b</answer>", None),
-        # White space around the whole, newlines inside the parts, text between the parts.
-        (f" \n{GOOD}\n ", None),
-        ("<reasoning>a\n\nb</reasoning>\n<answer>1.\n2.\n</answer>", None),
-        ("<reasoning>a</reasoning>\nThus:\n<answer>b</answer>", None),
-        ("<reasoning>x < y and y > z</reasoning>\n<answer><b>4</b></answer>", None),
-        # Text in front of, or after, the whole.
+        ("<reasoning>x < y and y > z</reasoning>\nThus:\n<answer><b>4</b></answer>", None),
         (f"Sure! {GOOD}", "text before <reasoning>"),
-        (f"{GOOD} I hope this helps.", "text after </answer>"),
         (f"{GOOD}<end_of_turn>", "text after </answer>"),
-        # Something is missing.
-        ("", "no tags"),
         ("Four.", "no tags"),
-        ("<reasoning>a</reasoning>\nb", "no <answer>, </answer>"),
-        ("<answer>b</answer>", "no <reasoning>, </reasoning>"),
-        ("a</reasoning>\n<answer>b</answer>", "no <reasoning>"),
-        ("<reasoning>a\n<answer>b</answer>", "no </reasoning>"),
-        ("<reasoning>a</reasoning>\n<answer>b", "no </answer>"),
-        ("<reasoning>a</reasoning>\nb</answer>", "no <answer>"),
-        ("<reasoning></reasoning>\n<answer>b</answer>", "nothing between two tags"),
-        ("<reasoning>a</reasoning>\n<answer></answer>", "nothing between two tags"),
-        # Tags twice, nested, in the wrong order, spelt otherwise.
-        (f"{GOOD}\n{GOOD}", "2 × <reasoning>"),
-        ("<reasoning>a<reasoning>b</reasoning>\n<answer>c</answer>", "2 × <reasoning>"),
-        ("<reasoning>a</reasoning>b</reasoning>\n<answer>c</answer>", "2 × </reasoning>"),
-        ("<reasoning>a</reasoning>\n<answer>b<answer>c</answer>", "2 × <answer>"),
-        ("<reasoning>a</reasoning>\n<answer>b</answer>\n<answer>c</answer>", "2 × <answer>"),
-        ("<reasoning>use <answer> here</reasoning>\n<answer>c</answer>", "2 × <answer>"),
-        ("<answer>b</answer>\n<reasoning>a</reasoning>", "tags out of order"),
-        ("<reasoning>a<answer>b</answer></reasoning>", "tags out of order"),
         ("<Reasoning>a</Reasoning>\n<answer>b</answer>", "no <reasoning>, </reasoning>"),
-        ("<think>a</think>\n<answer>b</answer>", "no <reasoning>, </reasoning>"),
-        ("<reasoning >a</reasoning>\n<answer>b</answer>", "no <reasoning>"),
+        ("<reasoning>a</reasoning>\n<answer>b", "no </answer>"),
+        ("<reasoning>a</reasoning>\n<answer></answer>", "nothing between two tags"),
+        ("<reasoning>use <answer> here</reasoning>\n<answer>c</answer>", "2 × <answer>"),
+        ("<reasoning>a<answer>b</answer></reasoning>", "tags out of order"),
     ],
 )
-def test_exact_format_and_what_breaks_it(text: str, fault: str | None) -> None:
-    assert (is_exact_format(text) and has_each_tag_once(text)) is (fault is None)
+def test_what_breaks_the_format_is_named(text: str, fault: str | None) -> None:
     assert format_fault(text) == fault
 
 
@@ -177,6 +127,8 @@ def test_exact_format_is_the_pattern_of_the_field() -> None:
             text = f" <reasoning>{text}</answer>\n"
         match = pattern.search(text)
         assert exact_parts(text) == (match and match.groups()), text
+        is_good = bool(match) and all(text.count(tag) == 1 for tag in TAGS)
+        assert (format_fault(text) is None) is is_good, text
         num_exact += bool(match)
     assert num_exact > 200
     assert exact_parts("".join(TAGS) * 20_000) is not None  # where the pattern takes cubic time
