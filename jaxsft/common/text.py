@@ -17,6 +17,11 @@ def visible_text(text: str) -> str:
     )
 
 
+def plural(count: int, noun: str) -> str:
+    """1 sample, 2 samples."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def visible_line(text: str) -> str:
     """`visible_text` on one line, with single spaces, and *** for secrets."""
     return visible_text(_SECRET.sub("***", " ".join(text.split())))

@@ -1,5 +1,6 @@
 """A model on held-out rows: the loss of every token, and generated answers to the prompts."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -106,14 +107,10 @@ def _answer_start(ids: list[int], tokenizer: Tokenizer) -> int:
     The tag is searched for in the text: its token ids depend on the text before it.
     """
     at = tokenizer.decode(ids).find(_ANSWER)
-    low, high = 0, len(ids)
-    while low < high and at > 0:  # the longest beginning whose text ends before the tag
-        middle = (low + high + 1) // 2
-        if len(tokenizer.decode(ids[:middle])) <= at:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    if at <= 0:
+        return 0
+    # The longest beginning whose text ends before the tag.
+    return bisect_right(range(len(ids)), at, key=lambda num: len(tokenizer.decode(ids[:num]))) - 1
 
 
 def compare_losses(

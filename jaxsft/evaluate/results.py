@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxsft.common.files import write_json, write_text
+from jaxsft.common.text import plural
 from jaxsft.data.samples import DataReport, as_list
 from jaxsft.evaluate.heldout import SampleLosses
 from jaxsft.evaluate.options import EvaluateOptions
@@ -62,12 +63,12 @@ def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
 def describe_evaluation(options: EvaluateOptions, report: DataReport, num_prompts: int) -> str:
     """The data and the decoding, in one line."""
     files = ", ".join(file.name for file in as_list(options.files))
-    parts = [f"{files}: {_count(report.samples, 'row')}, {_count(num_prompts, 'answer')}"]
+    parts = [f"{files}: {plural(report.samples, 'row')}, {plural(num_prompts, 'answer')}"]
     unlike_the_file = [(report.num_rejected, "left out of"), (report.shortened, "shortened for")]
-    parts += [f"{_count(num, 'row')} {what} the loss" for num, what in unlike_the_file if num]
+    parts += [f"{plural(num, 'row')} {what} the loss" for num, what in unlike_the_file if num]
     if options.few_shot:
         style = " as text" if options.few_shot_style == "text" else ""
-        parts += [f"{_count(options.few_shot, 'example')}{style} in front"]
+        parts += [f"{plural(options.few_shot, 'example')}{style} in front"]
     decoding = options.eval
     if decoding.temperature > 0:
         parts += [f"temperature {decoding.temperature:g}, seed {decoding.seed}"]
@@ -76,10 +77,6 @@ def describe_evaluation(options: EvaluateOptions, report: DataReport, num_prompt
     else:
         parts += ["greedy"]
     return "; ".join([*parts, f"at most {decoding.max_new_tokens:,} new tokens", options.dtype])
-
-
-def _count(num: int, what: str) -> str:
-    return f"{num:,} {what}{'s' * (num != 1)}"
 
 
 def write_evaluation(

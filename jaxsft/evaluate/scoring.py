@@ -124,11 +124,6 @@ def exact_parts(text: str) -> tuple[str, str] | None:
     return (text[len(opened) : stop], answer) if is_exact and answer else None
 
 
-def is_exact_format(text: str) -> bool:
-    """Whether the whole text is <reasoning>…</reasoning>, then <answer>…</answer>."""
-    return exact_parts(text) is not None
-
-
 def has_each_tag_once(text: str) -> bool:
     """Whether each of the four tags stands in the text once, anywhere."""
     return all(text.count(tag) == 1 for tag in TAGS)
@@ -136,7 +131,7 @@ def has_each_tag_once(text: str) -> bool:
 
 def format_fault(text: str) -> str | None:
     """Why the text isn't in the exact format with each tag once, in a few words; None if it is."""
-    if has_each_tag_once(text) and is_exact_format(text):
+    if has_each_tag_once(text) and exact_parts(text):
         return None
     missing = [tag for tag in TAGS if tag not in text]
     if missing:

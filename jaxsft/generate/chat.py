@@ -62,20 +62,6 @@ class ChatSession(NamedTuple):
     console: Console
 
 
-class ChatAnswer(NamedTuple):
-    """An answer that was shown; `is_whole` is False where Ctrl-C stopped it."""
-
-    text: str
-    is_whole: bool
-
-
-class TextPart(NamedTuple):
-    """A piece of an answer."""
-
-    kind: TextKind
-    text: str
-
-
 def chat(voices: Sequence[Voice], session: ChatSession, system: str) -> None:
     """Answers the lines of stdin, each with the conversation before it, until stdin ends.
 
@@ -131,8 +117,10 @@ def reply(voice: Voice, turns: list[Turn], session: ChatSession) -> list[Turn]:
     return [*turns, Turn("assistant", text)] if text.strip() else turns[:-1]
 
 
-def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> ChatAnswer:
+def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> tuple[str, bool]:
     """Shows an answer while it is generated, under the voice's heading; Ctrl-C stops it.
+
+    Returns the text, and whether it is whole.
 
     Raises ValueError, as `encode` does, before anything is shown.
     """
@@ -161,11 +149,10 @@ def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> ChatAns
             show(console, printable(text), _STYLES[kind])
         stopped = is_stopped()
     show(console, "\n")
-    if stopped:
-        note("stopped")
-    elif len(ids) == decoding.max_new_tokens:
-        note(f"cut off after --max_new_tokens {len(ids)}")
-    return ChatAnswer(tokenizer.decode(ids), not stopped)
+    if stopped or len(ids) == decoding.max_new_tokens:
+        remark = "stopped" if stopped else f"cut off after --max_new_tokens {len(ids)}"
+        print(f"({remark})", file=sys.stderr, flush=True)
+    return tokenizer.decode(ids), not stopped
 
 
 def encode(turns: Sequence[Turn], session: ChatSession) -> list[int]:
@@ -198,7 +185,7 @@ def text_of_tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield tokenizer.decode(held)
 
 
-def parts_of_text(texts: Iterable[str]) -> Iterator[TextPart]:
+def parts_of_text(texts: Iterable[str]) -> Iterator[tuple[TextKind, str]]:
     """Cuts a text, which comes in pieces, at its tags; together the parts are the text."""
     kind: TextKind = "text"
     held = ""
@@ -206,17 +193,17 @@ def parts_of_text(texts: Iterable[str]) -> Iterator[TextPart]:
         held += text
         while tag := _TAG.search(held):
             if tag.start():
-                yield TextPart(kind, held[: tag.start()])
-            yield TextPart("tag", tag[0])
+                yield kind, held[: tag.start()]
+            yield "tag", tag[0]
             kind, held = _AFTER_TAG[tag[0]], held[tag.end() :]
         start = held.rfind("<")
         if start < 0 or not any(name.startswith(held[start:]) for name in _AFTER_TAG):
             start = len(held)
         if start:
-            yield TextPart(kind, held[:start])
+            yield kind, held[:start]
         held = held[start:]
     if held:
-        yield TextPart(kind, held)
+        yield kind, held
 
 
 def printable(text: str) -> str:
@@ -232,11 +219,6 @@ def show(console: Console, text: str, style: str = "") -> None:
     is_styled = console.is_terminal and not console.no_color
     segment = Segment(text, Style.parse(style if is_styled else ""))
     console.print(Segments([segment]), end="", soft_wrap=True)
-
-
-def note(text: str) -> None:
-    """Prints a remark that is not part of the answer."""
-    print(f"({text})", file=sys.stderr, flush=True)
 
 
 @contextmanager

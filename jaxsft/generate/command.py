@@ -25,7 +25,7 @@ from jaxsft.gemma.sharding import make_mesh
 from jaxsft.generate.chat import ChatSession, Voice, answer, chat, encode, show
 from jaxsft.generate.options import GenerateOptions
 from jaxsft.generate.prompts import FilePrompt, read_prompt_file
-from jaxsft.weights.find import Loaded, Origin, find_model, load, run_config, system_text
+from jaxsft.weights.find import find_model, load, run_config, system_text
 
 
 def generate_answers(options: GenerateOptions) -> int:
@@ -49,7 +49,11 @@ def generate_answers(options: GenerateOptions) -> int:
         param_dtype=options.dtype or default.param_dtype,
         mesh=mesh,
     )
-    voices = voices_of(options, origin, loaded)
+    # One model alone has no heading. The base model shares the weights.
+    voices = [Voice(f"{options.model}:" if options.base else "", *lora.split(loaded.model))]
+    if options.base:
+        untrained = lora.split(lora.without_adapter(loaded.model))
+        voices.append(Voice(f"{origin.name}, untrained:", *untrained))
     console = make_console()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -58,26 +62,20 @@ def generate_answers(options: GenerateOptions) -> int:
     sampling = SamplingOptions.from_fields(options.decoding)
     session = ChatSession(loaded.tokenizer, positions, sampling, console)
     if options.prompts is not None:
-        write_lines(answer_file(prompts, voices, session, mesh), options.output, console)
+        rows = answer_file(prompts, voices, session, mesh)
+        # ASCII for a terminal: no control characters.
+        text = "".join(json.dumps(row, ensure_ascii=options.output is None) + "\n" for row in rows)
+        if options.output is None:
+            show(console, text)
+        else:
+            write_text(Path(options.output), text)
         return 0
     if options.prompt is None:
         chat(voices, session, system)
         return 0
     turns = [Turn("system", system), Turn("user", options.prompt)]
-    whole = [answer(voice, turns, session).is_whole for voice in voices]
+    whole = [answer(voice, turns, session)[1] for voice in voices]
     return 0 if all(whole) else EXIT_INTERRUPTED
-
-
-def voices_of(options: GenerateOptions, origin: Origin, loaded: Loaded) -> list[Voice]:
-    """The model and, if asked for, the base model, which shares its weights.
-
-    One model alone has no heading.
-    """
-    model = loaded.model
-    tuned = Voice(f"{options.model}:" if options.base else "", *lora.split(model))
-    if not options.base:
-        return [tuned]
-    return [tuned, Voice(f"{origin.name}, untrained:", *lora.split(lora.without_adapter(model)))]
 
 
 def answer_file(
@@ -134,13 +132,3 @@ def answer_row(tokenizer: Tokenizer, generation: Generation) -> dict[str, Any]:
         "stopped": generation.stopped,
         "num_tokens": len(generation.ids),
     }
-
-
-def write_lines(rows: Sequence[dict[str, Any]], output: str | None, console: Console) -> None:
-    """Prints the rows as JSONL, or writes the file whole."""
-    # ASCII for a terminal: no control characters.
-    text = "".join(json.dumps(row, ensure_ascii=output is None) + "\n" for row in rows)
-    if output is None:
-        show(console, text)
-    else:
-        write_text(Path(output), text)

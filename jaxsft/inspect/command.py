@@ -14,7 +14,7 @@ from jaxsft.inspect.options import NUM_ROWS, InspectOptions
 from jaxsft.inspect.page import inspection_page
 from jaxsft.inspect.report import legend, show_checks, show_counts, show_row
 from jaxsft.inspect.rows import survey
-from jaxsft.inspect.tokens import RowReader
+from jaxsft.inspect.tokens import view_row
 from jaxsft.prepare.rows import load_data, run_model
 from jaxsft.weights.find import open_tokenizer
 
@@ -29,8 +29,7 @@ def show_rows(config: TrainConfig, options: InspectOptions) -> int:
     indices = chosen_rows(options, len(prepared.rows))
     with console.status("checking every sample …"):
         found = survey(prepared, tokenizer)
-    reader = RowReader(prepared, tokenizer)
-    rows = [reader.view(index) for index in indices]
+    rows = [view_row(prepared, tokenizer, index) for index in indices]
     if options.html is not None:
         html = inspection_page(prepared, found, rows, show_ids=options.ids)
         write_text(Path(options.html), html)

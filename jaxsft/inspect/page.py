@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsft.common.page_style import html_page
-from jaxsft.common.text import visible_text
+from jaxsft.common.text import plural, visible_text
 from jaxsft.data.prepared import Prepared
-from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, plural
+from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates
 from jaxsft.inspect.tokens import RowView, Segment, Token
 
 _NUM_BINS = 40

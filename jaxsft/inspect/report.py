@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxsft.common.text import visible_text
+from jaxsft.common.text import plural, visible_text
 from jaxsft.data.prepared import Prepared
-from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, plural
+from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates
 from jaxsft.inspect.tokens import RowView, Segment, Token
 
 # Two alternating shades show where a token ends and the next one begins.

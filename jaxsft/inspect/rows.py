@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsft.common.batch import BoolArray, Int32Array
-from jaxsft.common.text import visible_line
+from jaxsft.common.text import plural, visible_line
 from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.tokenizer import Tokenizer
 
@@ -88,8 +88,9 @@ def survey(prepared: Prepared, tokenizer: Tokenizer) -> Survey:
     for first, last in _slices(rows.sample_offsets):
         low, high = rows.sample_offsets[first], rows.sample_offsets[last]
         starts = rows.sample_offsets[first:last] - low
-        arrays = rows.tokens_N[low:high], rows.loss_mask_N[low:high]
-        part = _Part(tokenizer, *arrays, starts, loss_on_prompt)
+        tokens, mask = np.asarray(rows.tokens_N[low:high]), np.asarray(rows.loss_mask_N[low:high])
+        ends = np.append(starts[1:], high - low) - 1
+        part = _Part(tokenizer, tokens, mask, starts, ends, loss_on_prompt)
         num_labels[first:last] = np.add.reduceat(part.mask, starts, dtype=np.int64)
         num_labels[first:last] -= part.mask[starts]  # a first token is never a target
         for name, failed, describe in part.checks(is_control):
@@ -115,20 +116,15 @@ def _slices(sample_offsets: IndexArray) -> Iterator[tuple[int, int]]:
         first = last
 
 
-class _Part:
-    """Consecutive samples: `starts` int64 [n] are their places in `tokens` and `mask` [N]."""
+class _Part(NamedTuple):
+    """Consecutive samples; int64 [n]: the places of their first and last tokens in [N] arrays."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        tokens: Int32Array,
-        mask: BoolArray,
-        starts: IndexArray,
-        loss_on_prompt: bool,
-    ):
-        self.tokenizer, self.starts, self.loss_on_prompt = tokenizer, starts, loss_on_prompt
-        self.tokens, self.mask = np.asarray(tokens), np.asarray(mask)
-        self.last = np.append(starts[1:], len(tokens)) - 1
+    tokenizer: Tokenizer
+    tokens: Int32Array
+    mask: BoolArray
+    starts: IndexArray
+    last: IndexArray
+    loss_on_prompt: bool
 
     def checks(self, is_control: BoolArray) -> Iterator[tuple[str, BoolArray, Callable]]:
         """(what must hold, bool [n] of the samples that break it, index -> what is wrong)."""
@@ -141,11 +137,7 @@ class _Part:
             is_outside = (self.tokens < 0) | (self.tokens >= size)
             outside[self._owners(np.flatnonzero(is_outside))] = True
             found &= ~is_outside
-        yield (
-            "every id is in the vocabulary",
-            outside,
-            lambda i: f"an id outside 0 to {size - 1:,}",
-        )
+        yield "every id is in the vocabulary", outside, lambda i: f"an id outside 0 to {size - 1:,}"
 
         places = np.flatnonzero(found)
         ids, owners = self.tokens[places], self._owners(places)
@@ -242,11 +234,6 @@ def fates(prepared: Prepared) -> list[Fate]:
         for name, counts in report.by_source.items():
             found.append(Fate(f"kept of {name.rpartition('/')[2]}", counts["samples"], [name]))
     return found
-
-
-def plural(count: int, noun: str) -> str:
-    """1 sample, 2 samples."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def facts(prepared: Prepared, found: Survey) -> dict[str, str]:

@@ -6,6 +6,8 @@ as that character, other bytes as hexadecimal.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,6 @@ from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_UTF8_LENGTHS = ((0x80, 1), (0xC2, 0), (0xE0, 2), (0xF0, 3), (0xF5, 4))  # by first byte, below
 
 
 class Token(NamedTuple):
@@ -57,56 +58,44 @@ class RowView(NamedTuple):
     num_padding: int
 
 
-class RowReader:
-    """Reads rows of a prepared set, which was made with this tokenizer."""
+def view_row(prepared: Prepared, tokenizer: Tokenizer, index: int) -> RowView:
+    """Row `index`, from 0, of a set that was made with this tokenizer."""
+    rows = prepared.rows
+    batch = rows.row(index)
+    # A token is a label if it is the target of the position before it.
+    is_label = np.append(False, batch.loss_mask_BT[:-1])
+    samples = rows.row_samples[rows.row_offsets[index] : rows.row_offsets[index + 1]]
+    segments = []
+    for number, sample in enumerate(samples.tolist(), 1):
+        here = batch.segment_ids_BT == number
+        ids, labels = batch.tokens_BT[here].tolist(), is_label[here].tolist()
+        tokens = list(_tokens(ids, labels, tokenizer))
+        source = source_of(prepared, sample)
+        segments.append(Segment(sample, source, len(ids), sum(labels), tokens))
+    return RowView(index, segments, int((batch.segment_ids_BT == 0).sum()))
 
-    def __init__(self, prepared: Prepared, tokenizer: Tokenizer):
-        self._prepared, self._tokenizer = prepared, tokenizer
 
-    def view(self, index: int) -> RowView:
-        """Row `index`, from 0."""
-        rows = self._prepared.rows
-        batch = rows.row(index)
-        # A token is a label if it is the target of the position before it.
-        is_label = np.append(False, batch.loss_weights_BT[:-1] > 0)
-        samples = rows.row_samples[rows.row_offsets[index] : rows.row_offsets[index + 1]]
-        segments = []
-        for number, sample in enumerate(samples.tolist(), 1):
-            here = batch.segment_ids_BT == number
-            ids, labels = batch.tokens_BT[here].tolist(), is_label[here].tolist()
-            tokens = list(self._tokens(ids, labels))
-            source = source_of(self._prepared, sample)
-            segments.append(Segment(sample, source, len(ids), sum(labels), tokens))
-        return RowView(index, segments, int((batch.segment_ids_BT == 0).sum()))
-
-    def _tokens(self, ids: Sequence[int], labels: Sequence[bool]) -> Iterator[Token]:
-        pieces = [self._piece(token) for token in ids]
-        at = 0
-        while at < len(ids):
-            size, text = _character(pieces[at : at + 4])
-            if len(set(labels[at : at + size])) > 1:  # two masks in a character: show its bytes
-                size, text = 1, pieces[at]
-            here = slice(at, at + size)
-            is_control = ids[at] in self._tokenizer.control_ids
-            yield Token(text, tuple(ids[here]), tuple(pieces[here]), labels[at], is_control)
-            at += size
-
-    def _piece(self, token: int) -> str:
-        inside = 0 <= token < self._tokenizer.vocab_size
-        return self._tokenizer.piece(token) if inside else f"<id {token}>"
+def _tokens(ids: Sequence[int], labels: Sequence[bool], tokenizer: Tokenizer) -> Iterator[Token]:
+    num_ids = tokenizer.vocab_size
+    pieces = [tokenizer.piece(i) if 0 <= i < num_ids else f"<id {i}>" for i in ids]
+    at = 0
+    while at < len(ids):
+        size, text = _character(pieces[at : at + 4])
+        if len(set(labels[at : at + size])) > 1:  # two masks in a character: show its bytes
+            size, text = 1, pieces[at]
+        here = slice(at, at + size)
+        is_control = ids[at] in tokenizer.control_ids
+        yield Token(text, tuple(ids[here]), tuple(pieces[here]), labels[at], is_control)
+        at += size
 
 
 def _character(pieces: Sequence[str]) -> tuple[int, str]:
     """(how many of the first pieces make one character, its text)."""
-    matches = [_BYTE.fullmatch(piece) for piece in pieces]
-    if matches[0] is None:
+    if not _BYTE.fullmatch(pieces[0]):
         return 1, pieces[0].replace("\u2581", " ")
-    first = int(matches[0][1], 16)
-    size = next((size for below, size in _UTF8_LENGTHS if first < below), 0)
-    found = [match for match in matches[:size] if match]
-    if size and len(found) == size:
-        try:
-            return size, bytes(int(match[1], 16) for match in found).decode()
-        except UnicodeDecodeError:
-            pass
+    matches = takewhile(bool, map(_BYTE.fullmatch, pieces))
+    spelt = bytes(int(match[1], 16) for match in matches if match)
+    for size in range(1, len(spelt) + 1):
+        with suppress(UnicodeDecodeError):  # no character begins with another one's bytes
+            return size, spelt[:size].decode()
     return 1, pieces[0]

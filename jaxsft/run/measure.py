@@ -17,7 +17,7 @@ from jaxsft.evaluate.heldout import (
     held_out_losses,
     read_prompts,
 )
-from jaxsft.evaluate.scoring import compare_answers, is_exact_format
+from jaxsft.evaluate.scoring import compare_answers, exact_parts
 from jaxsft.run.metrics import MetricsWriter
 from jaxsft.run.setup import Data, Setup
 
@@ -116,7 +116,7 @@ def measure(
         )
         lines += compare_answers(generated)
         for i, answer in enumerate(generated):
-            flags = {"exact_format": is_exact_format(answer.text)}
+            flags = {"exact_format": exact_parts(answer.text) is not None}
             answers.append(dataclasses.asdict(answer) | flags)
             writer.sample(step, i, answers[-1])
     scores = {metric.name: estimates[0].value for metric, estimates, _ in lines}

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -132,9 +131,9 @@ def test_an_export_is_asked_as_its_run_is(
     """With the system text of its manifest; the recipe's where that is another program's."""
     asked_with: list[str] = []
 
-    def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> SimpleNamespace:
+    def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> tuple[str, bool]:
         asked_with.append(turns[0].content)
-        return SimpleNamespace(is_whole=True)
+        return "", True
 
     monkeypatch.setattr("jaxsft.generate.command.answer", answer)
     export = shutil.copytree(run_dir / "adapter", tmp_path / "export")

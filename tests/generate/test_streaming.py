@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.generate.chat import TextPart, parts_of_text, printable, text_of_tokens
+from jaxsft.generate.chat import parts_of_text, printable, text_of_tokens
 from jaxsft.generate.prompts import read_prompt_file
 
 ANSWER = "so\n<reasoning>1 < 2 </b> é</reasoning>\n<answer>5</answer>!"
@@ -27,7 +27,7 @@ PARTS = [
 ]
 
 
-def joined(parts: list[TextPart]) -> list[tuple[str, str]]:
+def joined(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Neighbours of a kind made one."""
     result: list[tuple[str, str]] = []
     for kind, text in parts:
@@ -45,22 +45,12 @@ def test_tags_split_over_pieces(size: int) -> None:
 
 
 def test_only_what_may_become_a_tag_is_held_back() -> None:
-    shown: list[TextPart] = []
     for pieces, expected in (
-        (["a <"], ["a "]),
-        (["a <", "ans"], ["a "]),
         (["a <", "ans", "x"], ["a ", "<ansx"]),
         (["1 <", " 2"], ["1 ", "< 2"]),
+        (["x<answ"], ["x", "<answ"]),  # what is still held at the end was text
     ):
-        shown = []
-        source = iter(pieces)
-        for part in parts_of_text(source):
-            shown.append(part)
-            if len(shown) == len(expected):
-                break
-        assert [part.text for part in shown] == expected
-    # What is still held at the end was text.
-    assert list(parts_of_text(["x<answ"])) == [("text", "x"), ("text", "<answ")]
+        assert list(parts_of_text(pieces)) == [("text", text) for text in expected]
 
 
 def test_a_character_of_several_tokens_comes_whole(tokenizer: Tokenizer) -> None:

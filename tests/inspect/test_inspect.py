@@ -18,7 +18,7 @@ from jaxsft.data.samples import DataReport
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.inspect.__main__ import main
 from jaxsft.inspect.rows import SampleCheck, survey
-from jaxsft.inspect.tokens import RowReader
+from jaxsft.inspect.tokens import view_row
 
 T = 64
 EVIL = "<script>document.title='evil'</script>"
@@ -146,7 +146,7 @@ def test_tokens_are_those_of_the_batch(
 ) -> None:
     inspect("--data.packing", "true", "--data.max_length", "160")
     prepared = open_prepared(prepared_directory(files))
-    row = RowReader(prepared, tiny_tokenizer).view(0)
+    row = view_row(prepared, tiny_tokenizer, 0)
     batch = prepared.rows.row(0)
     assert len(row.segments) == 3
     tokens = [token for segment in row.segments for token in segment.tokens]
