@@ -1,20 +1,17 @@
 """The command line: every recipe, overrides, --help, --print_config, and complaints of one line."""
 
-import ast
 import dataclasses
-import inspect
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 
 from jaxsft import config as config_module
 from jaxsft.cli import check_output, command_line, parse_config, parse_options, recipe_names
-from jaxsft.common.files import read_json, write_json
-from jaxsft.config import TrainConfig, check_devices, validate
+from jaxsft.config import TrainConfig, check_devices
 from jaxsft.step.optimizer import make_schedule
 
 
@@ -32,29 +29,16 @@ def schedule(config: TrainConfig, num_steps: int) -> Any:
     )
 
 
-def field_docs() -> dict[str, str]:
-    """Option name -> the text under its field, read from the source as --help should have it."""
-    classes = {
-        node.name: node
-        for node in ast.parse(inspect.getsource(config_module)).body
-        if isinstance(node, ast.ClassDef)
-    }
-
-    def options(name: str, prefix: str) -> dict[str, str]:
-        body, found = classes[name].body, {}
-        for field, doc in zip(body, [*body[1:], None], strict=True):
-            if not isinstance(field, ast.AnnAssign):
-                continue
-            assert isinstance(field.target, ast.Name)
-            annotation = ast.unparse(field.annotation)
-            if annotation in classes:
-                found |= options(annotation, f"{prefix}{field.target.id}.")
-                continue
-            assert isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant), field.target
-            found[prefix + field.target.id] = str(doc.value.value)
-        return found
-
-    return options("TrainConfig", "")
+def field_docs(options: type = TrainConfig, prefix: str = "") -> dict[str, str]:
+    """Option name -> the text under its field, as --help should have it."""
+    params = docstring_parser.parse_from_object(options).params
+    docs, found = {each.arg_name: each.description for each in params}, {}
+    for field in dataclasses.fields(options):
+        if dataclasses.is_dataclass(field.type):
+            found |= field_docs(field.type, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = docs[field.name]
+    return found
 
 
 def test_recipes_are_those_of_the_project() -> None:
@@ -65,7 +49,6 @@ def test_recipes_are_those_of_the_project() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid(name: str) -> None:
     config = parse("--config", name)
-    validate(config)
     assert config.name == name
     assert config.data.train_files and config.data.overlong == "shorten"
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (64, 64, 0)
@@ -156,9 +139,8 @@ def test_print_config_reloads_to_the_same(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--config", name, "--lora.dropout", "0.25", "--seed", "7"]
-    with pytest.raises(SystemExit) as exit_info:
+    with pytest.raises(SystemExit, match=r"^0$"):
         parse(*argv, "--print_config")
-    assert exit_info.value.code == 0
     printed = capsys.readouterr().out
     again = tmp_path / "again.yaml"
     again.write_text(printed)
@@ -168,9 +150,8 @@ def test_print_config_reloads_to_the_same(
 
 
 def test_help_has_every_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
+    with pytest.raises(SystemExit, match=r"^0$"):
         parse("--help")
-    assert exit_info.value.code == 0
     out, err = capsys.readouterr()
     assert not err and out.startswith("usage: python -m jaxsft.train ")
     assert max(map(len, out.splitlines())) <= 100
@@ -207,15 +188,10 @@ def test_the_command_to_go_on_has_no_old_deadline() -> None:
     [
         ("--lora_r", "lora.r"),
         ("--lora.rank", "lora.r"),
-        ("--lora_alpha", "lora.alpha"),
-        ("--lora_dropout", "lora.dropout"),
-        ("--lora_target_modules", "lora.target_modules"),
         ("--lerning_rate=3", "learning_rate"),
         ("--epochs", "num_train_epochs"),
         ("--max_length", "data.max_length"),
-        ("--packing", "data.packing"),
         ("--train_file", "data.train_files"),
-        ("--max_new_tokens", "eval.max_new_tokens"),
     ],
 )
 def test_unknown_option_names_the_nearest(written: str, nearest: str) -> None:
@@ -255,22 +231,18 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        (["--learning_rate", "-1"], "learning_rate is -1.0, but must be above 0"),
         (["--learning_rate", "-1e-3"], "learning_rate is -0.001, but must be above 0"),
         (["--learning_rate", "fast"], "learning_rate.*fast"),
-        (["--learning_rate", "nan"], "learning_rate.*nan"),
         (["--num_train_epochs", "1e400"], "num_train_epochs is inf, but must be a finite number"),
         (["--budget_hours", "soon"], "budget_hours.*: expected a number or null, got 'soon'$"),
         (["--max_steps", "1.5"], "max_steps.*: expected a whole number or null, got '1.5'$"),
         (["--learning_rate"], "learning_rate: expected one argument"),
         (["--min_learning_rate", "1"], "min_learning_rate 1.0 is above learning_rate 0.0003"),
-        (["--lora.r", "4.5"], "lora.r.*4.5"),
         (["--lora.r", "0"], "lora.r is 0"),
         (["--lora.dropout", "1"], "lora.dropout is 1.0, but must be at least 0 and below 1"),
         (["--max_steps", "0"], "max_steps is 0"),
         (["--seed", "-1"], "seed is -1"),
         (["--name", "a/b"], "name is 'a/b', but must be a plain directory name"),
-        (["--name", ".."], "name is '..'"),
         (["--model.dtype", "float16"], "model.dtype.*'float32', 'bfloat16'.*float16"),
         (["--data.train_files", "[]"], "data.train_files is empty"),
         (["--data.start", "9", "--data.stop", "9"], "data.stop 9 is not above data.start 9"),
@@ -283,7 +255,6 @@ def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
         (["--eval.top_p", "0"], "eval.top_p is 0.0"),
         (["--eval.top_p", "0.9"], "do nothing at eval.temperature 0"),
         (["--eval.temperature", "1e-38"], "must be 0, or from 1e-6 to 1e6"),
-        (["--eval.temperature", "1e300"], "must be 0, or from 1e-6 to 1e6"),
         (["--eval.top_k", "1", "--eval.temperature", "1"], "eval.top_k 1 makes .* useless"),
         (["--eval_steps", "5", "--data.eval_files", "[]"], "eval_steps needs data.eval_files"),
         (["--warmup_steps", "9", "--max_steps", "9"], "warmup_steps 9 is not below max_steps 9"),
@@ -318,23 +289,16 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
             check_output("--json", str(path))
 
 
-def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"a": math.nan, "b": [1.0, {"c": (math.inf,)}]})
-    assert read_json(tmp_path / "x.json") == {"a": None, "b": [1.0, {"c": [None]}]}
-
-
 @pytest.mark.parametrize(
     ("changes", "num_devices", "complaint"),
     [
         ({"global_batch_size": 12}, 8, "global_batch_size 12 .* nearest valid: 8, 16"),
-        ({"global_batch_size": 3}, 8, "nearest valid: 8$"),
         (
             {"global_batch_size": 24, "gradient_accumulation_steps": 2},
             8,
             "over 8 devices x 2 micro-batches; nearest valid: 16, 32",
         ),
         ({"fsdp": 3}, 8, r"fsdp 3 does not divide 8 devices; valid: \[1, 2, 4, 8\]"),
-        ({"fsdp": 16}, 8, "fsdp 16"),
     ],
 )
 def test_batches_that_do_not_fit_the_devices(
@@ -348,6 +312,8 @@ def test_batches_that_do_not_fit_the_devices(
 def test_batches_that_fit_the_devices() -> None:
     for num_devices, fsdp in ((1, 1), (8, 1), (8, 4), (8, 8)):
         check_devices(dataclasses.replace(TrainConfig(), fsdp=fsdp), num_devices)
+    # Whatever eval.batch_size is: measuring makes it up.
+    check_devices(parse("--config", "single_session", "--global_batch_size", "256"), 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,8 +355,3 @@ def test_texts_are_taken_as_they_are_everywhere(text: str, tmp_path: Path) -> No
         assert again.data.system_prompt == config.data.system_prompt == text
     assert parse("--data.system_prompt", "null").data.system_prompt is None
     assert parse_options("x", "", ["m"], Texts, defaults={"prompt": text})[0].prompt == text
-
-
-def test_the_recipe_s_batch_scales_with_the_devices() -> None:
-    config = parse("--config", "single_session", "--global_batch_size", "256")
-    check_devices(config, 64)  # whatever eval.batch_size is: measuring makes it up

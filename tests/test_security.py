@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 DOWNLOAD = [sys.executable, str(ROOT / "data" / "download_sft_datasets.py")]
 NO_NETWORK = [sys.executable, str(ROOT / "tests" / "support" / "no_network.py"), sys.executable]
 REPO = "some/facts"
+Said = subprocess.CompletedProcess[str]
 TOKEN = "hf_" + "Canary" * 6
 FACTS = {"Name a red fruit.": "Apple", "Which animal barks?": "A dog", "What is 2 + 3?": "Five"}
 
@@ -34,14 +35,6 @@ def shard(first: int) -> bytes:
         for q, a in FACTS.items()
     ]
     return parquet_bytes(rows)
-
-
-class Said(NamedTuple):
-    """What a command ended with."""
-
-    code: int
-    out: str
-    err: str
 
 
 class Place:
@@ -59,14 +52,8 @@ class Place:
         self.said: dict[str, Said] = {}
 
     def run(self, name: str, command: Sequence[str], **environment: str) -> Said:
-        result = subprocess.run(
-            command,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            cwd=self.directory,
-        )
-        self.said[name] = Said(result.returncode, result.stdout, result.stderr)
+        options: Any = {"capture_output": True, "text": True, "cwd": self.directory}
+        self.said[name] = subprocess.run(command, env=self.environment | environment, **options)
         return self.said[name]
 
     def download(self, name: str, endpoint: str, *options: str) -> Said:
@@ -77,7 +64,9 @@ class Place:
         """The files, and the commands' outputs, in which the text is."""
         files = [path for path in self.directory.rglob("*") if path.is_file()]
         found = {path.name for path in files if text.encode() in path.read_bytes()}
-        return found | {name for name, said in self.said.items() if text in said.out + said.err}
+        return found | {
+            name for name, said in self.said.items() if text in said.stdout + said.stderr
+        }
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +125,7 @@ def test_a_socket_of_the_internet_is_death(family: str) -> None:
 def test_after_the_download_there_is_no_network(place: Place) -> None:
     for name, said in place.said.items():
         if name in ("data", "prepare", "train"):
-            assert (said.code, said.err) == (0, ""), (name, said)
+            assert (said.returncode, said.stderr) == (0, ""), (name, said)
     assert json.loads((place.directory / "runs" / "run" / "result.json").read_text())["after"]
 
 
@@ -156,15 +145,14 @@ def test_the_token_is_in_nothing(place: Place, hub: FakeHub) -> None:
         assert place.holding(part) == set()
 
 
-FAULTS = [
-    ("hub /api/datasets", "401", EXIT_BAD_INPUT),
-    ("hub .*/resolve/", "401", EXIT_BAD_INPUT),
-    ("hub /api/datasets", "403", EXIT_BAD_INPUT),
-    ("hub .*/resolve/", "500", EXIT_FAILED),
-]
-
-
-@pytest.mark.parametrize(("pattern", "fault", "code"), FAULTS)
+@pytest.mark.parametrize(
+    ("pattern", "fault", "code"),
+    [
+        ("hub /api/datasets", "401", EXIT_BAD_INPUT),
+        ("hub .*/resolve/", "401", EXIT_BAD_INPUT),
+        ("hub .*/resolve/", "500", EXIT_FAILED),
+    ],
+)
 def test_answers_that_repeat_the_token(
     pattern: str, fault: str, code: int, place: Place, hub: FakeHub
 ) -> None:
@@ -172,7 +160,7 @@ def test_answers_that_repeat_the_token(
     hub.faults.append((pattern, fault))
     name = f"{fault} {pattern[-4:-1]}".replace("/", "")
     said = place.download(name, hub.endpoint, "--dataset", REPO)
-    assert said.code == code and said.err.count("\n") == 1 and not hub.faults, said
+    assert said.returncode == code and said.stderr.count("\n") == 1 and not hub.faults, said
     assert place.holding(TOKEN) == set()
 
 
@@ -197,7 +185,7 @@ def test_a_crash_shows_stacks_and_no_token(place: Place, hub: FakeHub) -> None:
 
 def test_a_token_in_an_address(place: Place, hub: FakeHub) -> None:
     address = hub.endpoint.replace("://", f"://user:{TOKEN}@")
-    assert place.download("address", address, "--dataset", REPO).code == 0
+    assert place.download("address", address, "--dataset", REPO).returncode == 0
     with running_hub() as stopped:
         closed = stopped.endpoint.replace("://", f"://user:{TOKEN}@")
     for name, endpoint, dataset in (
@@ -206,9 +194,9 @@ def test_a_token_in_an_address(place: Place, hub: FakeHub) -> None:
         ("option", hub.endpoint, f"{REPO}?token={TOKEN}"),
     ):
         said = place.download(name, endpoint, "--dataset", dataset)
-        assert said.code == EXIT_BAD_INPUT and said.err.count("\n") == 1, said
+        assert said.returncode == EXIT_BAD_INPUT and said.stderr.count("\n") == 1, said
     said = place.download("traceback", f"http://user:{TOKEN}@[", "--dataset", REPO)
-    assert "Traceback" in said.err and "Invalid IPv6 URL" in said.err
+    assert "Traceback" in said.stderr and "Invalid IPv6 URL" in said.stderr
     assert place.holding(TOKEN) == set()
     assert (
         visible_line(f"at https://me:pass@x.org/ with {TOKEN}\n")
@@ -237,12 +225,12 @@ def test_a_model_of_the_hub(
     ):
         hub.faults += [(fault, "500")] if fault else []
         said = place.run("model", [sys.executable, "-m", *command, model], **environment)
-        assert said.code == code and "Traceback" not in said.err, said
+        assert said.returncode == code and "Traceback" not in said.stderr, said
     asked = [r for r in hub.log if name in r.path]
     assert {r.authorization for r in asked if r.server == "hub"} == {f"Bearer {TOKEN}"}
     assert {r.authorization for r in asked if r.server == "cdn"} == {None}
     offline = [*NO_NETWORK, "-m", *command, name]
-    assert place.run("offline", offline, HF_HUB_OFFLINE="1").code == 0
+    assert place.run("offline", offline, HF_HUB_OFFLINE="1").returncode == 0
     stored.unlink(missing_ok=True)
     assert place.holding(hub.main[name]) and place.holding(TOKEN) == set()
 

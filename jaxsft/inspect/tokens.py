@@ -63,7 +63,7 @@ def view_row(prepared: Prepared, tokenizer: Tokenizer, index: int) -> RowView:
     rows = prepared.rows
     batch = rows.row(index)
     # A token is a label if it is the target of the position before it.
-    is_label = np.append(False, batch.loss_mask_BT[:-1])
+    is_label = np.append(False, batch.loss_weights_BT[:-1] > 0)
     samples = rows.row_samples[rows.row_offsets[index] : rows.row_offsets[index + 1]]
     segments = []
     for number, sample in enumerate(samples.tolist(), 1):
