@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,22 +40,14 @@ def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
     else:
         directory = Path(f"evaluation-{Path(options.model).resolve().name}")
     ours = (NUMBERS, ANSWERS, PAGE)  # and, after a kill, one of these with .tmp at the end
-    new = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        foreign = [each.name for each in directory.iterdir() if not each.name.startswith(ours)]
-        is_writable = os.access(directory, os.W_OK | os.X_OK)
-    except OSError as error:
-        why = "is a file" if directory.is_file() else error.strerror
-        raise ValueError(f"--output {directory}: {why}; name a directory") from None
-    finally:
-        for path in new:
-            with suppress(OSError):  # it was not made, or another process uses it
-                path.rmdir()
-    if foreign:
+    there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"--output {directory}: {there} is a file; name a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {directory}: {there} is not writable")
+    names = [each.name for each in there.iterdir()] if there == directory else []
+    if foreign := [name for name in names if not name.startswith(ours)]:
         raise ValueError(f"--output {directory}: holds {foreign[0]}; name a directory of its own")
-    if not is_writable:
-        raise ValueError(f"--output {directory}: is not writable")
     return directory
 
 

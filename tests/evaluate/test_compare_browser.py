@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.browser import Browser, luminance
+from support.browser import Browser
 
 from jaxsft.data.rows import completion_text
 from jaxsft.evaluate.page import compare_page
@@ -100,19 +100,7 @@ def test_text_of_models_does_nothing(browser: Browser, page: Path) -> None:
     sides = "document.querySelectorAll('#prompt-6 .sides .text')"
     assert browser.evaluate(f"{sides}[0].textContent") == EVIL
     assert browser.evaluate(f"{sides}[1].textContent") == f"{EVIL}<answer>8</answer>"
-    urls = [event["request"]["url"] for event in browser.heard("Network.requestWillBeSent")]
-    assert urls == [page.as_uri()]
-    assert browser.heard("Log.entryAdded") == []
-
-    # The same text unescaped: the policy stops both its script and its picture.
-    careless = page.with_name("careless.html")
-    html = page.read_text("utf-8")
-    careless.write_text(html.replace("</main>", f"{EVIL}</main>"), encoding="utf-8")
-    browser.show(careless)
-    assert browser.evaluate("document.querySelectorAll('script').length") == 2
-    assert browser.evaluate("document.title") == f"Two models {EVIL}"
-    refused = [event["entry"]["text"] for event in browser.heard("Log.entryAdded")]
-    assert len(refused) == 2 and all("Content Security Policy" in text for text in refused)
+    browser.check_requests(page, EVIL)
 
 
 def test_page_without_answers_has_a_table_alone(browser: Browser, tmp_path: Path) -> None:
@@ -126,15 +114,10 @@ def test_page_without_answers_has_a_table_alone(browser: Browser, tmp_path: Path
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 def test_page_fits_and_can_be_read(width: int, scheme: str, browser: Browser, page: Path) -> None:
-    browser.show(page, width, scheme)
-    assert browser.fits()
+    parts = [".reasoning", ".answer", ".outside", ".tag.reasoning", ".tag.answer", ".badge.good"]
+    parts += [".badge.bad", ".prompt .text", "summary", "td b", "td i", "h3", ".badges small"]
+    browser.check_colours(page, width, scheme, [f".sides {part}, {part}" for part in parts])
     left, right = browser.evaluate(
         "[...document.querySelectorAll('#prompt-1 .sides section')].map(s => s.offsetLeft)"
     )
     assert (left == right) is (width == 400)
-    background = luminance(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert background > 0.8 if scheme == "light" else background < 0.02
-    parts = [".reasoning", ".answer", ".outside", ".tag.reasoning", ".tag.answer", ".badge.good"]
-    parts += [".badge.bad", ".prompt .text", "summary", "td b", "td i", "h3", ".badges small"]
-    for part in parts:
-        assert browser.contrast(f".sides {part}, {part}") >= 4.5, part  # WCAG 2.2, 1.4.3

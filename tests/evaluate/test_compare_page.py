@@ -5,8 +5,6 @@ import hashlib
 import re
 from html.parser import HTMLParser
 
-import pytest
-
 from jaxsft.data.rows import completion_text
 from jaxsft.evaluate.page import compare_page
 from jaxsft.evaluate.scoring import GeneratedAnswer, compare_answers
@@ -137,8 +135,7 @@ def test_what_has_no_shape_is_visible() -> None:
 
 
 def test_page_asks_for_nothing_and_runs_its_own_script_alone() -> None:
-    html = page(LEFT, RIGHT)
-    tree = Tree(html)
+    tree = Tree(page(LEFT, RIGHT))
     (script,) = tree.texts("script")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policies = [a["content"] for tag, a, _ in tree.elements if "http-equiv" in a]
@@ -157,22 +154,17 @@ def test_table_has_a_line_for_each_metric() -> None:
     tree = Tree(page(LEFT, RIGHT))
     assert tree.texts("th", scope="col") == ["base", "tuned", "difference", "p"]
     assert tree.texts("th", scope="row") == [line.metric.label for line in table]
-    cells = [" ".join(text.split()) for text in tree.texts("td")]
-    exact = cells[:4]
+    exact = [" ".join(text.split()) for text in tree.texts("td")[:4]]
     # 1 and 2 of 4: Wilson's intervals; of the gains 1, 0, 0, 0 a p value of 1.
     assert exact[:2] == ["25.0% [4.6, 69.9]", "50.0% [15.0, 85.0]"]
     assert exact[2].startswith("+25.0 points [+0.0, +") and exact[3] == "1.000"
 
 
-@pytest.mark.parametrize(
-    ("better", "verdict"), [(GOOD, "better"), ("It is 7.", "")], ids=["differ", "alike"]
-)
-def test_a_difference_is_judged_only_where_it_is_sure(better: str, verdict: str) -> None:
-    left = answers(*["It is 7."] * 8)
-    tree = Tree(page(left, answers(*[better] * 8)))
-    exact = tree.texts("td", **{"data-name": "difference"})[0]
-    assert ("better" in exact) is bool(verdict)
-    assert tree.texts("td", **{"data-name": "p"})[0] == ("0.008" if verdict else "1.000")  # 2 / 2^8
+def test_a_difference_is_judged_only_where_it_is_sure() -> None:
+    for right, is_better, p_value in ((GOOD, True, "0.008"), ("It is 7.", False, "1.000")):
+        tree = Tree(page(answers(*["It is 7."] * 8), answers(*[right] * 8)))
+        assert ("better" in tree.texts("td", **{"data-name": "difference"})[0]) is is_better
+        assert tree.texts("td", **{"data-name": "p"})[0] == p_value  # 2 / 2^8
 
 
 def test_one_model_alone() -> None:

@@ -134,8 +134,8 @@ def test_two_models_side_by_side(
         (("--files", "ROWS", "--few-shot", "1", "--few_shot_files", "ROWS"), "is among the rows"),
         (("--files", "ROWS", "--eval.max_new_tokens", "500"), "has 512 positions"),
         (("--files", "ROWS", "--eval.temperatur", "1"), "did you mean --eval.temperature"),
-        (("--files", "ROWS", "--output", "SHOTS"), "shots.jsonl: is a file; name a directory"),
-        (("--files", "ROWS", "--output", "SHOTS/x"), "x: Not a directory; name a directory"),
+        (("--files", "ROWS", "--output", "SHOTS"), "shots.jsonl is a file; name a directory"),
+        (("--files", "ROWS", "--output", "SHOTS/x"), "shots.jsonl is a file; name a directory"),
         (("--files", "ROWS", "--output", "HERE"), "holds shots.jsonl; name a directory of its own"),
     ],
 )

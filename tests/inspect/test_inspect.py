@@ -3,8 +3,6 @@
 import html
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,32 +174,23 @@ def test_page_escapes_what_comes_from_data(inspect: Inspect, files: Path) -> Non
     assert not list(files.glob("*.tmp"))
 
 
-def spoil(files: Path, tokenizer: Tokenizer) -> Path:
-    """A second <bos> in front of sample 1, in a set that is whole but for that."""
-    directory = prepared_directory(files)
-    rows = open_prepared(directory).rows
-    at = rows.sample_offsets[1]
-    rows = PackedRows(
-        T,
-        np.insert(rows.tokens_N, at, tokenizer.bos_id),
-        np.insert(rows.loss_mask_N, at, False),
-        rows.sample_offsets + np.array([0, 0, 1, 1]),
-        *(rows.row_samples, rows.row_offsets),
-    )
-    np.save(directory / "tokens.npy", rows.tokens_N)
-    np.save(directory / "loss_mask.npy", rows.loss_mask_N)
-    np.save(directory / "sample_offsets.npy", rows.sample_offsets)
-    manifest = json.loads((directory / "manifest.json").read_text())
-    manifest["digest"] = rows.digest()
-    (directory / "manifest.json").write_text(json.dumps(sealed(manifest)))
-    return directory
-
-
 def test_a_doubled_bos_fails_and_is_named(
     inspect: Inspect, files: Path, tiny_tokenizer: Tokenizer
 ) -> None:
+    """In front of sample 1, in a set that is whole but for that."""
     inspect()
-    directory = spoil(files, tiny_tokenizer)
+    directory = prepared_directory(files)
+    rows = open_prepared(directory).rows
+    at = rows.sample_offsets[1]
+    tokens = np.insert(rows.tokens_N, at, tiny_tokenizer.bos_id)
+    mask = np.insert(rows.loss_mask_N, at, False)
+    offsets = rows.sample_offsets + np.array([0, 0, 1, 1])
+    for name, array in (("tokens", tokens), ("loss_mask", mask), ("sample_offsets", offsets)):
+        np.save(directory / f"{name}.npy", array)
+    rows = PackedRows(T, tokens, mask, offsets, rows.row_samples, rows.row_offsets)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest = sealed(manifest | {"digest": rows.digest()})
+    (directory / "manifest.json").write_text(json.dumps(manifest))
     page = files / "report.html"
     code, out, err = inspect("--prepared", str(directory), "--rows", "0", "--html", str(page))
     assert (code, err) == (1, "")
@@ -215,33 +204,22 @@ def test_a_doubled_bos_fails_and_is_named(
 
 BOS, BEGIN, END, PAD = "<bos>", "<start_of_turn>", "<end_of_turn>", "<pad>"
 USER, MODEL = [BEGIN, "u", END, "\n"], [BEGIN, "m", "a", END]
+GOOD = [BOS, *USER, *MODEL]
+TWICE = [*GOOD, "\n", *USER, *MODEL]
 
 
 @pytest.mark.parametrize(
     ("tokens", "untrained", "expected"),
     [
-        ([BOS, *USER, *MODEL], [], {}),
-        ([BOS, *USER, *MODEL, "\n", *USER, *MODEL], [], {}),
+        (TWICE, [], {}),
         ([*USER, *MODEL], [], {"one <bos>": "no <bos>"}),
-        (["a", BOS, *USER, *MODEL], [], {"one <bos>": "1 <bos>, at token 1"}),
-        (
-            [BOS, *USER, *MODEL, "\n"],
-            [],
-            {"trained": "ends in token {newline} '\\n'"},
-        ),
-        ([BOS, *USER, *MODEL], [8], {"trained": "its last <end_of_turn> carries no loss"}),
-        (
-            [BOS, *USER, *MODEL, "\n", *USER, *MODEL],
-            [8],
-            {"trained": "an earlier <end_of_turn> carries no loss"},
-        ),
+        (["a", *GOOD], [], {"one <bos>": "1 <bos>, at token 1"}),
+        ([*GOOD, "\n"], [], {"trained": "ends in token {newline} '\\n'"}),
+        (GOOD, [8], {"trained": "its last <end_of_turn> carries no loss"}),
+        (TWICE, [8], {"trained": "an earlier <end_of_turn> carries no loss"}),
         ([BOS, *USER, BEGIN, "m", PAD, END], [], {"control": "<pad> at token 7"}),
         ([BOS, *USER, *USER[:3], *MODEL], [], {"control": "3 whole turns"}),
-        (
-            [BOS, *USER, BEGIN, "m", BEGIN, "a", END],
-            [],
-            {"control": "<start_of_turn> at token 7"},
-        ),
+        ([BOS, *USER, BEGIN, "m", *MODEL], [], {"control": "<start_of_turn> at token 7"}),
         (
             [BOS, *USER, BEGIN, "m"],
             [],
@@ -261,7 +239,6 @@ def test_checks_bite(
 ) -> None:
     vocabulary = {tiny_tokenizer.decode([i]): i for i in tiny_tokenizer.control_ids}
     vocabulary |= {text: tiny_tokenizer.encode(text)[0] for text in ("u", "m", "a", "\n")}
-    good = [BOS, *USER, *MODEL]
 
     def sample(pieces: list[str | int], untrained: list[int]) -> Sample:
         ids = [vocabulary.get(each, each) for each in pieces]
@@ -269,7 +246,7 @@ def test_checks_bite(
         mask[untrained] = False
         return Sample(np.array(ids, np.int32), mask)
 
-    samples = [sample(good, []), sample(tokens, untrained), sample(good, [])]
+    samples = [sample(GOOD, []), sample(tokens, untrained), sample(GOOD, [])]
     found = survey(by_hand(samples), tiny_tokenizer)
     words = {"newline": vocabulary["\n"], "m": vocabulary["m"]}
     words["last"] = tiny_tokenizer.vocab_size - 1
@@ -379,21 +356,11 @@ def test_damaged_sets(inspect: Inspect, files: Path, tokenizer: Tokenizer) -> No
     assert err == f"error: {directory}: damaged, or no prepared rows; delete it, to be made again\n"
 
 
-def test_as_a_process(files: Path, command_environment: dict[str, str]) -> None:
-    """From a prepared directory alone, with the tokenizer of the config's model."""
-    command = [sys.executable, "-m", "jaxsft.inspect", "--config", "config.yaml"]
-    first, again = (
-        subprocess.run(
-            [*command, *options],
-            cwd=files,
-            env=command_environment,
-            capture_output=True,
-            text=True,
-        )
-        for options in ([], ["--prepared", "prepared/set"])
-        if not options or prepared_directory(files).rename(files / "prepared" / "set")
-    )
-    assert (first.returncode, first.stderr) == (again.returncode, again.stderr) == (0, "")
-    assert first.stdout.splitlines()[:-1] == again.stdout.splitlines()[:-1]
-    assert again.stdout.splitlines()[-1] == "in prepared/set"
-    assert "⟦<reasoning>Because.</reasoning>↵\n<answer>B</answer>⟨end_of_turn⟩⟧" in first.stdout
+def test_a_prepared_directory_alone_shows_the_same(inspect: Inspect, files: Path) -> None:
+    """With the tokenizer of the config's model."""
+    code, first, _ = inspect()
+    directory = prepared_directory(files).rename(files / "set")
+    again = inspect("--prepared", str(directory), "--data.train_files", "/nowhere.jsonl")
+    shown = first.splitlines()[:-1]
+    assert (code, again) == (0, (0, "\n".join([*shown, f"in {directory}", ""]), ""))
+    assert "⟦<reasoning>Because.</reasoning>↵\n<answer>B</answer>⟨end_of_turn⟩⟧" in first

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.browser import Browser, luminance
+from support.browser import Browser
 
 from jaxsft.inspect.__main__ import main
 
@@ -47,27 +47,14 @@ def test_rows_are_shown_and_nothing_of_the_data_runs(page: Path, browser: Browse
     names = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_turn>", "<end_of_turn>"]
     assert [name for _, name in controls] == names
     assert [kind for kind, _ in controls] == ["t p c"] * 4 + ["t l c"]
-    urls = [event["request"]["url"] for event in browser.heard("Network.requestWillBeSent")]
-    assert urls == [page.as_uri()] and browser.heard("Log.entryAdded") == []
-
-    # The same text unescaped: the policy stops both its script and its picture.
-    careless = page.with_name("careless.html")
-    careless.write_text(page.read_text("utf-8").replace("</main>", f"{EVIL}</main>"), "utf-8")
-    browser.show(careless)
-    assert browser.evaluate("document.title") == "Rows of rows.jsonl"
-    refused = [event["entry"]["text"] for event in browser.heard("Log.entryAdded")]
-    assert len(refused) == 2 and all("Content Security Policy" in text for text in refused)
+    browser.check_requests(page, EVIL)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_page_fits_and_can_be_read(width: int, scheme: str, page: Path, browser: Browser) -> None:
-    browser.show(page, width, scheme)
-    assert browser.fits()
-    background = luminance(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert background > 0.8 if scheme == "light" else background < 0.02
     parts = [".verdict", ".path", ".tile i", ".checks li", ".fates small", ".quantiles th"]
-    for part in [*parts, "h4 small", ".tokens .p", ".tokens .l", ".tokens .l:nth-child(even)"]:
-        assert browser.contrast(part) >= 4.5, part  # WCAG 2.2, 1.4.3
+    parts += ["h4 small", ".tokens .p", ".tokens .l", ".tokens .l:nth-child(even)"]
+    browser.check_colours(page, width, scheme, parts)
     for part in (".tokens .p.c", ".tokens .l.c"):
         assert browser.contrast(part) >= 3, part  # bold

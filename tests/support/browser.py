@@ -102,10 +102,29 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, **parameters, **text)
             text = {}
 
-    def fits(self) -> bool:
-        """Whether nothing is wider than the window."""
+    def check_requests(self, page: Path, markup: str) -> None:
+        """The page shown asked for nothing and logged nothing; with `markup`, a script and a
+        picture, added to it, its policy stops both."""
+        urls = [event["request"]["url"] for event in self.heard("Network.requestWillBeSent")]
+        assert urls == [page.as_uri()] and self.heard("Log.entryAdded") == []
+        title = self.evaluate("document.title")
+        careless = page.with_name("careless.html")
+        html = page.read_text("utf-8").replace("</main>", f"{markup}</main>")
+        careless.write_text(html, encoding="utf-8")
+        self.show(careless)
+        assert self.evaluate("document.title") == title
+        refused = [event["entry"]["text"] for event in self.heard("Log.entryAdded")]
+        assert len(refused) == 2 and all("Content Security Policy" in text for text in refused)
+
+    def check_colours(self, page: Path, width: int, scheme: str, parts: list[str]) -> None:
+        """The page fits the window, follows the scheme, and its parts can be read."""
+        self.show(page, width, scheme)
         root = "document.documentElement"
-        return self.evaluate(f"{root}.scrollWidth === {root}.clientWidth")
+        assert self.evaluate(f"{root}.scrollWidth === {root}.clientWidth")
+        background = luminance(self.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert background > 0.8 if scheme == "light" else background < 0.02
+        for part in parts:
+            assert self.contrast(part) >= 4.5, part  # WCAG 2.2, 1.4.3
 
     def contrast(self, selector: str) -> float:
         """Ratio of an element's text and background, 1 to 21, as WCAG 2.2 defines it."""
