@@ -15,7 +15,7 @@ from typing import NamedTuple
 from benchmarks import peer_venvs
 from jaxsft.plan.chips import CHIPS, TOPOLOGIES
 from jaxsft.plan.pricing import Priced, PricedOp, price_program
-from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, Memory
+from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, ProgramMemory
 
 ROOT = Path(__file__).parents[1]
 ACCUMULATION_STEPS = 4  # of 8 sequences, one a chip
@@ -35,7 +35,7 @@ class TunixStep(NamedTuple):
     """One optimizer step of 32 × 2048 tokens, and the memory of each chip."""
 
     priced: Priced
-    memory: Memory
+    memory: ProgramMemory
 
 
 def tunix_prices(topology: str, remat: bool, directory: Path = peer_venvs.DEFAULT_DIR) -> TunixStep:
@@ -56,7 +56,7 @@ def tunix_prices(topology: str, remat: bool, directory: Path = peer_venvs.DEFAUL
     step.add_loop(micro_step, ACCUMULATION_STEPS)
     priced = step._replace(ops=[op._replace(part=_part(op)) for op in step.ops])
     memory = json.loads((program / "memory.json").read_text(encoding="utf-8"))
-    return TunixStep(priced, Memory(**memory))
+    return TunixStep(priced, ProgramMemory(**memory))
 
 
 def _part(op: PricedOp) -> str:
@@ -70,7 +70,7 @@ def _part(op: PricedOp) -> str:
 def _compiled(topology: str, remat: str, directory: Path) -> Path:
     """The directory that holds the compiled program; its name depends on all that went into it."""
     requirements = peer_venvs.REQUIREMENTS["tunix"]
-    identity = hashlib.sha256(repr((requirements, Memory._fields)).encode())
+    identity = hashlib.sha256(repr((requirements, ProgramMemory._fields)).encode())
     for source in _SOURCES:
         identity.update(source.read_bytes())
     name = f"tunix-{topology.replace(':', '-')}-{remat}-{identity.hexdigest()[:12]}"

@@ -20,9 +20,8 @@ from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.plan.chips import CHIPS, GIB, HBM_LIMIT_BYTES, num_chips
-from jaxsft.plan.hlo_memory import saved_activation_bytes
-from jaxsft.plan.hlo_text import parse_program
-from jaxsft.plan.kernel_price import KernelPrice, price_kernels
+from jaxsft.plan.hlo import parse_program, saved_activation_bytes
+from jaxsft.plan.kernels import KernelPrice, price_kernels
 from jaxsft.plan.pricing import Chip, PricedOp, price_program
 from jaxsft.plan.tpu_aot import (
     Compiled,

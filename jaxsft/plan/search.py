@@ -15,7 +15,7 @@ REMATS = tuple(REMAT_POLICIES)  # from the most memory to the least
 MIN_ROW_LENGTH = 256
 
 
-class Compiled(Protocol):
+class TriedStep(Protocol):
     """What is known of a setting's step: which program it is, and whether it fits."""
 
     @property
@@ -27,7 +27,7 @@ class Compiled(Protocol):
         """Into the devices' memory."""
 
 
-Found = TypeVar("Found", bound=Compiled)
+Found = TypeVar("Found", bound=TriedStep)
 
 
 class Setting(NamedTuple):

@@ -30,7 +30,7 @@ class CompilerError(Exception):
     """The compiler failed otherwise than for want of memory; one line says how."""
 
 
-class Memory(NamedTuple):
+class ProgramMemory(NamedTuple):
     """Bytes of HBM on each chip. `peak` is what is alive at the fullest moment, arguments and all;
     it is also what the compiler holds against the chip's memory."""
 
@@ -48,7 +48,7 @@ class Compiled(NamedTuple):
     """A program that fits: its scheduled HLO with all constants, and its memory."""
 
     hlo_text: str
-    memory: Memory
+    memory: ProgramMemory
 
 
 class OutOfMemory(NamedTuple):
@@ -94,7 +94,7 @@ def compile_for_tpu(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:
     assert analysis is not None
     return Compiled(
         hlo_text=_scheduled_text(compiled),
-        memory=Memory(
+        memory=ProgramMemory(
             arguments=analysis.argument_size_in_bytes,
             # Not temp_size_in_bytes: 18.5 GiB where the heap, as dumped, is 13.5 and the peak 13.3.
             peak=analysis.peak_memory_in_bytes,

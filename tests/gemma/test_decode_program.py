@@ -51,8 +51,8 @@ def measure() -> dict[str, Any]:
     from jaxsft.gemma import decode as sample
     from jaxsft.gemma.architecture import PRESETS
     from jaxsft.gemma.sharding import named
-    from jaxsft.plan.hlo_price import COLLECTIVES
-    from jaxsft.plan.hlo_text import Instruction, parse_program
+    from jaxsft.plan.hlo import Instruction, parse_program
+    from jaxsft.plan.pricing import COLLECTIVES
     from jaxsft.plan.tpu_aot import Compiled, compile_for_tpu, topology_devices
     from jaxsft.run.program import abstract_setup
 

@@ -13,9 +13,8 @@ from jaxsft.config import TrainConfig
 from jaxsft.gemma.architecture import PRESETS
 from jaxsft.plan.chips import CHIPS, GIB
 from jaxsft.plan.estimate import StepEstimate, kernel_flops, num_loss_chunks
-from jaxsft.plan.hlo_memory import saved_activation_bytes
-from jaxsft.plan.hlo_text import parse_program
-from jaxsft.plan.kernel_price import KernelPrice
+from jaxsft.plan.hlo import parse_program, saved_activation_bytes
+from jaxsft.plan.kernels import KernelPrice
 from jaxsft.plan.pricing import PARTS, price_program
 from jaxsft.plan.run_plan import (
     PACKED,

@@ -104,9 +104,8 @@ def measure() -> dict[str, Any]:
     from jaxsft.cli import parse_config
     from jaxsft.gemma.architecture import PRESETS
     from jaxsft.plan.chips import CHIPS
-    from jaxsft.plan.hlo_price import COLLECTIVES
-    from jaxsft.plan.hlo_text import parse_program
-    from jaxsft.plan.pricing import price_program
+    from jaxsft.plan.hlo import parse_program
+    from jaxsft.plan.pricing import COLLECTIVES, price_program
     from jaxsft.plan.tpu_aot import Compiled, compile_for_tpu, topology_devices
     from jaxsft.run.program import abstract_setup, lower_step, num_bytes_per_device
 

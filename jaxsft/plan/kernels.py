@@ -1,11 +1,11 @@
 """The time of the Pallas kernels in a compiled TPU program.
 
-HLO says nothing about the time of a Pallas call. Each distinct kernel is compiled alone, in a
-subprocess, for its static schedule (module `llo_schedule`), which is cached. A kernel costs the
-larger of the schedule's cycles over the clock and its DMAs' bytes over HBM bandwidth. Operands
-stand in the memory (HBM or VMEM) where the program has them; prefetched operands that are constants
-of the program decide how often conditional regions run. Waits of single DMAs, the first and last
-ones of a grid for instance, are not modelled.
+HLO says nothing about the time of a Pallas call. So each distinct kernel is compiled alone, in a
+subprocess, and its static schedule (module `llo`) is cached. A kernel costs the larger of two
+times: the schedule's cycles over the clock, and its DMAs' bytes over HBM bandwidth. Operands lie in
+the same memory (HBM or VMEM) as in the program. Prefetched operands that are constants decide how
+often conditional regions run. Waits for single DMAs, such as the first and last of a grid, are not
+modelled.
 """
 
 import gzip
@@ -20,29 +20,35 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from jaxsft.common.files import whole_file
-from jaxsft.plan.hlo_text import (
+from jaxsft.plan.hlo import (
     HBM,
     VMEM,
     Array,
+    Callers,
     Computation,
     Instruction,
     Program,
+    constant_words,
     parse_program,
 )
-from jaxsft.plan.hlo_values import Callers, constant_words
-from jaxsft.plan.llo_schedule import schedule
+from jaxsft.plan.llo import schedule
 from jaxsft.plan.pricing import Chip
-from jaxsft.plan.tpu_aot import CompilerError, compiler_flags, one_line
+from jaxsft.plan.tpu_aot import CompilerError, compiler_flags, one_line, topology_devices
 
 _WORKER = (
-    "import pathlib, sys; from jaxsft.plan.kernel_worker import compile_kernels; "
+    "import pathlib, sys; from jaxsft.plan.kernels import compile_kernels; "
     "compile_kernels(*map(pathlib.Path, sys.argv[1:]))"
 )
 
 
 class KernelCall(NamedTuple):
-    """A Pallas call. `words`: contents of the constant operands, by index, as 32-bit words."""
+    """A Pallas call. `words` has the constant operands as 32-bit words, by index."""
 
     name: str
     config: str  # the custom call's backend_config, JSON
@@ -52,7 +58,7 @@ class KernelCall(NamedTuple):
 
 
 class KernelPrice(NamedTuple):
-    """One run of a Pallas call: `seconds` is the larger of the schedule's and the bytes' time."""
+    """One run of a Pallas call; `seconds` is the larger of the cycles' and the bytes' time."""
 
     seconds: float
     cycles: int
@@ -88,7 +94,7 @@ def _kernel_call(
     found = re.search(r"backend_config=(\{.*\})\s*$", call.attributes, re.S)
     assert found is not None, call.name
     config = json.loads(found.group(1))
-    # Where the program has the operands and results: the compiler may keep them in VMEM.
+    # The memory of each operand and result in the program: the compiler may keep them in VMEM.
     kernel: dict[str, Any] = config["custom_call_config"]
     kernel["input_memory_space_colors"] = [
         {"operand_index": index, "color": array.memory_space}
@@ -124,12 +130,11 @@ def price_kernels(
     """Prices of the Pallas calls of a program, by instruction name.
 
     Args:
-        hlo_text: `tpu_aot.Compiled.hlo_text`: with the constants that `as_text()` leaves out.
-        chip: what the program was compiled for.
+        hlo_text: `tpu_aot.Compiled.hlo_text`, with the constants that `as_text()` leaves out.
+        chip: the chip that the program was compiled for.
         topology: its name, as for `tpu_aot.topology_devices`.
-        cache_dir: where the schedules of kernels are kept, compressed, some 100 KB each.
-        environment: environment variables of the subprocess, with those of
-            `tpu_aot.AOT_ENVIRONMENT`.
+        cache_dir: directory for the schedules of kernels, compressed, about 100 KB each.
+        environment: environment variables of the subprocess, including `AOT_ENVIRONMENT`.
 
     Raises CompilerError for a kernel that does not compile alone.
     """
@@ -172,9 +177,9 @@ def _compile(
     cache_dir: Path,
     environment: Mapping[str, str],
 ) -> None:
-    """Compile kernels in a subprocess and keep their bundles in `cache_dir`.
+    """Compiles kernels in a subprocess and stores their bundles in `cache_dir`.
 
-    Raises CompilerError with the end of the subprocess's messages when it fails.
+    CompilerError has the last line of the subprocess's messages.
     """
     with tempfile.TemporaryDirectory() as temporary:
         dump = Path(temporary)
@@ -205,3 +210,43 @@ def _compile(
             compressed = gzip.compress((dump / f"{key}.bundles").read_bytes(), mtime=0)
             with whole_file(cache_dir / f"{key}.bundles.gz") as path:
                 path.write_bytes(compressed)
+
+
+# --- the subprocess ---
+# libtpu reads the flags of the dump when it is loaded, and they slow down every compilation of the
+# process. So kernels are compiled in a process of their own, one kernel a program.
+
+_DTYPES = {"bf16": "bfloat16", "pred": "bool"}
+
+
+def _array(described: tuple[str, list[int]], sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """An array by HLO's element type, such as s32, and dimensions."""
+    dtype, dims = described
+    name = _DTYPES.get(dtype) or {"s": "int", "u": "uint", "f": "float"}[dtype[0]] + dtype[1:]
+    return jax.ShapeDtypeStruct(tuple(dims), jnp.dtype(name), sharding=sharding)
+
+
+def compile_kernels(specification: Path, dump: Path) -> None:
+    """Compiles each kernel of a JSON file and writes its bundles to `dump`/<key>.bundles.
+
+    The file: {"topology", "kernels": {key: {"config", "operands", "results"}}}. Operands and
+    results are [element type, dims].
+    """
+    wanted = json.loads(specification.read_text())
+    device = topology_devices(wanted["topology"])[0]
+    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+    seen: set[Path] = set()
+    for key, kernel in wanted["kernels"].items():
+        operands = [_array(operand, sharding) for operand in kernel["operands"]]
+        results = [_array(result, sharding) for result in kernel["results"]]
+        call: Any = jax.ffi.ffi_call(
+            "tpu_custom_call",
+            results,
+            custom_call_api_version=1,
+            legacy_backend_config=kernel["config"],
+        )
+        jax.jit(call).lower(*operands).compile()
+        bundles = set(dump.glob("*-ffi_call*final_bundles.txt")) - seen
+        seen |= bundles
+        (path,) = (path for path in bundles if "schedule-analysis" not in path.name)
+        path.rename(dump / f"{key}.bundles")

@@ -1,25 +1,146 @@
 """The static schedule of a TPU kernel: how many cycles its bundles take, how many bytes it moves.
 
-libtpu writes a kernel's final program ("...final_bundles.txt") as VLIW bundles, one a cycle, with
-the loops, branches and DMAs of the kernel and of Pallas' pipeline around it. How often a bundle
-runs hangs on scalar code only: grid counters, `pl.when`, block indices from prefetched arrays. So
-this runs that scalar code, skips all vector instructions, and counts.
+libtpu writes a kernel's final program ("...final_bundles.txt") as VLIW bundles, one a cycle. It has
+the loops, branches and DMAs of the kernel and of Pallas' pipeline around it. Scalar code alone
+decides how often a bundle runs: grid counters, `pl.when`, block indices from prefetched arrays. So
+this module runs the scalar code, skips all vector instructions, and counts.
 
-Bundles with a `vmatmul` wait for their matrix unit, which takes a row of its left-hand side a cycle
-(two on v6e): that is what makes up the chip's peak, and the scheduler packs them closer. Checked
-on v5e against XLA's own estimates of its matmuls: 1,070,965 cycles here and 1,083,068 there for
-4096 × 4096 × 4096, whose ideal is 1,048,576; for smaller ones 0.73 to 1.13 of its estimate. Not in
-it: waiting for DMAs, so the caller also compares bytes with bandwidth.
+A bundle with a `vmatmul` waits for its matrix unit, which takes one row of the left-hand side a
+cycle (two on v6e). That is the chip's peak rate; the scheduler packs such bundles closer. Checked
+on v5e: 4096 × 4096 × 4096 takes 1,070,965 cycles here, 1,083,068 by XLA's own estimate, and
+1,048,576 ideally. Smaller matmuls take 0.73 to 1.13 of XLA's estimate. Waits for DMAs are not
+counted, so the caller also compares bytes with bandwidth.
 
-What isn't known is assumed to happen: a branch around a region isn't taken, a DMA is issued; a loop
-without a known end runs once. `Schedule.assumptions` lists such places.
+Where scalar code depends on unknown values, a region runs, a DMA is issued, and a loop runs once.
+`Schedule.assumptions` lists such places.
 """
 
+import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxsft.plan.llo_text import Block, Instruction, parse_blocks
+# --- text to basic blocks ---
+
+# A branch takes effect after this many more bundles, on v5e and v6e.
+_DELAY_SLOTS = 4
+
+_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
+_COMMENT = re.compile(r"/\*(?!\w+=\*/).*?\*/", re.S)
+_PARAMETER = re.compile(r"/\*(\w+)=\*/\s*([^,\s]+)")
+_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"sbr\.rel (?:\((!?%p\w+)\) )?target = \$region(\d+)")
+_INSTRUCTION = re.compile(r"%(\w+) = ([a-z_][\w.]*)(?: \[(?:thread|resolvable):\S+\])? *(.*)", re.S)
+_PREDICATE = re.compile(r"\((!?%p\w+)(?:, ([^)]+))?\),? *")
+_VMATMUL = re.compile(r"vmatmul\.(?:mubr\.)?(\w+)\.[\w.]*(mxu\d)")
+_OPERAND_INDEX = re.compile(r"index: (\d+)")
+
+
+class ScalarOp(NamedTuple):
+    """A scalar instruction or DMA. If `predicate` is false its result is `otherwise` ("": none)."""
+
+    result: str
+    opcode: str
+    predicate: str  # "", %p.. or !%p..
+    otherwise: str
+    operands: tuple[str, ...]
+    parameters: dict[str, str]  # written as /*name=*/value
+
+
+class BasicBlock(NamedTuple):
+    """Bundles that run one after the other; a branch, if any, takes effect after the last."""
+
+    start: int
+    cycles: int
+    mxu_rows: int
+    instructions: tuple[ScalarOp, ...]
+    predicate: str
+    target: int | None
+
+
+def parse_blocks(final_bundles: str, mxu_rows_per_cycle: int) -> dict[int, BasicBlock]:
+    """Basic blocks by their first bundle, in order."""
+    bundles: list[str] = []
+    for line in final_bundles.splitlines():
+        if _BUNDLE.match(line):
+            bundles.append(line)
+        elif bundles:  # the parameters of a DMA take several lines
+            bundles[-1] += "\n" + line
+    region_starts = {
+        region: index for index, text in enumerate(bundles) for region in _REGION.findall(text)
+    }
+    last = len(bundles) - 1
+    branches: dict[int, tuple[str, int]] = {}  # by the last bundle before they take effect
+    for index, text in enumerate(bundles):
+        for predicate, region in _BRANCH.findall(text):
+            branches[index + _DELAY_SLOTS] = (
+                predicate,
+                region_starts.get(region, last),  # the exit bundle's region isn't printed
+            )
+    starts = {0} | {target for _, target in branches.values()} | {end + 1 for end in branches}
+    ordered = sorted(start for start in starts if start <= last)
+    blocks = {}
+    for start, after in zip(ordered, [*ordered[1:], len(bundles)], strict=True):
+        texts = bundles[start:after]
+        predicate, target = branches.get(after - 1, ("", None))
+        instructions = tuple(i for text in texts for i in _parse_bundle(text))
+        cycles, rows = _issue(texts, mxu_rows_per_cycle)
+        blocks[start] = BasicBlock(start, cycles, rows, instructions, predicate, target)
+    return blocks
+
+
+def _issue(bundles: list[str], mxu_rows_per_cycle: int) -> tuple[int, int]:
+    """(cycles of consecutive bundles, rows that all matrix units take in them).
+
+    A bundle takes one cycle. A `vmatmul` first waits until its matrix unit has taken the rows of
+    the one before.
+    """
+    cycle, num_rows = 0, 0
+    free: dict[str, int] = {}  # the first cycle in which a matrix unit takes rows again
+    for bundle in bundles:
+        cycle += 1
+        for dtype, unit in _VMATMUL.findall(bundle):
+            rows = 8 if dtype.endswith("32") else 16  # of a register: 32-bit, or packed bf16
+            cycle = max(cycle, free.get(unit, 0))
+            free[unit] = cycle + rows // mxu_rows_per_cycle
+            num_rows += rows
+    return max([cycle, *free.values()]), num_rows
+
+
+def _parse_bundle(text: str) -> list[ScalarOp]:
+    """The scalar instructions of a bundle and its DMAs; phis first."""
+    text = _COMMENT.sub("", text)
+    instructions = []
+    for part in text[text.index("{") + 1 : text.rindex("}")].split(";;"):
+        found = _INSTRUCTION.match(part.strip())
+        if found is None:
+            continue
+        result, opcode, rest = found.groups()
+        if opcode != "sst" and not opcode.startswith("dma.") and result[0] not in "sp":
+            continue
+        predicate = _PREDICATE.match(rest)
+        if predicate:
+            rest = rest[predicate.end() :]
+        if opcode.startswith("inlined_call_operand"):
+            index = _OPERAND_INDEX.search(rest)
+            operands: tuple[str, ...] = (index.group(1),) if index else ()
+        else:
+            operands = tuple(re.sub(r"/\*\w+=\*/", "", rest).replace("]] ", "]], ").split(","))
+        instructions.append(
+            ScalarOp(
+                result,
+                opcode,
+                predicate.group(1) if predicate else "",
+                (predicate.group(2) or "") if predicate else "",
+                tuple(operand.strip() for operand in operands),
+                dict(_PARAMETER.findall(rest)),
+            )
+        )
+    return sorted(instructions, key=lambda instruction: instruction.opcode != "sphi")
+
+
+# --- the run of the scalar code ---
 
 # DMA sizes are in granules: a bf16 (256, 256) window is 4096 of them.
 _GRANULE_BYTES = 32
@@ -48,13 +169,13 @@ _Value = int | bool | _Pointer | None  # None: not known
 def schedule(
     final_bundles: str, mxu_rows_per_cycle: int, operands: Mapping[int, Sequence[int]]
 ) -> Schedule:
-    """Run the scalar code of a kernel and count.
+    """Runs the scalar code of a kernel and counts.
 
     Args:
         final_bundles: the text of the dump.
         mxu_rows_per_cycle: rows of a left-hand side that one matrix unit takes in a cycle.
-        operands: the 32-bit words of the operands whose contents are known, by index: prefetched
-            block indices and masks.
+        operands: the 32-bit words of the operands with known contents (prefetched block indices
+            and masks), by index.
     """
     blocks = parse_blocks(final_bundles, mxu_rows_per_cycle)
     machine = _Machine({f"operand{index}": list(words) for index, words in operands.items()})
@@ -87,25 +208,12 @@ def _wrap(value: int) -> int:
 
 
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
-    "sadd": lambda a, b: a + b,
-    "ssub": lambda a, b: a - b,
-    "smul": lambda a, b: a * b,
-    "sand": lambda a, b: a & b,
-    "sor": lambda a, b: a | b,
-    "sxor": lambda a, b: a ^ b,
+    **{"sadd": operator.add, "ssub": operator.sub, "smul": operator.mul},
+    **{"sand": operator.and_, "sor": operator.or_, "sxor": operator.xor},
     "sshll": lambda a, b: a << (b % 32),
     "sshrl": lambda a, b: (a % 2**32) >> (b % 32),
     "sshra": lambda a, b: a >> (b % 32),
-    "smin": min,
-    "smax": max,
-}
-_COMPARE: dict[str, Callable[[int, int], bool]] = {
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
+    **{"smin": min, "smax": max},
 }
 
 
@@ -122,7 +230,7 @@ class _Machine:
         self.hbm_bytes = 0
         self.assumptions: set[str] = set()
 
-    def run(self, instructions: Sequence[Instruction]) -> None:
+    def run(self, instructions: Sequence[ScalarOp]) -> None:
         for instruction in instructions:
             self.time += 1
             holds = self.read(instruction.predicate) if instruction.predicate else True
@@ -140,7 +248,7 @@ class _Machine:
                     continue
                 self.registers[instruction.result] = value, self.time
 
-    def branches(self, block: Block) -> bool:
+    def branches(self, block: BasicBlock) -> bool:
         """Is the branch at the end of the block taken?"""
         taken = self.read(block.predicate) if block.predicate else True
         if taken is None:
@@ -179,11 +287,11 @@ class _Machine:
                 return None
         return _Pointer(buffer, offset)
 
-    def evaluate(self, instruction: Instruction) -> _Value:
+    def evaluate(self, instruction: ScalarOp) -> _Value:
         opcode, _, kind = instruction.opcode.partition(".")
         if opcode == "inlined_call_operand":
             return _Pointer(f"operand{instruction.operands[0]}", 0)
-        if opcode == "sphi":  # the operand of the edge on which control came
+        if opcode == "sphi":  # the operand that was written last
             candidates = [self.registers.get(name[1:], (None, -1)) for name in instruction.operands]
             return max(candidates, key=lambda candidate: candidate[1])[0]
         if opcode == "sld":
@@ -211,16 +319,16 @@ class _Machine:
         if not isinstance(left, int) or not isinstance(right, int):
             return None
         if opcode == "scmp":
-            return _COMPARE[kind.partition(".")[0]](left, right)
+            return bool(getattr(operator, kind.partition(".")[0])(left, right))  # eq, lt, …
         return _wrap(_ARITHMETIC[opcode](left, right)) if opcode in _ARITHMETIC else None
 
-    def store(self, instruction: Instruction, holds: _Value) -> None:
+    def store(self, instruction: ScalarOp, holds: _Value) -> None:
         pointer = self.address(instruction.operands[0])
         if pointer is not None and holds is not False:
             value = self.read(instruction.operands[1]) if holds else None
             self.memory.setdefault(pointer.buffer, {})[pointer.offset] = value
 
-    def transfer(self, instruction: Instruction, holds: _Value) -> None:
+    def transfer(self, instruction: ScalarOp, holds: _Value) -> None:
         if holds is False:
             return
         if holds is None:
@@ -240,16 +348,13 @@ class _Machine:
 
 
 def _logic(opcode: str, values: Sequence[_Value]) -> bool | None:
-    """Logic of predicates that may be unknown: false and unknown is false."""
+    """Logic of predicates; None is unknown, and false and unknown is false."""
     if opcode == "pxor":
         return None if None in values else values[0] != values[1]
-    if opcode in ("pneg",):
+    if opcode == "pneg":
         return None if values[0] is None else not values[0]
     decisive = opcode in ("por", "pnor")
-    if any(value is not None and bool(value) == decisive for value in values):
-        result = decisive
-    elif None in values:
+    is_decided = any(value is not None and bool(value) == decisive for value in values)
+    if None in values and not is_decided:
         return None
-    else:
-        result = not decisive
-    return not result if opcode in ("pnor", "pnand") else result
+    return (decisive == is_decided) != (opcode in ("pnor", "pnand"))
