@@ -88,7 +88,7 @@ class Conversation(NamedTuple):
 class Rejected(NamedTuple):
     """A row that is not used: why, from the closed set, and what in it."""
 
-    reason: ConversionReason | LaterReason  # the latter: filters.py, data.py
+    reason: ConversionReason | LaterReason  # the latter from filters.py and samples.py
     detail: str
 
 

@@ -22,14 +22,14 @@ from jaxsft.gemma.sharding import AXIS_TABLE, partition_spec
 # Rows of the table that meet a chunk of tokens at once: 2048 divides 256,000 and 262,144, and the
 # logits of 2048 x 2048 stay in a TPU's on-chip memory.
 VOCAB_TILE = 2048
-# Up to this cap the maximum is not needed: no sum of exp(logit) · entry over 2^18 columns overflows
-# float32 for entries of the table up to 500, as exp(70) · 2^18 · 500 < 3.4e38.
+# Up to this logit cap softmax needs no subtraction of the maximum: no sum of exp(logit) · entry over
+# 2^18 columns overflows float32 for entries of the table up to 500, as exp(70) · 2^18 · 500 < 3.4e38.
 MAX_CAP_WITHOUT_SHIFT = 70.0
 
 # (log-probability of the targets [C], the batch's arrays at the same positions, [C] each) ->
 # (loss [C], coefficient [C]): the loss's gradient is coefficient · gradient of -log-probability.
-# A batch may have more arrays than `Batch` for it, one value a position. Only positions whose
-# `loss_weights_BT` is not 0 are asked for. Static in `jit`, so a function with a name.
+# A trainer may pass a larger tuple than `Batch`; each extra array has one value a position. Only
+# positions whose `loss_weights_BT` is not 0 count. Static in `jit`: use a named function.
 TokenLoss = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
@@ -176,8 +176,7 @@ def target_log_probs(
 def _loss_positions(weights_N: Any, chunk: int) -> tuple[jax.Array, jax.Array]:
     """(how many positions bear loss, all positions: these first and in order).
 
-    The slots after them name position N, which no row has: reads there give zeros, and writes are
-    dropped.
+    Unused slots hold N, one past the last position: reads there give zeros, and writes are dropped.
     """
     mask_N, num_positions = weights_N != 0, weights_N.shape[0]
     order = jnp.nonzero(mask_N, size=num_positions + chunk, fill_value=num_positions)[0]

@@ -2,7 +2,7 @@
 
 Orbax does not notice when a bit of array data flips later, hence a SHA-256 for every array. These
 and the caller's metadata are one JSON text in Orbax's custom metadata, which has its own SHA-256.
-Only one process writes and reads: Orbax's newer API (v1) has no way to do that beside others.
+Process 0 alone writes and reads; with several processes Orbax's newer API (v1) cannot do that.
 
 Orbax writes `<step>.orbax-checkpoint-tmp` and renames it, so a directory whose name is a plain
 number was once complete. An object store (gs://) renames by copying file after file; there Orbax
@@ -141,8 +141,10 @@ def read_record(path: epath.Path) -> dict[str, Any]:
         record = json.loads(text) if intact else {}
     except Exception as error:  # what a damaged file raises is anything
         raise DamagedError(f"its metadata can't be read ({first_cause(error)})") from error
-    if not intact or str(record["step"]) != path.name:
-        raise DamagedError("its metadata differs from its SHA-256 or its step")
+    if not intact:
+        raise DamagedError("its metadata differs from its SHA-256")
+    if str(record["step"]) != path.name:
+        raise DamagedError(f"it holds step {record['step']}")
     return record
 
 

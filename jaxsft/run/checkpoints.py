@@ -236,8 +236,8 @@ class Checkpoints:
             return None
         reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in damaged.items())
         raise ValueError(
-            f"{self._directory}: no usable checkpoint ({reasons});"
-            " choose another step or a new output_dir, or remove the directory to start again"
+            f"{self._directory}: no usable checkpoint ({reasons}); copy a good "
+            "one back, choose another --name, or remove the directory to start again"
         )
 
     def _set_aside(self, step: int) -> str:

@@ -24,7 +24,7 @@ from jaxsft.run.setup import Data, Setup
 _BEFORE = "before.json"
 
 
-def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
+def before_key(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
     """What the measurement before training depends on, by name. Not the batch size: users lower it
     when memory runs out."""
     options = dataclasses.asdict(config.eval)
@@ -35,7 +35,7 @@ def measured_of(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]
 
 
 def write_before(run_dir: Path, before: dict[str, Any], of: dict[str, str]) -> None:
-    """Keeps the measurement before training for `load_before`; `of` comes from `measured_of`."""
+    """Keeps the measurement before training for `load_before`; `of` comes from `before_key`."""
     write_json(run_dir / _BEFORE, before | {"of": of})
 
 
@@ -53,7 +53,7 @@ def load_before(
         return {} if has_begun else None
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        there, here = before.pop("of"), measured_of(config, data, setup)
+        there, here = before.pop("of"), before_key(config, data, setup)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); remove it") from error
     changed = [

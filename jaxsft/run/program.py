@@ -139,7 +139,7 @@ def make_fused_spec(config: TrainConfig, model_config: GemmaConfig, mesh: Mesh) 
     )
 
 
-def run_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     """Learning rate by update, for a run of `steps` steps."""
     return make_schedule(
         config.lr_scheduler_type,
@@ -173,7 +173,7 @@ def make_spec(
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
         ),
-        schedule=run_schedule(config, steps),
+        schedule=learning_rate_schedule(config, steps),
         accumulation_steps=config.gradient_accumulation_steps,
         use_dropout=config.lora.dropout > 0,
         seed=config.seed,

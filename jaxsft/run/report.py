@@ -111,7 +111,7 @@ def show_stopped(
     why: str,
     session: Session,
     run_dir: Path | epath.Path,
-    command: str,
+    resume_command: str,
 ) -> None:
     """Why a run stopped before its end, what remains and, as the last line, how to go on."""
     step, last_step = int(setup.state.step), len(setup.step_batches)
@@ -124,7 +124,7 @@ def show_stopped(
     saved = f"step {step:,} is saved" if step else "nothing was trained yet"
     adapter = f", the adapter so far is in {run_dir / 'adapter'}" if step else ""
     console.print(f"Stopped because {why}: {saved}{adapter}; {remains}.")
-    console.print(f"To go on, run the same command again: {command}")
+    console.print(f"To go on, run the same command again: {resume_command}")
 
 
 def show_finished(console: Console, run_dir: Path, yaml: str, shown: Path | epath.Path) -> None:

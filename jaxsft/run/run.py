@@ -19,6 +19,7 @@ from jaxsft.common.signals import interruptible
 from jaxsft.config import TrainConfig
 from jaxsft.prepare.rows import Data
 from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.fit_deadline import SCHEDULE, fit_schedule, forecast
 from jaxsft.run.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from jaxsft.run.measure import measure, write_before
 from jaxsft.run.metrics import MetricsWriter, last_step_of
@@ -27,7 +28,6 @@ from jaxsft.run.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.run.remote import RunFiles, is_remote
 from jaxsft.run.report import show_finished, show_preflight, show_result, show_stopped
 from jaxsft.run.saver import Saver
-from jaxsft.run.schedule import SCHEDULE, fit_schedule, forecast
 from jaxsft.run.session import Session, StopNow
 from jaxsft.run.setup import Setup, checkpoint_metadata, trained_model
 from jaxsft.weights.peft import save_adapter
@@ -39,24 +39,24 @@ class Run:
 
     Attributes:
       config, yaml: the options, and the same as the text of config.yaml.
-      command: the command line that continues the run.
+      resume_command: the command line that continues the run.
       files: the run's files, here or on gs://, held against other processes.
       before: what was measured before training; None where that is still to be done.
-      measured_of: what `before` depends on.
+      before_key: what `before` depends on: it is used again only where this is equal.
       num_steps: of a schedule that fit_deadline has set.
       writer: metrics on disk; there from the first measurement on.
     """
 
     config: TrainConfig
     yaml: str
-    command: str
+    resume_command: str
     console: Console
     session: Session
     files: RunFiles
     checkpoints: Checkpoints
     data: Data
     before: dict[str, Any] | None
-    measured_of: dict[str, str]
+    before_key: dict[str, str]
     num_steps: int | None = None
     writer: MetricsWriter = dataclasses.field(init=False)
     _had_problem: bool = dataclasses.field(init=False, default=False)  # with writing metrics
@@ -80,7 +80,7 @@ class Run:
         """Writes what the directory holds from the start."""
         (self.path / "config.yaml").write_text(self.yaml, encoding="utf-8")
         if self.before:
-            write_before(self.path, self.before, self.measured_of)
+            write_before(self.path, self.before, self.before_key)
         if self.num_steps is not None:
             write_json(self.path / SCHEDULE, {"num_steps": self.num_steps})
 
@@ -159,7 +159,7 @@ def run_to_the_end(
                 save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
                 session.go_on("measuring", more_s=session.measure_s)
                 if int(setup.state.step) < len(setup.step_batches):
-                    raise StopNow("the machine is to be taken away")
+                    raise StopNow("the machine is being preempted")
                 after = run.measure(setup)
                 _save_vanished(run, setup)
                 _save_best(run, setup, after)
@@ -171,7 +171,7 @@ def run_to_the_end(
                 why=str(stop),
                 session=session,
                 run_dir=run.files.shown,
-                command=run.command,
+                resume_command=run.resume_command,
             )
             return EXIT_STOPPED
     run.say(run.writer.problem and f"WARNING: metrics are incomplete: {run.writer.problem}")
@@ -188,18 +188,20 @@ def is_on_tpu(setup: Setup) -> bool:
     return setup.spec.model.mesh.devices.flat[0].platform == "tpu"
 
 
-def guarded(body: Callable[[], int], *, argv: Sequence[str], again: str, console: Console) -> int:
-    """What `body` returns. An interruption before anything is to be saved, and memory that ran out,
-    become one line and an exit code.
+def with_exit_codes(
+    body: Callable[[], int], *, argv: Sequence[str], resume_command: str, console: Console
+) -> int:
+    """Returns what `body` returns. An interruption before there is anything to save, or memory that
+    ran out, becomes one line and an exit code.
 
-    `argv` is the command line, for the search of a setting that fits; `again` the command that
-    continues the run.
+    `argv` is the command line, for the search of a setting that fits; `resume_command` continues
+    the run.
     """
     try:
         with interruptible():
             return body()
     except KeyboardInterrupt:
-        console.print(f"Interrupted, nothing is lost. To go on: {again}")
+        console.print(f"Interrupted, nothing is lost. To go on: {resume_command}")
         return EXIT_STOPPED
     except MemoryError as error:
         return fail(f"out of memory: {error}; {GENERAL_ADVICE}", EXIT_FAILED)
@@ -304,7 +306,7 @@ def is_best(loss: float | None, checkpoints: Checkpoints) -> bool:
 
 
 def check_not_lost(run_dir: Path, save_steps: int) -> None:
-    """ValueError where a run without a checkpoint has trained for longer than that can be."""
+    """ValueError where metrics show training but every checkpoint is gone."""
     reached = last_step_of(run_dir)
     if reached > 2 * save_steps or (run_dir / ADAPTER).exists():
         raise ValueError(
@@ -355,5 +357,5 @@ def _write_result(run: Run, setup: Setup, after: dict[str, Any]) -> None:
         "loss_tokens": report.num_loss_tokens,
         "heldout_samples": 0 if heldout is None else heldout.report.samples,
     }
-    result = {"before": run.before, "after": after, "data": data, "command": run.command}
+    result = {"before": run.before, "after": after, "data": data, "command": run.resume_command}
     write_json(run.path / "result.json", result | {"program_hash": setup.program_hash})

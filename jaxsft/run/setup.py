@@ -23,12 +23,12 @@ from jaxsft.run.program import (
     abstract_batch,
     abstract_setup,
     check_positions,
+    learning_rate_schedule,
     lower_step,
     make_spec,
     mesh_of,
     num_run_steps,
     program_hash,
-    run_schedule,
 )
 from jaxsft.step.fused_weights import fuse
 from jaxsft.step.train_step import StepSpec, TrainState, init_state
@@ -195,7 +195,7 @@ def with_num_steps(setup: Setup, config: TrainConfig, steps: int) -> Setup:
     Only for a run that has not begun: its batches stay the same."""
     batches = copy.copy(setup.step_batches)
     batches.num_steps = steps
-    update = dataclasses.replace(setup.spec.update, schedule=run_schedule(config, steps))
+    update = dataclasses.replace(setup.spec.update, schedule=learning_rate_schedule(config, steps))
     spec = dataclasses.replace(setup.spec, update=update)
     batch = abstract_batch(config, spec.model.mesh)
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""AdamW without the learning rate, the learning rate of each update, and which steps are spikes.
+"""The learning-rate schedule, AdamW (train_step.py applies the rate), and the detection of spikes.
 
 A step is a spike when its loss or its gradient norm is more than `sigmas` standard deviations above
 the mean of the last 128 finite steps (the rule of OLMo-core's SkipStepOptimizer). The history that
@@ -19,9 +19,10 @@ MIN_SPIKE_STEPS = 64  # with fewer steps in the history, no step is a spike
 def make_schedule(
     kind: str, *, peak: float, end: float, warmup_steps: int, num_steps: int
 ) -> optax.Schedule:
-    """Learning rate by update: linear warm-up from 0 to `peak`, then `kind` down to `end`.
+    """Learning rate by update: linear warm-up from 0 to `peak`, then a decay of this `kind`.
 
-    `kind` is cosine, linear or constant (which ignores `end`).
+    `kind` is cosine or linear, which reach `end` at `num_steps`, or constant, which ignores `end`.
+    The decay counts its updates from the end of the warm-up.
     """
     decay_steps = max(num_steps - warmup_steps, 1)
     decay = {

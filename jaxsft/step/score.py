@@ -23,7 +23,7 @@ from jaxsft.step.fused_weights import group_adapter
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Everything static about a model; hashable, so that `jit` compiles once for each value.
+    """Compile-time settings of a model; hashable, so that `jit` compiles once for each value.
 
     `chunk_tokens`: loss positions per device that meet the vocabulary at once. With `fused` the
     frozen weights are those of fused_weights.py, else the model's own frozen state.

@@ -50,8 +50,8 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
-    """Everything static about training a model: the loss of a token, and what is done with the
-    gradient; hashable."""
+    """Compile-time settings of an update: the loss of a token, and what is done with the gradient.
+    Hashable."""
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
@@ -64,7 +64,7 @@ class UpdateSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """Everything static about the step; `jit` compiles once for each value."""
+    """Compile-time settings of the step; `jit` compiles once for each value."""
 
     model: ModelSpec
     update: UpdateSpec

@@ -24,23 +24,23 @@ from jaxsft.prepare.report import show_data
 from jaxsft.prepare.rows import load_data
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
+from jaxsft.run.fit_deadline import check_fit, fitted, forecast
 from jaxsft.run.fork import START, as_begun
-from jaxsft.run.measure import load_before, measured_of
+from jaxsft.run.measure import before_key, load_before
 from jaxsft.run.metrics import Throughput
 from jaxsft.run.remote import RunFiles, is_remote
 from jaxsft.run.report import progress, show_setup
 from jaxsft.run.run import (
     Run,
     check_not_lost,
-    guarded,
     is_best,
     is_on_tpu,
     open_run,
     run_to_the_end,
     say_if_finished,
+    with_exit_codes,
 )
 from jaxsft.run.run_dir import ReplacedError, check_room
-from jaxsft.run.schedule import check_fit, fitted, forecast
 from jaxsft.run.session import Session, StopNow, session_end_s
 from jaxsft.run.setup import Setup, abstract_state, build, check_early, restore, trained_model
 from jaxsft.run.skips import SkippedSteps
@@ -60,7 +60,7 @@ def run_training(
     `yaml` is the config as text, `argv` the command line, `began_s` when the command began, in
     seconds since 1970.
     """
-    again, console = command_line("jaxsft.train", argv), make_console()
+    resume_command, console = command_line("jaxsft.train", argv), make_console()
 
     def body() -> int:
         with open_run(config, console) as files:
@@ -71,12 +71,12 @@ def run_training(
                 yaml=yaml,
                 files=files,
                 end_s=session_end_s(config.deadline, config.max_seconds, began_s),
-                again=again,
+                resume_command=resume_command,
                 console=console,
                 preflight_only=preflight_only,
             )
 
-    return guarded(body, argv=argv, again=again, console=console)
+    return with_exit_codes(body, argv=argv, resume_command=resume_command, console=console)
 
 
 def start(
@@ -85,14 +85,13 @@ def start(
     yaml: str,
     files: RunFiles,
     end_s: float,
-    again: str,
+    resume_command: str,
     console: Console,
     preflight_only: bool,
 ) -> int:
     """Sets up and runs what is not finished; errors as in `run_training`.
 
-    `end_s` is when the session ends, in seconds since 1970; `again` is the command line that
-    continues the run.
+    `end_s` is when the session ends, in seconds since 1970; `resume_command` continues the run.
     """
     path = files.path
     check_fit(config, path, end_s)
@@ -100,13 +99,13 @@ def start(
     config = as_begun(config, path)
     model = check_early(config)
     configure_jax()
-    advice = f"nothing that was saved is lost, to go on: {again}"
+    advice = f"nothing that was saved is lost, to go on: {resume_command}"
     with files, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
         session = Session(end_s, watchdog.beat)
         checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
-        num_missing = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
+        num_to_come = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
         if not is_remote(config.output_dir):
-            check_room(path, state_bytes(abstract_state(config, model)), max(num_missing, 0))
+            check_room(path, state_bytes(abstract_state(config, model)), max(num_to_come, 0))
         session.beat("reading rows")
         tokenizer = open_tokenizer(model.tokenizer)
         data = load_data(config.data, tokenizer, console, lambda: session.beat("reading rows"))
@@ -122,14 +121,14 @@ def start(
         run = Run(
             config=config,
             yaml=yaml,
-            command=again,
+            resume_command=resume_command,
             console=console,
             session=session,
             files=files,
             checkpoints=checkpoints,
             data=data,
             before=load_before(config, data, setup, path),
-            measured_of=measured_of(config, data, setup),
+            before_key=before_key(config, data, setup),
         )
         run.write_files()
         if config.fork_from not in (None, str(path / START)):

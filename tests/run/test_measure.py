@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxsft.config import EvalOptions, TrainConfig
-from jaxsft.run.measure import load_before, measured_of, write_before
+from jaxsft.run.measure import before_key, load_before, write_before
 
 DATA: Any = SimpleNamespace(heldout=None)
 SETUP: Any = SimpleNamespace(
@@ -23,13 +23,13 @@ def with_eval(**options: Any) -> TrainConfig:
 
 def test_a_smaller_batch_keeps_the_measurement_before(tmp_path: Path) -> None:
     """It is what to lower where memory runs out, and changes no answer."""
-    of = measured_of(with_eval(batch_size=8), DATA, SETUP)
+    of = before_key(with_eval(batch_size=8), DATA, SETUP)
     write_before(tmp_path, {"eval/loss": 2.0}, of)
     assert load_before(with_eval(batch_size=4), DATA, SETUP, tmp_path) == {"eval/loss": 2.0}
 
 
 def test_other_decoding_does_not(tmp_path: Path) -> None:
-    write_before(tmp_path, {}, measured_of(with_eval(temperature=0.0), DATA, SETUP))
+    write_before(tmp_path, {}, before_key(with_eval(temperature=0.0), DATA, SETUP))
     config = with_eval(temperature=0.7)
     with pytest.raises(ValueError, match=r"eval\.temperature \(0\.0 there, 0\.7 here\)"):
         load_before(config, DATA, SETUP, tmp_path)

@@ -18,7 +18,7 @@ from support.child import HEARS_SIGNALS
 
 from jaxsft.common.signals import catch_signals, interruptible, interrupts_kept
 from jaxsft.config import TrainConfig
-from jaxsft.run import schedule
+from jaxsft.run import fit_deadline
 from jaxsft.run.preflight import TimedSteps
 from jaxsft.run.session import Session, StopNow, duration, session_end_s
 
@@ -154,38 +154,40 @@ def test_the_forecast_counts_what_is_kept_free() -> None:
     session = Session(NOW_S + 1120, print)
     session.measure_s = 50
     # 1120 - 120 s for 95 steps of 10 s and 50 s of measuring.
-    assert schedule.forecast(TrainConfig(), fake_setup(100), 5, session, 10.0) is None
-    line = schedule.forecast(TrainConfig(), fake_setup(200), 5, session, 10.0)
+    assert fit_deadline.forecast(TrainConfig(), fake_setup(100), 5, session, 10.0) is None
+    line = fit_deadline.forecast(TrainConfig(), fake_setup(200), 5, session, 10.0)
     assert line is not None
     assert line.startswith("WARNING: the 195 steps left take 33 min 20 s at 10 s each, the session")
     assert "has 18 min 40 s: it will stop at about step 105 of 200, to be continued" in line
     # All steps fit, and the measurement does not.
-    line = schedule.forecast(TrainConfig(), fake_setup(101), 5, session, 10.0)
+    line = fit_deadline.forecast(TrainConfig(), fake_setup(101), 5, session, 10.0)
     assert line is not None and "it will stop at about step 101 of 101" in line
     # 95 steps that bear a fiftieth of a measurement each take as long as 105.
-    line = schedule.forecast(TrainConfig(eval_steps=50), fake_setup(100), 5, session, 10.0)
+    line = fit_deadline.forecast(TrainConfig(eval_steps=50), fake_setup(100), 5, session, 10.0)
     assert line is not None and "it will stop at about step 95 of 100" in line
 
 
 def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "with_num_steps", lambda setup, config, steps: fake_setup(steps))
+    monkeypatch.setattr(
+        fit_deadline, "with_num_steps", lambda setup, config, steps: fake_setup(steps)
+    )
     session, config = Session(NOW_S + 1120, print), TrainConfig(warmup_steps=5)
     session.measure_s = 50
     # 1120 - 120 - 50 - 20 to compile - 2 slow steps of 12 = 906 s, at 10.3 s a step: 87.96.
     timed = TimedSteps(20.0, [9.0, 10.0, 12.0])
     fit = (config, fake_setup(1000), tmp_path, session, timed)
-    setup, line = schedule.fit_schedule(*fit)
+    setup, line = fit_deadline.fit_schedule(*fit)
     assert len(setup.step_batches) == 87
     assert line == "At 10 s a step 87 of 1,000 steps fit: the schedule is shortened to them."
-    assert (tmp_path / schedule.SCHEDULE).read_text() == '{\n "num_steps": 87\n}'
+    assert (tmp_path / fit_deadline.SCHEDULE).read_text() == '{\n "num_steps": 87\n}'
     session.end_s = NOW_S + 120 + 50 + 20 + 24 + 61  # 5 steps: only the warm-up
     with pytest.raises(ValueError, match="5 steps fit at 10 s a step, no more than the 5 of the"):
-        schedule.fit_schedule(*fit)
+        fit_deadline.fit_schedule(*fit)
 
 
 def test_a_run_begun_without_it_is_not_fitted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"begun without it, with 1,000 steps.*--fork-from"):
-        schedule.fit_schedule(
+        fit_deadline.fit_schedule(
             TrainConfig(), fake_setup(1000, 7), tmp_path, Session(NOW_S + 9000, print), None
         )
 
