@@ -40,11 +40,13 @@ def run_command(
     body: Callable[[], int],
     *,
     interrupted: str = "the same command begins anew",
+    interrupted_code: int = EXIT_INTERRUPTED,
     memory_advice: str = "free some memory",
 ) -> int:
-    """What `body` returns; what it raises for a user becomes one line and an exit code.
+    """Returns what `body` returns. An error of the user's becomes one line and an exit code.
 
-    130 for Ctrl-C, 1 where memory ran out, else `failure_code`. Other errors are ours, and raised.
+    The code is `interrupted_code` for Ctrl-C, 1 where memory ran out, else `failure_code`. Other
+    errors are ours, and raised.
     """
     try:
         with interrupts_kept():
@@ -57,7 +59,7 @@ def run_command(
         first, _, _ = str(error).partition("\n")
         return fail(f"out of memory{first and f' ({first})'}: {memory_advice}", EXIT_FAILED)
     except KeyboardInterrupt:
-        return fail(f"interrupted; {interrupted}", EXIT_INTERRUPTED)
+        return fail(f"interrupted; {interrupted}", interrupted_code)
 
 
 def failure_code(error: ValueError | OSError) -> int:

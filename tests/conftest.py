@@ -29,7 +29,7 @@ QUICK = {
     "generate": "streaming",
     "plan": "pricing",
     "run": "metrics preflight_report run_dir saver",
-    "step": "row_kernels spikes",
+    "step": "row_kernels optimizer",
     "train": "bad_input",
     "weights": "tunix",
 }

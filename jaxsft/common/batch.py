@@ -15,9 +15,9 @@ class Batch(NamedTuple):
     """Packed rows as the model and the loss take them, each [B, T] (one row: [T]).
 
     `targets_BT[b, t]` is the token after position t in the same segment, 0 at a segment's last
-    position and in padding. `loss_weights_BT[b, t]` is how much this target's loss counts: 1 where
-    it is a label, else 0. `segment_ids_BT` is 0 in padding and 1, 2, … along a row; positions
-    restart at 0 in every segment.
+    position and in padding. `loss_weights_BT[b, t]`, never negative, is how much this target's loss
+    counts: 1 where it is a label, else 0. `segment_ids_BT` is 0 in padding and 1, 2, … along a row;
+    positions restart at 0 in every segment.
     """
 
     tokens_BT: Int32Array

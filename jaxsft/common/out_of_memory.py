@@ -3,6 +3,11 @@
 import re
 from typing import NamedTuple
 
+GENERAL_ADVICE = (
+    "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length or "
+    "eval.batch_size"
+)
+
 
 class Shortage(NamedTuple):
     """What an error message says, None for what it does not. `memory` is "hbm", "vmem", …

@@ -23,8 +23,6 @@ NUM_RESAMPLES = 10_000
 _CHUNK = 1 << 20  # values drawn at once: 8 MiB
 _DIGITS = 12  # of float64 sums; further ones depend on the order of the terms
 
-Floats = npt.NDArray[np.float64]
-
 
 class Estimate(NamedTuple):
     """A value over `num` rows and its 95% interval; NaN where the rows cannot tell."""

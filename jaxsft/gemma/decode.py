@@ -28,7 +28,10 @@ MIN_ROWS_PER_TPU = 2
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How answers are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep all tokens."""
+    """How answers are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep all tokens.
+
+    The fields are those of `config.EvalOptions` of the same names, which has the users' defaults.
+    """
 
     batch_size: int  # over all devices
     max_new_tokens: int

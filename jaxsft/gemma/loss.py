@@ -22,14 +22,15 @@ from jaxsft.gemma.sharding import AXIS_TABLE, partition_spec
 # Rows of the table that meet a chunk of tokens at once: 2048 divides 256,000 and 262,144, and the
 # logits of 2048 x 2048 stay in a TPU's on-chip memory.
 VOCAB_TILE = 2048
-# Up to this logit cap softmax needs no subtraction of the maximum: no sum of exp(logit) · entry over
-# 2^18 columns overflows float32 for entries of the table up to 500, as exp(70) · 2^18 · 500 < 3.4e38.
+# Up to this logit cap softmax needs no subtraction of the maximum: with entries of the table up to
+# 500, exp(70) · 2^18 · 500 < 3.4e38: no sum of exp(logit) · entry over 2^18 columns overflows.
 MAX_CAP_WITHOUT_SHIFT = 70.0
 
 # (log-probability of the targets [C], the batch's arrays at the same positions, [C] each) ->
 # (loss [C], coefficient [C]): the loss's gradient is coefficient · gradient of -log-probability.
-# A trainer may pass a larger tuple than `Batch`; each extra array has one value a position. Only
-# positions whose `loss_weights_BT` is not 0 count. Static in `jit`: use a named function.
+# A trainer may pass a larger tuple than `Batch`; each extra array has one value a position. It is
+# called on positions of weight 0 as well, and its results there are dropped. Static in `jit`: use a
+# named function.
 TokenLoss = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 

@@ -4,6 +4,7 @@ An event is a protocol buffer (field numbers: event.proto, summary.proto and ten
 TensorFlow), and a file is a row of TFRecords: length, its checksum, the event, its checksum.
 """
 
+import ctypes
 import functools
 import struct
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ def session_start(time_s: float, step: int) -> bytes:
 
 def scalars(time_s: float, step: int, values: Mapping[str, float]) -> bytes:
     """A point of a curve for each name."""
-    points = [_field(1, name) + _key(2, 5) + struct.pack("<f", x) for name, x in values.items()]
+    points = [_field(1, name) + _key(2, 5) + _float32(x) for name, x in values.items()]
     return _record(time_s, step, _field(5, b"".join(_field(1, point) for point in points)))
 
 
@@ -34,6 +35,11 @@ def markdown(time_s: float, step: int, name: str, text: str) -> bytes:
     one_string = _field(1, STRING) + _field(2, _field(2, _field(1, 1))) + _field(8, text)
     value = _field(1, f"{name}/text_summary") + _field(9, plugin) + _field(8, one_string)
     return _record(time_s, step, _field(5, _field(1, value)))
+
+
+def _float32(value: float) -> bytes:
+    # What is too large becomes infinite; struct alone would raise.
+    return struct.pack("<f", ctypes.c_float(value).value)
 
 
 def _record(time_s: float, step: int, what: bytes) -> bytes:

@@ -15,14 +15,10 @@ from typing import Any
 import jax
 
 from jaxsft.cli import DEFAULT_RECIPE
-from jaxsft.common.out_of_memory import Shortage, parse_shortage
+from jaxsft.common.out_of_memory import GENERAL_ADVICE, Shortage, parse_shortage
 from jaxsft.gemma.sharding import CHIP_NAMES
 
 SEARCH_SECONDS = 600.0
-GENERAL_ADVICE = (
-    "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length or "
-    "eval.batch_size"
-)
 
 
 def explain_out_of_memory(
@@ -167,10 +163,11 @@ def plan_options(argv: Sequence[str]) -> list[str]:
         options = ["--config", DEFAULT_RECIPE, *options]
     kept = []
     for before, option in zip(["", *options], options, strict=False):
-        is_budget = re.match("--budget[-_]hours(=|$)", option) or re.fullmatch(
-            "--budget[-_]hours", before
+        is_not_plans = re.match("--(budget[-_]hours|preflight)(=|$)", option)
+        is_its_value = re.fullmatch("--budget[-_]hours", before) or (
+            before == "--preflight" and not option.startswith("-")
         )
-        if option != "--preflight" and not is_budget:
+        if not (is_not_plans or is_its_value):
             kept.append(option)
     return kept
 

@@ -13,7 +13,7 @@ import jax
 from rich.console import Console
 
 from jaxsft.cli import EXIT_FAILED, EXIT_STOPPED, fail
-from jaxsft.common.files import cache_dir, write_json
+from jaxsft.common.files import cache_dir, write_json, write_text
 from jaxsft.common.hosts import from_first, join_hosts
 from jaxsft.common.signals import interruptible
 from jaxsft.config import TrainConfig
@@ -23,7 +23,7 @@ from jaxsft.run.fit_deadline import SCHEDULE, fit_schedule, forecast
 from jaxsft.run.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
 from jaxsft.run.measure import measure, write_before
 from jaxsft.run.metrics import MetricsWriter, last_step_of
-from jaxsft.run.out_of_memory import GENERAL_ADVICE, explain_out_of_memory
+from jaxsft.run.out_of_memory import explain_out_of_memory
 from jaxsft.run.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
 from jaxsft.run.remote import RunFiles, is_remote
 from jaxsft.run.report import show_finished, show_preflight, show_result, show_stopped
@@ -78,7 +78,7 @@ class Run:
 
     def write_files(self) -> None:
         """Writes what the directory holds from the start."""
-        (self.path / "config.yaml").write_text(self.yaml, encoding="utf-8")
+        write_text(self.path / "config.yaml", self.yaml)
         if self.before:
             write_before(self.path, self.before, self.before_key)
         if self.num_steps is not None:
@@ -188,23 +188,15 @@ def is_on_tpu(setup: Setup) -> bool:
     return setup.spec.model.mesh.devices.flat[0].platform == "tpu"
 
 
-def with_exit_codes(
-    body: Callable[[], int], *, argv: Sequence[str], resume_command: str, console: Console
-) -> int:
-    """Returns what `body` returns. An interruption before there is anything to save, or memory that
-    ran out, becomes one line and an exit code.
+def explaining_memory(body: Callable[[], int], argv: Sequence[str]) -> int:
+    """Returns what `body` returns. Where memory ran out, one line names a setting that fits.
 
-    `argv` is the command line, for the search of a setting that fits; `resume_command` continues
-    the run.
+    A signal raises KeyboardInterrupt: before training there is nothing to save. `argv` is the
+    command line, for the search of a setting.
     """
     try:
         with interruptible():
             return body()
-    except KeyboardInterrupt:
-        console.print(f"Interrupted, nothing is lost. To go on: {resume_command}")
-        return EXIT_STOPPED
-    except MemoryError as error:
-        return fail(f"out of memory: {error}; {GENERAL_ADVICE}", EXIT_FAILED)
     except jax.errors.JaxRuntimeError as error:
         line = explain_out_of_memory(error, argv)
         if line is None:

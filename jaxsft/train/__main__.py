@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jaxsft.cli import config_yaml, parse_options, run_command
+from jaxsft.cli import EXIT_STOPPED, command_line, config_yaml, parse_options, run_command
+from jaxsft.common.out_of_memory import GENERAL_ADVICE
 from jaxsft.config import TrainConfig
 
 DESCRIPTION = (
@@ -38,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     began_s = time.time()
     argv = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: command(argv, began_s))
+    return run_command(
+        lambda: command(argv, began_s),
+        interrupted=f"nothing is lost. To go on: {command_line('jaxsft.train', argv)}",
+        interrupted_code=EXIT_STOPPED,
+        memory_advice=GENERAL_ADVICE,
+    )
 
 
 def command(argv: list[str], began_s: float) -> int:

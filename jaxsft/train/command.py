@@ -33,12 +33,12 @@ from jaxsft.run.report import progress, show_setup
 from jaxsft.run.run import (
     Run,
     check_not_lost,
+    explaining_memory,
     is_best,
     is_on_tpu,
     open_run,
     run_to_the_end,
     say_if_finished,
-    with_exit_codes,
 )
 from jaxsft.run.run_dir import ReplacedError, check_room
 from jaxsft.run.session import Session, StopNow, session_end_s
@@ -76,7 +76,7 @@ def run_training(
                 preflight_only=preflight_only,
             )
 
-    return with_exit_codes(body, argv=argv, resume_command=resume_command, console=console)
+    return explaining_memory(body, argv)
 
 
 def start(

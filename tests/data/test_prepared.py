@@ -86,9 +86,23 @@ def test_rows_change_with_their_version_alone(tmp_path, tokenizer):
     assert counts.rejected == {"no_thought": 1, "duplicate": 1, "degenerate": 1}
     assert counts.noted == {"implicit_open": 1, "control_look_alike": 1, "plain_completion": 1}
     assert counts.shortened == 1
-    assert (ROWS_VERSION, found.rows.digest()[:16]) == (1, "c24836a01abff461"), (
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps(FIXED_ROWS[-2]) + "\n")
+    other = dataclasses.replace(
+        options,
+        overlong="drop",
+        loss_on_prompt=True,
+        system_prompt=None,
+        packing=True,
+        weights=[1.5],
+        drop_duplicates=False,
+    )
+    others = prepare(path, tokenizer, other, tmp_path / "sets", heldout_files=[heldout])
+    assert others.report.rejected.keys() == {"no_thought", "degenerate", "too_long", "contaminated"}
+    digests = [found.rows.digest()[:16], others.rows.digest()[:16]]
+    assert (ROWS_VERSION, digests) == (1, ["c24836a01abff461", "348409e4c2f242ab"]), (
         "prepared rows have changed: raise ROWS_VERSION in jaxsft/data/rows.py, then put its new "
-        "value and the new digest here"
+        "value and the new digests here"
     )
 
 
