@@ -10,7 +10,7 @@ import docstring_parser
 import pytest
 
 from jaxsft import config as config_module
-from jaxsft.cli import check_output, command_line, parse_config, parse_options, recipe_names
+from jaxsft.cli import command_line, parse_config, parse_options, recipe_names
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.step.optimizer import make_schedule
 
@@ -277,16 +277,6 @@ def test_every_bad_value_is_named_at_once() -> None:
         parse("--learning_rate", "-1", "--lora.r", "0", "--eval.batch_size", "0")
     for name in ("learning_rate", "lora.r", "eval.batch_size"):
         assert name in str(error.value)
-
-
-def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
-    check_output("--json", str(tmp_path / "new.json"))
-    for path, complaint in (
-        (tmp_path, "--json .*: is a directory; name a file in it"),
-        (tmp_path / "none" / "x.json", "--json .*: there is no such directory"),
-    ):
-        with pytest.raises(ValueError, match=complaint):
-            check_output("--json", str(path))
 
 
 @pytest.mark.parametrize(

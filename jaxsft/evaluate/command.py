@@ -160,7 +160,12 @@ def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
     if options.system_prompt:
         text = visible_line(options.system_prompt)
         about += f'; system text "{text[:_SHOWN]}{"…" if len(text) > _SHOWN else ""}"'
-    return Rows(pack_tightly(all_samples(heldout)), prompts, about)
+    # Rows as short as possible: a token of padding costs as much as any other.
+    samples = all_samples(heldout)
+    lengths = [len(sample.ids) for sample in samples]
+    row_length = -(-max(*lengths, _MIN_ROW_LENGTH) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    rows = PackedRows.from_samples(samples, pack(lengths, row_length), row_length)
+    return Rows(rows, prompts, about)
 
 
 def first_samples(
@@ -176,13 +181,6 @@ def first_samples(
     )
     samples = read_samples(files, tokenizer, options, DataReport())
     return [each.sample for each in islice(samples, num)]
-
-
-def pack_tightly(samples: Sequence[Sample]) -> PackedRows:
-    """Packs into rows as short as possible: a token of padding costs as much as any other."""
-    lengths = [len(sample.ids) for sample in samples]
-    row_length = -(-max(*lengths, _MIN_ROW_LENGTH) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    return PackedRows.from_samples(samples, pack(lengths, row_length), row_length)
 
 
 def check_model(side: Side, rows: Rows, tokenizer: Tokenizer, options: EvaluateOptions) -> None:

@@ -217,11 +217,6 @@ def _is_near(given: Fraction | None, wanted: Fraction) -> bool:
     return _NEAR[0] <= given / wanted <= _NEAR[1]
 
 
-def _num_distinct(answers: Sequence[GeneratedAnswer]) -> int:
-    """The number of different answer parts among the answers in the exact format."""
-    return len({parts[1].strip() for each in answers if (parts := exact_parts(each.text))})
-
-
 def compare_answers(
     left: Sequence[GeneratedAnswer], right: Sequence[GeneratedAnswer] | None = None
 ) -> list[Comparison]:
@@ -249,5 +244,8 @@ def compare_answers(
         pairs = [pair for pair in zip(*columns, strict=True) if None not in pair]
         gain = difference(*zip(*pairs, strict=True)) if right is not None and pairs else None
         lines.append(Comparison(metric, estimates, gain))
-    distinct = [Estimate(_num_distinct(side), math.nan, math.nan, len(side)) for side in sides]
+    distinct = []  # the number of different answer parts among the answers in the exact format
+    for side in sides:
+        found = {parts[1].strip() for each in side if (parts := exact_parts(each.text))}
+        distinct.append(Estimate(len(found), math.nan, math.nan, len(side)))
     return [*lines, Comparison(_DISTINCT, distinct)]

@@ -25,10 +25,7 @@ def with_perplexity(lines: Sequence[Comparison]) -> list[Comparison]:
 def _perplexity(loss: Comparison) -> Comparison:
     of_what = "per completion token" if loss.metric.name == "loss" else loss.metric.label
     name = loss.metric.name.replace("loss", "perplexity")
-    estimates = [
-        Estimate(_exp(each.value), _exp(each.low), _exp(each.high), each.num)
-        for each in loss.estimates
-    ]
+    estimates = [Estimate._make([*map(_exp, each[:3]), each.num]) for each in loss.estimates]
     return Comparison(Metric(name, f"perplexity {of_what}", "perplexity", -1), estimates)
 
 

@@ -39,6 +39,9 @@ SYSTEM = "Be brief."
 QUESTIONS = ["Which animal barks?", "What is 2 + 3?", "Name a fruit."]
 # A person at a terminal of its own: what is written to the first process is typed there.
 ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+Ask = Callable[..., tuple[str, str]]
+Told = tuple[list[str], list[str]]
+Write = Callable[..., Path]
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
@@ -60,7 +63,7 @@ def shared_programs(command_environment: dict[str, str]) -> Iterator[None]:
 
 
 @pytest.fixture
-def ask(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+def ask(capfd: pytest.CaptureFixture[str]) -> Ask:
     """The command in this process: (stdout, stderr)."""
 
     def run(*arguments: Any, code: int = 0) -> tuple[str, str]:
@@ -92,7 +95,7 @@ def asked(*texts: str) -> list[Turn]:
 
 
 @pytest.fixture(scope="module")
-def tuned_and_base(run_dir: Path) -> tuple[list[str], list[str]]:
+def tuned_and_base(run_dir: Path) -> Told:
     """The answers to QUESTIONS with and without the adapter."""
     chats = [asked(question) for question in QUESTIONS]
     tuned, base = answers(run_dir, chats), answers(run_dir, chats, with_adapter=False)
@@ -101,11 +104,7 @@ def tuned_and_base(run_dir: Path) -> tuple[list[str], list[str]]:
 
 
 def test_a_file_of_prompts_and_the_base_model(
-    run_dir: Path,
-    tuned_and_base: tuple[list[str], list[str]],
-    ask: Callable[..., tuple[str, str]],
-    write: Callable[..., Path],
-    tmp_path: Path,
+    run_dir: Path, tuned_and_base: Told, ask: Ask, write: Write, tmp_path: Path
 ) -> None:
     file, output = write(*({"prompt": text} for text in QUESTIONS)), tmp_path / "answers.jsonl"
     asking = (run_dir, "--prompts", file, *SHORT, "--base")
@@ -123,10 +122,7 @@ def test_a_file_of_prompts_and_the_base_model(
 
 
 def test_an_export_is_asked_as_its_run_is(
-    run_dir: Path,
-    ask: Callable[..., tuple[str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_dir: Path, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the system text of its manifest; the recipe's where that is another program's."""
     asked_with: list[str] = []
@@ -148,10 +144,7 @@ def test_an_export_is_asked_as_its_run_is(
 
 
 def test_one_prompt_and_the_base_model(
-    run_dir: Path,
-    tuned_and_base: tuple[list[str], list[str]],
-    ask: Callable[..., tuple[str, str]],
-    tiny_model_dir: Path,
+    run_dir: Path, tuned_and_base: Told, ask: Ask, tiny_model_dir: Path
 ) -> None:
     (tuned, *_), (base, *_) = tuned_and_base
     out, err = ask(run_dir, "--prompt", QUESTIONS[0], *SHORT, "--base")
@@ -160,11 +153,7 @@ def test_one_prompt_and_the_base_model(
 
 
 def test_eight_devices_and_bfloat16_give_the_answers_of_one(
-    run_dir: Path,
-    ask: Callable[..., tuple[str, str]],
-    command_environment: dict[str, str],
-    write: Callable[..., Path],
-    tmp_path: Path,
+    run_dir: Path, ask: Ask, command_environment: dict[str, str], write: Write, tmp_path: Path
 ) -> None:
     file = write(*({"prompt": text} for text in QUESTIONS))
     asking = (run_dir, "--prompts", file, *SHORT, "--dtype", "bfloat16", "--output")
@@ -184,9 +173,9 @@ def test_it_starts_without_what_only_training_needs(command_environment: dict[st
 
 def test_mistakes(
     run_dir: Path,
-    ask: Callable[..., tuple[str, str]],
+    ask: Ask,
     tiny_model_dir: Path,
-    write: Callable[..., Path],
+    write: Write,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -203,10 +192,7 @@ def test_mistakes(
         ([run_dir, "--prompt", "a", "--output", "b"], "--output is for the answers to --prompts"),
         ([run_dir, "--prompts", good, "--output", tmp_path], "is a directory"),
         ([run_dir, "--prompts", good, "--output", good], f"{good}: is there already; name a new"),
-        (
-            [run_dir, "--temperature", "-1"],
-            "--temperature is -1.0, but must be 0, or from 1e-6 to 1e6",
-        ),
+        ([run_dir, "--temperature", "-1"], "--temperature is -1.0, but must be 0, or from 1e-6"),
         ([run_dir, "--top_k", "5"], "--top_k and --top_p do nothing at --temperature 0"),
         ([run_dir, "--promt", "a"], "did you mean --prompt"),
         ([tiny_model_dir, "--base", "--prompt", "a"], "has no adapter, it is a base model"),

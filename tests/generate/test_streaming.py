@@ -1,5 +1,6 @@
 """Answers as they come in pieces: no character and no tag in halves, and files of prompts."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,34 +15,17 @@ from jaxsft.generate.chat import parts_of_text, printable, text_of_tokens
 from jaxsft.generate.prompts import read_prompt_file
 
 ANSWER = "so\n<reasoning>1 < 2 </b> é</reasoning>\n<answer>5</answer>!"
-PARTS = [
-    ("text", "so\n"),
-    ("tag", "<reasoning>"),
-    ("reasoning", "1 < 2 </b> é"),
-    ("tag", "</reasoning>"),
-    ("text", "\n"),
-    ("tag", "<answer>"),
-    ("answer", "5"),
-    ("tag", "</answer>"),
-    ("text", "!"),
-]
-
-
-def joined(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Neighbours of a kind made one."""
-    result: list[tuple[str, str]] = []
-    for kind, text in parts:
-        if result and result[-1][0] == kind != "tag":
-            result[-1] = (kind, result[-1][1] + text)
-        else:
-            result.append((kind, text))
-    return result
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 100])
 def test_tags_split_over_pieces(size: int) -> None:
-    pieces = [ANSWER[i : i + size] for i in range(0, len(ANSWER), size)]
-    assert joined(list(parts_of_text(pieces))) == PARTS
+    parts = list(parts_of_text(ANSWER[i : i + size] for i in range(0, len(ANSWER), size)))
+    assert "".join(text for _, text in parts) == ANSWER
+    assert [text for kind, text in parts if kind == "tag"] == re.findall(
+        "</?(?:rea|ans).*?>", ANSWER
+    )
+    for kind, text in (("text", "so\n\n!"), ("reasoning", "1 < 2 </b> é"), ("answer", "5")):
+        assert "".join(part for each, part in parts if each == kind) == text
 
 
 def test_only_what_may_become_a_tag_is_held_back() -> None:
@@ -113,10 +97,8 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
         ({"answer": "x"}, "rows.jsonl:1: has no prompt, question, instruction or messages (found"),
         ({"prompt": " "}, "rows.jsonl:1: a user turn has no text"),
         ({"instruction": "Sum up:", "input": "x"}, 'has "input" beside "instruction"; put both'),
-        ({"prompt": 3}, 'rows.jsonl:1: "prompt" is a int, not a string'),
         ({"messages": []}, "rows.jsonl:1: the roles are assistant"),
         ({"messages": "hi"}, 'rows.jsonl:1: "messages" must be a non-empty list'),
-        ({"messages": [{"role": "user", "content": "a"}] * 2}, "the roles are user, user"),
         (b'{"prompt": "a"', "rows.jsonl:1: broken or cut off at column"),
         (b"", "rows.jsonl: is empty"),
     ],
