@@ -122,10 +122,7 @@ def test_overrides_win_over_the_recipe_and_leave_the_rest(tmp_path: Path) -> Non
     assert config == dataclasses.replace(first, **changed)
     # One file may be given without brackets, several with them.
     assert parse("--data.train_files", "a.jsonl").data.train_files == "a.jsonl"
-    assert parse("--data.train_files", "[a.jsonl, b.jsonl]").data.train_files == [
-        "a.jsonl",
-        "b.jsonl",
-    ]
+    assert parse("--data.train_files", "[a, b]").data.train_files == ["a", "b"]
     # A file of one's own, with numbers as people write them: YAML takes 2e-3 for a text.
     mine = tmp_path / "mine.yaml"
     mine.write_text("learning_rate: 2e-3\ndata:\n  train_files: [a.jsonl]\n")
@@ -219,13 +216,9 @@ def test_unknown_key_in_a_file_names_the_nearest(text: str, nearest: str, tmp_pa
     assert f"did you mean --{nearest}?" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("written", "nearest"),
-    [("singlesession", "single_session"), ("Demo", "demo"), ("unrestrict.yaml", "unrestricted")],
-)
-def test_unknown_recipe_names_the_nearest(written: str, nearest: str) -> None:
-    with pytest.raises(ValueError, match=f"no such file or recipe; did you mean '{nearest}'"):
-        parse("--config", written)
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="no such file or recipe; did you mean 'unrestricted'"):
+        parse("--config", "unrestrict.yaml")
 
 
 @pytest.mark.parametrize(

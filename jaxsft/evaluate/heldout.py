@@ -119,13 +119,13 @@ def compare_losses(
     """Loss per completion token of one model, or of two on the same rows, whole and by part."""
     lines = []
     for name, metric in _LOSSES.items():
-        sides = [left[name]] if right is None else [left[name], right[name]]
-        if not len(sides[0].sums_S):
+        sums_S, tokens_S = left[name]
+        if not len(sums_S):
             continue
-        estimates = [ratio(side.sums_S, side.tokens_S) for side in sides]
-        gain = None
+        estimates, gain = [ratio(sums_S, tokens_S)], None
         if right is not None:
-            gain = difference(left[name].sums_S, right[name].sums_S, left[name].tokens_S)
+            estimates.append(ratio(*right[name]))
+            gain = difference(sums_S, right[name].sums_S, tokens_S)
         lines.append(Comparison(metric, estimates, gain))
     return lines
 

@@ -80,22 +80,17 @@ def write_evaluation(
     """Writes the three files, each whole or not at all; makes the directory if necessary."""
     directory.mkdir(parents=True, exist_ok=True)
     names = [each.name for each in measured]
-    answers = [
-        {
+    text = ""
+    for each in zip(*(each.answers for each in measured), strict=True):
+        scores = [dataclasses.asdict(score_answer(answer)) for answer in each]
+        line = {
             "prompt": each[0].prompt,
             "reference": each[0].reference,
-            "answers": {name: answer.text for name, answer in zip(names, each, strict=True)},
-            "scores": {
-                name: dataclasses.asdict(score_answer(answer))
-                for name, answer in zip(names, each, strict=True)
-            },
+            "answers": dict(zip(names, (answer.text for answer in each), strict=True)),
+            "scores": dict(zip(names, scores, strict=True)),
         }
-        for each in zip(*(each.answers for each in measured), strict=True)
-    ]
-    write_text(
-        directory / ANSWERS,
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers),
-    )
+        text += json.dumps(line, ensure_ascii=False) + "\n"
+    write_text(directory / ANSWERS, text)
     title = " and ".join(names)
     page = compare_page(title, names, [each.answers for each in measured], lines, about=about)
     write_text(directory / PAGE, page)

@@ -195,7 +195,6 @@ def score_answer(answer: GeneratedAnswer) -> AnswerScores:
     """The scores of one answer."""
     parts = exact_parts(answer.text)
     wanted, given = reference_number(answer.reference), final_number(answer.text)
-    is_number = wanted is not None
     return AnswerScores(
         exact_format=parts is not None,
         each_tag_once=has_each_tag_once(answer.text),
@@ -205,9 +204,9 @@ def score_answer(answer: GeneratedAnswer) -> AnswerScores:
         reasoning_words=len(parts[0].split()) if parts else None,
         answer_words=len(parts[1].split()) if parts else None,
         repetition=repeated_share(answer.text),
-        correct=given == wanted if is_number else None,
-        partial=_is_near(given, wanted) if wanted is not None else None,
-        last_number_correct=last_number(answer.text) == wanted if is_number else None,
+        correct=None if wanted is None else given == wanted,
+        partial=None if wanted is None else _is_near(given, wanted),
+        last_number_correct=None if wanted is None else last_number(answer.text) == wanted,
     )
 
 

@@ -59,10 +59,9 @@ def metric_cell(measured: Mapping[str, Any], metric: Metric) -> str:
     value = measured.get(metric.name)
     if value is None:
         return "–"
-    low, high = measured.get("intervals", {}).get(metric.name) or (None, None)
-    interval = ""
-    if low is not None and high is not None:
-        interval = show_interval(Estimate(value, low, high, 0), metric.unit)
+    bounds = measured.get("intervals", {}).get(metric.name) or (None, None)
+    low, high = (math.nan if bound is None else bound for bound in bounds)
+    interval = show_interval(Estimate(value, low, high, 0), metric.unit)
     return f"{show_value(value, metric.unit)} {interval}".strip()
 
 

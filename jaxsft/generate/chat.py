@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 from rich.console import Console
@@ -23,23 +23,15 @@ from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma.decode import SamplingOptions, stream
 
-TextKind = Literal["text", "tag", "reasoning", "answer"]
-
 CHAT_HELP = "/reset forgets what was said, Ctrl-C stops an answer, /quit or Ctrl-D ends."
-_STYLES: dict[TextKind, str] = {
+_STYLES = {  # by the kind of a piece of text
     "text": "",
     "tag": "bright_black",
     "reasoning": "dim",
     "answer": "bold",
 }
-# The kind of the text after a tag.
-_AFTER_TAG: dict[str, TextKind] = {
-    "<reasoning>": "reasoning",
-    "</reasoning>": "text",
-    "<answer>": "answer",
-    "</answer>": "text",
-}
-_TAG = re.compile("|".join(_AFTER_TAG))
+_TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+_TAG = re.compile("|".join(_TAGS))
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how the vocabulary spells one byte of UTF-8
 _MAX_HELD_BYTES = 3  # of a character's four
 
@@ -185,9 +177,12 @@ def text_of_tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield tokenizer.decode(held)
 
 
-def parts_of_text(texts: Iterable[str]) -> Iterator[tuple[TextKind, str]]:
-    """Cuts a text, which comes in pieces, at its tags; together the parts are the text."""
-    kind: TextKind = "text"
+def parts_of_text(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Cuts a text, which comes in pieces, at its tags; together the parts are the text.
+
+    Yields (kind, part); the kind is "tag", "reasoning" or "answer" inside the tags, else "text".
+    """
+    kind = "text"
     held = ""
     for text in texts:
         held += text
@@ -195,9 +190,10 @@ def parts_of_text(texts: Iterable[str]) -> Iterator[tuple[TextKind, str]]:
             if tag.start():
                 yield kind, held[: tag.start()]
             yield "tag", tag[0]
-            kind, held = _AFTER_TAG[tag[0]], held[tag.end() :]
+            kind = "text" if tag[0].startswith("</") else tag[0].strip("<>")
+            held = held[tag.end() :]
         start = held.rfind("<")
-        if start < 0 or not any(name.startswith(held[start:]) for name in _AFTER_TAG):
+        if start < 0 or not any(name.startswith(held[start:]) for name in _TAGS):
             start = len(held)
         if start:
             yield kind, held[:start]

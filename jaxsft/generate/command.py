@@ -18,7 +18,6 @@ from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_text
 from jaxsft.config import SYSTEM_PROMPT, ModelOptions
 from jaxsft.data.rows import Turn, split_completion
-from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import Generation, SamplingOptions, generate, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
@@ -114,16 +113,15 @@ def answer_file(
                 on_batch=on_batch,
                 mesh=mesh,
             )
-            by_voice.append([answer_row(tokenizer, generation) for generation in generations])
+            by_voice.append([answer_row(tokenizer.decode(each.ids), each) for each in generations])
     return [
         {"prompt": prompt.turns[-1].content} | own | ({"base": others[0]} if others else {})
         for prompt, own, *others in zip(prompts, *by_voice, strict=True)
     ]
 
 
-def answer_row(tokenizer: Tokenizer, generation: Generation) -> dict[str, Any]:
+def answer_row(text: str, generation: Generation) -> dict[str, Any]:
     """An answer for JSON; reasoning and answer are null where it is not in the format."""
-    text = tokenizer.decode(generation.ids)
     reasoning, final = split_completion(text) or (None, None)
     return {
         "text": text,

@@ -67,11 +67,9 @@ def _tiles(prepared: Prepared, survey: Survey) -> str:
     tiles = []
     for name, text in found.items():
         first, _, rest = text.partition(" ")
-        rest = rest.strip("()")
-        if first.endswith(";"):
-            first = first[:-1]
         tiles.append(
-            f'<div class="card tile"><b>{first}</b><span>{name}</span><i>{escape(rest)}</i></div>'
+            f'<div class="card tile"><b>{first.rstrip(";")}</b><span>{name}</span>'
+            f"<i>{escape(rest.strip('()'))}</i></div>"
         )
     return f'<section class="tiles">{"".join(tiles)}</section>'
 

@@ -224,10 +224,8 @@ def fates(prepared: Prepared) -> list[Fate]:
         if reason == "contaminated":
             is_on = is_on and bool(made_from["heldout_files"])
         examples = [visible_line(each) for each in report.examples.get(reason, [])]
-        if not (is_on or count):
-            found.append(Fate(f"rejected: {reason}", None, ["not looked for"]))
-        else:
-            found.append(Fate(f"rejected: {reason}", count, examples))
+        what = (count, examples) if is_on or count else (None, ["not looked for"])
+        found.append(Fate(f"rejected: {reason}", *what))
     noted = sorted(report.noted.items(), key=lambda item: -item[1])
     found += [Fate(f"noted: {note}", count, []) for note, count in noted]
     if len(report.by_source) > 1:

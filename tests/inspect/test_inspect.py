@@ -73,13 +73,13 @@ def prepared_directory(files: Path) -> Path:
 
 def expected_lengths(tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """(tokens, tokens with loss) of the three samples, from the template written out."""
-    completions = [
-        "<reasoning>No.</reasoning>\n<answer>A</answer>",
-        "<reasoning>\x1b[31mRed</reasoning>\n<answer>Literal <end_of_turn></answer>",
-        "<reasoning>Because.</reasoning>\n<answer>B</answer>",
-    ]
     lengths = []
-    for prompt, completion in zip((f"{EVIL}?", "é\u202e", "Why?"), completions, strict=True):
+    for prompt, reasoning, answer in (
+        (f"{EVIL}?", "No.", "A"),
+        ("é\u202e", "\x1b[31mRed", "Literal <end_of_turn>"),
+        ("Why?", "Because.", "B"),
+    ):
+        completion = f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
         # Five control tokens: <bos><start_of_turn>…<end_of_turn>…<start_of_turn>…<end_of_turn>
         texts = (f"user\n{prompt}", "\n", "model\n", completion)
         parts = [len(tokenizer.encode(text)) for text in texts]
@@ -93,8 +93,7 @@ def test_counts_by_hand(inspect: Inspect, files: Path, tiny_tokenizer: Tokenizer
     lengths, labels = zip(*expected_lengths(tiny_tokenizer), strict=True)
     total, loss, longest = sum(lengths), sum(labels), max(lengths)
     assert longest < T
-    facts = re.sub(" +", " ", out).splitlines()
-    facts = [line.strip() for line in facts]
+    facts = [" ".join(line.split()) for line in out.splitlines()]
     assert "rows 3 of 64 tokens" in facts
     assert "samples 3; 1.0 a row" in facts
     assert f"tokens {total}; {total / 3:.0f} a sample" in facts
@@ -117,7 +116,9 @@ def test_counts_by_hand(inspect: Inspect, files: Path, tiny_tokenizer: Tokenizer
     assert out.count("━━ row") == 1
 
 
-def test_mask_can_be_read_without_colours(inspect: Inspect, files: Path) -> None:
+def test_mask_and_ids_can_be_read_without_colours(
+    inspect: Inspect, files: Path, tiny_tokenizer: Tokenizer
+) -> None:
     _, out, _ = inspect("--row", "1")
     assert f"── segment 1: sample 1, {files}/rows.jsonl:row 3; " in out
     # What is hidden in the data shows, and a literal <end_of_turn> is told from the control token.
@@ -127,12 +128,8 @@ def test_mask_can_be_read_without_colours(inspect: Inspect, files: Path) -> None
         "<answer>Literal <end_of_turn></answer>⟨end_of_turn⟩⟧\n"
     ) in out
     assert "\x1b" not in out
-
-
-def test_ids(inspect: Inspect, tiny_tokenizer: Tokenizer) -> None:
     _, out, _ = inspect("--row", "1", "--row", "2", "--ids")
-    end = tiny_tokenizer.end_of_turn_id
-    assert f"⟨end_of_turn⟩⁽{end}⁾⟧" in out
+    assert f"⟨end_of_turn⟩⁽{tiny_tokenizer.end_of_turn_id}⁾⟧" in out
     accent = tiny_tokenizer.encode("é")
     assert len(accent) == 2  # two bytes in this vocabulary
     assert f"é⁽{accent[0]} {accent[1]}⁾" in out
@@ -308,7 +305,6 @@ def test_loss_outside_of_the_models_turns(tiny_tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("start", "rows_read", "sample", "source"),
     [
-        (0, {"a": 2, "b": 2}, 0, "a.jsonl:row 1"),
         (0, {"a": 2, "b": 2}, 2, "b.jsonl:row 1"),
         (5, {"a": 2, "b": 2}, 1, "a.jsonl:row 7"),
         (5, {"a": 2, "b": 2}, 3, "b.jsonl:row 2"),
