@@ -8,15 +8,24 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_tokenizer import FakeTokenizer
 
-from jaxsft.data.chat import encode_chat
-from jaxsft.data.rows import Conversation, Rejected, Turn, convert_row, split_completion
+from jaxsft.data.chat import encode_chat, encode_prompt
+from jaxsft.data.rows import (
+    Conversation,
+    ConversionReason,
+    Rejected,
+    Turn,
+    check_roles,
+    completion_text,
+    convert_row,
+    split_completion,
+)
 from jaxsft.data.sources import read_rows
 
 fuzzed = settings(deadline=None, max_examples=400)
@@ -26,20 +35,8 @@ RESERVED = [
     *("<start_of_image>", "<end_of_image>", "<image_soft_token>", "<unused0>", "[multimodal]"),
 ]
 TAGS = ["<think>", "</think>", "<reasoning>", "</reasoning>", "<answer>", "</answer>", "####"]
-SHARDS = [
-    *TAGS,
-    *RESERVED,
-    "<",
-    ">",
-    "/",
-    "<|",
-    "\n",
-    "model\n",
-    "user\n",
-    "\x00",
-    "\u2028",
-    "\u00a0",
-]
+OTHERS = ["<", ">", "/", "<|", "\n", "model\n", "user\n", "\x00", "\u2028", "\u00a0", "\n\n", ". "]
+SHARDS = [*TAGS, *RESERVED, *OTHERS, "<<1=1>>"]
 # U+2581 is out: to every tokenizer of Gemma it is a space.
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
 TEXTS = st.lists(st.sampled_from(SHARDS) | st.text(CHARACTERS, max_size=6), max_size=8).map("".join)
@@ -102,18 +99,28 @@ def edited(sequences: st.SearchStrategy[Any], patches: st.SearchStrategy[Any]) -
 
 
 FILES = st.binary(max_size=200) | edited(st.just(VALID_BYTES), DAMAGE | st.binary(max_size=4))
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | TEXTS,
+    st.none() | st.booleans() | st.integers() | FLOATS | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
     max_leaves=12,
 )
 NAMES = ["prompt", "response", "completion", "reasoning_content", "instruction", "question"]
 NAMES += ["answer", "messages", "conversations", "role", "content", "from", "value"]
 ANY_ROWS = st.dictionaries(st.sampled_from(NAMES) | TEXTS, JSON_VALUES, max_size=5)
+# Mostly well formed, so that acceptance is exercised as well.
+THOUGHTS = st.tuples(TEXTS, TEXTS).map(lambda pair: f"<think>{pair[0]}</think>{pair[1]}")
+GLAIVE_ROWS = st.fixed_dictionaries({"prompt": TEXTS, "response": THOUGHTS})
+ROLES = st.sampled_from(["system", "user", "human", "assistant", "gpt", "tool"])
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": ROLES, "content": TEXTS | THOUGHTS}, optional={"reasoning_content": TEXTS}
+    )
+    | st.fixed_dictionaries({"from": ROLES, "value": THOUGHTS})
+    | JSON_VALUES,
+    max_size=5,
+)
+EXCHANGES = st.lists(st.tuples(TEXTS, TEXTS | THOUGHTS), min_size=1, max_size=3)
 
 
 def with_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -166,7 +173,7 @@ def test_reader(file: Path, data: bytes) -> None:
 
 
 @fuzzed
-@given(row=ANY_ROWS | near_valid_rows())
+@given(row=ANY_ROWS | near_valid_rows() | GLAIVE_ROWS | st.builds(dict, messages=MESSAGES))
 def test_any_row_comes_back_from_its_ids(file: Path, row: dict[str, Any]) -> None:
     file.write_text(json.dumps(row), encoding="utf-8")
     [(_, read)] = read_rows(file)
@@ -180,20 +187,60 @@ def test_near_valid_row_real_tokenizer(tokenizer: Any, row: dict[str, Any]) -> N
     check_row(tokenizer, row)
 
 
+@fuzzed
+@given(system=TEXTS, exchanges=EXCHANGES)
+def test_any_chat(tokenizer: Any, system: str, exchanges: list[tuple[str, str]]) -> None:
+    turns = [Turn("system", system)]
+    for user, assistant in exchanges:
+        turns += [Turn("user", user), Turn("assistant", assistant)]
+    check_chat(FakeTokenizer(), turns)
+    check_chat(tokenizer, turns)
+    check_chat(tokenizer, turns[1:])
+
+
 def check_row(tokenizer: Any, row: dict[str, Any]) -> None:
-    """Converts and renders a row; the texts are in the ids, between the template's control ids."""
+    """Converts and renders a row: it is refused in one line, rejected, or a whole conversation."""
     try:
-        conversation = convert_row(row)
+        result = convert_row(row)
     except ValueError as error:
-        assert str(error)
+        assert str(error)  # the command shows it as one line
         return
-    if isinstance(conversation, Rejected):
+    if isinstance(result, Rejected):
+        assert result.reason in get_args(ConversionReason) and result.detail
         return
-    ids = encode_chat(tokenizer, conversation.turns).ids.tolist()
-    texts = decode_turns(tokenizer, ids)
-    assert texts == render(conversation.turns)
-    last = texts[-1].removeprefix("model\n")
-    assert split_completion(last) == parts_of(conversation)
+    check_roles(result.turns, last="assistant")
+    assert all(turn.content and turn.content == turn.content.strip() for turn in result.turns)
+    last = result.turns[-1].content
+    if result.reasoning is None or result.answer is None:
+        assert result.reasoning is result.answer is None and split_completion(last) is None
+    else:
+        assert last == completion_text(result.reasoning, result.answer)
+        assert split_completion(last) == (result.reasoning, result.answer)
+    # What was accepted is stable: it converts to itself. GSM8K's texts may hold any <think>.
+    if "question" not in row or "think>" not in last:
+        messages = [{"role": turn.role, "content": turn.content} for turn in result.turns]
+        again = convert_row({"messages": messages})
+        assert isinstance(again, Conversation) and again[:3] == result[:3]
+    check_chat(tokenizer, list(result.turns))
+
+
+def check_chat(tokenizer: Any, turns: list[Turn]) -> None:
+    """Texts come back from the ids, control ids stand between them; labels, prompts are right."""
+    sample = encode_chat(tokenizer, turns)
+    ids = sample.ids.tolist()
+    assert decode_turns(tokenizer, ids) == render(turns)
+    # The labels are the answers and their ends, exactly.
+    expected = []
+    for turn in turns:
+        if turn.role == "assistant":
+            expected += [*tokenizer.encode(turn.content.strip()), tokenizer.end_of_turn_id]
+    assert sample.ids[sample.loss_mask].tolist() == expected
+    # Every prompt is a prefix of the chat.
+    for index, turn in enumerate(turns):
+        if turn.role == "user":
+            prompt = encode_prompt(tokenizer, turns[: index + 1])
+            assert ids[: len(prompt)] == prompt
+            assert sample.loss_mask[len(prompt)] and not sample.loss_mask[len(prompt) - 1]
 
 
 def decode_turns(tokenizer: Any, ids: list[int]) -> list[str]:
@@ -216,17 +263,11 @@ def decode_turns(tokenizer: Any, ids: list[int]) -> list[str]:
     return texts
 
 
-def render(turns: tuple[Turn, ...]) -> list[str]:
+def render(turns: list[Turn]) -> list[str]:
     """What every turn's text must be, the system turn in front of the first user turn."""
-    system = [turn.content for turn in turns if turn.role == "system" and turn.content]
-    names = {"user": "user", "assistant": "model"}
-    texts = [f"{names[turn.role]}\n{turn.content}" for turn in turns if turn.role != "system"]
-    if system:
-        texts[0] = f"user\n{system[0]}\n\n{turns[1].content}"
-    return texts
-
-
-def parts_of(conversation: Conversation) -> tuple[str, str] | None:
-    if conversation.reasoning is None or conversation.answer is None:
-        return None
-    return conversation.reasoning, conversation.answer
+    system = "".join(f"{t.content.strip()}\n\n" for t in turns if t.role == "system")
+    names = {"user": "user\n", "assistant": "model\n"}
+    texts = [turn.content.strip() for turn in turns if turn.role != "system"]
+    texts[0] = (system if system.strip() else "") + texts[0]
+    roles = [turn.role for turn in turns if turn.role != "system"]
+    return [names[role] + text for role, text in zip(roles, texts, strict=True)]

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxsft.data.bins import one_per_row
+from jaxsft.data.bins import exact_fit, one_per_row, pack
 from jaxsft.data.packing import PackedRows, Sample, StepBatches, epoch_order, num_steps
 from jaxsft.data.samples import batches
 
@@ -10,10 +12,10 @@ def make_sample(ids: list[int], loss_mask: list[int]) -> Sample:
     return Sample(np.array(ids, np.int32), np.array(loss_mask, bool))
 
 
-def numbered_rows(num_rows: int, row_length: int = 2) -> PackedRows:
+def numbered_rows(num_rows: int) -> PackedRows:
     """Row i holds one sample, whose first token is i + 1."""
     samples = [make_sample([i + 1, 9], [0, 1]) for i in range(num_rows)]
-    return PackedRows.from_samples(samples, one_per_row([2] * num_rows, row_length), row_length)
+    return PackedRows.from_samples(samples, one_per_row([2] * num_rows, 2), 2)
 
 
 def test_batch_by_hand():
@@ -23,59 +25,31 @@ def test_batch_by_hand():
         make_sample([30, 31], [1, 1]),  # a label in front has no position that predicts it
     ]
     rows = PackedRows.from_samples(samples, [[1, 0], [2]], row_length=8)
-    tokens, targets, loss_mask, segment_ids, positions = rows.batch([0, 1, -1])
     o = 0
-    np.testing.assert_array_equal(
-        tokens,
-        [[20, 21, 22, 23, 10, 11, 12, o], [30, 31, o, o, o, o, o, o], [o] * 8],
-    )
-    np.testing.assert_array_equal(
-        targets,
-        [[21, 22, 23, o, 11, 12, o, o], [31, o, o, o, o, o, o, o], [o] * 8],
-    )
-    np.testing.assert_array_equal(
-        loss_mask,
-        [[0, 0, 1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [0] * 8],
-    )
-    np.testing.assert_array_equal(
-        segment_ids,
-        [[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0], [0] * 8],
-    )
-    np.testing.assert_array_equal(
-        positions,
-        [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8],
-    )
-    assert [array.dtype for array in rows.batch([0])] == [np.int32, np.int32, bool] + [np.int32] * 2
-    assert loss_mask.sum() == rows.num_loss_tokens == 4
-    assert rows.num_tokens == 9
-    assert rows.fill == 9 / 16
-    assert len(rows) == 2
-
-
-def test_row_is_a_row_of_the_batch():
-    rows = PackedRows.from_samples(
-        [make_sample([1, 2], [0, 1]), make_sample([3, 4], [0, 1])], [[1, 0]], 5
-    )
-    for one, many in zip(rows.row(0), rows.batch([0, -1]), strict=True):
-        assert one.shape == (5,)
-        np.testing.assert_array_equal(one, many[0])
-    assert not any(array.any() for array in rows.row(-1))
-
-
-def test_rows_out_of_range():
-    for index in (-2, 1):
-        with pytest.raises(IndexError):
-            numbered_rows(1).batch([index])
+    expected = [
+        [[20, 21, 22, 23, 10, 11, 12, o], [30, 31, o, o, o, o, o, o], [o] * 8],  # tokens
+        [[21, 22, 23, o, 11, 12, o, o], [31, o, o, o, o, o, o, o], [o] * 8],  # targets
+        [[0, 0, 1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [0] * 8],  # loss weights
+        [[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0], [0] * 8],  # segments
+        [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8],  # positions
+    ]
+    batch = rows.batch([0, 1, -1])
+    for array, one, want in zip(batch, rows.row(0), expected, strict=True):
+        np.testing.assert_array_equal(array, want)
+        np.testing.assert_array_equal(one, want[0])
+    assert [array.dtype for array in batch] == [np.int32, np.int32, np.float32] + [np.int32] * 2
+    assert (rows.num_loss_tokens, rows.num_tokens, rows.fill, len(rows)) == (4, 9, 9 / 16, 2)
 
 
 def test_packed_rows_refuse_bad_input():
     sample = make_sample([1, 2], [0, 1])
     with pytest.raises(ValueError, match="no samples"):
         PackedRows.from_samples([], [], 4)
-    with pytest.raises(IndexError):
-        PackedRows.from_samples([sample, sample], [[0, 1], [2]], 8)
     with pytest.raises(AssertionError, match="too full"):
         PackedRows.from_samples([sample, sample], [[0, 1]], 3)
+    for index in (-2, 1):
+        with pytest.raises(IndexError):
+            numbered_rows(1).batch([index])
 
 
 def test_digest_sees_every_change():
@@ -92,11 +66,57 @@ def test_digest_sees_every_change():
     assert PackedRows.from_samples([a, b], [[0, 1]], 6).digest() == variants[0].digest()
 
 
+@st.composite
+def packings(draw):
+    """Samples of distinct tokens, and their packed rows."""
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=40))
+    row_length = draw(st.integers(max(lengths), 24))
+    ids = np.arange(1, sum(lengths) + 1, dtype=np.int32)
+    samples = []
+    for part in np.split(ids, np.cumsum(lengths)[:-1]):
+        prompt_length = draw(st.integers(0, len(part)))
+        samples.append(Sample(part, np.arange(len(part)) >= prompt_length))
+    packer = draw(st.sampled_from([pack, exact_fit, one_per_row]))
+    return samples, PackedRows.from_samples(samples, packer(lengths, row_length), row_length)
+
+
+@settings(deadline=None)
+@given(packings())
+def test_packing_loses_and_duplicates_nothing(packing):
+    samples, rows = packing
+    batch = rows.batch(range(len(rows)))
+    found = {}  # first token -> ids, mask of labels
+    for b in range(len(rows)):
+        segments = batch.segment_ids_BT[b]
+        last = segments.max()
+        used = np.repeat(np.arange(1, last + 1), np.bincount(segments, minlength=last + 1)[1:])
+        np.testing.assert_array_equal(segments[: len(used)], used)  # numbered 1, 2, … in order
+        for array in batch:
+            assert not array[b, len(used) :].any()  # padding is zero everywhere
+        for segment in range(1, last + 1):
+            here = np.flatnonzero(segments == segment)
+            ids = batch.tokens_BT[b, here]
+            np.testing.assert_array_equal(batch.positions_BT[b, here], np.arange(len(here)))
+            # Targets are the segment's own tokens shifted by one; the last position has none.
+            np.testing.assert_array_equal(batch.targets_BT[b, here[:-1]], ids[1:])
+            assert batch.targets_BT[b, here[-1]] == 0 and not batch.loss_weights_BT[b, here[-1]]
+            found[int(ids[0])] = (ids, batch.loss_weights_BT[b, here[:-1]])
+    assert len(found) == len(samples)
+    for sample in samples:
+        ids, loss_mask = found[int(sample.ids[0])]
+        np.testing.assert_array_equal(ids, sample.ids)
+        np.testing.assert_array_equal(loss_mask, sample.loss_mask[1:])
+    assert rows.num_tokens == (batch.segment_ids_BT > 0).sum()
+    assert rows.num_loss_tokens == batch.loss_weights_BT.sum()
+    assert rows.fill == (batch.segment_ids_BT > 0).mean()
+
+
+# The batches of the steps
+
+
 def test_num_steps():
     assert num_steps(180_000, 4, 32) == 22_500
-    assert num_steps(100_000, 2, 32) == 6_250
     assert num_steps(5, 1, 2) == 3
-    assert num_steps(5, 2, 2) == 5
     assert num_steps(30, 0.1, 1) == 3  # 30 * 0.1 is 3.0000000000000004
     assert num_steps(10, 0.01, 4) == 1
 
@@ -107,28 +127,39 @@ def test_epoch_order_is_fixed_for_ever():
     assert epoch_order(42, 1, 8).tolist() == [4, 5, 3, 0, 2, 7, 1, 6]
     with pytest.raises(ValueError, match="read-only"):
         epoch_order(42, 0, 8)[0] = 1
-
-
-@pytest.mark.parametrize(("num_rows", "batch_size"), [(7, 2), (6, 3), (3, 8), (1, 4)])
-def test_every_epoch_is_a_permutation(num_rows, batch_size):
-    steps = StepBatches(numbered_rows(num_rows), batch_size, seed=1, num_steps=12)
-    stream = np.concatenate([steps.row_indices(step) for step in range(12)])
-    assert len(stream) == 12 * batch_size
-    epochs = [stream[i : i + num_rows] for i in range(0, len(stream) - num_rows + 1, num_rows)]
-    assert len(epochs) >= 3
-    for epoch, order in enumerate(epochs):
-        assert sorted(order) == list(range(num_rows))
-        np.testing.assert_array_equal(order, epoch_order(1, epoch, num_rows))
-
-
-def test_the_order_depends_on_seed_and_epoch():
     orders = [tuple(epoch_order(seed, epoch, 50)) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
 
 
+@settings(deadline=None)
+@given(
+    num_rows=st.integers(1, 9),
+    share=st.integers(1, 4),
+    process_count=st.integers(1, 4),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_steps_cover_every_epoch_whatever_the_processes(
+    num_rows, share, process_count, epochs, seed
+):
+    rows, size = numbered_rows(num_rows), share * process_count
+    steps = num_steps(num_rows, epochs, size)
+    sources = [
+        StepBatches(rows, size, seed, steps, index, process_count, epochs)
+        for index in range(process_count)
+    ]
+    stream = np.concatenate([s[step].tokens_BT[:, 0] for step in range(steps) for s in sources])
+    assert (steps - 1) * size < num_rows * epochs <= steps * size == len(stream)
+    for epoch in range(epochs):
+        part = stream[epoch * num_rows : (epoch + 1) * num_rows]
+        np.testing.assert_array_equal(part, epoch_order(seed, epoch, num_rows) + 1)
+        assert sorted(part) == list(range(1, num_rows + 1))
+    assert not stream[num_rows * epochs :].any()
+
+
 def test_steps_are_the_stream_cut_into_batches():
     rows = numbered_rows(5)
-    steps = StepBatches(rows, 2, seed=3, num_steps=5)
+    steps = StepBatches(rows, 2, seed=3, num_steps=5)  # without epochs: it has no end
     order = [*epoch_order(3, 0, 5), *epoch_order(3, 1, 5)]
     assert len(steps) == 5
     for step in (4, 0, 2, 1, 3):  # any order of asking
@@ -138,36 +169,9 @@ def test_steps_are_the_stream_cut_into_batches():
     for step in (-1, 5):
         with pytest.raises(IndexError):
             steps[step]
-
-
-def test_rows_after_the_last_epoch_are_padding():
-    rows = numbered_rows(3)
-    steps = StepBatches(rows, 4, seed=0, num_steps=num_steps(3, 2, 4), epochs=2)
-    stream = np.concatenate([steps.row_indices(step) for step in range(len(steps))])
-    assert sorted(stream[:6]) == [0, 0, 1, 1, 2, 2]
-    assert stream[6:].tolist() == [-1, -1]
-    assert not steps[1].segment_ids_BT[2:].any()
-    assert not steps[1].loss_weights_BT[2:].any()
-    half = StepBatches(rows, 2, seed=0, num_steps=num_steps(3, 1.5, 2), epochs=1.5)
+    half = StepBatches(numbered_rows(3), 2, seed=0, num_steps=num_steps(3, 1.5, 2), epochs=1.5)
     assert (half.row_indices(0) >= 0).all() and (half.row_indices(1) >= 0).all()
     assert half.row_indices(2).tolist() == [-1, -1] and len(half) == 2
-    endless = StepBatches(rows, 4, seed=0, num_steps=2)
-    assert (np.concatenate([endless.row_indices(step) for step in range(2)]) >= 0).all()
-
-
-@pytest.mark.parametrize("process_count", [2, 3, 6])
-def test_processes_take_contiguous_shares(process_count):
-    rows = numbered_rows(10)
-    whole = StepBatches(rows, 6, seed=5, num_steps=6, epochs=3)
-    shares = [
-        StepBatches(rows, 6, 5, 6, process_index=i, process_count=process_count, epochs=3)
-        for i in range(process_count)
-    ]
-    for step in range(6):
-        parts = [share[step] for share in shares]
-        for name, want in whole[step]._asdict().items():
-            got = np.concatenate([getattr(part, name) for part in parts])
-            np.testing.assert_array_equal(got, want)
 
 
 def test_step_batches_refuse_bad_sizes():
@@ -180,50 +184,16 @@ def test_step_batches_refuse_bad_sizes():
         StepBatches(rows, 2, -1, 1)
 
 
-# Batches through Grain
-
-
-def make_steps(num_rows=7, batch_size=3, steps=9, **options) -> StepBatches:
-    loss_mask = np.array([False, True, True])
-    samples = [
-        Sample(np.array([i + 1, i + 100, i + 200], np.int32), loss_mask) for i in range(num_rows)
-    ]
-    rows = PackedRows.from_samples(samples, one_per_row([3] * num_rows, 4), 4)
-    return StepBatches(rows, batch_size, seed=7, num_steps=steps, **options)
-
-
-def assert_same(got, want):
-    assert [step for step, _ in got] == [step for step, _ in want]
-    for (_, one), (_, other) in zip(got, want, strict=True):
-        for a, b in zip(one, other, strict=True):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
-
-
 @pytest.mark.parametrize("num_threads", [0, 2])
-@pytest.mark.parametrize("start", [0, 1, 5, 8, 9])
+@pytest.mark.parametrize("start", [0, 5, 9])
 def test_grain_serves_the_tail_from_any_step(num_threads, start):
-    steps = make_steps()
-    want = [(step, steps[step]) for step in range(start, 9)]
-    assert_same(list(batches(steps, start, num_threads)), want)
-
-
-def test_grain_serves_each_process_its_share():
-    whole = list(batches(make_steps(batch_size=4, steps=5)))
-    options = {"batch_size": 4, "steps": 5, "process_count": 2}
-    first, second = (list(batches(make_steps(process_index=i, **options), 0, 0)) for i in (0, 1))
-    for (_, want), (_, a), (_, b) in zip(whole, first, second, strict=True):
-        np.testing.assert_array_equal(np.concatenate([a.tokens_BT, b.tokens_BT]), want.tokens_BT)
-
-
-def test_a_run_in_epochs_sees_every_row_so_often():
-    steps = make_steps(num_rows=7, batch_size=4, steps=num_steps(7, 3, 4), epochs=3)
-    first_tokens = np.concatenate([batch.tokens_BT[:, 0] for _, batch in batches(steps)])
-    assert len(first_tokens) == 24
-    assert np.bincount(first_tokens).tolist() == [3] + [3] * 7  # 3 rows of padding
-
-
-def test_start_outside_the_run():
-    for start in (-1, 10):
-        with pytest.raises(ValueError, match=f"start step {start} is not in a run of 9 steps"):
-            list(batches(make_steps(), start))
+    steps = StepBatches(numbered_rows(7), 3, seed=7, num_steps=9)
+    found = list(batches(steps, start, num_threads))
+    assert [step for step, _ in found] == list(range(start, 9))
+    for step, batch in found:
+        for got, want in zip(batch, steps[step], strict=True):
+            assert got.dtype == want.dtype
+            np.testing.assert_array_equal(got, want)
+    for outside in (-1, 10):
+        with pytest.raises(ValueError, match=f"step {outside} is not in a run of 9 steps"):
+            list(batches(steps, outside))

@@ -3,18 +3,15 @@ from typing import get_args
 
 import pytest
 
-from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.data import rows as reasoning
 from jaxsft.data.rows import (
     Conversation,
     ConversionReason,
     Rejected,
     Turn,
-    check_roles,
     completion_text,
     convert_row,
     split_completion,
-    with_reasoning,
 )
 
 FORMATTED = "<reasoning>r</reasoning>\n<answer>a</answer>"
@@ -30,20 +27,6 @@ def accepted(row: dict) -> Conversation:
     return conversation
 
 
-def test_system_prompt_names_the_tags_of_the_target_form():
-    assert SYSTEM_PROMPT == (
-        "You are a deep thinking AI. Think step by step about the problem and provide your "
-        "reasoning between <reasoning> and </reasoning> tags. Then, provide the final answer "
-        "between <answer> and </answer> tags."
-    )
-
-
-def test_glaive_row():
-    assert glaive(" <think>\nr\n</think>\n\n a \n", prompt=" p\n") == Conversation(
-        (Turn("user", "p"), Turn("assistant", FORMATTED)), "r", "a", ()
-    )
-
-
 def test_target_matches_the_exact_format_of_the_evaluation():
     exact = r"^\s*<reasoning>.+?</reasoning>.*?<answer>(.+?)</answer>\s*$"
     match = re.match(exact, completion_text("one\ntwo", "three\nfour"), re.DOTALL)
@@ -54,23 +37,19 @@ def test_target_matches_the_exact_format_of_the_evaluation():
     ("response", "reason", "detail"),
     [
         ("just an answer", "no_thought", "no <think>"),
-        ("<think>r a", "unclosed_thought", "1 <think> and 0 </think>"),
         ("<think>r <think>a", "unclosed_thought", "2 <think> and 0"),
         ("r</think>a<think>b", "reversed_thought", "before"),
         ("<think>r<think>s</think>t</think>a", "nested_thought", "2 <think> and 2"),
         ("<think>r<think>s</think>a", "nested_thought", "2 <think> and 1"),
         ("<think>r</think>a<think>s</think>b", "several_thoughts", "2 <think> and 2"),
-        ("<think>r</think>s</think>a", "several_thoughts", "1 <think> and 2"),
         ("r</think>s</think>a", "several_thoughts", "0 <think> and 2"),
         ("<think>r</think>a<think>b", "several_thoughts", "2 <think> and 1"),
         ("Sure! <think>r</think>a", "text_before_thought", "5 characters"),
         ("<think> \n</think>a", "empty_thought", "reasoning is empty"),
-        ("</think>a", "empty_thought", "reasoning is empty"),
         ("<think>r</think> \n", "empty_answer", "nothing follows"),
         ("", "empty_answer", "response is empty"),
         ("<think>use <answer> tags</think>a", "literal_tags", "<answer> inside the reasoning"),
         ("<think>r</think></reasoning>a", "literal_tags", "</reasoning> inside the answer"),
-        ("<think>r</think><answer>a</answer>", "literal_tags", "inside the answer"),
     ],
 )
 def test_malformed_responses(response, reason, detail):
@@ -92,36 +71,23 @@ def test_a_missing_opening_tag_is_noted():
     assert conversation.notes == ("implicit_open",)
 
 
-@pytest.mark.parametrize("look_alike", ["<end_of_turn>", "<bos>", "<eos>", "<unused7>", "<pad>"])
+@pytest.mark.parametrize("look_alike", ["<end_of_turn>", "<bos>", "<unused7>"])
 def test_control_look_alikes_stay_text(look_alike):
-    conversation = accepted({"prompt": "p", "response": f"<think>r {look_alike}</think>a"})
-    assert conversation.reasoning == f"r {look_alike}"
-    assert conversation.notes == ("control_look_alike",)
     conversation = accepted({"prompt": look_alike, "completion": "c"})
     assert conversation.turns[0].content == look_alike
     assert conversation.notes == ("control_look_alike", "plain_completion")
 
 
-def test_nul_and_other_text_is_kept():
-    text = "nul \x00, emoji \U0001f469\u200d\U0001f680, \u0627\u0644 x\u0301"
-    assert accepted({"prompt": text, "response": f"<think>{text}</think>a"}).reasoning == text
-
-
 @pytest.mark.parametrize(
     "row",
     [
+        {"prompt": " p\n", "response": " <think>\nr\n</think>\n\n a \n"},
         {"prompt": "p", "completion": "<think>r</think>a"},
         {"prompt": "p", "completion": "a", "reasoning_content": " r "},
         {"prompt": "p", "completion": "<reasoning>r</reasoning> \n\n<answer> a</answer>\n"},
         {"prompt": "p", "response": FORMATTED},
         {"instruction": "p", "response": "<think>r</think>a", "id": 7},
         {"question": "p", "answer": "r\n#### a"},
-        {
-            "messages": [
-                {"role": "user", "content": "p"},
-                {"role": "assistant", "content": FORMATTED},
-            ]
-        },
         {
             "messages": [
                 {"role": "system", "content": " "},
@@ -148,7 +114,6 @@ def test_every_schema_gives_the_same_conversation(row):
     "row",
     [
         {"prompt": "p", "completion": " c "},
-        {"prompt": "p", "completion": "c", "reasoning_content": None},
         {"prompt": "p", "completion": "c", "reasoning_content": " "},
         {"instruction": "p", "response": "c"},
         {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]},
@@ -167,11 +132,8 @@ def test_plain_completions(row):
         (FORMATTED, "r", "literal_tags"),
         ("a", "<reasoning>r", "literal_tags"),
         (" ", "r", "empty_answer"),
-        ("<answer>a</answer>", None, "literal_tags"),
-        ("<reasoning>r</reasoning>", None, "literal_tags"),
         ("<reasoning> </reasoning><answer>a</answer>", None, "literal_tags"),
         ("x " + FORMATTED, None, "literal_tags"),
-        ("<think>r", None, "unclosed_thought"),
     ],
 )
 def test_malformed_completions(completion, reasoning_content, reason):
@@ -255,21 +217,16 @@ USER, ASSISTANT = {"role": "user", "content": "p"}, {"role": "assistant", "conte
     ("row", "message"),
     [
         ({}, "found: none"),
-        ({"text": "t"}, r"found: text\); use .*messages.*prompt, response.*question, answer"),
-        ({"prompt": "p"}, "found: prompt"),
+        ({"prompt": "p"}, r"found: prompt\); use .*messages.*prompt, response.*question, answer"),
         ({"prompt": "p", "response": None}, '"response" is null, not a string'),
-        ({"prompt": None, "response": "<think>r</think>a"}, '"prompt" is null'),
-        ({"prompt": 3, "completion": "c"}, '"prompt" is a int, not a string'),
-        ({"question": "q", "answer": 72}, '"answer" is a int'),
+        ({"question": "q", "answer": 72}, '"answer" is a int, not a string'),
         (
             {"prompt": "p", "completion": "c", "reasoning_content": 1},
             '"reasoning_content" is a int',
         ),
         ({"prompt": "a \ud800", "completion": "c"}, "lone surrogate"),
-        ({"text": "t", "code": "c"}, r"found: text, code\); use .*text, code, test_list"),
         ({"text": "t", "code": "c", "test_list": []}, '"test_list" must be a non-empty list'),
         ({"text": "t", "code": "c", "test_list": [1]}, r'"test_list\[0\]" is a int'),
-        ({"messages": None}, '"messages" must be a non-empty list'),
         ({"messages": []}, '"messages" must be a non-empty list'),
         ({"conversations": "x"}, '"conversations" must be a non-empty list'),
         ({"messages": ["x"]}, r"messages\[0\] must be an object"),
@@ -282,7 +239,6 @@ USER, ASSISTANT = {"role": "user", "content": "p"}, {"role": "assistant", "conte
         ),
         ({"messages": [USER]}, "roles are user: .* end with assistant"),
         ({"messages": [ASSISTANT]}, "roles are assistant"),
-        ({"messages": [USER, USER, ASSISTANT]}, "roles are user, user, assistant"),
         ({"messages": [USER, {"role": "system", "content": "s"}, ASSISTANT]}, "user, system"),
     ],
 )
@@ -291,26 +247,10 @@ def test_mistakes_in_the_file(row, message):
         convert_row(row)
 
 
-def test_check_roles():
-    turns = [Turn("system", ""), Turn("user", ""), Turn("assistant", "")]
-    check_roles(turns, last="assistant")
-    check_roles(turns[:2], last="user")
-    for bad in (turns, turns[:1], []):
-        with pytest.raises(ValueError, match="end with user"):
-            check_roles(bad, last="user")
-
-
 def test_split_completion_is_the_inverse():
     assert split_completion(completion_text("r\nr", "a")) == ("r\nr", "a")
     for text in ("", "a", FORMATTED + "x", FORMATTED * 2, completion_text("r", " ")):
         assert split_completion(text) is None
-
-
-def test_with_reasoning():
-    conversation = accepted({"prompt": "p", "response": "<think>long</think>a"})
-    shorter = with_reasoning(conversation, "l")
-    assert shorter.turns == (Turn("user", "p"), Turn("assistant", completion_text("l", "a")))
-    assert (shorter.reasoning, shorter.answer) == ("l", "a")
 
 
 def test_every_reason_is_documented():

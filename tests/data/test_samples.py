@@ -8,7 +8,6 @@ from support.samples import load_samples
 from jaxsft.config import SYSTEM_PROMPT, DataOptions
 from jaxsft.data.chat import encode_chat
 from jaxsft.data.rows import Turn, completion_text
-from jaxsft.data.samples import DataReport
 
 GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"}
 LONG = {"prompt": "p", "response": f"<think>{'We add one more. ' * 30}</think>Two"}
@@ -31,8 +30,8 @@ def load(files, tokenizer, max_length, overlong, system_prompt, **options):
     )
 
 
-def text_of(fake, sample, labels_only=False) -> str:
-    return fake.decode(sample.ids[sample.loss_mask | (not labels_only)].tolist())
+def text_of(fake, sample) -> str:
+    return fake.decode(sample.ids.tolist())
 
 
 def test_sample_is_the_encoded_chat(write, fake):
@@ -101,40 +100,12 @@ def test_every_row_is_counted(write, fake):
     assert "1 noted: implicit_open" in text
 
 
-def test_shortened_rows_end_whole(write, fake):
-    samples, _ = load(write(LONG), fake, 120, "shorten", None)
-    completion = text_of(fake, samples[0], labels_only=True)
-    assert completion.startswith("<reasoning>We add one more. We add")
-    assert completion.endswith(" one more.</reasoning>\n<answer>Two</answer><end_of_turn>")
-    assert len(samples[0].ids) <= 120
-
-
 def test_drop_and_raise(write, fake):
     path = write(GOOD, LONG)
     samples, report = load(path, fake, 120, "drop", None)
     assert (len(samples), report.rejected, report.shortened) == (1, {"too_long": 1}, 0)
     with pytest.raises(ValueError, match=r"rows.jsonl:2 \(\d+ tokens, limit 120\): too long"):
         load(path, fake, 120, "raise", None)
-
-
-def test_plain_completions_are_not_shortened(write, fake):
-    path = write(GOOD, {"prompt": "p", "completion": "word " * 300})
-    samples, report = load(path, fake, 200, "shorten", None)
-    assert (len(samples), report.rejected) == (1, {"too_long": 1})
-    assert report.noted == {"plain_completion": 1}
-
-
-def test_a_bad_row_names_its_line(write, fake):
-    path = write(GOOD, {"prompt": "p", "response": None})
-    with pytest.raises(ValueError, match=r'rows.jsonl:2: "response" is null') as caught:
-        load(path, fake, 500, "shorten", None)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: .*lone surrogate"):
-        load(write({"prompt": "\ud800", "response": "r"}), fake, 500, "drop", None)
-    with pytest.raises(
-        ValueError, match=r"rows.jsonl:1: no accepted set of fields \(found: text\)"
-    ):
-        load(write({"text": "t"}), fake, 500, "drop", None)
 
 
 def test_no_sample_left(write, fake):
@@ -168,10 +139,6 @@ def test_more_rows_than_one_chunk(write, fake):
     samples, report = load(write(*rows), fake, 500, "raise", None)
     assert report.samples == 2100
     assert all(f"p{i}<end" in text_of(fake, sample) for i, sample in enumerate(samples))
-
-
-def test_an_empty_report_has_lines():
-    assert DataReport().lines() == ["0 rows read, 0 kept (0.0%): 0 tokens, 0 of them with loss"]
 
 
 def test_real_tokenizer(write, tokenizer):
