@@ -107,21 +107,22 @@ class Tokenizer:
         Raises:
             ValueError: as `encode`, with the index of the text.
         """
-        return [self._encode_by_units(text, i) for i, text in enumerate(texts)]
-
-    def _encode_by_units(self, text: str, index: int) -> list[int]:
-        _utf8(text, f"text {index}: ")  # for an error with the index of the text
-        known, units = self._unit_ids, self._find_units(text)
-        new = list(set(units).difference(known))
-        if not new:
-            return list(itertools.chain.from_iterable(map(known.__getitem__, units)))
-        found = dict(zip(new, self._processor.encode(new), strict=True))
-        ids = [found[unit] if unit in found else known[unit] for unit in units]
-        if len(known) > _MAX_UNITS:
-            known.clear()
-        # A line without spaces is one long unit. It will not repeat.
-        known.update((unit, found[unit]) for unit in new if len(unit) <= _MAX_UNIT_CHARS)
-        return list(itertools.chain.from_iterable(ids))
+        known, encoded = self._unit_ids, []
+        for index, text in enumerate(texts):
+            _utf8(text, f"text {index}: ")  # for an error with the index of the text
+            units = self._find_units(text)
+            new = list(set(units).difference(known))
+            if not new:
+                encoded.append(list(itertools.chain.from_iterable(map(known.__getitem__, units))))
+                continue
+            found = dict(zip(new, self._processor.encode(new), strict=True))
+            ids = (found[unit] if unit in found else known[unit] for unit in units)
+            encoded.append(list(itertools.chain.from_iterable(ids)))
+            if len(known) > _MAX_UNITS:
+                known.clear()
+            # A line without spaces is one long unit. It will not repeat.
+            known.update((unit, found[unit]) for unit in new if len(unit) <= _MAX_UNIT_CHARS)
+        return encoded
 
     def piece(self, token: int) -> str:
         """The piece with this id as the vocabulary spells it: `▁word`, `<0x0A>`, `<bos>`."""

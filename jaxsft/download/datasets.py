@@ -132,31 +132,26 @@ def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, 
     Raises:
       ValueError: with file:line or file:row, if the file or one of its rows is wrong.
     """
-    with DirectoryLock(request.directory.parent):
-        progress.plan(str(request.directory), 0, 0)
-        try:
-            return _convert_file(file, request, progress)
-        except BaseException:
-            if not (request.directory / ROWS_MANIFEST).is_file():
-                remove_parts(request.directory)
-                with suppress(OSError):  # it does not exist, or other files are in it
-                    request.directory.rmdir()
-            raise
-
-
-def _convert_file(file: Path, request: Request, progress: Progress) -> dict[str, Any]:
-    split, size = request.split, request.rows_per_file
+    directory, split, size = request.directory, request.split, request.rows_per_file
     parts: list[Part] = []
-    for batches in file_pieces(file, split, size):
-        start = split.start + len(parts) * size
-        request.directory.mkdir(parents=True, exist_ok=True)
-        path = request.directory / f"part-{len(parts):05d}.parquet"
-        part = write_part(path, batches, f"{file}:row ", start)
-        parts.append(part)
-        progress.converted(part.counts.rows_read)
-    num_rows = split.start + sum(part.counts.rows_read for part in parts)
-    check_end(str(file), split, num_rows)
-    return write_manifest(request.directory, _head(request, None), parts)
+    with DirectoryLock(directory.parent):
+        progress.plan(str(directory), 0, 0)
+        try:
+            for batches in file_pieces(file, split, size):
+                start = split.start + len(parts) * size
+                directory.mkdir(parents=True, exist_ok=True)
+                path = directory / f"part-{len(parts):05d}.parquet"
+                parts.append(write_part(path, batches, f"{file}:row ", start))
+                progress.converted(parts[-1].counts.rows_read)
+            num_rows = split.start + sum(part.counts.rows_read for part in parts)
+            check_end(str(file), split, num_rows)
+            return write_manifest(directory, _head(request, None), parts)
+        except BaseException:
+            if not (directory / ROWS_MANIFEST).is_file():
+                remove_parts(directory)
+                with suppress(OSError):  # it does not exist, or other files are in it
+                    directory.rmdir()
+            raise
 
 
 def _carry_out(

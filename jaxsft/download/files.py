@@ -10,7 +10,6 @@ stopped, also in a later process. A file name that could lead out of the directo
 failed request is tried again, after the time that the hub asks for, or gives an error of one line.
 """
 
-import email.utils
 import hashlib
 import io
 import json
@@ -347,14 +346,9 @@ def _judge(hub: Hub, what: str, error: Exception, count: int) -> tuple[str, floa
 
 
 def _asked_wait_s(response: Any) -> float | None:
-    """Seconds to wait: from Retry-After (seconds or a date) or the hub's `ratelimit` header."""
+    """Seconds to wait, from Retry-After or the hub's `ratelimit` header; None without them."""
     limit = parse_ratelimit_headers(response.headers)
     if response.status_code == 429 and limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     text = response.headers.get("retry-after", "").strip()
-    if text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None
+    return float(text) if text.isdigit() else None

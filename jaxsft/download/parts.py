@@ -80,33 +80,25 @@ def parquet_batches(
     Raises:
       ValueError: it is not a complete Parquet file.
     """
+    groups: list[int] = []
+    first = offset = 0
     try:
-        yield from _parquet_batches(file, columns, start, stop)
+        with parquet.ParquetFile(file) as source:
+            for index in range(source.num_row_groups):
+                num_rows = source.metadata.row_group(index).num_rows
+                if first < stop and first + num_rows > start:
+                    offset = offset if groups else first
+                    groups.append(index)
+                first += num_rows
+            for batch in source.iter_batches(_CHUNK_ROWS, row_groups=groups, columns=columns):
+                end = offset + batch.num_rows
+                if end > start and offset < stop:
+                    begin = max(start - offset, 0)
+                    yield batch.slice(begin, min(end, stop) - offset - begin).select(columns)
+                offset = end
     except arrow.ArrowException as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"{file}: not a complete Parquet file ({why})") from None
-
-
-def _parquet_batches(
-    file: Path, columns: list[str], start: int, stop: int
-) -> Iterator[arrow.RecordBatch]:
-    with parquet.ParquetFile(file) as source:
-        groups: list[int] = []
-        first = offset = 0
-        for index in range(source.num_row_groups):
-            num_rows = source.metadata.row_group(index).num_rows
-            if first < stop and first + num_rows > start:
-                offset = offset if groups else first
-                groups.append(index)
-            first += num_rows
-        if not groups:
-            return
-        for batch in source.iter_batches(_CHUNK_ROWS, row_groups=groups, columns=columns):
-            end = offset + batch.num_rows
-            if end > start and offset < stop:
-                begin = max(start - offset, 0)
-                yield batch.slice(begin, min(end, stop) - offset - begin).select(columns)
-            offset = end
 
 
 def jsonl_batches(
@@ -119,12 +111,15 @@ def jsonl_batches(
         convert to something else with these columns.
     """
     while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
-        wanted = [_converted(where, row) for where, row in chunk]
         kept = [{name: row.get(name) for name in schema.names} for _, row in chunk]
-        for number, (where, _) in enumerate(chunk):
+        for (where, row), values in zip(chunk, kept, strict=True):
             try:
-                batch = arrow.RecordBatch.from_pylist(kept[number : number + 1], schema=schema)
-                same = convert_row(batch.to_pylist()[0]) == wanted[number]
+                wanted = convert_row(row)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            try:
+                batch = arrow.RecordBatch.from_pylist([values], schema=schema)
+                same = convert_row(batch.to_pylist()[0]) == wanted
             except (arrow.ArrowException, ValueError):
                 same = False
             if not same:
@@ -133,13 +128,6 @@ def jsonl_batches(
                     "write each kind of row to a file of its own"
                 )
         yield arrow.RecordBatch.from_pylist(kept, schema=schema)
-
-
-def _converted(where: str, row: dict[str, Any]) -> object:
-    try:
-        return convert_row(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def schema_of_row(where: str, row: dict[str, Any]) -> arrow.Schema:

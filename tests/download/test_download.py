@@ -23,9 +23,8 @@ from support.fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
 from jaxsft.common.locks import DirectoryLock
 from jaxsft.data.rows import ACCEPTED_SCHEMAS, Conversation, convert_row
 from jaxsft.data.sources import read_rows
-from jaxsft.download import files as hub_files
-from jaxsft.download.files import Hub
-from jaxsft.download.parts import columns_read, write_part
+from jaxsft.download.files import Hub, HubFile, Snapshot, fetch
+from jaxsft.download.parts import columns_read
 from jaxsft.download.splits import parse_split
 
 ROOT = Path(__file__).parents[2]
@@ -309,19 +308,6 @@ def test_kill_and_resume(download: Download, hub: FakeHub, undisturbed: dict[str
     assert [row for _, row in read_rows(download.home / "train-20-40")] == usable(range(27, 47))
 
 
-def test_a_second_download_takes_nothing_from_the_first(
-    download: Download, hub: FakeHub, undisturbed: dict[str, bytes]
-) -> None:
-    hub.faults += [("hub /api/datasets", "hold")]
-    with download.start(*MIDDLE) as process:
-        hub.wait_held(process)
-        assert not contents(download.home)  # there is nothing in it but the lock
-        assert "another process works in it" in download.refused(*MIDDLE)
-        hub.release.set()
-        assert process.wait() == 0
-    assert contents(download.home) == undisturbed
-
-
 def test_a_second_conversion_is_refused(in_process: InProcess, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "p", "completion": "c"}\n')
@@ -344,12 +330,11 @@ def test_another_version_of_the_converter(
     assert make_old("unfinished.json")["parts"]
     download.refused(*MIDDLE)
     unfinished = download.home / MIDDLE_NAME / "unfinished.json"
-    for parts in ([[3]], [[[1, 1, []], 3, 4, 5]], None):
-        values = json.loads(unfinished.read_text()) | {"parts": parts}
-        unfinished.write_text(json.dumps(values))
-        hub.faults += [(shard(2), "403")]
-        outcome = download(*MIDDLE)
-        assert outcome.code == 2 and "unfinished.json: lists no parts; starts over" in outcome.out
+    values = json.loads(unfinished.read_text()) | {"parts": [[3]]}
+    unfinished.write_text(json.dumps(values))
+    hub.faults += [(shard(2), "403")]
+    outcome = download(*MIDDLE)
+    assert outcome.code == 2 and "unfinished.json: lists no parts; starts over" in outcome.out
     make_old("unfinished.json")
     outcome = download(*MIDDLE)
     assert outcome.code == 0 and "another version of the converter; starts over" in outcome.out
@@ -382,17 +367,13 @@ def test_damaged_manifests_are_named(download: Download, in_process: InProcess) 
     path = download.home / MIDDLE_NAME / "manifest.json"
     manifest = json.loads(path.read_text())
     entry = manifest["files"][0]
-    for files in (None, 3, [3], [{}], [entry | {"name": 3}], {"name": 1}):
+    for files in (None, [3], [{}], [entry | {"name": 3}]):
         path.write_text(json.dumps(manifest | {"files": files}))
         assert MIDDLE_NAME in in_process(*MIDDLE)
-    del manifest["files"]
-    path.write_text(json.dumps(manifest))
-    assert MIDDLE_NAME in in_process(*MIDDLE)
-    pins = download.home / "revision.json"
-    for commits in ({}, {"commits": 3}, {"commits": {"main": 3}}):
-        pins.write_text(json.dumps({"repo": GLAIVE} | commits))
-        err = download.refused("--dataset", "glaive", "--split", "train[:9]")
-        assert f"revision.json: names no commits of {GLAIVE}; delete it" in err
+    pins = {"repo": GLAIVE, "commits": {"main": 3}}
+    (download.home / "revision.json").write_text(json.dumps(pins))
+    err = download.refused("--dataset", "glaive", "--split", "train[:9]")
+    assert f"revision.json: names no commits of {GLAIVE}; delete it" in err
 
 
 def test_unusable_data_is_refused_before_it_is_downloaded(download: Download, hub: FakeHub) -> None:
@@ -421,13 +402,10 @@ def test_unusable_data_is_refused_before_it_is_downloaded(download: Download, hu
     assert not list(download.directory.glob("*/*/manifest.json"))
 
 
-@pytest.mark.parametrize(
-    "name", ["../up.parquet", "/root.parquet", "a/../b.parquet", "a\\b", "c:d"]
-)
-def test_names_that_leave_the_directory(name: str, download: Download, hub: FakeHub) -> None:
-    hub.add(GLAIVE, glaive_shards() | {name: b"x"})
+def test_names_that_leave_the_directory(download: Download, hub: FakeHub) -> None:
+    hub.add(GLAIVE, glaive_shards() | {"../up.parquet": b"x"})
     err = download.refused(*MIDDLE)
-    assert f"lists a file named {name!r}, which is no path inside of it; nothing is taken" in err
+    assert "a file named '../up.parquet', which is no path inside of it; nothing is taken" in err
     assert not hub.downloads()
 
 
@@ -614,10 +592,6 @@ def test_a_disk_that_gets_full(
         f"error: {in_process.directory}: no space left: make room or name another --output_dir\n"
     )
     assert not in_process.directory.exists()
-    part = tmp_path / "part-00000.parquet"
-    with pytest.raises(OSError, match="Error writing bytes"):
-        write_part(part, iter([arrow.RecordBatch.from_pylist(glaive_rows(range(3)))]))
-    assert not list(tmp_path.glob("part-*"))
 
 
 def test_terminal_shows_the_time_left(download: Download, hub: FakeHub) -> None:
@@ -641,12 +615,10 @@ def test_terminal_shows_the_time_left(download: Download, hub: FakeHub) -> None:
     assert re.search(rb"convert .*\d+ of 180 rows", shown)
 
 
-def test_a_full_disk_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**8))
-    file = hub_files.HubFile("big.parquet", 10**9, "0" * 40, None)
-    snapshot = hub_files.Snapshot("a/b", "0" * 40, (file,), [])
-    with pytest.raises(ValueError, match=r"95 MiB free, but 1,018 MiB are needed for big\.parquet"):
-        hub_files.fetch(Hub(), snapshot, file, tmp_path / "big.parquet")
+def test_a_full_disk_is_named_first(tmp_path: Path) -> None:
+    file = HubFile("big.parquet", 10**18, "0" * 40, None)
+    with pytest.raises(ValueError, match=r"MiB free, but .* MiB are needed for big\.parquet"):
+        fetch(Hub(), Snapshot("a/b", "0" * 40, (file,), []), file, tmp_path / "big.parquet")
 
 
 @pytest.mark.parametrize(
