@@ -31,7 +31,7 @@ QUICK = {
     "run": "metrics preflight_report run_dir saver",
     "step": "row_kernels optimizer",
     "train": "bad_input",
-    "weights": "tunix",
+    "weights": "hf_config tunix",
 }
 SLOW_FIXTURES = {"real_model", "hf_real_model"}
 

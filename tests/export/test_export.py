@@ -1,5 +1,6 @@
 """The command as a user runs it: on a tiny Gemma 3 with real tokens, and on the real 270M."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,27 +11,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 import yaml
-from flax import nnx
 from safetensors.numpy import load_file
+from support.lora_twins import inject_random
 
 from jaxsft.config import SYSTEM_PROMPT
 from jaxsft.export.__main__ import main
 from jaxsft.export.peers import TUNIX
 from jaxsft.export.verify import LOGIT_BOUND, flax_problem, tunix_lacks
-from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GemmaConfig
-from jaxsft.gemma.lora import TARGETS
 from jaxsft.weights.find import find_model, open_tokenizer, system_text
 from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import load_model, without_weights
-from jaxsft.weights.peft import AdapterConfig, read_adapter_config, save_adapter
+from jaxsft.weights.peft import read_adapter_config, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -38,12 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 def write_adapter(directory: Path, config: GemmaConfig, base: str, size: float) -> Path:
     """A random adapter of rank 4, as training writes it, whose B has entries of about `size`."""
     model = without_weights(config)
-    lora.inject(model, rank=4, alpha=6.0, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    for path, variable in nnx.to_flat_state(lora.split(model)[1]):
-        if path[-1] == "b":
-            variable[...] = jnp.asarray(rng.normal(0, size, variable.shape), jnp.float32)
-    save_adapter(directory, model, AdapterConfig(4, 6.0, 0.0, False, TARGETS, base))
+    settings = inject_random(model, rank=4, alpha=6.0, size=size)
+    save_adapter(directory, model, dataclasses.replace(settings, base_model_name=base))
     return directory
 
 

@@ -9,28 +9,23 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from support.lora_twins import clone
-from support.twins import TWINS, make_twin, to_jax
+from support.lora_twins import clone, inject_random
+from support.twins import TWINS, make_twin, our_logits, to_jax
 
 from jaxsft.common.files import cache_dir
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.export.__main__ import main
 from jaxsft.export.verify import LOGIT_BOUND
-from jaxsft.gemma.lora import inject, resolve_targets
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights import tunix as tunix_io
 from jaxsft.weights.flax import FlaxTensor, write_flax
 from jaxsft.weights.load import hf_tensors, load_model
-from jaxsft.weights.peft import AdapterConfig, save_adapter
+from jaxsft.weights.peft import save_adapter
 from jaxsft.weights.tunix import write_tunix_lora
 
 pytestmark = pytest.mark.slow
@@ -162,31 +157,6 @@ def run_worker(peer: str, program: str, jobs: list[dict[str, Any]], directory: P
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-@partial(jax.jit, static_argnums=0)
-def _logits(graphdef: nnx.GraphDef, state: nnx.State, tokens_BT: jax.Array) -> jax.Array:
-    model = nnx.merge(graphdef, state)
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return model.logits(model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
-
-
-def our_logits(model: Gemma, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(_logits(*nnx.split(model), jnp.asarray(tokens)))
-
-
-def with_random_adapter(
-    model: Gemma, targets: str, *, use_rslora: bool
-) -> tuple[Gemma, AdapterConfig]:
-    """A copy of `model` with an adapter of rank 3 whose update is not zero."""
-    config = AdapterConfig(3, 7.0, 0.0, use_rslora, resolve_targets(targets), None)
-    adapted = clone(model)
-    inject(adapted, rank=3, alpha=7.0, use_rslora=use_rslora, targets=targets, rngs=nnx.Rngs(1))
-    rng = np.random.default_rng(0)
-    for path, variable in nnx.to_flat_state(nnx.state(adapted, nnx.LoRAParam)):
-        if path[-1] == "b":
-            variable[...] = jnp.asarray(0.1 * rng.standard_normal(variable.shape, np.float32))
-    return adapted, config
-
-
 class Case:
     """A model, its Flax checkpoint, its logits, and the job that makes a peer compute theirs."""
 
@@ -207,7 +177,8 @@ class Case:
         self.adapted: list[Gemma] = []
 
     def add_adapter(self, targets: str, *, use_rslora: bool) -> None:
-        adapted, config = with_random_adapter(self.model, targets, use_rslora=use_rslora)
+        adapted = clone(self.model)
+        config = inject_random(adapted, targets, use_rslora)
         directory = self.directory / f"adapter{len(self.adapted)}"
         settings = write_tunix_lora(directory, adapted, config)
         self.adapted.append(adapted)
@@ -294,9 +265,8 @@ def exportable(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
         hf_model.save_pretrained(root / name)
         shutil.copy(tokenizer, root / name)
         model, _ = load_model(root / name, **FLOAT32)
-        adapted, config = with_random_adapter(model, "all-linear", use_rslora=False)
-        config = dataclasses.replace(config, base_model_name=str(root / name))
-        save_adapter(root / f"{name}-adapter", adapted, config)
+        config = dataclasses.replace(inject_random(model), base_model_name=str(root / name))
+        save_adapter(root / f"{name}-adapter", model, config)
     return root
 
 

@@ -17,8 +17,9 @@ from flax import nnx
 from support.twins import make_twin, to_jax
 
 from jaxsft.data.packing import Sample
-from jaxsft.gemma.lora import TARGETS, inject, split
+from jaxsft.gemma.lora import TARGETS, inject, resolve_targets, split
 from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.weights.peft import AdapterConfig
 
 # alpha / rank is not 1 and not the same for rsLoRA.
 RANK, ALPHA = 3, 7.0
@@ -55,9 +56,31 @@ def clone(model: Gemma) -> Gemma:
     return nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
 
 
-def make_peft(hf_model: Any, *, random_b: bool, seed: int = 1) -> peft.PeftModel:
-    """A copy of `hf_model` with PEFT adapters on all seven targets; B is zero unless `random_b`."""
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+def inject_random(
+    model: Gemma,
+    targets: str | Sequence[str] = TARGETS,
+    use_rslora: bool = False,
+    *,
+    rank: int = RANK,
+    alpha: float = ALPHA,
+    size: float = 0.1,
+) -> AdapterConfig:
+    """Puts a random adapter into `model`, B's entries of about `size`; returns its settings."""
+    names = resolve_targets(targets)
+    settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "use_rslora": use_rslora}
+    inject(model, **settings, targets=names, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    for path, variable in nnx.to_flat_state(split(model)[1]):
+        if path[-1] == "b":
+            variable[...] = jnp.asarray(rng.normal(0, size, variable.shape), jnp.float32)
+    return AdapterConfig(rank, alpha, 0.0, use_rslora, names, None)
+
+
+def make_peft(hf_model: Any, *, random_b: bool, seed: int = 1, **settings: Any) -> peft.PeftModel:
+    """A copy of `hf_model` with PEFT adapters, by default on all seven targets; B is zero unless
+    `random_b`. `settings` are those of `LoraConfig`."""
+    usual = {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS)}
+    config = peft.LoraConfig(**usual | {"task_type": "CAUSAL_LM"} | settings)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5 for a property that it has renamed.

@@ -7,17 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 import torch
-from support.twins import TWINS, make_twin
+from support.twins import TWINS, make_twin, our_logits
 
 from jaxsft.gemma.architecture import PRESETS
-from jaxsft.gemma.model import Gemma
 from jaxsft.weights import flax as flax_io
 from jaxsft.weights.flax import (
     FlaxCheckpoint,
@@ -94,12 +91,6 @@ def kaggle_layout(name: str, weights: dict[str, np.ndarray]) -> dict[str, np.nda
     return {f"transformer/{key}": value for key, value in arrays.items()}
 
 
-@jax.jit
-def _last_logits(model: Gemma, tokens_BT: jax.Array) -> jax.Array:
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return model.logits(model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
-
-
 @pytest.mark.parametrize("name", TWINS)
 def test_round_trip(name: str, tmp_path: Path) -> None:
     hf_model, config = make_twin(name)
@@ -122,8 +113,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(1, 256, (2, 24))
     with torch.no_grad():
         theirs = hf_model(torch.tensor(tokens)).logits.numpy()
-    ours = np.asarray(_last_logits(model, jnp.asarray(tokens)))
-    assert np.abs(ours - theirs).max() <= 1e-4
+    assert np.abs(our_logits(model, tokens) - theirs).max() <= 1e-4
 
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 300}

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support.other_devices import EIGHT_DEVICES
-from support.twins import TWINS, make_twin
+from support.twins import TWINS, make_twin, write_gguf
 
+from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.gemma.architecture import PRESETS
 from jaxsft.gemma.model import Gemma, layer_location
 from jaxsft.weights.hf_config import from_hf_config
@@ -50,22 +51,6 @@ NAMES = {
     "gemma2": LINEARS | NORMS_GEMMA2,
     "gemma3-270m": LINEARS | NORMS_GEMMA2 | QK_NORMS,
     "gemma3-1b": LINEARS | NORMS_GEMMA2 | QK_NORMS,
-}
-# llama.cpp's names of the Hugging Face ones; attention and MLP differ in nothing but the name.
-GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
@@ -136,8 +121,6 @@ def test_float32_to_bfloat16_rounds_as_torch(tmp_path: Path) -> None:
 
 
 def test_tied_head_is_accepted_and_another_refused(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
     hf_model, _ = make_twin("gemma1")
     hf_model.save_pretrained(tmp_path)
     tensors = saved_tensors(tmp_path)
@@ -154,8 +137,6 @@ def test_tied_head_is_accepted_and_another_refused(tmp_path: Path) -> None:
 
 
 def test_digest_is_the_weights_identity(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
     hf_model, _ = make_twin("gemma1")
     for name in ("one", "two"):
         hf_model.save_pretrained(tmp_path / name)
@@ -215,60 +196,6 @@ def test_sharded_over_eight_devices(tmp_path: Path) -> None:
     assert "use one of 1, 2, 4, 8, 16, 32" in result.stdout
 
 
-def write_gguf(path: Path, name: str, hf_model: Any, matrix_type: str) -> dict[str, np.ndarray]:
-    """A GGUF as llama.cpp's converter writes it; returns its tensors under Hugging Face names.
-
-    Norms are stored as 1 + weight in float32, matrices as `matrix_type`; there is no vocabulary.
-    """
-    raw = hf_model.config.to_dict()
-    architecture = {"gemma1": "gemma", "gemma2": "gemma2"}.get(name, "gemma3")
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(f"{name} twin")
-    writer.add_context_length(raw["max_position_embeddings"])
-    writer.add_embedding_length(raw["hidden_size"])
-    writer.add_block_count(raw["num_hidden_layers"])
-    writer.add_feed_forward_length(raw["intermediate_size"])
-    writer.add_head_count(raw["num_attention_heads"])
-    writer.add_head_count_kv(raw["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
-    writer.add_key_length(raw["head_dim"])
-    writer.add_value_length(raw["head_dim"])
-    if architecture == "gemma2":
-        writer.add_attn_logit_softcapping(raw["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(raw["final_logit_softcapping"])
-    if architecture == "gemma3":
-        writer.add_rope_freq_base(raw["rope_parameters"]["full_attention"]["rope_theta"])
-    if architecture != "gemma":
-        writer.add_sliding_window(raw["sliding_window"])
-    kind = gguf.GGMLQuantizationType[matrix_type]
-    stored = {}
-    for hf_name, tensor in hf_model.model.state_dict().items():
-        array = tensor.numpy()
-        short = hf_name.removesuffix(".weight")
-        if short == "embed_tokens":
-            gguf_name = "token_embd"
-        elif short == "norm":
-            gguf_name = "output_norm"
-        else:
-            _, layer, rest = short.split(".", 2)
-            gguf_name = f"blk.{layer}.{GGUF_NAMES[rest]}"
-            if architecture == "gemma" and rest == "post_attention_layernorm":
-                gguf_name = f"blk.{layer}.ffn_norm"
-        if array.ndim == 1:
-            stored[f"model.{hf_name}"] = (array + np.float32(1)) - np.float32(1)
-            writer.add_tensor(f"{gguf_name}.weight", array + np.float32(1))
-        else:
-            quantized = gguf.quantize(array, kind)
-            stored[f"model.{hf_name}"] = gguf.dequantize(quantized, kind)
-            raw_dtype = None if matrix_type in ("F32", "F16") else kind
-            writer.add_tensor(f"{gguf_name}.weight", quantized, raw_dtype=raw_dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return stored
-
-
 @pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize("matrix_type", ["F32", "F16", "BF16", "Q8_0"])
 def test_gguf(name: str, matrix_type: str, tmp_path: Path) -> None:
@@ -287,14 +214,10 @@ def test_gguf(name: str, matrix_type: str, tmp_path: Path) -> None:
     assert info.config == dataclasses.replace(config, name=info.name)
 
 
-def test_a_gguf_that_leaves_out_what_llama_cpp_knows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
-        monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}", lambda *_: None)
+def test_a_gguf_that_leaves_out_what_llama_cpp_knows(tmp_path: Path) -> None:
+    drop = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
     for name in ("gemma2", "gemma3-270m"):
-        hf_model, _ = make_twin(name, intermediate_size=64, query_pre_attn_scalar=16)
-        write_gguf(tmp_path / f"{name}.gguf", name, hf_model, "F32")
+        write_gguf(tmp_path / f"{name}.gguf", name, make_twin(name)[0], drop=drop)
     config = load_model(tmp_path / "gemma2.gguf", **FLOAT32)[1].config
     assert (config.attn_softcap, config.final_softcap, config.sliding_window) == (50, 30, 4096)
     with pytest.raises(ValueError, match=r"lacks gemma3\.attention\.sliding_window"):
@@ -302,8 +225,6 @@ def test_a_gguf_that_leaves_out_what_llama_cpp_knows(
 
 
 def test_real_gguf_is_the_preset(real_gguf: Path) -> None:
-    from jaxsft.formats.gguf import GGUFFile, hf_config
-
     preset = PRESETS["gemma-3-270m"]
     config = from_hf_config(hf_config(GGUFFile(real_gguf)))
     assert dataclasses.replace(config, name=preset.name) == preset
@@ -312,22 +233,13 @@ def test_real_gguf_is_the_preset(real_gguf: Path) -> None:
 def test_gguf_header_equals_the_reference_reader(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "gemma")
-    writer.add_uint8("u8", 200)
-    writer.add_int8("i8", -3)
-    writer.add_uint16("u16", 65535)
-    writer.add_int16("i16", -32768)
-    writer.add_uint32("u32", 2**32 - 1)
-    writer.add_int32("i32", -5)
-    writer.add_uint64("u64", 2**64 - 1)
-    writer.add_int64("i64", -(2**60))
-    writer.add_float32("f32", 0.1)
-    writer.add_float64("f64", 0.1)
-    writer.add_bool("yes", True)
-    writer.add_string("text", "a ▁ 😀")
-    writer.add_array("tokens", ["", "▁a", "<0x00>"])
-    writer.add_array("scores", [0.5, -1e10])
-    writer.add_array("types", [1, 6, 3])
-    writer.add_array("flags", [True, False])
+    numbers = {"uint8": 200, "int8": -3, "uint16": 65535, "int16": -32768, "uint32": 2**32 - 1}
+    numbers |= {"int32": -5, "uint64": 2**64 - 1, "int64": -(2**60), "float32": 0.1}
+    for kind, value in (numbers | {"float64": 0.1, "bool": True, "string": "a ▁ 😀"}).items():
+        getattr(writer, f"add_{kind}")(kind, value)
+    arrays = {"tokens": ["", "▁a", "<0x00>"], "scores": [0.5, -1e10], "types": [1, 6, 3]}
+    for name, values in (arrays | {"flags": [True, False]}).items():
+        writer.add_array(name, values)
     writer.add_custom_alignment(64)
     writer.add_tensor("a.weight", np.arange(6, dtype=np.float32).reshape(2, 3))
     writer.add_tensor("b.weight", np.arange(5, dtype=np.float16))
@@ -335,8 +247,6 @@ def test_gguf_header_equals_the_reference_reader(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-    from jaxsft.formats.gguf import GGUFFile
 
     ours, reference = GGUFFile(path), gguf.GGUFReader(path)
     expected = {k: v.contents() for k, v in reference.fields.items() if not k.startswith("GGUF.")}

@@ -5,19 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
-from support.lora_twins import ATTENTION, clone, twin
+from support.lora_twins import ATTENTION, clone, inject_random, twin
 
-from jaxsft.gemma.lora import TARGETS, inject, resolve_targets
+from jaxsft.gemma.lora import TARGETS
 from jaxsft.gemma.model import Gemma, layer_location
 from jaxsft.weights.peft import AdapterConfig
 from jaxsft.weights.tunix import write_tunix_lora
 
-RANK, ALPHA = 3, 7.0
 NUM_LAYERS = 3  # one repetition of Gemma 2's two and a tail
 # (A, B) -> the update, as qwix forms its einsums of Tunix's; c: k or v, k: KV heads, r: rank.
 EINSUMS = {
@@ -32,13 +29,7 @@ EINSUMS = {
 
 def adapted(targets: str, use_rslora: bool) -> tuple[Gemma, AdapterConfig]:
     model = clone(twin("gemma2", num_hidden_layers=NUM_LAYERS)[1])
-    names = resolve_targets(targets)
-    settings: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "use_rslora": use_rslora}
-    inject(model, **settings, targets=targets, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
-        variable[...] = jnp.asarray(rng.standard_normal(variable.shape, np.float32))
-    return model, AdapterConfig(RANK, ALPHA, 0.0, use_rslora, names, None)
+    return model, inject_random(model, targets, use_rslora, size=1.0)
 
 
 def our_updates(model: Gemma, layer: int, scale: float) -> dict[str, np.ndarray]:
