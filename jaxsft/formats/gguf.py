@@ -1,7 +1,7 @@
-"""GGUF files: metadata, tensors dequantised a block of rows at a time, and the model config.
+"""Reads GGUF files: metadata, tensors (dequantised in blocks of rows) and the model's config.
 
 The header is parsed here because `gguf.GGUFReader` builds three NumPy objects for every vocabulary
-entry: 15 s for Gemma 3's 262,144 against 0.2 s. Dequantisation is the `gguf` package's.
+entry: 15 s for the 262,144 of Gemma 3, against 0.2 s. The `gguf` package does the dequantisation.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -24,17 +24,18 @@ _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8",
     11: "<i8", 12: "<f8",
 }  # fmt: skip
-# Blocks of this size stay in the cache: twice as fast as a whole embedding table at once.
+# Blocks of this size fit into the cache: twice as fast as a whole embedding table.
 _BLOCK_ELEMENTS = 1 << 16
 _ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-# The 27B models scale queries by (d_model / heads)^-0.5, and nothing but their depth says so.
+# The 27B models scale queries by (d_model / heads)^-0.5; only their depth identifies them.
 _DEPTH_OF_27B = {"gemma2": 46, "gemma3": 62}
 _PATTERN = "attention.sliding_window_pattern"
 _NOT_ONE_NUMBER = (_PATTERN, "rope.scaling.type")
 
 
 class GGUFTensor(NamedTuple):
-    """Where a tensor lies. `shape` is row-major, linear weights [out, in]; offset in the file."""
+    """The place of a tensor. `shape` is row-major, [out, in] for linear weights; `offset` is in
+    the file."""
 
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -43,15 +44,15 @@ class GGUFTensor(NamedTuple):
 
 
 class _DamagedError(Exception):
-    """The file contradicts itself or ends too early; the text says where."""
+    """The file contradicts itself or ends too early; the message says where."""
 
 
 class GGUFFile:
     """A GGUF file, memory-mapped.
 
     `metadata` maps every key to a str, int, float or bool, to a list of str, or to a 1-D array of
-    numbers; `tensors` maps every tensor's name to its place, `shapes` to its shape. Raises
-    ValueError when the file is not a complete little-endian GGUF of version 2 or 3.
+    numbers. `tensors` maps every tensor's name to its place, `shapes` to its shape. Raises
+    ValueError unless the file is a complete little-endian GGUF of version 2 or 3.
     """
 
     def __init__(self, path: Path | str):
@@ -77,7 +78,7 @@ class GGUFFile:
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, float32 [rows, in]) of a tensor, dequantised in order; [n] counts as one row.
+        """Yields (first row, float32 [rows, in]) of a tensor in order; [n] counts as one row.
 
         Raises ValueError for a type that `gguf` cannot dequantise.
         """
@@ -99,7 +100,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """Reads little-endian values one after the other, never past the end."""
+    """Reads little-endian values in order, never past the end."""
 
     def __init__(self, buffer: memoryview, at: int):
         self.buffer, self.at = buffer, at
@@ -118,7 +119,7 @@ class _Cursor:
         return self.numbers(dtype, 1)[0].item()
 
     def string(self) -> str:
-        """A length and so many bytes of UTF-8."""
+        """A length and that many bytes of UTF-8."""
         start = self.at + 8
         # Not `number`: this runs once for each of 262,144 vocabulary entries.
         length = _U64.unpack_from(self.buffer, self.at)[0] if start <= len(self.buffer) else 0
@@ -128,7 +129,7 @@ class _Cursor:
         return str(self.buffer[start : self.at], "utf-8")
 
     def value(self) -> Any:
-        """A metadata value, after its type."""
+        """A type and a metadata value of this type."""
         kind = self.number("<u4")
         if kind == _STRING:
             return self.string()
@@ -147,7 +148,7 @@ def _scalar_dtype(kind: int) -> str:
 
 
 def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """(metadata, tensors) of the header that `cursor` stands in, behind the magic bytes."""
+    """(metadata, tensors) of a header; `cursor` is behind the magic bytes."""
     version = cursor.number("<u4")
     if version not in _VERSIONS:
         raise _DamagedError(f"version {version}; only little-endian 2 and 3 are supported")
@@ -199,7 +200,7 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, GGUFTensor]:
 
 
 def _architecture(file: GGUFFile) -> str:
-    """gemma, gemma2 or gemma3; ValueError for others and for what is no whole model."""
+    """gemma, gemma2 or gemma3; ValueError for others and for incomplete models."""
     metadata = file.metadata
     if (kind := metadata.get("general.type", "model")) != "model":
         raise ValueError(f"{file.path}: holds no whole model, its general.type is {kind!r}")
@@ -220,8 +221,8 @@ def _architecture(file: GGUFFile) -> str:
 def hf_config(file: GGUFFile) -> dict[str, Any]:
     """The Hugging Face `config.json`, as a dict, of the Gemma in a GGUF file.
 
-    What llama.cpp leaves to its code is filled in as there: query scale, layer pattern, the base of
-    local rotary positions. Raises ValueError for other architectures and missing keys.
+    Settings that the file lacks have the values in llama.cpp's code: query scale, layer pattern,
+    base of local rotary positions. Raises ValueError for other architectures and missing keys.
     """
     metadata, architecture = file.metadata, _architecture(file)
 
@@ -252,7 +253,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     if problems:
         raise ValueError(f"{file.path}: not supported: {'; '.join(problems)}")
     is_27b = num_layers == _DEPTH_OF_27B.get(architecture) and num_heads
-    with np.errstate(over="ignore"):  # infinity is refused with the config
+    with np.errstate(over="ignore"):  # the config's reader refuses infinity
         norm_eps = np.float32(get("attention.layer_norm_rms_epsilon"))
     theta = get("rope.freq_base", 1e6 if architecture == "gemma3" else 1e4)
     config = {
@@ -266,7 +267,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "num_key_value_heads": get("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "max_position_embeddings": get("context_length"),
-        # A float32 in the file: 9.999999974752427e-07 means 1e-6.
+        # The file has float32: 9.999999974752427e-07 means 1e-6.
         "rms_norm_eps": float(str(norm_eps)),
         "rope_theta": theta,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -280,7 +281,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         if (value := get(cap)) is not None:
             config[cap] = value
     period = get(_PATTERN, 2 if architecture == "gemma2" else 6)
-    # One flag a layer, or a period of which the last layer is global (0: none is).
+    # One flag for each layer, or a period whose last layer is global (0: no layer is).
     local = period
     if not isinstance(period, int | np.ndarray):
         raise ValueError(f"{file.path}: {_PATTERN} is neither a number nor numbers: not supported")

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors directories, single and sharded, read a block of rows at a time."""
+"""Reads safetensors directories, with or without shards, in blocks of rows."""
 
 import json
 import re
@@ -16,7 +16,7 @@ MODEL_NAME = "model.safetensors"
 INDEX_NAME = f"{MODEL_NAME}.index.json"
 
 _DTYPES = ("F32", "F16", "BF16")
-_PICKLE_NAME = r"(pytorch|adapter)_model.*\.bin"  # beside them a trainer leaves others
+_PICKLE_NAME = r"(pytorch|adapter)_model.*\.bin"  # trainers leave other .bin files too
 _SHARD_NAME = r"[\w.-]+\.safetensors"
 _HEADER_SIZE = struct.Struct("<Q")
 _LFS_POINTER = b"version https://git-lfs"
@@ -24,10 +24,10 @@ _BLOCK_ELEMENTS = 1 << 20
 
 
 class SafetensorsDirectory:
-    """All tensors of the file `name`, or of the shards that its index names, memory-mapped.
+    """All tensors of the file `name`, or of the shards in its index, memory-mapped.
 
     `shapes` maps every tensor's name to its shape. Raises ValueError for missing, truncated and
-    foreign files, for a tensor that is in two shards or not in the one that the index names, and
+    foreign files, for a tensor that is in two shards or in another shard than the index says, and
     for dtypes other than float32, float16 and bfloat16.
     """
 
@@ -55,7 +55,7 @@ class SafetensorsDirectory:
             )
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, [rows, in]) of a tensor in order, in its own dtype; [n] counts as one row."""
+        """Yields (first row, [rows, in]) of a tensor in order, in its own dtype; [n] is one row."""
         shape, tensor = self.shapes[name], self._slices[name]
         if len(shape) < 2:
             yield 0, tensor[...].reshape(1, -1)
@@ -65,7 +65,7 @@ class SafetensorsDirectory:
             yield start, tensor[start : min(start + step, shape[0])]
 
     def _files(self, name: str) -> tuple[list[Path], dict[str, str]]:
-        """(files to read, the index's tensor -> file name)."""
+        """(files to read, {tensor: file name} of the index)."""
         if (self.path / name).exists():
             return [self.path / name], {}
         path = self.path / f"{name}.index.json"
@@ -88,12 +88,12 @@ class SafetensorsDirectory:
 
 
 def holds_model(directory: Path) -> bool:
-    """Are there a model's weights, whole or in shards?"""
+    """Does `directory` hold a model's weights, in one file or in shards?"""
     return any((directory / name).is_file() for name in (MODEL_NAME, INDEX_NAME))
 
 
 def pickle_hint(names: Iterable[str]) -> str:
-    """The end of a line that misses safetensors files, where `names` has PyTorch's pickles."""
+    """The end of an error about missing safetensors files: advice if `names` has pickles."""
     pickles = sorted(name for name in names if re.fullmatch(_PICKLE_NAME, name))
     if not pickles:
         return ""
@@ -119,7 +119,7 @@ def _open(path: Path) -> dict[str, Any]:
 
 
 def _check_unique(path: Path) -> None:
-    """ValueError where a name is in the header twice: the library takes the last one in silence."""
+    """ValueError if a name is in the header twice: the library would silently take the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> None:
         name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)

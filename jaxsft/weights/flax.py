@@ -1,9 +1,9 @@
-"""Flax checkpoints of Gemma in Orbax's format, in the layout that Kaggle distributes: in and out.
+"""Reads and writes Flax checkpoints of Gemma: Orbax's format, in the layout of Kaggle's.
 
-Names, shapes and layouts are as google-deepmind/gemma (gm/nn/_modules.py, gm/ckpts/_compat.py)
-reads them; for the axes see gemma/layers.py. Arrays go through TensorStore one by one: Orbax would
-hold a whole model. Reading opens nothing but the zarr arrays in the directory: no pickled or
-msgpack structure, and no path that leads out of it.
+Names, shapes and layouts follow google-deepmind/gemma (gm/nn/_modules.py, gm/ckpts/_compat.py); for
+the axes see gemma/layers.py. TensorStore reads and writes arrays one by one; Orbax would hold the
+whole model. Only zarr arrays inside the directory are opened: no pickle, no msgpack, and no path
+that leads out of it.
 Format: https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_format.html
 """
 
@@ -28,26 +28,29 @@ _PADDING_ROWS = 128  # below the embedding of Gemma 1 and 2: 256,000 + 128
 _OCDBT_FILE, _TREE_FILE = "manifest.ocdbt", "_METADATA"
 _DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}  # by the end of an array's metadata key
 _DTYPES = ("float32", "bfloat16", "float16")
-# Absent chunks read as zeros, so a few bytes may declare terabytes; weights compress by a half.
+# Missing chunks read as zeros, so a few bytes can declare terabytes. Weights compress to a half.
 _MAX_EXPANSION, _MAX_UNBACKED_BYTES = 64, 1 << 26
 _CHUNK_BYTES = 1 << 24
-_COMMIT_BYTES = 1 << 26  # each commit makes files, and waits for the disk
+_COMMIT_BYTES = 1 << 26  # each commit makes files and waits for the disk
 _BLOCK_ELEMENTS = 1 << 22
 
 
 def is_flax_checkpoint(path: Path | str) -> bool:
-    """Is there an Orbax checkpoint, or one alone beside its tokenizer, but no safetensors model?"""
+    """Does `path` hold an Orbax checkpoint, or one in a directory beside its tokenizer?
+
+    False if `path` is a model in safetensors.
+    """
     path = Path(path)
     is_hf = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     return not is_hf and _find(path) is not None
 
 
 class FlaxTensor(NamedTuple):
-    """One array of a checkpoint and the Hugging Face tensors that are its parts.
+    """One array of a checkpoint and the Hugging Face tensors that it holds.
 
-    Several (k and v, gate and up) are stacked along a first axis. `layout` says how a part lies:
-    "DF" [in, out], "FD" [out, in] as in Hugging Face (norms and the embedding too), "NDH" and "NHD"
-    with the output or input features split into heads.
+    Several tensors (k and v, gate and up) are stacked along a first axis. `layout` is that of one
+    tensor: "DF" is [in, out]; "FD" is [out, in] as in Hugging Face (norms and the embedding too);
+    "NDH" and "NHD" split the output or input features into heads.
     """
 
     name: str
@@ -78,7 +81,7 @@ class FlaxTensor(NamedTuple):
         return self.part_shape[::-1] if self.layout == "DF" else self.part_shape
 
     def to_hf(self, part: np.ndarray) -> np.ndarray:
-        """A part as Hugging Face has it."""
+        """A part in Hugging Face's layout."""
         if self.layout == "NDH":
             return part.transpose(0, 2, 1).reshape(self.hf_shape)
         if self.layout == "NHD":
@@ -96,22 +99,26 @@ class FlaxTensor(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a Hugging Face tensor lies: in an array, or in one row of its first axis."""
+    """The array that holds a Hugging Face tensor; `row` of its first axis if it holds several."""
 
     tensor: FlaxTensor
     row: int | None
 
 
 class FlaxCheckpoint:
-    """A Gemma as Kaggle distributes it, with Hugging Face names and shapes, read block by block.
+    """A Gemma as Kaggle distributes it, read block by block under Hugging Face names and shapes.
 
-    `path` is the checkpoint's directory, or the one in which it and tokenizer.model lie. `config`
-    is that of a `config.json` among the checkpoint's files, otherwise of the preset that has its
-    shapes; `shapes` are the config's, the padding of the embedding is cut; `files` are all files.
+    Args:
+      path: the checkpoint's directory, or the directory that holds it and tokenizer.model.
 
-    Raises ValueError, in one line: no checkpoint; a damaged or truncated one; shapes of no preset;
-    every missing, extra or misshapen array by name; dtypes other than float32, bfloat16 and
-    float16; arrays much larger than the files that should hold them.
+    Attributes:
+      config: from a `config.json` in the checkpoint, otherwise the preset with its shapes.
+      shapes: shape of every tensor, without the padding of the embedding.
+      files: all files of the checkpoint.
+
+    Raises ValueError, in one line, for no checkpoint, a damaged or truncated one, shapes of no
+    preset, missing, extra or misshapen arrays (names them all), dtypes other than float32, bfloat16
+    and float16, and arrays much larger than the files that should hold them.
     """
 
     def __init__(self, path: Path | str):
@@ -122,7 +129,7 @@ class FlaxCheckpoint:
         try:
             self.files = _files(self.path)
             self._arrays = _open_arrays(self.path)
-        except Exception as error:  # what a damaged file raises is anything
+        except Exception as error:  # a damaged file can raise anything
             raise _damaged(self.path, error) from error
         self._check_sizes()
         shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
@@ -140,9 +147,9 @@ class FlaxCheckpoint:
                 self._places[part] = _Place(tensor, index if len(tensor.parts) > 1 else None)
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, [rows, in]) of a tensor in order, in its own dtype; [n] counts as one row.
+        """Yields (first row, [rows, in]) of a tensor in order, in its own dtype; [n] is one row.
 
-        All but the embedding are one block. Raises ValueError where the data is damaged.
+        Every tensor but the embedding is one block. Raises ValueError if the data is damaged.
         """
         tensor, row = self._places[name]
         array = self._arrays[tensor.name]
@@ -152,7 +159,7 @@ class FlaxCheckpoint:
             return
         num_rows, d_model = self.shapes[name]
         step = max(1, _BLOCK_ELEMENTS // d_model)
-        # Whole chunks: each is decoded anew for every block that cuts it.
+        # A block is whole chunks: a chunk in two blocks would be decoded twice.
         chunk_rows = _chunk(array)[0]
         step = -(-step // chunk_rows) * chunk_rows
         for start in range(0, num_rows, step):
@@ -162,8 +169,8 @@ class FlaxCheckpoint:
         try:
             return np.asarray(array.read().result())
         except MemoryError:
-            raise  # says nothing about the file
-        except Exception as error:  # what a damaged file raises is anything
+            raise  # not the file's fault
+        except Exception as error:  # a damaged file can raise anything
             raise _damaged(self.path, error, f"tensor {name}: ") from error
 
     def _check_sizes(self) -> None:
@@ -191,14 +198,14 @@ class FlaxCheckpoint:
 def write_flax(
     directory: Path | str, tensors: Iterable[tuple[str, np.ndarray]], config: GemmaConfig
 ) -> None:
-    """Writes (Hugging Face name, array) pairs as a checkpoint; `directory` appears when whole.
+    """Writes (Hugging Face name, array) pairs as a checkpoint; `directory` appears when it is whole.
 
-    The layout is Kaggle's, which the `gemma` package's `gm.ckpts.load_params` and Tunix's
-    `params` modules read; dtypes stay as they are. Gemma 1 and 2 get 128 embedding rows that the
-    vocabulary lacks: copies of the first, so that none of their logits ever exceeds that of <pad>.
-    In memory, besides what `tensors` holds, are two copies of the largest array at most.
+    The layout is Kaggle's, which `gm.ckpts.load_params` of the `gemma` package and the `params`
+    modules of Tunix read. Dtypes do not change. The embedding of Gemma 1 and 2 gets 128 rows below
+    the vocabulary: copies of the first row, so that their logits never exceed that of <pad>. Takes
+    the memory of at most two copies of the largest array, besides `tensors`.
 
-    Raises ValueError when the directory is there already, OSError when it cannot be written.
+    Raises ValueError if the directory exists, OSError if it cannot be written.
     """
     directory = Path(directory).absolute()
     if directory.exists():
@@ -235,7 +242,7 @@ def write_flax(
 
 @contextmanager
 def _os_errors(directory: Path) -> Iterator[None]:
-    """TensorStore says with a ValueError that the disk is full."""
+    """Turns TensorStore's ValueError for a full disk into an OSError."""
     try:
         yield
     except ValueError as error:
@@ -243,7 +250,7 @@ def _os_errors(directory: Path) -> Iterator[None]:
 
 
 def _find(path: Path) -> Path | None:
-    """The checkpoint's own directory."""
+    """The checkpoint's own directory, None if there is none."""
 
     def is_checkpoint(directory: Path) -> bool:
         return any((directory / name).is_file() for name in (_OCDBT_FILE, _TREE_FILE))
@@ -257,7 +264,7 @@ def _find(path: Path) -> Path | None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """All files in it; ValueError for pipes, and for links to directories, which may be endless."""
+    """All files in it; ValueError for pipes, and for links to directories, which can be circular."""
     files = []
     for entry in sorted(directory.rglob("*")):
         if entry.is_file():
@@ -268,13 +275,13 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _kvstore(directory: Path, *, is_ocdbt: bool) -> ts.KvStore:
-    """The keys and values in the directory: TensorStore's own database, or a file each."""
+    """The directory as a key-value store: TensorStore's database, or one file for each key."""
     files = {"driver": "file", "path": f"{directory}/"}
     return ts.KvStore.open({"driver": "ocdbt", "base": files} if is_ocdbt else files).result()
 
 
 def _open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
-    """Every array by its name in Kaggle's layout; nothing but metadata is read."""
+    """Every array by its name in Kaggle's layout; reads only metadata."""
     kvstore = _kvstore(directory, is_ocdbt=(directory / _OCDBT_FILE).exists())
     pending: dict[str, Any] = {}
     for key in kvstore.list().result():
@@ -291,7 +298,7 @@ def _open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
 
 
 def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
-    """The shape of the chunks, which are decoded whole."""
+    """The shape of the array's chunks."""
     shape = array.chunk_layout.write_chunk.shape
     return tuple(side or 1 for side in shape or ())
 
@@ -299,7 +306,7 @@ def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
 def _write(
     kvstore: ts.KvStore, tensor: FlaxTensor, array: np.ndarray, transaction: ts.Transaction
 ) -> None:
-    """One zarr array, in chunks that are read and decoded one at a time."""
+    """Writes one zarr array in chunks."""
     chunk = list(tensor.shape)
     for axis in range(len(chunk)):
         rest = math.prod(chunk[axis + 1 :]) * array.dtype.itemsize
@@ -319,7 +326,7 @@ def _write(
 
 
 def _write_tree(directory: Path, tensors: list[FlaxTensor]) -> None:
-    """What Orbax needs beside the arrays: the tree that they are the leaves of."""
+    """Writes the tree whose leaves are the arrays, which Orbax needs."""
     value = {"value_type": "np.ndarray", "skip_deserialize": False}
     tree = {}
     for tensor in tensors:
@@ -340,12 +347,12 @@ def _damaged(path: Path, error: Exception, where: str = "") -> ValueError:
 
 
 def _first_line(error: Exception) -> str:
-    """TensorStore's own text without the trace of source locations behind it."""
+    """TensorStore's message without its list of source locations."""
     return visible_line(str(error).split(" [", 1)[0])[:300]
 
 
 def _flax_tensors(config: GemmaConfig, num_rows: int, gating_layout: str) -> list[FlaxTensor]:
-    """Every array of a checkpoint whose embedding has `num_rows`.
+    """Every array of a checkpoint whose embedding has `num_rows` rows.
 
     `gating_layout` is "DF", as in Gemma 1 and Gemma 2 2B, or "FD", as in Gemma 3.
     """
@@ -359,20 +366,20 @@ def _flax_tensors(config: GemmaConfig, num_rows: int, gating_layout: str) -> lis
 
 
 def _flax_name(stored: str) -> str:
-    """A FlaxTensor's name from that in a checkpoint: Kaggle's, or of a tree that `gemma` saved."""
+    """The name in Kaggle's layout of an array saved by Kaggle or by the `gemma` package."""
     name = stored.replace(".", "/").removeprefix("transformer/")
     return f"{name}/w" if name.endswith(("/mlp/gating_einsum", "/mlp/linear")) else name
 
 
 def like_found(config: GemmaConfig, shapes: dict[str, tuple[int, ...]]) -> list[FlaxTensor]:
-    """The arrays of `config`, padded and laid out as the `shapes` found in a checkpoint are."""
+    """The arrays of `config`, with the padding and layout that a checkpoint's `shapes` show."""
     num_rows = config.vocab_size
     if shapes.get(_EMBEDDING, ())[:1] == (num_rows + _PADDING_ROWS,):
         num_rows += _PADDING_ROWS
     found = shapes.get("layer_0/mlp/gating_einsum/w")
     is_df = found == (2, config.d_model, config.d_ff)
     is_fd = found == (2, config.d_ff, config.d_model)
-    # A square one shows no layout; nor does what is missing.
+    # A square or missing array does not show its layout.
     layout = "FD" if config.qk_norm else "DF"
     if is_fd != is_df:
         layout = "FD" if is_fd else "DF"
@@ -380,7 +387,7 @@ def like_found(config: GemmaConfig, shapes: dict[str, tuple[int, ...]]) -> list[
 
 
 def preset_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> GemmaConfig:
-    """The preset of the same width; ValueError if there is none. What else differs is not seen."""
+    """The preset of the same width; ValueError if there is none. Compares nothing else."""
     width = shapes.get(_EMBEDDING, (0,))[-1]
     for preset in PRESETS.values():
         if preset.d_model == width:

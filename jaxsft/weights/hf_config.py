@@ -1,4 +1,4 @@
-"""The `config.json` of a Hugging Face Gemma: read and written."""
+"""Reads and writes the `config.json` of a Hugging Face Gemma."""
 
 import json
 import math
@@ -12,16 +12,15 @@ _MODEL_TYPES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-_MAX_LAYERS = 512  # Gemma's deepest has 62; a number alone must not take memory and time
+_MAX_LAYERS = 512  # Gemma's deepest has 62; a huge number must not take memory and time
 _CAPS = ("attn_softcap", "final_softcap")
 _HF_LAYER_TYPES = {"sliding_attention": LOCAL, "full_attention": GLOBAL}
 
 
 def from_hf_config(source: Path | str | dict[str, Any], where: str = "config") -> GemmaConfig:
-    """GemmaConfig from a Hugging Face `config.json` (its path, or the parsed dict of `where`).
+    """GemmaConfig from a Hugging Face `config.json`: its path, or a dict that comes from `where`.
 
-    Raises ValueError that names every key and value that this implementation does not support,
-    rather than computing something else silently.
+    Raises ValueError that names every unsupported key and value.
     """
     raw: Any = source
     if not isinstance(source, dict):
@@ -50,10 +49,10 @@ def from_hf_config(source: Path | str | dict[str, Any], where: str = "config") -
 
 
 def _unsupported(raw: dict[str, Any], model_type: str) -> list[str]:
-    """Settings that would change the mathematics, as "key=value" with what is expected."""
+    """Settings that would change the computation, as "key=value (only what is supported)"."""
     problems = []
     activation = raw.get("hidden_activation") or raw.get("hidden_act", "gelu_pytorch_tanh")
-    # Gemma 1's first configs say "gelu" and mean the tanh form; transformers corrects it as well.
+    # Gemma 1's first configs say "gelu" but mean the tanh form; transformers corrects this too.
     legacy_gelu = model_type == "gemma" and activation == "gelu"
     if activation != "gelu_pytorch_tanh" and not legacy_gelu:
         problems.append(f"hidden_activation={activation!r} (only gelu_pytorch_tanh)")
@@ -100,7 +99,7 @@ def _impossible(config: GemmaConfig) -> list[str]:
 
 
 def _rope_parameters(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """transformers 5's `rope_parameters`, one dict a layer type; {} when absent."""
+    """transformers 5's `rope_parameters`, one dict for each layer type; {} if absent."""
     parameters = raw.get("rope_parameters") or {}
     if any(isinstance(v, dict) for v in parameters.values()):
         return {k: v or {} for k, v in parameters.items()}
@@ -128,7 +127,7 @@ def _parse(raw: dict[str, Any], model_type: str) -> GemmaConfig:
     if gemma3:
         theta_local = raw.get("rope_local_base_freq", theta_local)
         theta_global = 1_000_000.0 if theta_global is None else theta_global
-    # What a key left out means in transformers.
+    # transformers' defaults for missing keys.
     attn_cap, final_cap = (50.0, 30.0) if model_type == "gemma2" else (None, None)
     head_dim = raw["head_dim"]
     query_pre_attn_scalar = head_dim if gemma1 else raw["query_pre_attn_scalar"]
@@ -155,9 +154,9 @@ def _parse(raw: dict[str, Any], model_type: str) -> GemmaConfig:
 
 
 def to_hf_config(config: GemmaConfig) -> dict[str, Any]:
-    """The `config.json` of a model: what `from_hf_config` reads, but for the name.
+    """The `config.json` of a model, which `from_hf_config` reads again; without the name.
 
-    Rotary bases have the names of transformers 4, which 5 understands too.
+    Rotary bases have their names of transformers 4, which version 5 understands too.
     """
     model_type = "gemma3_text" if config.qk_norm else "gemma2" if config.post_norms else "gemma"
     values: dict[str, Any] = {
@@ -184,7 +183,7 @@ def to_hf_config(config: GemmaConfig) -> dict[str, Any]:
     scalar = config.query_scale**-2
     kinds = ("full_attention" if t == GLOBAL else "sliding_attention" for t in config.layer_types)
     values |= {
-        # A whole number in every Gemma; its square root's inverse is not exact.
+        # A whole number in every Gemma; query_scale is its rounded inverse square root.
         "query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar,
         "sliding_window": config.sliding_window,
         "layer_types": list(kinds),

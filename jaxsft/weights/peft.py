@@ -1,7 +1,7 @@
-"""PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`, out and in.
+"""Reads and writes PEFT adapters: `adapter_config.json` and `adapter_model.safetensors`.
 
-Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. PEFT's lora_A is [r, in] and
-lora_B [out, r], one pair a layer; the tree keeps a [in, r] and b [r, out], stacked over layers.
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. PEFT has lora_A [r, in] and
+lora_B [out, r] for each layer; our tree has a [in, r] and b [r, out], stacked over layers.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from jaxsft.weights.names import LINEAR_TENSORS, check_shapes
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_BASE_DIGEST = "base_digest"  # among the metadata of the weights, which PEFT leaves alone
-# Keys that this implementation reads, and keys that leave the mathematics alone.
+_BASE_DIGEST = "base_digest"  # in the metadata of the weights, which PEFT ignores
+# Keys that this module reads, and keys that do not change the computation.
 _UNDERSTOOD = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bias",
     "init_lora_weights", "base_model_name_or_path", "revision",
@@ -40,9 +40,9 @@ _HARMLESS = (
     "task_type", "peft_version", "auto_mapping", "inference_mode", "megatron_core",
     "layers_pattern", "qalora_group_size", "runtime_config",
 )  # fmt: skip
-# Initialisations that also change the base weights, which the adapter alone cannot repeat.
+# Initialisations that change the base weights too; the adapter alone is then not enough.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What a file that is no config can raise.
+# The errors that a file which is no config can cause.
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
 )
@@ -50,10 +50,10 @@ _UNREADABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of an adapter; `targets` in canonical order.
+    """The settings of an adapter; `targets` are in canonical order.
 
-    `base_digest` is that of the weights that it was trained on (`WeightsInfo.digest`), and
-    `base_revision` their commit on the hub, or a branch or tag; None where nobody noted them.
+    `base_digest` identifies the weights that it was trained on (`WeightsInfo.digest`);
+    `base_revision` is their commit, branch or tag on the hub. Both are None if not known.
     """
 
     rank: int
@@ -67,9 +67,9 @@ class AdapterConfig:
 
 
 def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> None:
-    """Writes the adapter of `model` as float32; `config` is what it was injected with.
+    """Writes the adapter of `model` as float32; `config` are the settings it was injected with.
 
-    Each file appears under its name only when whole, the config last.
+    Each file gets its name only when it is whole, the config last.
     """
     state = nnx.to_flat_state(lora.split(model)[1])
     leaves = {path: on_host(v.get_value()) for path, v in state}
@@ -115,14 +115,14 @@ def load_adapter(
     *,
     config: AdapterConfig | None = None,
 ) -> AdapterConfig:
-    """Injects the adapter of `directory` into `model`, which must have none; returns its config.
+    """Injects the adapter of `directory` into `model`, which has none; returns its config.
 
-    Values are cast to float32. With `base`, whose weights the model has, an adapter that notes
-    other weights is refused. `config` is the adapter's, if it has been read already.
+    Values are cast to float32. `base` describes the weights of `model`: an adapter that was trained
+    on other weights is then refused. `config` is the adapter's, if the caller has read it already.
 
-    Raises ValueError, with `model` unchanged: a config that is unreadable or asks for more than
-    plain LoRA on Gemma's linear layers (every such setting by name), weights that are missing,
-    truncated or not finite, and every missing, extra or misshapen tensor by name.
+    Raises ValueError and leaves `model` unchanged for a config that is unreadable or asks for more
+    than plain LoRA on Gemma's linear layers (names every such setting), for weights that are
+    missing, truncated or not finite, and for missing, extra or misshapen tensors (names them all).
     """
     directory = Path(directory)
     config = config or read_adapter_config(directory)
@@ -165,13 +165,13 @@ def load_adapter(
 
 
 def holds_adapter(directory: Path) -> bool:
-    """Is there an adapter? A config alone is one too, unless it lies beside a whole model."""
+    """Does `directory` hold an adapter? A config alone counts too, but not beside a whole model."""
     has_weights = (directory / WEIGHTS_NAME).is_file() or not holds_model(directory)
     return has_weights and (directory / CONFIG_NAME).is_file()
 
 
 class AdapterPart(NamedTuple):
-    """One PEFT tensor: its key, its shape, and the tree leaf (and row of its stack) it lies in."""
+    """One PEFT tensor: its key, its shape, and its leaf in the tree (and row in that leaf)."""
 
     key: str
     shape: tuple[int, int]
@@ -180,7 +180,7 @@ class AdapterPart(NamedTuple):
 
 
 def adapter_parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Iterator[AdapterPart]:
-    """Every tensor of an adapter's file, layer by layer, A before B."""
+    """Yields every tensor of an adapter's file, layer by layer, A before B."""
     for layer in range(config.num_layers):
         group, index, row = layer_location(config, layer)
         for tensor in LINEAR_TENSORS:
@@ -195,9 +195,9 @@ def adapter_parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Ite
 
 
 def read_adapter_config(directory: Path | str) -> AdapterConfig:
-    """The settings of a PEFT directory; ValueError names all that are not supported.
+    """The settings of a PEFT adapter; ValueError names all unsupported ones.
 
-    Where the targets are a pattern, they are those that the file of weights has tensors for.
+    If the targets are given as a pattern, they are taken from the names of the tensors.
     """
     path = Path(directory) / CONFIG_NAME
     try:
@@ -238,13 +238,13 @@ def read_adapter_config(directory: Path | str) -> AdapterConfig:
 
 
 def _targets_in(path: Path) -> list[str]:
-    """The modules that a file of weights is for; to match a foreign pattern may take for ever."""
+    """The target modules of a file of weights: matching a foreign pattern could take forever."""
     names = SafetensorsDirectory(path.parent, path.name).shapes
     return sorted({m[1] for name in names if (m := re.search(r"\.(\w+)\.lora_[AB]\.", name))})
 
 
 def _base_digest(path: Path) -> str | None:
-    """What the file of weights notes of its base; damage is for `load_adapter` to tell."""
+    """The digest of the base in the metadata of the weights; `load_adapter` reports damage."""
     try:
         with safe_open(path, framework="numpy") as file:
             digest = (file.metadata() or {}).get(_BASE_DIGEST, "")
@@ -262,10 +262,10 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         problems.append(f"init_lora_weights={init!r} (it changes the base weights)")
-    # use_dora, modules_to_save, rank_pattern, alpha_pattern, layers_to_transform, …: PEFT's next
-    # invention too is refused as long as its default is off.
+    # use_dora, modules_to_save, rank_pattern, layers_to_transform, …: future settings of PEFT are
+    # refused too, as long as their default is off.
     for key, value in raw.items():
-        # Not `value in (None, False, …)`: layers_to_transform=0 is the first layer, and 0 == False.
+        # Not `value in (None, False, …)`: 0 == False, but layers_to_transform=0 is a layer.
         is_off = value is None or value is False or value in ([], {})
         if key not in _UNDERSTOOD and key not in _HARMLESS and not is_off:
             problems.append(f"{key}={value!r}")
@@ -273,10 +273,10 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
 
 
 def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """A safetensors file whose bytes are always the same: the library shuffles the metadata."""
+    """Writes a safetensors file with reproducible bytes: the library shuffles the metadata."""
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # as it wraps what the system said
+    except SafetensorError as error:  # it wraps the system's error
         raise OSError(f"{path.parent}: can't be written: {error}") from error
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))

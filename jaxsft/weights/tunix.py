@@ -1,9 +1,9 @@
-"""Adapters for Tunix: a checkpoint of the LoRA parameters alone, as its CheckpointManager reads.
+"""Writes adapters for Tunix: a checkpoint of the LoRA parameters that its CheckpointManager reads.
 
-Tunix keeps k and v in one array, so qwix gives them one A and one B (qwix/_src/providers/lora.py),
-and `rank` and `alpha` are the same for the whole model. Two A of rank r therefore stand side by
-side in one of rank 2r, and B is zero where the rows of one meet the columns of the other: exactly
-the same update. Axes: see layers.py.
+Tunix has k and v in one array, so qwix gives them one A and one B (qwix/_src/providers/lora.py).
+`rank` and `alpha` are the same for the whole model. The A of k and the A of v, of rank r each,
+therefore become one A of rank 2r, and B is zero where the rows of one meet the columns of the
+other. The update is exactly the same. Axes: see gemma/layers.py.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from jaxsft.weights.peft import AdapterConfig
 
 
 class _Matrix(NamedTuple):
-    """A weight of Tunix's block, and our layers in it: with several, B has a first axis of them.
+    """A weight of Tunix's block and our layers in it. Several layers are B's first axis after R.
 
     A is [*in_shape, R]; B is [R, *out_shape].
     """
@@ -35,15 +35,15 @@ class _Matrix(NamedTuple):
 
 
 def write_tunix_lora(directory: Path | str, model: Gemma, config: AdapterConfig) -> dict[str, Any]:
-    """Writes the adapter of `model`, injected with `config`, as float32; `directory` must be new.
+    """Writes the adapter of `model`, injected with `config`, as float32 to a new `directory`.
 
-    Returns the arguments of `qwix.LoraProvider`, {"module_path", "rank", "alpha"}, with which
-    Tunix's model must get its LoRA layers. Then Tunix restores the checkpoint with
+    Returns the arguments of `qwix.LoraProvider`, {"module_path", "rank", "alpha"}, which gives
+    Tunix's model its LoRA layers. Tunix then restores the checkpoint with
     `CheckpointManager(directory).maybe_restore(model, restore_only_lora_params=True)`, which
-    returns those arguments as well. The rank is that of `config`, or twice it where k and v both
-    have an adapter; alpha / rank is our scale, rank-stabilised or not. Dropout is not stored.
+    returns the same arguments. The rank is that of `config`, or twice it if k and v both have an
+    adapter; alpha / rank is our scale, rank-stabilised or not. Dropout is not stored.
 
-    Raises ValueError when the directory is there already, OSError when it cannot be written.
+    Raises ValueError if the directory exists, OSError if it cannot be written.
     """
     directory = Path(directory).absolute()
     if directory.exists():
@@ -101,7 +101,7 @@ def _matrices(config: GemmaConfig) -> list[_Matrix]:
 def _adapters(
     leaves: dict[tuple, np.ndarray], config: GemmaConfig, layer: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Target -> (a [in, R], b [R, out]) of one layer, for the targets that have an adapter."""
+    """Target -> (a [in, R], b [R, out]) of one layer, for targets with an adapter."""
     group, index, row = layer_location(config, layer)
     adapters = {}
     for tensor in LINEAR_TENSORS:
@@ -115,7 +115,7 @@ def _adapters(
 def _combine(
     matrix: _Matrix, adapters: dict[str, tuple[np.ndarray, np.ndarray]], rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of `rank` whose product is that of each target's own, in its place."""
+    """One A and B of `rank` with the same product as each target's own a and b."""
     in_dim = int(np.prod(matrix.in_shape))
     whole_a = np.zeros((in_dim, rank), np.float32)
     whole_b = np.zeros((rank, *matrix.out_shape), np.float32)
@@ -132,7 +132,7 @@ def _combine(
 
 
 def _save(directory: Path, tree: dict[str, Any], settings: dict[str, Any]) -> None:
-    """As Tunix's CheckpointManager saves step 0."""
+    """Saves the tree as Tunix's CheckpointManager saves step 0."""
     handlers = {"model_params": ocp.PyTreeCheckpointHandler()}
     try:
         with ocp.CheckpointManager(directory, item_handlers=handlers) as manager:

@@ -442,7 +442,7 @@ def test_a_stored_token_is_sent_to_the_hub_alone(
 def test_a_disk_that_is_full(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     line = refused(REPO, say=lambda line: None)
-    assert "0.00 GB free" in line and "set HF_HOME to a place with more" in line
+    assert "1 MiB free" in line and "set HF_HOME to a place with more" in line
     assert [name for name, _ in hub.downloads()] == ["config.json"]
 
 
