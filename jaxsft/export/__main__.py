@@ -1,9 +1,9 @@
 """Writes what was trained for other programs: `python -m jaxsft.export RUN --format merged`.
 
-The other library loads the export again, in a process of its own, and the logits are compared
-before it gets its name. Where there is no Tunix, or none that could compute the model, jaxsft alone
-reads a Flax export, which is then not called verified. Nothing is left of one that was interrupted.
-The check holds the whole model in float32, here and then in the other library; writing holds a
+Another library loads the export in its own process. The export gets its name after the logits have
+been compared. Without Tunix, or with a model that Tunix cannot compute, jaxsft reads a Flax export
+itself, and the manifest says that it is not verified. An interrupted export leaves nothing. The
+check holds the whole model in float32, first here, then in the other library; writing holds one
 tensor.
 
 Exit codes: 0 exported; 1 drifting (kept as NAME.drifting), not written, no memory; 2 bad input.

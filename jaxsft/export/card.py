@@ -32,9 +32,9 @@ _LICENSE = (
 
 
 def about_training(origin: Origin, adapter: AdapterConfig | None) -> list[str]:
-    """The card's sections on how the adapter was trained and what it was measured to do.
+    """The card's sections on the training of the adapter and on its measurements.
 
-    Raises ValueError for files of its run that cannot be read.
+    Raises ValueError if a file of its run cannot be read.
     """
     if adapter is None:
         return []
@@ -57,8 +57,7 @@ def model_card(
     manifest: Mapping[str, Any],
     name: str,
 ) -> str:
-    """The card of the export that `manifest` describes, called `name`; `training` are the sections
-    of `about_training`."""
+    """The card of the export `name`, from its manifest and the sections of `about_training`."""
     has_adapter = origin.adapter is not None
     front = _front_matter(origin, manifest["format"], has_adapter=has_adapter)
     base = origin.name if _is_on_hub(origin) else Path(origin.name).absolute().name
@@ -115,12 +114,7 @@ def _training(origin: Origin, adapter: AdapterConfig) -> str:
 def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
     data = config.data
     files = {"training": data.train_files, "held-out": data.eval_files}
-    lines = []
-    for kind, names in files.items():
-        # The directories are those of a machine that the reader does not have.
-        names = [Path(name).name for name in ([names] if isinstance(names, str) else names)]
-        if names:
-            lines.append(f"- {kind} rows: {', '.join(map(_quoted, names))}")
+    lines = [f"- {kind} rows: {_file_names(names)}" for kind, names in files.items() if names]
     rows = "packed rows" if data.packing else "rows"
     lines += [
         f"- {num_steps:,} steps of batch size {config.global_batch_size:,} ({rows} of at most "
@@ -139,14 +133,19 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
     return lines
 
 
+def _file_names(files: str | Sequence[str]) -> str:
+    """The names without their directories, which the reader does not have."""
+    return ", ".join(_quoted(Path(f).name) for f in ([files] if isinstance(files, str) else files))
+
+
 def _result(run_dir: Path) -> dict[str, Any]:
-    """What a finished run is known by; {} of one that isn't."""
+    """The result.json of a run; {} if the run is not finished."""
     path = run_dir / "result.json"
     return read_json(path) if path.exists() else {}
 
 
 def _data(run_dir: Path) -> list[str]:
-    """What became of the run's rows, if it noted that."""
+    """The counts of the run's rows, if it noted them."""
     data = _result(run_dir).get("data")
     if not isinstance(data, dict) or not data:
         return []
@@ -155,20 +154,19 @@ def _data(run_dir: Path) -> list[str]:
 
 
 def _in_training(run_dir: Path) -> list[str]:
-    """The run's measurements before and after, if it has them."""
+    """The run's measurements before and after training, if it has them."""
     result = _result(run_dir)
     before, after = result.get("before") or {}, result.get("after") or {}
     if not after:
         return []
-    files = run_config(run_dir).data.eval_files
-    names = [Path(name).name for name in ([files] if isinstance(files, str) else files)]
-    lead = f"Before and after training, on the held-out rows ({', '.join(map(_quoted, names))}"
+    files = _file_names(run_config(run_dir).data.eval_files)
+    lead = f"Before and after training, on the held-out rows ({files}"
     lead += f"; {after['num_answers']:,} answers" if after.get("num_answers") else ""
     return [f"{lead}):", _table({"before": before, "after": after})]
 
 
 def _evaluation(run_dir: Path, adapter: Path) -> list[str]:
-    """The run's own evaluation, where it is one of the adapter as it is now."""
+    """The run's evaluation, if it measured the adapter as it is now."""
     path = run_dir / _EVALUATION
     if not path.is_file():
         return []
@@ -192,7 +190,7 @@ def _evaluation(run_dir: Path, adapter: Path) -> list[str]:
 
 
 def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a line a metric that any column has, a column a model."""
+    """A Markdown table: a row for each metric that any model has, a column for each model."""
     lines = [
         "".join(f"| {cell} " for cell in ("", *columns)) + "|",
         "|---" * (len(columns) + 1) + "|",

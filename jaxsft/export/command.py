@@ -1,4 +1,4 @@
-"""Writes an export, has another library load it, and names it."""
+"""Writes an export, has another library check it, and gives it its name."""
 
 import importlib.metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from jaxsft.weights.peft import WEIGHTS_NAME
 
 
 def export(options: ExportOptions, command: str) -> int:
-    """Writes, checks and names the export; returns the exit code. Raises ValueError, OSError.
+    """Writes and checks the export; returns the exit code. Raises ValueError, OSError.
 
     `command` is the command line, for the manifest.
     """
@@ -79,7 +79,7 @@ def export(options: ExportOptions, command: str) -> int:
 def manifest_of(
     made: Export, check: ExportCheck | None, peer: Peer | None, command: str
 ) -> dict[str, Any]:
-    """The manifest, without its files."""
+    """The manifest, without the list of files."""
     options, origin = made.options, made.origin
     return identity(made) | {
         "model": options.model,
@@ -102,7 +102,7 @@ def manifest_of(
 
 
 def identity(made: Export) -> dict[str, Any]:
-    """What an earlier export must have in common with this one to be replaced."""
+    """The values that an earlier export must share with this one to be replaced."""
     adapter = made.origin.adapter
     return {
         "format": made.options.format,

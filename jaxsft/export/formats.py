@@ -1,7 +1,7 @@
-"""What an export is made from, and what each format writes.
+"""The source of an export, and the files of each format.
 
-Tensors pass through in blocks of rows: memory stays at a few of them, whatever the model's size (at
-one whole tensor where the format needs it).
+Tensors are copied in blocks of rows, so memory is a few blocks, or one whole tensor if the format
+needs it, for a model of any size.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ FLAX_MODEL, TUNIX_LORA = "model", "tunix-lora"
 _STORED = {"float32": "F32", "bfloat16": "BF16"}  # safetensors' names
 WEIGHTS = "model.safetensors"
 _HEADER_ALIGNMENT = 8
-_NUM_POSITIONS = 256  # of all probes, about: their logits come back in a file
+_NUM_POSITIONS = 256  # about, in all probes; their logits come back in a file
 
 
 class Export(NamedTuple):
-    """What an export is made from. `adapter` is None for a base model; `system_prompt` is what
-    training put in front of rows without a system turn, as `system_text`."""
+    """The source of an export. `adapter` is None for a base model; `system_prompt` is that of
+    `system_text`."""
 
     options: ExportOptions
     origin: Origin
@@ -50,12 +50,12 @@ class Export(NamedTuple):
     info: WeightsInfo
     weights: MergedWeights
     adapter: AdapterConfig | None
-    adapter_only: Gemma | None  # `without_weights`, but for the adapter
+    adapter_only: Gemma | None  # the adapter on `without_weights`
     system_prompt: str | None
 
 
 def open_export(options: ExportOptions, origin: Origin) -> Export:
-    """Opens everything and reads what is small; ValueError for what does not fit together."""
+    """Opens the model and reads its adapter; ValueError for parts that do not fit together."""
     tokenizer = open_tokenizer(origin.tokenizer)
     source, info = open_weights(origin.base)
     check_tokenizer(tokenizer, info.config)
@@ -76,7 +76,7 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
 
 
 def needed_bytes(made: Export, peer: Peer | None) -> int:
-    """What the export and its check take on the disk, about."""
+    """About how much space the export and its check take on the disk."""
     options, config = made.options, made.info.config
     adapter = made.adapter
     num_bytes = 4 * config.lora_params(adapter.rank, adapter.targets) if adapter else 0
@@ -85,9 +85,8 @@ def needed_bytes(made: Export, peer: Peer | None) -> int:
     if peer is None:
         return num_bytes
     num_bytes += 4 * config.vocab_size * _NUM_POSITIONS
-    is_there = made.info.format == ("flax" if options.format == "flax" else "safetensors")
-    if adapter is not None and options.format != "merged" and not is_there:
-        num_bytes += 4 * config.num_params  # the base, written anew
+    if adapter is not None and options.format != "merged" and not is_in_peer_format(made):
+        num_bytes += 4 * config.num_params  # the copy of the base
     return num_bytes
 
 
@@ -107,7 +106,7 @@ def write(directory: Path, made: Export) -> None:
     else:
         write_flax(directory / FLAX_MODEL, made.weights.tensors(options.dtype), config)
         presets = [dataclasses.replace(preset, name=config.name) for preset in PRESETS.values()]
-        if config not in presets:  # its shapes don't tell what it is
+        if config not in presets:  # its shapes do not identify it
             write_json(directory / FLAX_MODEL / "config.json", to_hf_config(config))
         (directory / "tokenizer.model").write_bytes(made.tokenizer.model_bytes)
         if made.adapter is not None and made.adapter_only is not None:
@@ -118,10 +117,10 @@ def write(directory: Path, made: Export) -> None:
 def write_weights(
     directory: Path, weights: MergedWeights, *, dtype: str, max_shard_bytes: int
 ) -> None:
-    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` (a larger tensor gets one
-    of its own) and their index, as `save_pretrained` names them.
+    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` and their index, with the
+    names of `save_pretrained`. A larger tensor gets its own shard.
 
-    Format: https://huggingface.co/docs/safetensors. Its own library wants a whole file in memory.
+    Format: https://huggingface.co/docs/safetensors. Its library needs a whole file in memory.
     """
     item_bytes = np.dtype(DTYPES[dtype]).itemsize
     sizes = {name: math.prod(shape) * item_bytes for name, shape in weights.shapes.items()}
@@ -145,7 +144,7 @@ def write_weights(
 
 def _write_shard(path: Path, weights: MergedWeights, names: list[str], dtype: str) -> None:
     item_bytes = np.dtype(DTYPES[dtype]).itemsize
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for name in names:
         start, end = end, end + math.prod(weights.shapes[name]) * item_bytes
@@ -163,7 +162,7 @@ def _write_shard(path: Path, weights: MergedWeights, names: list[str], dtype: st
 
 
 def write_configs(directory: Path, config: GemmaConfig, tokenizer: Tokenizer, dtype: str) -> None:
-    """Writes `config.json` and `generation_config.json`; generation ends at either stop token."""
+    """Writes `config.json` and `generation_config.json`; generation ends at any stop token."""
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
     values = to_hf_config(config) | ids | {"eos_token_id": tokenizer.eos_id, "dtype": dtype}
     write_json(directory / "config.json", values)
@@ -172,28 +171,23 @@ def write_configs(directory: Path, config: GemmaConfig, tokenizer: Tokenizer, dt
 
 
 @contextmanager
-def base_for_peft(
-    source: TensorSource, info: WeightsInfo, tokenizer: Tokenizer, scratch: Path
-) -> Iterator[Path]:
-    """The base as transformers loads it: itself, or, of another format, written anew for now."""
-    if info.format == "safetensors":
-        yield source.path
-        return
-    with TemporaryDirectory(dir=scratch, prefix=".base-") as name:
-        path = Path(name)
-        write_configs(path, info.config, tokenizer, "float32")
-        base = MergedWeights(source, info, None)
-        write_weights(path, base, dtype="float32", max_shard_bytes=2**30)
-        yield path
-
-
-@contextmanager
-def base_for_tunix(made: Export, scratch: Path) -> Iterator[Path]:
-    """The base in Kaggle's layout: itself, or, of another format, written anew for now."""
-    if made.info.format == "flax":
+def base_for_peer(made: Export, scratch: Path) -> Iterator[Path]:
+    """The base as the peer loads it: itself, or a temporary copy in the peer's format."""
+    if is_in_peer_format(made):
         yield made.source.path
         return
     with TemporaryDirectory(dir=scratch, prefix="base-") as name:
+        path, config = Path(name, FLAX_MODEL), made.info.config
         base = MergedWeights(made.source, made.info, None)
-        write_flax(Path(name, FLAX_MODEL), base.tensors("float32"), made.info.config)
-        yield Path(name, FLAX_MODEL)
+        if made.options.format == "flax":
+            write_flax(path, base.tensors("float32"), config)
+        else:
+            path.mkdir()
+            write_configs(path, config, made.tokenizer, "float32")
+            write_weights(path, base, dtype="float32", max_shard_bytes=2**30)
+        yield path
+
+
+def is_in_peer_format(made: Export) -> bool:
+    """Can the peer load the base as it is?"""
+    return made.info.format == ("flax" if made.options.format == "flax" else "safetensors")

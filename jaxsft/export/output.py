@@ -1,7 +1,4 @@
-"""The directory of an export: renamed to its name when complete; replaces only an earlier export.
-
-Its manifest says which system text the model was trained with.
-"""
+"""The directory of an export: named when complete, replaces only an earlier export."""
 
 import contextlib
 import os
@@ -18,10 +15,10 @@ _EARLIER = "earlier-"  # what is being replaced, in the scratch directory
 
 
 def default_output(model: str, format: str) -> Path:
-    """exports/NAME-FORMAT; NAME is a run's (NAME-best and NAME-start for its other adapters), a
-    model's, or the hub's without owner and revision."""
+    """exports/NAME-FORMAT. NAME is the name of the run (with -best or -start for its other
+    adapters), of the model, or of the model on the hub without owner and revision."""
     if Path(model).exists():
-        path = Path(os.path.abspath(model))  # what . means has a name
+        path = Path(os.path.abspath(model))  # the name of .
         name = path.name
         if name in RUN_ADAPTERS and path.parent.name:
             which = name.removeprefix("adapter").removeprefix("-")
@@ -32,9 +29,10 @@ def default_output(model: str, format: str) -> Path:
 
 
 def check_replaceable(path: Path, identity: Mapping[str, Any]) -> None:
-    """ValueError, saying what is in the way, unless `path` is free or an earlier, untouched export.
+    """ValueError, naming the obstacle, unless `path` is free or an earlier, unchanged export.
 
-    Such a one has these values in its manifest, files as its digests say, and no others.
+    The manifest of an earlier export has the values of `identity`; its files have the digests in
+    the manifest, and there are no other files.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -58,12 +56,12 @@ def check_replaceable(path: Path, identity: Mapping[str, Any]) -> None:
 
 @contextmanager
 def export_scratch(output: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """A directory of this process beside `output`, removed at the end, for what becomes `output`.
+    """Yields a new directory beside `output` in which the export is made; removes it at the end.
 
-    What exports to `output` left when they were killed is removed first; `say` hears of it. An
-    earlier export that a killed one had moved aside is put back.
+    First it removes the directories of killed exports to `output`, and puts an earlier export back
+    that a killed one had moved aside. `say` gets a line for each.
 
-    Raises ValueError where nothing can be written there.
+    Raises ValueError if nothing can be written there.
     """
 
     def put_back(scratch: Path) -> None:
@@ -71,13 +69,13 @@ def export_scratch(output: Path, say: Callable[[str], None]) -> Iterator[Path]:
             earlier = scratch / f"{_EARLIER}{place.name}"
             if earlier.exists() and not place.exists():  # killed between the two renames
                 earlier.rename(place)
-                say(f"Put {place} back, which an export that was killed had moved aside.")
+                say(f"Put {place} back, which a killed export had moved aside.")
 
     with contextlib.ExitStack() as stack:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             for scratch in remove_leftovers(output.parent, output.name, put_back):
-                say(f"Removed {scratch}, which an export that was killed had left.")
+                say(f"Removed {scratch}, which a killed export had left.")
             scratch = stack.enter_context(scratch_beside(output))
         except OSError as error:
             raise ValueError(
@@ -87,13 +85,14 @@ def export_scratch(output: Path, say: Callable[[str], None]) -> Iterator[Path]:
 
 
 def drifting(output: Path) -> Path:
-    """Where an export is kept that isn't the model that it was made from."""
+    """The place of an export that is not the model that it was made from."""
     return output.with_name(f"{output.name}.drifting")
 
 
 def put_in_place(directory: Path, output: Path) -> None:
-    """Gives the complete directory, in a scratch one, its name; an earlier one makes room, or
-    stays if that fails."""
+    """Renames the complete directory, which lies in a scratch directory, to `output`.
+
+    An earlier export moves into the scratch directory, and back if the rename fails."""
     earlier = directory.with_name(f"{_EARLIER}{output.name}")
     is_replaced = output.exists()
     if is_replaced:
@@ -107,6 +106,6 @@ def put_in_place(directory: Path, output: Path) -> None:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """File name, from `directory` on, -> SHA-256 in hex."""
+    """File name, relative to `directory`, -> SHA-256 in hex."""
     files = sorted(path for path in directory.rglob("*") if not path.is_dir())
     return {path.relative_to(directory).as_posix(): file_sha256(path) for path in files}

@@ -1,6 +1,7 @@
-"""Runs the libraries that check an export, each in a process of its own.
+"""Runs the libraries that check an export, each in its own process.
 
-A worker is a script that gets MODEL PROBES.npz OUT.npz [ADAPTER], see transformers_worker.py.
+A worker is a script with the arguments MODEL PROBES.npz OUT.npz [ADAPTER]: see
+transformers_worker.py.
 """
 
 import json
@@ -18,7 +19,7 @@ import numpy as np
 
 
 class Library(NamedTuple):
-    """A library that can check exports; `packages` are what it takes, as pip names them."""
+    """A library that can check exports; `packages` are the names that pip knows."""
 
     name: str
     packages: tuple[str, ...]
@@ -44,7 +45,7 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception|NotFound)\b")
 
 
 class Peer(NamedTuple):
-    """A library, the Python that has it, and the versions of its packages there."""
+    """A library, the Python that it is installed for, and the versions of its packages."""
 
     library: Library
     python: str
@@ -59,16 +60,16 @@ class Probe(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What a peer makes of an export: float32 logits [len(at), V] a probe, token ids a text."""
+    """A peer's results: float32 logits [len(at), V] for each probe, token ids for each text."""
 
     logits: list[np.ndarray]
     ids: list[list[int]]
 
 
 def find_peer(library: Library, python: str | None) -> Peer:
-    """The library as it is installed for `python`, None being this one; nothing is imported.
+    """The library as installed for `python`, None for this Python; imports nothing.
 
-    Raises ValueError, with what to do, where a package is not installed or no Python is there.
+    Raises ValueError, with advice, if a package is not installed or `python` is no Python.
     """
     python = python or sys.executable
     try:
@@ -96,10 +97,10 @@ def ask(
     adapter: Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Reply:
-    """What the peer computes for `model`, with `adapter` if given; `settings` are its worker's.
+    """Has the peer compute the probes with `model` and `adapter`; `settings` go to its worker.
 
-    Raises ValueError where a library cannot be imported, MemoryError where its process has not
-    enough, ChildProcessError, with what it said last, where it cannot load the export.
+    Raises ValueError if a library cannot be imported, MemoryError if the process has too little
+    memory, ChildProcessError, with its last error, if it cannot load the export.
     """
     with TemporaryDirectory(dir=scratch, prefix="probes-") as name:
         given, result = Path(name, "probes.npz"), Path(name, "logits.npz")
@@ -117,13 +118,13 @@ def ask(
 
 
 def _run(peer: Peer, arguments: Sequence[str]) -> None:
-    """Runs the worker, without a network and on the CPU; errors as in `ask`."""
+    """Runs the worker on the CPU and without a network; errors as in `ask`."""
     done = subprocess.run(
         [peer.python, str(_WORKERS / peer.library.worker), *arguments],
         env=os.environ
         | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
         | {"JAX_PLATFORMS": "cpu"}  # a TPU belongs to this process
-        | {"PYTHONSAFEPATH": "1"},  # modules beside the script are not found before installed ones
+        | {"PYTHONSAFEPATH": "1"},  # modules beside the script do not hide installed ones
         capture_output=True,
         text=True,
     )
@@ -140,7 +141,7 @@ def _run(peer: Peer, arguments: Sequence[str]) -> None:
 
 
 def _last_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The line that says what went wrong; others may follow it."""
+    """The line with the error; other lines may follow it."""
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1])
 

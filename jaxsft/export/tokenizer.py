@@ -1,7 +1,7 @@
-"""Tokenizer files that transformers loads to exactly our ids, and Gemma's chat template.
+"""Writes a tokenizer with which transformers gives exactly our ids, and Gemma's chat template.
 
-`tokenizer.model` alone is not enough: transformers 5 converts it (given sentencepiece and protobuf)
-to one that splits runs of more than 31 spaces elsewhere. `tokenizer.json` needs no conversion.
+`tokenizer.model` alone is not enough: transformers 5 converts it (with sentencepiece and protobuf),
+and the result splits runs of more than 31 spaces differently. `tokenizer.json` is not converted.
 """
 
 import json
@@ -14,7 +14,7 @@ from jaxsft.common.files import write_json
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.data.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
-# What chat.py builds, as Jinja: texts trimmed, the system's in front of the first user's.
+# The format of data/chat.py in Jinja. Texts are trimmed; the system text precedes the first user's.
 _CHAT_TEMPLATE = r"""{{- bos_token -}}
 {%- set system = SYSTEM -%}
 {%- set turns = messages -%}
@@ -37,8 +37,8 @@ _CHAT_TEMPLATE = r"""{{- bos_token -}}
 
 
 def chat_template(system_prompt: str | None) -> str:
-    """Gemma's, with a system text for chats without a system turn, as the training's rows had."""
-    # JSON's escapes are Jinja's, but for pairs of surrogates: those stay characters.
+    """Gemma's template; a chat without a system turn gets `system_prompt`, as in training."""
+    # Jinja has JSON's escapes, except pairs of surrogates: those characters are not escaped.
     literal = json.dumps((system_prompt or "").strip(), ensure_ascii=False)
     return _CHAT_TEMPLATE.replace("SYSTEM", literal)
 
@@ -51,7 +51,7 @@ def write_tokenizer(
     text = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     settings = {
-        # Takes tokenizer.json as it is; GemmaTokenizer builds its own from it, in twice the time.
+        # Uses tokenizer.json as it is; GemmaTokenizer builds its own from it in twice the time.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "padding_side": "left",
         "bos_token": "<bos>",
@@ -71,10 +71,10 @@ def write_tokenizer(
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer in the format of the `tokenizers` library.
 
-    BPE over the ordinary pieces, a merge for each way to cut one in two, best score first.
-    SentencePiece takes user-defined pieces (tags, runs of white space) out of the text before that,
-    the longest first and with `▁` for a space: added tokens that are looked for after
-    normalisation, where the official file has them before it and a literal `▁▁` goes astray.
+    Ordinary pieces become BPE, with a merge for each way to cut a piece in two, best score first.
+    SentencePiece first finds the user-defined pieces (tags, runs of white space), the longest first
+    and with `▁` for a space. They become added tokens that are found after normalisation; the
+    official file finds them before it, and gets a literal `▁▁` wrong.
     """
     pieces = ModelProto.FromString(tokenizer.model_bytes).pieces
     spelt = [(piece.piece, piece.type, piece.score) for piece in pieces]

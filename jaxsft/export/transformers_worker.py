@@ -1,10 +1,10 @@
-"""An export as transformers and PEFT see it. A script for a subprocess: nothing imports it.
+"""Computes an export's logits with transformers and PEFT. A script for a subprocess.
 
     python transformers_worker.py MODEL PROBES.npz OUT.npz [ADAPTER]
 
 PROBES: `ids_N` (token ids [T]) and `at_N` (positions to compare) of probe N; `settings`, JSON, with
-`chats` where the tokenizer is to be tried. OUT: `logits_N`, float32 [len(at), V], and `text_N`, the
-ids of chat N. The weights are taken as stored and everything is computed in float32.
+`chats` to try the tokenizer with. OUT: `logits_N`, float32 [len(at), V], and `text_N`, the ids of
+chat N. Weights are loaded as stored; everything is computed in float32.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def main(model_dir: str, probes_path: str, out_path: str, adapter_dir: str | None = None) -> None:
-    """Loads the model, and the adapter with PEFT, and writes what they say to the probes."""
+    """Loads the model, and the adapter with PEFT, and writes their results for the probes."""
     import torch
     import transformers
 

@@ -1,10 +1,10 @@
-"""A Flax export as Tunix sees it. A script for a subprocess: nothing imports it.
+"""Computes a Flax export's logits with Tunix. A script for a subprocess: nothing imports it.
 
     python tunix_worker.py MODEL PROBES.npz OUT.npz [LORA]
 
 PROBES: `ids_N` (token ids [T]) and `at_N` (positions to compare) of probe N; `settings`, JSON, with
-`config`, a GemmaConfig's fields; `lora`, what `qwix.LoraProvider` takes, for the checkpoint LORA;
-and `texts`, where the tokenizer.model beside MODEL is to be tried. OUT: `logits_N`, float32
+`config`, the fields of a GemmaConfig; `lora`, the arguments of `qwix.LoraProvider` for the
+checkpoint LORA; `texts` for the tokenizer.model beside MODEL. OUT: `logits_N`, float32
 [len(at), V], and `text_N`, the ids of text N. Everything is computed in float32.
 """
 
@@ -21,7 +21,7 @@ from orbax import checkpoint as ocp
 
 
 def main(model_dir: str, probes_path: str, out_path: str, lora_dir: str | None = None) -> None:
-    """Loads the model, then the adapter, with Tunix's own functions; writes what they say."""
+    """Loads the model and the adapter with Tunix's own functions and writes their results."""
     with np.load(probes_path) as found:
         probes = dict(found)
     settings = json.loads(str(probes["settings"]))
@@ -41,7 +41,7 @@ def main(model_dir: str, probes_path: str, out_path: str, lora_dir: str | None =
         ids = jnp.asarray(probes[f"ids_{name}"])[None]
         positions = jnp.arange(ids.shape[1])[None]
         mask = jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool))
-        # Copied in NumPy: not the rows of all positions are to stay, nor padding of the vocabulary.
+        # NumPy copies the rows that are asked for; all others, and the padding, are freed.
         logits = np.asarray(model(ids, positions, None, mask)[0])
         results[f"logits_{name}"] = logits[0, probes[f"at_{name}"], : config["vocab_size"]]
     if settings["texts"]:

@@ -1,15 +1,14 @@
 """Checks an export: another library must compute the same logits on the same prompts.
 
-Both sides compute in float32 with the weights as they are stored. Weights rounded to bfloat16 are
-held to the same bound that way; with activations in bfloat16 as well the two libraries, which round
-in other places, would be so far apart that a wrong tensor could hide.
+Both libraries compute in float32 with the weights as stored, so the same bound holds for weights in
+bfloat16. With activations in bfloat16 the libraries would round in different places and differ so
+much that a wrong tensor could stay unseen.
 
-What is independent of what: the reference never sees the export. It is the base, read into our
-model, with the adapter injected as in training, and, for weights below float32, merged there along
-the model's own tree; the export is written by `MergedWeights`, by the tensors' names in files. So a
-tensor under a wrong name, a transposed or missing update and a wrong scale all show. The two share
-the readers of base and adapter, and the arithmetic of one merged matrix, which tests hold against
-PEFT's.
+The reference does not read the export. It is the base in our model with the adapter injected as in
+training; for weights below float32 the adapter is merged in the model's tree. The export is written
+by `MergedWeights`, by the names of tensors in files. So the check finds a wrong name, a transposed
+or missing update and a wrong scale. Both sides share the readers of base and adapter and the
+arithmetic of one merged matrix; tests compare those with PEFT.
 """
 
 import contextlib
@@ -37,8 +36,7 @@ from jaxsft.export.formats import (
     FLAX_MODEL,
     TUNIX_LORA,
     Export,
-    base_for_peft,
-    base_for_tunix,
+    base_for_peer,
 )
 from jaxsft.export.options import ExportOptions
 from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
@@ -52,11 +50,11 @@ from jaxsft.weights.merged import merge_in_memory
 from jaxsft.weights.names import LINEAR_TENSORS
 from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
-# Largest difference of two logits over all probes. Different orders of summation in float32
-# gave 4e-4 on Gemma 3 270M, whose largest logit was 98.
+# Largest allowed difference of two logits. The order of summation in float32 gave 4e-4 on
+# Gemma 3 270M, whose largest logit was 98.
 LOGIT_BOUND = 2e-3
-_PAD = 64  # lengths are rounded up to it, so that few programs are compiled
-_MAX_LONG_WINDOW = 1024  # a probe that leaves a longer window would take minutes on a CPU
+_PAD = 64  # lengths are rounded up to a multiple of it, so that few programs are compiled
+_MAX_LONG_WINDOW = 1024  # a probe beyond a longer window would take minutes on a CPU
 _NUM_LONG_POSITIONS = 32
 CHATS = (
     [Turn("user", "Why is the sky blue? Answer in one sentence.")],
@@ -79,8 +77,8 @@ _TUNIX_TARGETS = {
 
 
 class ExportCheck(NamedTuple):
-    """What the peer made of an export; `problem` says what is wrong with it, `gap` what no other
-    library has looked at."""
+    """The result of a check: `problem` is an error in the export, `gap` what no other library has
+    checked; both are None if there is none."""
 
     peer: str
     difference: float
@@ -89,10 +87,10 @@ class ExportCheck(NamedTuple):
 
 
 def find_checker(options: ExportOptions, config: GemmaConfig) -> tuple[Peer | None, str | None]:
-    """(the library that will check the export, or None; why none does).
+    """(the library that will check the export; None, or why there is no library).
 
-    Raises ValueError where there is none and there must be: for all formats but flax, and where
-    the options name its Python.
+    Only a flax export can do without: otherwise, or if the options name the library's Python, a
+    missing library is a ValueError.
     """
     if options.format != "flax":
         return find_peer(TRANSFORMERS, options.peer_python), None
@@ -109,9 +107,9 @@ def find_checker(options: ExportOptions, config: GemmaConfig) -> tuple[Peer | No
 def verify_export(
     directory: Path, made: Export, peer: Peer | None, gap: str | None, scratch: Path
 ) -> ExportCheck:
-    """Compares the export, loaded elsewhere, with the model that it was made from.
+    """Compares the export, loaded by another library, with the model that it was made from.
 
-    `peer` and `gap` are `find_checker`'s; `scratch` is a directory for what the check writes.
+    `peer` and `gap` come from `find_checker`; `scratch` is a directory for temporary files.
     """
     probes = make_probes(made.tokenizer, made.info.config)
     if peer is None:
@@ -127,17 +125,21 @@ def verify_export(
         found = ask(peer, directory, probes, scratch=scratch, settings=settings)
     else:
         name = f"{peer.library.name} and PEFT"
-        with base_for_peft(made.source, made.info, made.tokenizer, scratch) as base:
+        with base_for_peer(made, scratch) as base:
             found = ask(peer, base, probes, scratch=scratch, adapter=directory, settings=settings)
     difference = max_difference(ours, found.logits)
-    problem = chat_problem(made.tokenizer, made.system_prompt, found.ids)
+    # A chat without a system turn gets the training's, if there was one.
+    system = [Turn("system", made.system_prompt)] if made.system_prompt else []
+    chats = [[*(system if chat[0].role != "system" else ()), *chat] for chat in CHATS]
+    ids = [encode_prompt(made.tokenizer, chat) for chat in chats]
+    problem = _ids_problem([chat[-1].content for chat in CHATS], ids, found.ids)
     return ExportCheck(name, difference, drift(name, difference) or problem, None)
 
 
 def _verify_flax(
     directory: Path, made: Export, probes: list[Probe], peer: Peer, scratch: Path
 ) -> ExportCheck:
-    """Has Tunix load model/, and then, as its notebooks do, the base with tunix-lora/ on it."""
+    """Has Tunix load model/ and then, as its notebooks do, the base with tunix-lora/."""
     name, options = peer.library.name, made.options
     settings = {"config": dataclasses.asdict(made.info.config), "texts": []}
     texts = [turn.content for chat in CHATS for turn in chat]
@@ -147,13 +149,13 @@ def _verify_flax(
     found = ask(peer, model, probes, scratch=scratch, settings=settings | {"texts": texts})
     difference = max_difference(ours, found.logits)
     problem = drift(f"{name}, from {FLAX_MODEL}/,", difference)
-    problem = problem or text_problem(made.tokenizer, texts, found.ids)
+    problem = problem or _ids_problem(texts, made.tokenizer.encode_many(texts), found.ids)
     if made.adapter is not None and problem is None:
         if options.dtype != "float32":
             ours = reference_logits(made.origin, "float32", probes)
             give_memory_back()
         settings |= {"lora": read_json(directory / f"{TUNIX_LORA}.json")}
-        with base_for_tunix(made, scratch) as base:
+        with base_for_peer(made, scratch) as base:
             lora = directory / TUNIX_LORA
             found = ask(peer, base, probes, scratch=scratch, adapter=lora, settings=settings)
         of_lora = max_difference(ours, found.logits)
@@ -164,7 +166,7 @@ def _verify_flax(
 
 
 def _read_again(directory: Path, made: Export, probes: list[Probe], gap: str | None) -> ExportCheck:
-    """A Flax export where Tunix cannot check it."""
+    """Checks a Flax export with jaxsft's own reader, if Tunix cannot check it."""
     ours = reference_logits(made.origin, made.options.dtype, probes)
     give_memory_back()
     model, _ = load_model(directory / FLAX_MODEL, dtype="float32", param_dtype="float32")
@@ -179,9 +181,9 @@ def _read_again(directory: Path, made: Export, probes: list[Probe], gap: str | N
 
 
 def make_probes(tokenizer: Tokenizer, config: GemmaConfig) -> list[Probe]:
-    """Three chats, all positions, and a text that leaves the sliding window behind, its end.
+    """Three chats at all positions, and a text longer than the sliding window at its last ones.
 
-    That text is this file, English and code. A repetitive one makes both sides so sure of the next
+    The text is this file: English and code. On a repetitive text both sides are so sure of the next
     token that their rounding differs by 1.5e-3.
     """
     probes = [encode_prompt(tokenizer, chat)[: config.max_positions] for chat in CHATS]
@@ -196,12 +198,12 @@ def make_probes(tokenizer: Tokenizer, config: GemmaConfig) -> list[Probe]:
 
 
 def our_logits(model: Gemma, probes: Sequence[Probe]) -> list[np.ndarray]:
-    """float32 [len(at), V] for each probe."""
+    """float32 logits [len(at), V] of each probe."""
     graphdef, state = nnx.split(model)
     results = []
     for ids, at in probes:
         padded = np.zeros((1, -(-len(ids) // _PAD) * _PAD), np.int32)
-        padded[0, : len(ids)] = ids  # what is padded lies in the future, which no token sees
+        padded[0, : len(ids)] = ids  # padding is at the end, where no token attends to it
         hidden_TD = _hidden(graphdef, state, jnp.asarray(padded))[0]
         results.append(np.asarray(model.logits(hidden_TD[np.asarray(at)])))
     return results
@@ -214,10 +216,10 @@ def _hidden(graphdef: nnx.GraphDef, state: nnx.State, tokens_BT: jax.Array) -> j
 
 
 def reference_logits(origin: Origin, dtype: str, probes: Sequence[Probe]) -> list[np.ndarray]:
-    """`our_logits` of the base with the adapter beside it, in float32.
+    """`our_logits` in float32 of the base with its adapter.
 
-    Where weights are stored in less than float32, `dtype`, the adapter is merged and all is rounded
-    first. The whole model is in memory in float32 before that.
+    If `dtype` is below float32, the adapter is merged and all weights are rounded to it first. The
+    whole model is in memory in float32 before that.
     """
     model = load(origin, dtype="float32", param_dtype="float32").model
     if dtype != "float32":
@@ -227,14 +229,14 @@ def reference_logits(origin: Origin, dtype: str, probes: Sequence[Probe]) -> lis
 
 
 def give_memory_back() -> None:
-    """Returns what is freed to the system: glibc keeps 0.7 GB of Gemma 3 270M."""
+    """Returns freed memory to the system: glibc keeps 0.7 GB of Gemma 3 270M."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def max_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest absolute difference; infinite where shapes differ or a logit is not finite."""
+    """The largest absolute difference; infinite if shapes differ or a logit is not finite."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -244,7 +246,7 @@ def max_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> 
 
 
 def drift(peer: str, difference: float) -> str | None:
-    """What is wrong with logits that differ so much, if anything."""
+    """The problem of logits that differ by more than the bound, otherwise None."""
     if difference <= LOGIT_BOUND:
         return None
     return (
@@ -254,35 +256,16 @@ def drift(peer: str, difference: float) -> str | None:
 
 
 def summary(check: ExportCheck) -> str:
-    """What a person is told of an export that is not refused."""
+    """The result of a passed check, for the console."""
     gap = f". NOT verified: {check.gap}" if check.gap else ""
     found = f"{check.difference:.1e} (at most {LOGIT_BOUND:.0e})"
     return f"; logits of {check.peer} are the same within {found}{gap}"
 
 
-def chat_problem(
-    tokenizer: Tokenizer, system_prompt: str | None, theirs: Sequence[Sequence[int]]
-) -> str | None:
-    """What is wrong with the ids of the chats that the export's own tokenizer gave, if anything.
-
-    Chats without a system turn have `system_prompt` for one, if there is any.
-    """
-    default = [Turn("system", system_prompt)] if system_prompt else []
-    chats = ([*(default if chat[0].role != "system" else ()), *chat] for chat in CHATS)
-    ours = [encode_prompt(tokenizer, chat) for chat in chats]
-    return _ids_problem([chat[-1].content for chat in CHATS], ours, theirs)
-
-
-def text_problem(
-    tokenizer: Tokenizer, texts: Sequence[str], theirs: Sequence[Sequence[int]]
-) -> str | None:
-    """As `chat_problem`, of plain texts."""
-    return _ids_problem(texts, tokenizer.encode_many(texts), theirs)
-
-
 def _ids_problem(
     texts: Sequence[str], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
 ) -> str | None:
+    """The first text for which the export's own tokenizer gave other ids, as a problem."""
     for text, expected, ids in zip(texts, ours, theirs, strict=True):
         if list(ids) != list(expected):
             return f"the exported tokenizer has other ids for {text[:40]!r}"
@@ -290,7 +273,7 @@ def _ids_problem(
 
 
 def tunix_lacks(config: GemmaConfig) -> str | None:
-    """What Tunix's Gemma has written into its code and this one has otherwise, if anything."""
+    """Settings of `config` that differ from the constants in Tunix's code, None if none does."""
     fixed: dict[str, Any] = {"query_scale": config.head_dim**-0.5, "rms_norm_eps": 1e-6}
     if config.qk_norm:
         pattern = cycle([LOCAL] * 5 + [GLOBAL])
@@ -308,7 +291,7 @@ def flax_problem(
     adapter: Path | None,
     adapter_config: AdapterConfig | None,
 ) -> str | None:
-    """What is wrong with the files beside the model of a Flax export, if anything."""
+    """The problem of the files beside the model of a Flax export, None if there is none."""
     written = (directory / "tokenizer.model").read_bytes()
     if hashlib.sha256(written).digest() != hashlib.sha256(tokenizer.model_bytes).digest():
         return "tokenizer.model is not what was written"
@@ -321,9 +304,10 @@ def flax_problem(
 def _tunix_problem(
     directory: Path, settings: Mapping[str, Any], adapter: Path, config: AdapterConfig
 ) -> str | None:
-    """What is wrong with a checkpoint of `write_tunix_lora`, which Orbax reads again, if anything.
+    """The problem of a checkpoint of `write_tunix_lora`, read by Orbax; None if there is none.
 
-    `settings` are its `rank` and `alpha`. Random rows x must give x·A·B as PEFT's `adapter` does.
+    `settings` are its `rank` and `alpha`. For random rows x, x·A·B must be that of the PEFT
+    directory `adapter`.
     """
     source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
     our_scale = lora_scale(config.rank, config.alpha, config.use_rslora)

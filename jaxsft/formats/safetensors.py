@@ -2,8 +2,6 @@
 
 import json
 import re
-import struct
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ INDEX_NAME = f"{MODEL_NAME}.index.json"
 _DTYPES = ("F32", "F16", "BF16")
 _PICKLE_NAME = r"(pytorch|adapter)_model.*\.bin"  # trainers leave other .bin files too
 _SHARD_NAME = r"[\w.-]+\.safetensors"
-_HEADER_SIZE = struct.Struct("<Q")
 _LFS_POINTER = b"version https://git-lfs"
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -110,22 +107,8 @@ def _open(path: Path) -> dict[str, Any]:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise ValueError(f"{path}: a Git LFS pointer, not the file; run 'git lfs pull'")
         tensors = safe_open(path, framework="numpy")
-        _check_unique(path)
         return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: the safetensors file is truncated or damaged ({error}); download it again"
         ) from error
-
-
-def _check_unique(path: Path) -> None:
-    """ValueError if a name is in the header twice: the library would silently take the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> None:
-        name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
-        if count > 1:
-            raise ValueError(f"{path}: the header names {name} twice; download it again")
-
-    with path.open("rb") as file:
-        (size,) = _HEADER_SIZE.unpack(file.read(_HEADER_SIZE.size))
-        json.loads(file.read(size), object_pairs_hook=unique)

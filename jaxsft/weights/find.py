@@ -8,7 +8,7 @@
     runs/demo/adapter        a PEFT adapter, with the base that it names
     runs/demo                a run: its adapter and the model that it was trained on
 
-A directory that holds both an adapter and a whole model means the adapter, on the base it names.
+A directory with both an adapter and a whole model means the adapter, on the base that it names.
 The token of HF_TOKEN or `hf auth login` is sent to the hub and nowhere else.
 """
 

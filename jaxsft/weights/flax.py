@@ -198,7 +198,7 @@ class FlaxCheckpoint:
 def write_flax(
     directory: Path | str, tensors: Iterable[tuple[str, np.ndarray]], config: GemmaConfig
 ) -> None:
-    """Writes (Hugging Face name, array) pairs as a checkpoint; `directory` appears when it is whole.
+    """Writes (Hugging Face name, array) pairs as a checkpoint; `directory` appears when whole.
 
     The layout is Kaggle's, which `gm.ckpts.load_params` of the `gemma` package and the `params`
     modules of Tunix read. Dtypes do not change. The embedding of Gemma 1 and 2 gets 128 rows below
@@ -264,7 +264,7 @@ def _find(path: Path) -> Path | None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """All files in it; ValueError for pipes, and for links to directories, which can be circular."""
+    """All files in it; ValueError for pipes and for links to directories (may be circular)."""
     files = []
     for entry in sorted(directory.rglob("*")):
         if entry.is_file():

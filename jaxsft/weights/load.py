@@ -26,7 +26,7 @@ from jaxsft.gemma.model import Gemma, layer_location
 from jaxsft.gemma.sharding import state_shardings
 from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
 from jaxsft.weights.hf_config import from_hf_config
-from jaxsft.weights.names import ROOT_TENSORS, check_shapes, layer_tensors
+from jaxsft.weights.names import ROOT_TENSORS, check_shapes, file_tensors, layer_tensors
 
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
@@ -91,7 +91,7 @@ def load_model(
     leaves = dict(nnx.to_flat_state(state))
     parts = _leaf_parts(config, is_gguf)
     assert leaves.keys() == parts.keys(), set(leaves) ^ set(parts)
-    check_tensors(source, _expected_shapes(leaves, parts), is_gguf=is_gguf)
+    check_tensors(source, dict(file_tensors(config, is_gguf=is_gguf).values()), is_gguf=is_gguf)
     shardings = {} if mesh is None else _shardings(state, mesh)
     for tree_path, variable in leaves.items():
         leaf = _aligned_empty(variable.get_value().shape, np.dtype(param_dtype))
@@ -158,8 +158,8 @@ def demo_model_path(cache_dir: Path | str | None = None) -> Path:
 def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
     """(tensors under `path`, to be read one by one; where they came from).
 
-    Tensors of a GGUF file have GGUF's names, and norms hold 1 + weight; all others are as in Hugging
-    Face. Raises ValueError as `load_model` for a path that is no model, unsupported or incomplete.
+    Tensors of a GGUF file have GGUF's names and hold 1 + weight for the norms; all others are as in
+    Hugging Face. Raises ValueError as `load_model` for what is no model, unsupported or incomplete.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -208,19 +208,6 @@ def fill(source: TensorSource, name: str, target: np.ndarray, shift: float = 0.0
         if not np.isfinite(block).all():
             raise ValueError(f"{source.path}: tensor {name} holds NaN or infinity: damaged weights")
         rows[start : start + len(block)] = block + np.float32(shift) if shift else block
-
-
-def _expected_shapes(
-    leaves: dict[tuple, nnx.Variable], parts: dict[tuple, list[_Part]]
-) -> dict[str, tuple[int, ...]]:
-    """The shape that every tensor of the file must have, by name."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for tree_path, leaf_parts in parts.items():
-        leaf_shape = leaves[tree_path].get_value().shape
-        for name, row in leaf_parts:
-            shape = leaf_shape if row is None else leaf_shape[1:]
-            expected[name] = shape[::-1] if tree_path[-1] == "kernel" else shape
-    return expected
 
 
 def check_tensors(

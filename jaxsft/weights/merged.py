@@ -14,12 +14,11 @@ import numpy as np
 from flax import nnx
 
 from jaxsft.formats.safetensors import SafetensorsDirectory
-from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.layers import Linear
 from jaxsft.gemma.lora import lora_scale
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights.load import TensorSource, WeightsInfo, check_tensors
-from jaxsft.weights.names import ROOT_TENSORS, check_shapes, layer_tensors
+from jaxsft.weights.names import check_shapes, file_tensors
 from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig, adapter_parts
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -45,10 +44,10 @@ class MergedWeights:
         """
         self.path, self.config = source.path, info.config
         self._source = source
-        self._names = _source_names(info)
-        self.shapes = {name: _shape(info.config, name) for name in self._names}
-        stored = {self._names[name]: shape for name, shape in self.shapes.items()}
-        check_tensors(source, stored, is_gguf=info.format == "gguf")
+        tensors = file_tensors(info.config, is_gguf=info.format == "gguf")
+        self._names = {name: stored for name, (stored, _) in tensors.items()}
+        self.shapes = {name: shape for name, (_, shape) in tensors.items()}
+        check_tensors(source, dict(tensors.values()), is_gguf=info.format == "gguf")
         # GGUF stores 1 + weight for the norms.
         self._shift = np.float32(-1.0 if info.format == "gguf" else 0.0)
         self._updates: dict[str, dict[str, np.ndarray]] = {}
@@ -123,24 +122,3 @@ def _add_product(
     """weight + scale · left @ right, in float64."""
     product = scale * left.astype(np.float64) @ right.astype(np.float64)
     return weight.astype(np.float64) + product
-
-
-def _source_names(info: WeightsInfo) -> dict[str, str]:
-    """Hugging Face name -> name in the base, in the order of `hf_tensors`."""
-    is_gguf = info.format == "gguf"
-    names = {f"{t.hf}.weight": f"{t.gguf if is_gguf else t.hf}.weight" for t in ROOT_TENSORS}
-    for layer in range(info.config.num_layers):
-        for tensor in layer_tensors(info.config):
-            hf = f"model.layers.{layer}.{tensor.hf}.weight"
-            names[hf] = f"blk.{layer}.{tensor.gguf}.weight" if is_gguf else hf
-    return names
-
-
-def _shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
-    """The shape of the tensor with this Hugging Face name; linear weights are [out, in]."""
-    module = name.split(".")[-2]
-    if module in config.linear_shapes:
-        return config.linear_shapes[module][::-1]
-    if module == "embed_tokens":
-        return config.vocab_size, config.d_model
-    return (config.head_dim if module in ("q_norm", "k_norm") else config.d_model,)

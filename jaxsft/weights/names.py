@@ -55,6 +55,32 @@ def layer_tensors(config: GemmaConfig) -> tuple[TensorName, ...]:
     return LINEAR_TENSORS + norms + (_QK_NORMS if config.qk_norm else ())
 
 
+def file_tensors(config: GemmaConfig, *, is_gguf: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Hugging Face name -> (name in the file, shape), in the order of `hf_tensors`.
+
+    Linear weights are [out, in].
+    """
+
+    def shape(tensor: TensorName) -> tuple[int, ...]:
+        if len(tensor.tree) == 1:
+            return config.vocab_size, config.d_model
+        if tensor.tree[1] in config.linear_shapes:
+            return config.linear_shapes[tensor.tree[1]][::-1]
+        return (config.head_dim if tensor in _QK_NORMS else config.d_model,)
+
+    places = [("", "", tensor) for tensor in ROOT_TENSORS]
+    for layer in range(config.num_layers):
+        hf, gguf = f"model.layers.{layer}.", f"blk.{layer}."
+        places += [(hf, gguf, tensor) for tensor in layer_tensors(config)]
+    return {
+        f"{hf}{tensor.hf}.weight": (
+            f"{gguf}{tensor.gguf}.weight" if is_gguf else f"{hf}{tensor.hf}.weight",
+            shape(tensor),
+        )
+        for hf, gguf, tensor in places
+    }
+
+
 def check_shapes(
     path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
 ) -> None:

@@ -104,7 +104,7 @@ def test_what_a_killed_export_left(tmp_path: Path) -> None:
             assert (held / "new").exists()
     assert [path.name for path in tmp_path.iterdir()] == [".out-2.partial-other"]
     (line,) = said
-    assert line.startswith(f"Removed {tmp_path / '.out.partial-killed'}, which an export")
+    assert line.startswith(f"Removed {tmp_path / '.out.partial-killed'}, which a killed")
 
     # Killed after the earlier export was moved aside, before the new one took its place.
     for name in ("out", "out.drifting"):
@@ -134,14 +134,10 @@ def test_output_that_cannot_be(name: str, why: str, tmp_path: Path) -> None:
     [
         ('{"format": "merged", "system_prompt": " Think. "}', " Think. "),
         ('{"format": "merged", "system_prompt": ""}', ""),
-        ('{"format": "merged", "system_prompt": null, "run": null}', None),
         ('{"format": "peft", "system_prompt": "an adapter\'s"}', None),
         ('{"format": "merged", "system_prompt": ["Think."]}', None),
         ('{"format": "merged", "system_prompt": "\\ud800"}', None),
-        ('{"repo": "google/gemma-2b", "revision": "0", "files": {}}', None),
-        ('{"format": "merged", "system_prompt": "Th', None),
         ("[]", None),
-        ("\xff", None),
         (None, None),
     ],
 )
@@ -188,7 +184,6 @@ def test_card() -> None:
         "tags": ["gemma", "jax", "jaxsft", "lora", "sft"],
     }
     assert "rank 8, alpha 16 (alpha / sqrt(r)), dropout 0, on q_proj, v_proj" in text
-    assert "no logit was further than 2.5e-05 from jaxsft's" in text
     assert 'attn_implementation="eager"' in text and "PeftModel.from_pretrained(model" in text
 
     text = card("merged", "/home/me/models/gemma", "gemma-3-1b")
@@ -197,11 +192,6 @@ def test_card() -> None:
     assert "eager" not in text and "PeftModel" not in text
     unchecked = {"verified": False, "max_abs_logit_difference": None}
     assert "Not checked in another library" in card("flax", "demo", "gemma-3-1b", **unchecked)
-    drifting = {"verified": False, "problem": "the export drifts"}
-    assert "DRIFTING, not to be used: the export drifts." in card(
-        "flax", "d", "gemma-2b", **drifting
-    )
-    assert "checked with transformers 5.23.0." in card("merged", "demo", "gemma-2b")
     title = 'o"ut\\'
     assert 'path = "o\\"ut\\\\"\n' in card("merged", "demo", "gemma-2b", title)
     text = card("peft", "/home/me/gemma.gguf", "gemma-2b", base="/home/me/gemma.gguf")
@@ -209,8 +199,6 @@ def test_card() -> None:
     assert 'from_pretrained("gemma.gguf-merged", ' in text and "/home/me" not in text
     demo = card("peft", "google/gemma-3-270m", "gemma-3-270m", base="/demo/gemma.gguf")
     assert 'from_pretrained("google/gemma-3-270m", ' in demo and "First export" not in demo
-    text = card("flax", "google/gemma-2b", "gemma-2b")
-    assert "with the adapter merged" in text and "on the base, not on `model/`" in text
 
 
 def test_card_of_a_run(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -22,9 +21,9 @@ from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.export.formats import write_weights
 from jaxsft.export.tokenizer import chat_template, write_tokenizer
 from jaxsft.weights.hf_config import to_hf_config
-from jaxsft.weights.load import load_model, open_weights, without_weights
+from jaxsft.weights.load import load_model, open_weights
 from jaxsft.weights.merged import MergedWeights
-from jaxsft.weights.peft import load_adapter, read_adapter_config, save_adapter
+from jaxsft.weights.peft import read_adapter_config
 
 pytestmark = [
     # peft 0.21 reads it of every transformers model.
@@ -84,15 +83,6 @@ def test_merged_is_what_peft_computes(name: str, tmp_path: Path) -> None:
     # It can be read here again, too: a merged model is a starting point like any other.
     _, info = load_model(tmp_path / "out", dtype="float32", param_dtype="float32")
     assert info.config.layer_types == case.config.layer_types
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_adapter_written_without_the_base(name: str, tmp_path: Path) -> None:
-    case = Case(name, tmp_path)
-    model = without_weights(case.config)
-    save_adapter(tmp_path / "out", model, load_adapter(case.adapter, model))
-    found = peft.PeftModel.from_pretrained(copy.deepcopy(twin(name)[0]), tmp_path / "out").eval()
-    assert (logits(found) - logits(case.peft_model)).abs().max() <= LOGIT_BOUND
 
 
 @pytest.mark.parametrize("name", ["gemma1", "gemma3-1b"])

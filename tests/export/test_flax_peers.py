@@ -78,37 +78,15 @@ import numpy as np
 import qwix
 from flax import nnx
 from orbax import checkpoint as ocp
-from tunix.models.gemma import model as gemma, params as gemma_params
-from tunix.models.gemma3 import model as gemma3, params as gemma3_params
 from tunix.sft.checkpoint_manager import CheckpointManager
 
-kinds = {"local": gemma.AttentionType.LOCAL_SLIDING, "global": gemma.AttentionType.GLOBAL}
-for job in json.load(open(sys.argv[1])):
-    c = job["config"]
-    sizes = dict(
-        num_layers=len(c["layer_types"]), embed_dim=c["d_model"], hidden_dim=c["d_ff"],
-        num_heads=c["num_heads"], head_dim=c["head_dim"], num_kv_heads=c["num_kv_heads"],
-        sliding_window_size=c["sliding_window"],
-    )
-    if c["qk_norm"]:
-        config = gemma3.ModelConfig(
-            num_embed=c["vocab_size"], global_base_frequency=int(c["rope_theta_global"]),
-            local_base_frequency=int(c["rope_theta_local"]), param_dtype=jnp.float32, **sizes)
-        model = gemma3_params.create_model_from_checkpoint(
-            job["checkpoint"], config, dtype=jnp.float32)
-    else:
-        config = gemma.ModelConfig(
-            num_embed=c["vocab_size"] + 128, final_logit_softcap=c["final_softcap"],
-            attn_logits_soft_cap=c["attn_softcap"], use_post_attn_norm=c["post_norms"],
-            use_post_ffw_norm=c["post_norms"],
-            attention_types=[kinds[kind] for kind in c["layer_types"]], **sizes)
-        # As Gemma.from_params, which has the real sizes only.
-        model = gemma.module_from_linen_variables(
-            module_factory=lambda: gemma.Gemma(config, rngs=nnx.Rngs(params=0)),
-            variables=gemma_params.load_and_format_params(job["checkpoint"])["transformer"],
-            map_key_fn=gemma._map_linen_var_names,
-            assign_val_fn=gemma._assign_linen_params_to_nnx_state)
+sys.path.insert(0, sys.argv[2])
+import tunix_worker
 
+for job in json.load(open(sys.argv[1])):
+    is_gemma3 = job["config"]["qk_norm"]
+    load = tunix_worker._gemma3 if is_gemma3 else tunix_worker._gemma
+    model = load(job["checkpoint"], job["config"])
     tokens = jnp.array(np.load(job["tokens"]))
     def logits(model):
         rows, length = tokens.shape
@@ -149,7 +127,7 @@ def run_worker(peer: str, program: str, jobs: list[dict[str, Any]], directory: P
     jobs_file.write_text(json.dumps(jobs))
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
     result = subprocess.run(
-        [peer_python(peer), "-c", program, str(jobs_file)],
+        [peer_python(peer), "-c", program, str(jobs_file), str(ROOT / "jaxsft/export")],
         env=environment | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -32,7 +32,8 @@ from jaxsft.data.vocabulary import BYTE, CONTROL, NORMAL, REQUIRED_PIECES, UNKNO
 from jaxsft.download import files as hub_files
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import SafetensorsDirectory
-from jaxsft.weights.hf_config import from_hf_config
+from jaxsft.gemma.architecture import PRESETS
+from jaxsft.weights.hf_config import from_hf_config, to_hf_config
 from jaxsft.weights.peft import load_adapter, read_adapter_config
 
 fuzzed = settings(deadline=None, max_examples=300)
@@ -181,7 +182,7 @@ def test_safetensors_offsets(offsets: tuple[int, int], directory: Path) -> None:
     assert "truncated or damaged" in outcome(lambda: read_safetensors(directory), path)
 
 
-GGUF_TYPES = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "u64": 10, "f64": 12}
+GGUF_TYPES = {"u32": "4I", "i32": "5i", "f32": "6f", "bool": "7?", "u64": "10Q", "f64": "12d"}
 
 
 def gguf_value(value: Any) -> bytes:
@@ -192,15 +193,11 @@ def gguf_value(value: Any) -> bytes:
     if isinstance(value, list):
         packed = [gguf_value(each) for each in value]
         kind = packed[0][:4] if packed else struct.pack("<I", 4)
-        return (
-            struct.pack("<I", 9)
-            + kind
-            + struct.pack("<Q", len(packed))
-            + b"".join(each[4:] for each in packed)
-        )
+        texts = b"".join(each[4:] for each in packed)
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(packed)) + texts
     kind, number = value
-    code = {"u32": "I", "i32": "i", "f32": "f", "bool": "?", "u64": "Q", "f64": "d"}[kind]
-    return struct.pack(f"<I{code}", GGUF_TYPES[kind], number)
+    *code, letter = GGUF_TYPES[kind]
+    return struct.pack(f"<I{letter}", int("".join(code)), number)
 
 
 def gguf_file(
@@ -352,24 +349,7 @@ def test_tokenizer_model(directory: Path, vocabulary: bytes, draw: st.DataObject
 
 
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-HF_CONFIG = {
-    "model_type": "gemma2",
-    "vocab_size": 32,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "query_pre_attn_scalar": 4,
-    "sliding_window": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "attn_logit_softcapping": 50.0,
-    "layer_types": None,
-    "_name_or_path": None,
-}
+HF_CONFIG = to_hf_config(PRESETS["gemma-2-2b"]) | {"layer_types": None, "_name_or_path": None}
 
 
 @fuzzed
@@ -505,7 +485,6 @@ def test_native_readers_are_bounded_too(directory: Path, vocabulary: bytes) -> N
     headers = [
         "{" + entry % ("a", 1 << 61, 1 << 63) + "}",
         "{" + entry % ("a", f"{1 << 32}, {1 << 32}", 0) + "}",
-        "{" + ", ".join(entry % ("a", "0", 0) for _ in range(50)) + "}",
         '{"a": ' + "[" * 10_000,
     ]
     files = [safetensors(header.encode()) for header in headers]
