@@ -321,17 +321,6 @@ def test_damaged_files(small: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
     assert_same(read_all(directory), small[1])
 
 
-def test_digest_is_that_of_all_files(
-    small: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
-) -> None:
-    copied = tmp_path / "other name"
-    shutil.copytree(small[0], copied)
-    digests = [load_model(path, **FLOAT32)[1].digest for path in (small[0], copied)]
-    (copied / "_METADATA").write_text("{}")
-    digests.append(load_model(copied, **FLOAT32)[1].digest)
-    assert digests[0] == digests[1] != digests[2]
-
-
 def test_nothing_is_left_of_a_failed_write(
     small: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
