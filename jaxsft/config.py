@@ -5,6 +5,7 @@ The docstring of each field is its `--help` text. Lengths are in tokens, duratio
 
 import dataclasses
 import math
+import operator
 import os.path
 from collections import Counter
 from typing import Any, Literal
@@ -17,6 +18,7 @@ SYSTEM_PROMPT = (
 )
 
 Dtype = Literal["float32", "bfloat16"]
+MIN_LENGTH = 16  # tokens of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +198,7 @@ class TrainConfig:
 
 def validate(config: TrainConfig) -> None:
     """Raises ValueError that names every option out of range or in contradiction."""
-    problems = []
-    for name, is_right, rule in _CHECKS:
-        value = _get(config, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{name} is {value}, but must be a finite number")
-        elif not is_right(value):
-            problems.append(f"{name} is {value!r}, but must be {rule}")
+    problems = _out_of_range(config)
     if config.global_batch_size % max(config.gradient_accumulation_steps, 1):
         problems.append(
             f"global_batch_size {config.global_batch_size} is not a multiple of "
@@ -222,12 +218,7 @@ def validate(config: TrainConfig) -> None:
         counts = Counter(map(os.path.abspath, [] if isinstance(files, str) else files))
         twice = [file for file, count in counts.items() if count > 1]
         problems += [f"data.{name} names {file} twice; {advice}" for file in twice]
-    if config.eval.temperature == 0 and (config.eval.top_k > 1 or config.eval.top_p < 1):
-        problems.append(
-            "eval.top_k and eval.top_p do nothing at eval.temperature 0, set it above 0"
-        )
-    if config.eval.temperature > 0 and config.eval.top_k == 1:
-        problems.append("eval.top_k 1 makes eval.temperature useless, set one of them to 0")
+    problems += _sampling_conflicts(config.eval)
     if config.eval_steps and not config.data.eval_files:
         problems.append("eval_steps needs data.eval_files")
     if config.deadline is not None and config.max_seconds is not None:
@@ -238,6 +229,38 @@ def validate(config: TrainConfig) -> None:
         )
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def validate_eval(options: EvalOptions) -> None:
+    """As `validate`, for these options alone."""
+    problems = _out_of_range(options, "eval.") + _sampling_conflicts(options)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _out_of_range(options: Any, prefix: str = "") -> list[str]:
+    """Every option whose value `_CHECKS` does not allow; `prefix` stands before their names."""
+    problems = []
+    for name, is_right, rule in _CHECKS:
+        if not name.startswith(prefix):
+            continue
+        value = operator.attrgetter(name.removeprefix(prefix))(options)
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name} is {value}, but must be a finite number")
+        elif not is_right(value):
+            problems.append(f"{name} is {value!r}, but must be {rule}")
+    return problems
+
+
+def _sampling_conflicts(options: EvalOptions) -> list[str]:
+    problems = []
+    if options.temperature == 0 and (options.top_k > 1 or options.top_p < 1):
+        problems.append(
+            "eval.top_k and eval.top_p do nothing at eval.temperature 0, set it above 0"
+        )
+    if options.temperature > 0 and options.top_k == 1:
+        problems.append("eval.top_k 1 makes eval.temperature useless, set one of them to 0")
+    return problems
 
 
 def check_devices(config: TrainConfig, num_devices: int) -> None:
@@ -256,12 +279,6 @@ def check_devices(config: TrainConfig, num_devices: int) -> None:
         raise ValueError(
             f"global_batch_size {size} does not split evenly over {over}; nearest valid: {nearest}"
         )
-
-
-def _get(config: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        config = getattr(config, part)
-    return config
 
 
 _POSITIVE = (lambda x: x > 0, "above 0")
@@ -300,7 +317,7 @@ _CHECKS = (
     ("lora.r", *_POSITIVE),
     ("lora.alpha", *_POSITIVE),
     ("lora.dropout", *_SHARE),
-    ("data.max_length", lambda x: x >= 16, "at least 16"),
+    ("data.max_length", lambda x: x >= MIN_LENGTH, f"at least {MIN_LENGTH}"),
     ("data.start", *_NOT_NEGATIVE),
     ("data.min_completion_tokens", *_NOT_NEGATIVE),
     ("data.max_drop", lambda x: 0 <= x <= 1, "a share from 0 to 1"),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.config import DataOptions, TrainConfig, validate
+from jaxsft.config import MIN_LENGTH, validate_eval
 from jaxsft.data.samples import as_list
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.options import EvaluateOptions
@@ -69,8 +69,9 @@ def check_evaluate_options(options: EvaluateOptions) -> None:
         counts = Counter(map(os.path.abspath, as_list(getattr(options, name))))
         if twice := [file for file, count in counts.items() if count > 1]:
             raise ValueError(f"{name} names {twice[0]} twice; name it once")
-    data = DataOptions(train_files=["none"], max_length=options.max_length)
-    validate(TrainConfig(eval=options.eval, data=data))
+    if options.max_length < MIN_LENGTH:
+        raise ValueError(f"max_length is {options.max_length}, but must be at least {MIN_LENGTH}")
+    validate_eval(options.eval)
 
 
 def names_of(options: EvaluateOptions) -> list[str]:

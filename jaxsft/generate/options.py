@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from jaxsft.cli import check_output
-from jaxsft.config import DataOptions, Dtype, EvalOptions, TrainConfig, validate
+from jaxsft.config import Dtype, EvalOptions, validate_eval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,6 @@ def check_options(options: GenerateOptions) -> None:
         if Path(options.output).exists():
             raise ValueError(f"--output {options.output}: is there already; name a new file")
     try:
-        validate(TrainConfig(eval=options.decoding, data=DataOptions(train_files=["none"])))
+        validate_eval(options.decoding)
     except ValueError as error:
         raise ValueError(str(error).replace("eval.", "--")) from None
