@@ -26,17 +26,19 @@ class ModelOptions:
     """The pretrained model."""
 
     path: str = "demo"
-    """Hugging Face directory, its name on the hub (owner/name or owner/name@revision), .gguf file,
-    Flax checkpoint, or "demo": the Gemma 3 270M of the `demo` extra."""
+    """The base model: a Hugging Face directory, a name on the hub (owner/name or
+    owner/name@revision), a .gguf file, a Flax checkpoint, or "demo" (Gemma 3 270M of the `demo`
+    extra)."""
     tokenizer: str | None = None
-    """tokenizer.model or .gguf file; by default the one that comes with the model."""
+    """A tokenizer.model or .gguf file; by default the tokenizer of the model."""
     dtype: Dtype = "float32"
-    """Activations and matmuls. Adapters and their Adam moments are always float32."""
+    """Type of activations and matmuls. Adapters and their Adam moments are always float32."""
     param_dtype: Dtype = "float32"
-    """How frozen weights are kept in memory."""
+    """Type of the frozen weights in memory."""
     remat: Literal["none", "projections", "full"] = "none"
-    """What the backward pass computes again: nothing, all but the projections, whole layers. The
-    fused step always keeps the projections: "none" and "projections" are the same to it."""
+    """What the backward pass computes again to save memory: nothing ("none"), all but the
+    projections ("projections"), or whole layers ("full"). In the fused step "none" is the same as
+    "projections"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +46,16 @@ class LoraOptions:
     """The adapter."""
 
     r: int = 64
-    """Rank."""
+    """Rank of the adapter."""
     alpha: float = 64.0
-    """The update is scaled by alpha / r."""
+    """The adapter's output is multiplied by alpha / r."""
     dropout: float = 0.0
-    """Dropout on the adapter's input, 0 to below 1."""
+    """Dropout rate on the adapter's input, at least 0 and below 1."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r) instead."""
+    """Multiply by alpha / sqrt(r) instead."""
     target_modules: str = "all-linear"
-    """Comma-separated Hugging Face names (q_proj,v_proj,…) or "all-linear"."""
+    """Layers that get an adapter: Hugging Face names with commas (q_proj,v_proj,…), or
+    "all-linear"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,39 +63,40 @@ class DataOptions:
     """Training and held-out rows."""
 
     train_files: list[str] | str = dataclasses.field(default_factory=list)
-    """Files of rows, JSONL or Parquet (prompt/response with <think>, messages, …), or directories
-    that the download or `datasets` saved."""
+    """Training rows: JSONL or Parquet files (prompt/response with <think>, messages, …), or
+    directories that the download or `datasets` saved."""
     eval_files: list[str] | str = dataclasses.field(default_factory=list)
-    """Held-out rows for the loss and the generated answers; may be empty."""
+    """Held-out rows, for the held-out loss and the generated answers; may be empty."""
     start: int = 0
-    """First training row to use, counted over all files."""
+    """Number of the first training row to use, counted from 0 over all files."""
     stop: int | None = None
-    """Row to stop before; by default the end."""
+    """Number of the first training row not to use; by default all rows to the end are used."""
     max_length: int = 2048
-    """Tokens in a row of the batch, and the most that one sample may have."""
+    """Tokens in a row of the batch. A longer sample does not fit: see overlong."""
     packing: bool = False
-    """Several samples a row (they never see each other) instead of one."""
+    """Put several samples into one row; they do not see each other. By default a row has one."""
     overlong: Literal["shorten", "drop", "raise"] = "shorten"
-    """Samples over max_length: cut the reasoning (never the answer), drop them, or stop."""
+    """For samples over max_length: "shorten" cuts the reasoning (never the answer), "drop" leaves
+    the sample out, "raise" stops."""
     system_prompt: str | None = SYSTEM_PROMPT
-    """Put in front of the first user turn of rows that have no system turn; null for none."""
+    """Text before the first user turn of rows that have no system turn; null for none."""
     loss_on_prompt: bool = False
-    """Train on prompt tokens as well."""
+    """Train on the tokens of the prompt too."""
     weights: list[float] | None = None
-    """How often an epoch has the samples of each file: 2 is twice, 0.5 a fixed half; by default
-    once."""
+    """How often an epoch uses the samples of each file: 2 is twice, 0.5 is one half of them, the
+    same half each time. By default once."""
     min_completion_tokens: int = 8
-    """Samples whose last answer, tags included, has fewer tokens are left out."""
+    """Leave out samples whose last answer, tags included, has fewer tokens."""
     drop_degenerate: bool = True
     """Leave out texts that end in a loop, and answers such as "I hope this helps!"."""
     drop_duplicates: bool = True
-    """Leave out conversations that came before, text for text."""
+    """Leave out conversations with the same text as an earlier one."""
     drop_contaminated: bool = True
-    """Leave out training rows whose prompt is that of a held-out row, or half of it."""
+    """Leave out training rows whose prompt has at least half of a held-out prompt in it."""
     max_drop: float = 0.25
-    """Stop when more than this share of the rows is left out for whatever reason."""
+    """Stop when a larger share of the rows is left out, whatever the reasons."""
     prepared_dir: str | None = None
-    """Directory of prepared rows (python -m jaxsft.prepare); by default in the user's cache."""
+    """Directory of prepared rows (python -m jaxsft.prepare); by default in your cache directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +104,20 @@ class EvalOptions:
     """Measuring on held-out rows before, during and after training."""
 
     num_prompts: int = 16
-    """Held-out prompts to answer at each measurement; 0 for none."""
+    """Number of held-out prompts to answer at each measurement; 0 for none."""
     batch_size: int = 8
-    """Global rows per evaluation and generation batch, made up to as many for each device."""
+    """Rows of an evaluation or generation batch over all devices; rounded up to a multiple of the
+    number of devices."""
     max_new_tokens: int = 768
-    """Longest generated answer."""
+    """Most tokens in a generated answer."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 always takes the likeliest token."""
     top_k: int = 0
-    """Sample from the k likeliest tokens; 0 for all."""
+    """Sample from the k likeliest tokens only; 0 for all."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probability reaches this."""
+    """Sample from the smallest set of likeliest tokens whose total probability reaches this."""
     seed: int = 42
-    """Seed of the sampler."""
+    """Seed of the sampling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +125,7 @@ class TrainConfig:
     """One training run. Batch sizes are global: over all devices and micro-batches."""
 
     name: str = "run"
-    """The run's results go to output_dir/name."""
+    """Name of the run; its results go to output_dir/name."""
     output_dir: str = "runs"
     """Directory of all runs."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -128,76 +133,78 @@ class TrainConfig:
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)
     global_batch_size: int = 32
-    """Rows per optimizer step."""
+    """Rows of an optimizer step, over all devices and micro-batches."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches that a step is cut into."""
+    """Micro-batches of an optimizer step. More of them take less memory."""
     num_train_epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int | None = None
-    """Optimizer steps; overrides num_train_epochs."""
+    """Number of optimizer steps; overrides num_train_epochs."""
     learning_rate: float = 2e-5
-    """Peak."""
+    """Highest learning rate, at the end of the warm-up."""
     min_learning_rate: float = 0.0
-    """Where cosine and linear decay end."""
+    """Learning rate at the end of the cosine or linear decay."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warm-up."""
+    """Shape of the learning rate after the warm-up."""
     warmup_steps: int = 0
-    """Linear warm-up from 0."""
+    """Steps in which the learning rate rises linearly from 0."""
     weight_decay: float = 0.01
-    """AdamW decay, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
     adam_beta1: float = 0.9
-    """Adam's first-moment decay."""
+    """Decay of Adam's first moment."""
     adam_beta2: float = 0.999
-    """Adam's second-moment decay."""
+    """Decay of Adam's second moment."""
     adam_epsilon: float = 1e-8
-    """Adam's denominator offset."""
+    """Number added to the denominator of Adam's update."""
     max_grad_norm: float = 1.0
-    """Global gradient clipping; 0 for none."""
+    """Clip the gradient to this norm, over all parameters; 0 for no clipping."""
     seed: int = 42
-    """Adapter initialisation, row order and dropout."""
+    """Seed of the adapter's initial values, the order of rows, and dropout."""
     step: Literal["auto", "fused", "plain"] = "auto"
-    """Formulation of the step: "fused" is fast on a TPU, "plain" the reference, which dropout and
-    fsdp need; "auto" is fused on a TPU where it can be."""
+    """How a step is computed: "fused" is fast on a TPU; "plain" is the reference, and dropout and
+    fsdp need it; "auto" is fused on a TPU where possible."""
     fsdp: int = 1
-    """Devices that the frozen weights are sharded over; 1 replicates them."""
+    """Number of devices over which the frozen weights are sharded; with 1 each device has all."""
     loss_chunk_tokens: int = 512
-    """Loss positions per device that meet the vocabulary at once; bounds the logits' memory."""
+    """Positions per device whose logits are computed at once; fewer take less memory."""
     logging_steps: int = 1
-    """Steps between metrics."""
+    """Steps between two lines of metrics."""
     eval_steps: int | None = None
-    """Steps between measurements on held-out rows; by default only before and after."""
+    """Steps between two measurements on held-out rows; by default only before and after the run."""
     save_steps: int = 500
-    """Steps between checkpoints."""
+    """Steps between two checkpoints."""
     save_total_limit: int = 2
-    """Newest checkpoints kept; with eval_steps, the one of the lowest held-out loss as well."""
+    """Number of newest checkpoints to keep; with eval_steps, the checkpoint with the lowest
+    held-out loss is kept too."""
     max_nonfinite_steps: int = 3
-    """Abort after so many steps in a row whose loss or gradient is not finite."""
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
     skip_spikes_sigmas: float | None = None
-    """Skip updates whose loss or gradient norm is so many standard deviations above the mean of the
-    last 128 steps; null for never, 6 is usual."""
+    """Skip an update whose loss or gradient norm is this many standard deviations above the mean of
+    the last 128 steps; null for never, 6 is usual."""
     fork_from: str | None = None
-    """A run's directory or a PEFT adapter to start from, instead of a fresh adapter."""
+    """Start from this adapter, not from a new one: a run's directory or a PEFT adapter."""
     num_workers: int = 2
     """Threads that read rows ahead."""
     budget_hours: float | None = None
-    """Hours that the steps still to take may last; a run whose preflight says more stops there."""
+    """Most hours for the remaining steps. The run stops after its preflight if that says more."""
     deadline: str | None = None
-    """When the session ends, such as 2026-11-22T21:30 (local time) or 2026-11-22T21:30Z: the run
-    stops and saves in time."""
+    """Time at which your machine goes away, such as 2026-11-22T21:30 (local time) or
+    2026-11-22T21:30Z. The run saves and stops before it."""
     max_seconds: float | None = None
-    """The same, counted from the start of this command."""
+    """The same in seconds from the start of this command."""
     fit_deadline: bool = False
-    """Shorten a new run's schedule, decay included, to what the deadline leaves time for."""
+    """Make a new run's schedule, with its decay, short enough to finish before the deadline."""
     hang_seconds: float | None = 1800.0
-    """End the process, with the stacks of all threads, when nothing has moved for so long; null for
-    never."""
+    """If nothing makes progress for this many seconds, print the stacks of all threads and end the
+    process; null for never."""
     multihost: bool = False
-    """One process of several, on the hosts of a TPU slice: give each the same command, they meet
-    through jax.distributed. The first one writes; a signal to one of them stops all."""
+    """This is one of several processes, one on each host of a TPU slice; start the same command on
+    all of them. They connect through jax.distributed. Only the first writes results; a signal to
+    one process stops all."""
 
 
 def validate(config: TrainConfig) -> None:
-    """Raises ValueError that names every option out of range or in contradiction."""
+    """Raises ValueError that names every option with a wrong value and every contradiction."""
     problems = _out_of_range(config)
     if config.global_batch_size % max(config.gradient_accumulation_steps, 1):
         problems.append(

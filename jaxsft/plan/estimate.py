@@ -1,7 +1,7 @@
 """What a train step will take on a TPU, as data: memory by kind, seconds by part, FLOPs.
 
-All of it comes from the program that XLA's TPU compiler makes on a machine without a TPU: an
-estimate. Results are kept on disk, so that the same program is compiled once.
+XLA's TPU compiler compiles the program on a machine without a TPU; everything is estimated from
+that program. Results are stored on disk, so that the same program is compiled once.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from jaxsft.plan.tpu_aot import (
 )
 from jaxsft.run.program import abstract_setup, lower_step, num_bytes_per_device, program_hash
 
-# The one measurement that such estimates can be held against.
+# The one measurement with which such estimates can be compared.
 CALIBRATION = (
     "Tunix's published run of single_session took 1.095 s a step on a real v5e-8; its step, "
     "compiled and priced like this one but without collectives, comes to 1.05 s (release 0.1.7) "
@@ -40,8 +40,8 @@ CALIBRATION = (
 )
 NUM_LARGEST_OPS = 40
 
-# Raise it with every change of what an estimate says of the same program: of the prices, or of the
-# names of scopes, which the hash of a program leaves out.
+# Raise it with every change that changes the estimate of the same program: of the prices, or of the
+# names of scopes, which are not part of a program's hash.
 PRICING_VERSION = 1
 
 
@@ -49,12 +49,12 @@ PRICING_VERSION = 1
 class StepEstimate:
     """One optimizer step on a TPU slice. Bytes are those of one chip, FLOPs those of all chips.
 
-    `hbm_bytes` is by kind. A step that does not fit has no seconds, `misfit` says why not, and
-    `hbm_bytes` is what the compiler names, as "needed", or {} where on-chip memory is too small.
-    `compiler_options` are the environment's, the step has none of its own. `parts` are seconds by
-    pricing.PARTS and add up to `seconds`. `matmul_flops` are those of all matmuls, Pallas kernels'
-    too, and `recomputed_flops` those that rematerialisation repeats. `num_positions`: rows × row
-    length. `largest_ops` are the ops that take the longest, over all their runs.
+    `hbm_bytes` is by kind. A step that does not fit has no seconds, and `misfit` says why; then
+    `hbm_bytes` has only "needed", the compiler's number, or is {} where on-chip memory is too
+    small. `compiler_options` come from the environment; the step has none of its own. `parts` are
+    seconds by pricing.PARTS and add up to `seconds`. `matmul_flops` includes Pallas kernels, and
+    `recomputed_flops` is the part that rematerialisation repeats. `num_positions`: rows × row
+    length. `largest_ops` are the ops that take the longest, summed over all their runs.
     """
 
     topology: str
@@ -106,11 +106,10 @@ def estimate_step(
     cache_dir: Path,
     environment: Mapping[str, str],
 ) -> tuple[StepEstimate, bool]:
-    """(the estimate of the step of a run of so many steps, was it on disk), in minutes if not.
+    """(the estimate of one step of a run of `steps` steps, did it come from disk); else minutes.
 
-    `environment` is that of the process, for the subprocess that compiles kernels. Raises
-    ValueError for a config that the model or the topology cannot run, CompilerError where the
-    compiler fails.
+    `environment` is passed to the subprocess that compiles kernels. Raises ValueError for a config
+    that the model or the topology cannot run, CompilerError where the compiler fails.
     """
     arguments = abstract_setup(config, model_config, topology_devices(topology), steps)
     lowered = lower_step(arguments)
@@ -119,12 +118,7 @@ def estimate_step(
         "adapter + optimizer": num_bytes_per_device(arguments.state),
     }
     return estimate_lowered(
-        lowered,
-        argument_bytes,
-        config,
-        topology,
-        cache_dir=cache_dir,
-        environment=environment,
+        lowered, argument_bytes, config, topology, cache_dir=cache_dir, environment=environment
     )
 
 
@@ -137,7 +131,7 @@ def estimate_lowered(
     cache_dir: Path,
     environment: Mapping[str, str],
 ) -> tuple[StepEstimate, bool]:
-    """As estimate_step, of a lowered step of `config`; a chip's bytes of its arguments by kind."""
+    """As estimate_step, for a lowered step; `argument_bytes` are those of one chip, by kind."""
     found_hash = program_hash(lowered)
     path = cache_dir / f"{found_hash}-{_cache_key(topology, environment)}.json"
     if (cached := _load(path)) is not None:
@@ -211,8 +205,7 @@ def _price(
 
 
 def kernel_flops(ops: Sequence[PricedOp], kernels: Mapping[str, KernelPrice]) -> tuple[int, int]:
-    """(matmul FLOPs of the Pallas calls among the ops, those of them that rematerialisation
-    repeats), on one chip."""
+    """(matmul FLOPs of all Pallas calls on one chip, the part that rematerialisation repeats)."""
     calls = [op for op in ops if op.name in kernels]
     flops = [kernels[op.name].matmul_flops * op.trips for op in calls]
     again = [n for op, n in zip(calls, flops, strict=True) if op.part == "recomputation"]
@@ -233,8 +226,8 @@ def _op_as_dict(op: PricedOp) -> dict[str, Any]:
 
 
 def num_loss_chunks(config: TrainConfig, num_chips: int, loss_share: float = 1.0) -> int:
-    """Chunks of a chip's micro-batch in the loss head when this share of its positions bears loss,
-    0 to 1."""
+    """Chunks of the loss head that a chip's micro-batch takes, where `loss_share` of its positions,
+    0 to 1, bear loss."""
     positions = config.global_batch_size * config.data.max_length
     positions //= config.gradient_accumulation_steps * num_chips
     # Shares come from counts: half of 4096 positions must not become 2049.
@@ -251,14 +244,14 @@ def _memory_by_kind(compiled: Compiled, argument_bytes: Mapping[str, int]) -> di
 
 
 def _cache_key(topology: str, environment: Mapping[str, str]) -> str:
-    """16 hex digits of what an estimate depends on beside the program."""
+    """16 hex digits for everything but the program that an estimate depends on."""
     versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
     inputs = (PRICING_VERSION, topology, compiler_flags(environment), versions)
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
 
 
 def _load(path: Path) -> StepEstimate | None:
-    """A kept estimate; None where there is none, or a damaged one."""
+    """A stored estimate; None where there is none or the file is damaged."""
     try:
         return StepEstimate(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

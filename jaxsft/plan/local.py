@@ -17,8 +17,11 @@ from jaxsft.weights.find import architecture
 
 
 class LocalStep(NamedTuple):
-    """A train step compiled for this machine's devices. Bytes are those of one device, or of all
-    where they are CPUs, which share a memory; `available_bytes` is None where they don't tell."""
+    """A train step compiled for this machine's devices.
+
+    Bytes are those of one device; CPUs share one memory, there they are those of all devices.
+    `available_bytes` is None where the devices do not report it.
+    """
 
     program_hash: str
     formulation: str  # fused or plain
@@ -27,12 +30,12 @@ class LocalStep(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Is there so much memory, or is it not known how much there is?"""
+        """Is there enough memory? True also where the amount is not known."""
         return self.available_bytes is None or self.needed_bytes <= self.available_bytes
 
     @property
     def memory(self) -> str:
-        """Needed and available, for a person."""
+        """Needed and available memory as text."""
         needed = f"{self.needed_bytes / GIB:.2f}"
         if self.available_bytes is None:
             return f"{needed} GiB; the devices do not tell how much they have"
@@ -40,7 +43,7 @@ class LocalStep(NamedTuple):
 
 
 def compile_local(config: TrainConfig, model_config: GemmaConfig, steps: int) -> LocalStep:
-    """Compiles the step of a run of so many steps; nothing is run.
+    """Compiles the step of a run of `steps` steps; nothing is run.
 
     Raises ValueError for a config that the devices cannot run, CompilerError where XLA fails.
     """
@@ -54,20 +57,20 @@ def compile_local(config: TrainConfig, model_config: GemmaConfig, steps: int) ->
     else:
         shares_memory = devices[0].platform == "cpu"
         needed = step_bytes(compiled, devices[0].platform) * (len(devices) if shares_memory else 1)
-        # After compiling: what XLA holds on to is not free to train in either.
+        # After compiling: what XLA keeps is not free for training either.
         available = free_memory(jax.local_devices())
     formulation = "plain" if arguments.spec.model.fused is None else "fused"
     return LocalStep(program_hash(lowered), formulation, needed, available)
 
 
 def step_bytes(compiled: jax.stages.Compiled, platform: str) -> int:
-    """Bytes on one device for the step's arguments, results and temporaries, by XLA's count."""
+    """Bytes on one device for arguments, results and temporaries of the step, as XLA counts."""
     analysis = compiled.memory_analysis()
     assert analysis is not None
     code = analysis.generated_code_size_in_bytes
     if platform == "tpu":
         return analysis.peak_memory_in_bytes + code
-    # Not the peak: on CPUs it has no temporaries, 1.2 GiB where the demo's step takes 2.7.
+    # Not the peak: on CPUs it leaves out temporaries, 1.2 GiB where the demo's step takes 2.7.
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes + code
 
@@ -75,9 +78,9 @@ def step_bytes(compiled: jax.stages.Compiled, platform: str) -> int:
 def plan_devices(
     config: TrainConfig, steps: int | None, *, steps_are_exact: bool, console: Console
 ) -> dict[str, Any]:
-    """Shows hash and memory of the step, and the nearest setting that fits where it does not.
+    """Shows hash and memory of the step and, if it does not fit, the nearest setting that does.
 
-    Returns all of it for a program to read, units in the names. Raises as compile_local.
+    Returns the same as JSON values, units in the names. Raises as compile_local.
     """
     model_config, source = architecture(config.model.path)
     num_devices = jax.device_count()

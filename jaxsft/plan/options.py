@@ -14,23 +14,24 @@ DATA = "data"
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """Only of this command."""
+    """Options of this command only."""
 
     topology: str = "v5e:2x4"
-    """A slice of v5e or v6e; or "local": the hash and memory of the program on this machine."""
+    """The TPU slice, v5e or v6e and its shape; or "local" for the devices of this machine, which
+    shows the program's hash and memory, not its time."""
     lengths: str | None = None
-    """Tokens of each sample: a file with one number a line, or a JSON histogram {length: count}; or
-    "data": read the run's own rows for them."""
+    """Number of tokens of each sample: a file with one number a line or a JSON histogram
+    {length: count}; or "data" to read the run's own rows."""
     search: bool = False
-    """Rank other micro-batches, row lengths and remat policies."""
+    """Compare other numbers of micro-batches, row lengths and remat policies, the fastest first."""
     plot: str | None = None
-    """Draw time and memory to this file."""
+    """Draw time and memory as a picture in this file."""
     json: str | None = None
-    """Write the plan to this file."""
+    """Write the plan to this JSON file."""
 
 
 def check_plan_options(options: PlanOptions, argv: Sequence[str]) -> None:
-    """ValueError for options that are wrong or do not go together."""
+    """Raises ValueError for options that are wrong or contradict each other."""
     if options.topology != LOCAL and options.topology not in TOPOLOGIES:
         valid = ", ".join((*TOPOLOGIES, LOCAL))
         raise ValueError(f"--topology {options.topology} is not known; valid: {valid}")
@@ -52,12 +53,12 @@ def check_plan_options(options: PlanOptions, argv: Sequence[str]) -> None:
 
 
 def gives_budget(argv: Sequence[str]) -> bool:
-    """Is there a budget on the command line, not only in the recipe?"""
+    """Does the command line itself give a budget? One in the recipe does not count."""
     return any(arg.startswith(("--budget-hours", "--budget_hours")) for arg in argv)
 
 
 def check_format(path: Path) -> None:
-    """ValueError for a name that does not end as one of matplotlib's picture formats."""
+    """Raises ValueError for a name whose ending is no picture format of matplotlib."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()

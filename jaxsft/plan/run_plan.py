@@ -1,4 +1,4 @@
-"""A run planned: its step's estimate, the steps that its data makes, hours, FLOPs and MFU."""
+"""The plan of a run: the estimate of its step, the number of steps, hours, FLOPs and MFU."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ PACKED, UNPACKED = "packed", "one sample a row"
 
 @dataclasses.dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs that the mathematics of one step needs, over all chips, every position bearing loss.
+    """FLOPs that the formulas of one step need, over all chips; every position bears loss.
 
-    `base` is the convention of LoRA-MFU: forward and activation gradients of the frozen weights and
-    attention (4N + attention; 11.1 GFLOP a token for Gemma 2 2B at 2048). `total` has the adapters'
-    forward, activation and weight gradients as well.
+    `base` is the convention of LoRA-MFU: the forward pass and the activation gradients of frozen
+    weights and attention (4N + attention; 11.1 GFLOP a token for Gemma 2 2B at 2048). `total` adds
+    the adapters: forward pass, activation gradients and weight gradients.
     """
 
     base: float
@@ -30,7 +30,7 @@ class ModelFlops:
 
 
 def model_flops(config: TrainConfig, model_config: GemmaConfig) -> ModelFlops:
-    """Those of a step of `config`, by GemmaConfig.lora_step_flops."""
+    """FLOPs of a step of `config`, by GemmaConfig.lora_step_flops."""
     num_tokens = config.global_batch_size * config.data.max_length
     targets = resolve_targets(config.lora.target_modules)
 
@@ -47,12 +47,12 @@ def model_flops(config: TrainConfig, model_config: GemmaConfig) -> ModelFlops:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """A config on a TPU slice. `steps` is None where only the data could tell; `steps_are_exact`
-    unless they are guessed from lengths or a range of rows, which decides the schedule and with it
-    the program's hash.
+    """A config on a TPU slice.
 
-    `workloads` is by PACKED and UNPACKED, {} without data. `loss_share` of all row positions bears
-    loss. `source` says where the architecture was read.
+    `steps` is None where it depends on data that is not given. `steps_are_exact` is false where the
+    number is guessed from lengths or a range of rows: it decides the schedule, and so the program's
+    hash. `workloads` has the keys PACKED and UNPACKED, none without data. `source` says where the
+    architecture was read.
     """
 
     config: TrainConfig
@@ -65,22 +65,22 @@ class RunPlan:
 
     @property
     def packing(self) -> str:
-        """Which of the workloads the config makes."""
+        """The workload of this config: PACKED or UNPACKED."""
         return PACKED if self.config.data.packing else UNPACKED
 
     @property
     def loss_share(self) -> float:
-        """Of all row positions, 0 to 1; 1 without data."""
+        """Share of all row positions that bear loss, 0 to 1; 1 without data."""
         return self.workloads[self.packing].loss_share if self.workloads else 1.0
 
     def seconds_at(self, loss_share: float) -> float:
-        """Seconds of a step in which this share of every micro-batch's positions bears loss."""
+        """Seconds of a step where this share of the positions of each micro-batch bears loss."""
         saved = 1 - self.chunk_share(loss_share)
         return self.estimate.seconds - self.estimate.parts["loss head"] * saved
 
     def chunk_share(self, loss_share: float) -> float:
-        """Share of the loss head's chunks that run, 0 to 1: it works on whole ones, so where one
-        holds a micro-batch any loss at all costs its full time."""
+        """Share of the loss head's chunks that run, 0 to 1. Chunks are whole: where one chunk holds
+        the micro-batch, any position with loss costs the full time."""
         num_chips = self.estimate.num_chips
         num_run = num_loss_chunks(self.config, num_chips, loss_share)
         return num_run / num_loss_chunks(self.config, num_chips)
@@ -98,36 +98,36 @@ class RunPlan:
 
     @property
     def formulation(self) -> str:
-        """Of the step: fused or plain."""
+        """How the step is computed: fused or plain."""
         is_plain = self.config.step == "plain" or self.fused_obstacles
         return "plain" if is_plain else "fused"
 
     @property
     def fused_obstacles(self) -> list[str]:
-        """What of the config and the model the fused step cannot do."""
+        """Properties of the config and the model that the fused step does not support."""
         return fused_obstacles(self.config, self.model_config, "tpu")
 
     @property
     def hours(self) -> float | None:
-        """Of all steps; None where their number is not known or the step does not fit."""
+        """Hours of all steps; None where their number is not known or the step does not fit."""
         if self.steps is None or not self.estimate.fits:
             return None
         return self.steps * self.seconds_per_step / 3600
 
     @property
     def is_over_budget(self) -> bool:
-        """Does the run surely take longer than the config's budget_hours?"""
+        """Does the run take longer than budget_hours, as far as known?"""
         hours, budget = self.hours, self.config.budget_hours
         return hours is not None and budget is not None and hours > budget
 
     @property
     def flops(self) -> ModelFlops:
-        """Of one step."""
+        """FLOPs of one step."""
         return model_flops(self.config, self.model_config)
 
     @property
     def compiled_ratio(self) -> float:
-        """FLOPs of the compiled matmuls over those that the mathematics needs."""
+        """FLOPs of the compiled matmuls over those that the formulas need."""
         return self.estimate.matmul_flops / self.flops.total
 
     @property
@@ -137,7 +137,7 @@ class RunPlan:
         return self.flops.base / (self.estimate.seconds * peak)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it for a program to read, units in the names."""
+        """The plan as JSON values; units are in the names."""
         estimate, flops = self.estimate, self.flops
         names = "lora_mfu", "compiled_over_model_flops", "recomputed_matmul_share"
         of_time: dict[str, float | None] = dict.fromkeys((*names, "loss_head_seconds"))
@@ -184,9 +184,9 @@ class RunPlan:
 def count_workloads(
     config: TrainConfig, lengths: Sequence[int], num_loss_tokens: int | None = None
 ) -> dict[str, Workload]:
-    """The run's workload and what packing, or not packing, would make of the same samples.
+    """The run's workload, and that of the same samples with the other choice of packing.
 
-    `max_steps` stands for as many epochs as it is without packing or with, as configured.
+    With `max_steps` both take as many epochs as that number is with the config's own choice.
     """
     options, rows = config.data, config.global_batch_size
     fitting = fit_lengths(lengths, options.max_length, options.overlong)
@@ -212,7 +212,7 @@ def count_workloads(
 
 
 def steps_without_data(config: TrainConfig) -> int | None:
-    """Steps as far as the config alone tells: its max_steps, or its range of rows, one a row."""
+    """Steps by the config alone: its max_steps, or its range of rows without packing; or None."""
     if config.max_steps:
         return config.max_steps
     if config.data.stop is None or config.data.packing:

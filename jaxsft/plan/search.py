@@ -1,6 +1,7 @@
-"""The settings near a config's own that a plan tries: micro-batches, row length, remat.
+"""The settings that a plan tries: micro-batches, row length and remat near those of the config.
 
-Every setting keeps the tokens of an optimizer step: rows half as long are twice as many.
+Every setting has the same number of tokens in an optimizer step: half the row length, twice the
+rows.
 """
 
 import dataclasses
@@ -16,29 +17,29 @@ MIN_ROW_LENGTH = 256
 
 
 class TriedStep(Protocol):
-    """What is known of a setting's step: which program it is, and whether it fits."""
+    """What the search must know of the step that a setting makes."""
 
     @property
     def program_hash(self) -> str:
-        """Of program.program_hash."""
+        """The hash by run.program.program_hash."""
 
     @property
     def fits(self) -> bool:
-        """Into the devices' memory."""
+        """Does it fit the devices' memory?"""
 
 
 Found = TypeVar("Found", bound=TriedStep)
 
 
 class Setting(NamedTuple):
-    """What the search varies of a config."""
+    """The options that the search changes."""
 
     accumulation_steps: int
     row_length: int
     remat: Any  # a key of REMAT_POLICIES
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """The config with this setting and as many tokens a step as before."""
+        """The config with this setting and the same number of tokens a step."""
         tokens = config.global_batch_size * config.data.max_length
         return dataclasses.replace(
             config,
@@ -49,7 +50,7 @@ class Setting(NamedTuple):
         )
 
     def takes_no_more_than(self, other: "Setting") -> bool:
-        """Is this setting's memory surely at most that of `other`?"""
+        """Does this setting certainly need no more memory than `other`?"""
         return (
             self.row_length <= other.row_length
             and self.accumulation_steps >= other.accumulation_steps
@@ -63,10 +64,10 @@ def setting_of(config: TrainConfig) -> Setting:
 
 
 def all_settings(config: TrainConfig, num_devices: int, max_positions: int) -> list[Setting]:
-    """The config's row length, half and double of it; micro-batches by powers of two, down to one
+    """The config's row length, half of it and twice it; micro-batches by powers of two, down to one
     row a device; every rematerialisation policy.
 
-    What saves the most memory stands first, except that the config's own setting leads.
+    The config's own setting is first, then those that take the least memory.
     """
     length = config.data.max_length
     tokens = config.global_batch_size * length
@@ -86,10 +87,10 @@ def all_settings(config: TrainConfig, num_devices: int, max_positions: int) -> l
 
 
 def nearest_savings(config: TrainConfig, num_devices: int) -> list[Setting]:
-    """Settings that take less memory than the config's own, the nearest first.
+    """Settings that take less memory than the config's own, the cheapest change first.
 
-    More micro-batches cost little time, recomputation more, and shorter rows cut samples: they come
-    last, one row a device.
+    More micro-batches cost little time, recomputation costs more. Shorter rows cut samples, so they
+    come last, and with one row a device.
     """
     own = setting_of(config)
     candidates = all_settings(config, num_devices, own.row_length)
@@ -113,10 +114,10 @@ def nearest_savings(config: TrainConfig, num_devices: int) -> list[Setting]:
 def try_settings(
     settings: Sequence[Setting], estimate: Callable[[Setting], Found]
 ) -> Iterator[tuple[Setting, Found | str]]:
-    """Estimates one setting after the other; a text says why one has no estimate.
+    """Estimates one setting after the other; where there is no estimate, a text says why.
 
-    A setting is not compiled when one that takes no more memory did not fit. Settings that turn out
-    to be the program of an earlier one are left out.
+    A setting is not compiled if one that takes no more memory did not fit. A setting with the same
+    program as an earlier one is left out.
     """
     too_large: list[Setting] = []
     programs: set[str] = set()

@@ -1,8 +1,8 @@
-"""Compiling for TPUs that this machine doesn't have, with XLA's own TPU compiler from libtpu.
+"""Compiles for TPUs that this machine does not have, with XLA's own TPU compiler from libtpu.
 
-libtpu reads its environment when it is loaded, at the first topology: a command applies
-AOT_ENVIRONMENT before that. JAX_PLATFORMS, which JAX reads when it is imported, is `jax_platforms`
-afterwards. Nothing here runs on a device.
+libtpu reads its environment when it is loaded, at the first topology; a command sets
+AOT_ENVIRONMENT before that. JAX reads JAX_PLATFORMS when it is imported; after that the option
+`jax_platforms` does the same. Nothing here runs on a device.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from jaxlib._hlo import HloPrintOptions  # no public module has it
 from jaxsft.common.out_of_memory import Shortage, parse_shortage
 from jaxsft.plan.chips import TOPOLOGIES
 
-# A process without a TPU: don't look for one, and share libtpu with other such processes. The
-# accelerator type only has to be a valid one, the topology decides what is compiled for.
+# For a process without a TPU: do not look for one, and share libtpu with other such processes. Any
+# valid accelerator type will do; the topology decides for which TPU a program is compiled.
 AOT_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -27,12 +27,12 @@ AOT_ENVIRONMENT = {
 
 
 class CompilerError(Exception):
-    """The compiler failed otherwise than for want of memory; one line says how."""
+    """The compiler failed, and not because memory is too small; one line says how."""
 
 
 class ProgramMemory(NamedTuple):
-    """Bytes of HBM on each chip. `peak` is what is alive at the fullest moment, arguments and all;
-    it is also what the compiler holds against the chip's memory."""
+    """Bytes of HBM on each chip. `peak` is the most that is in use at one time, with arguments; the
+    compiler compares it with the chip's memory."""
 
     arguments: int
     peak: int
@@ -52,7 +52,7 @@ class Compiled(NamedTuple):
 
 
 class OutOfMemory(NamedTuple):
-    """A program that doesn't fit: the memory that is too small, and bytes, as the compiler says."""
+    """A program that does not fit: which memory is too small, and bytes as the compiler reports."""
 
     memory: str  # "hbm" or "vmem"
     needed_bytes: int
@@ -60,15 +60,15 @@ class OutOfMemory(NamedTuple):
 
 
 def compiler_flags(environment: Mapping[str, str]) -> dict[str, str]:
-    """The flags that XLA reads from an environment: what it makes of a program depends on them."""
+    """The flags that XLA reads from an environment; the compiled program depends on them."""
     names = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
     return {name: environment[name] for name in names if environment.get(name)}
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Devices of a topology such as "v5e:2x4", for a Mesh: 8 handles, to compile for only.
+    """The devices of a topology such as "v5e:2x4" (8), for a Mesh; programs can only be compiled.
 
-    Raises ValueError for a name that isn't in TOPOLOGIES.
+    Raises ValueError for a name that is not in TOPOLOGIES.
     """
     if topology not in TOPOLOGIES:
         raise ValueError(f"topology {topology!r} is not one of {', '.join(TOPOLOGIES)}")
@@ -83,7 +83,7 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 def compile_for_tpu(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:
-    """Compile what was lowered on a mesh of `topology_devices`; takes minutes for a large model.
+    """Compiles a program lowered on a mesh of `topology_devices`; minutes for a large model.
 
     Raises CompilerError where the compiler fails.
     """
@@ -106,8 +106,10 @@ def compile_for_tpu(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:
 def compile_or_refuse(
     lowered: jax.stages.Lowered, compiler: str
 ) -> jax.stages.Compiled | OutOfMemory:
-    """Compile for whatever it was lowered for; `compiler` is its name in a CompilerError, which is
-    raised where it fails otherwise than for want of memory."""
+    """Compiles a lowered program; OutOfMemory where it needs too much memory.
+
+    Raises CompilerError, with the name `compiler`, for any other failure.
+    """
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -117,13 +119,13 @@ def compile_or_refuse(
 
 
 def one_line(message: str) -> str:
-    """A compiler's message, which may show whole programs, cut to what a person reads."""
+    """A compiler's message, which may contain whole programs, cut to 300 characters."""
     line = " ".join(message.split())
     return line if len(line) <= 300 else f"{line[:300]} …"
 
 
 def parse_out_of_memory(message: str) -> OutOfMemory | None:
-    """The bytes in a compiler's RESOURCE_EXHAUSTED error, or None where it is something else."""
+    """The bytes in a compiler's RESOURCE_EXHAUSTED error; None for another error."""
     match parse_shortage(message):
         case Shortage(str(memory), int(needed), int(available)):
             return OutOfMemory(memory, needed, available)
@@ -131,7 +133,7 @@ def parse_out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def _scheduled_text(compiled: jax.stages.Compiled) -> str:
-    """`compiled.as_text()` with the constants that it leaves out: the kernels' block masks."""
+    """`compiled.as_text()` with large constants, which it leaves out: the kernels' block masks."""
     executable = compiled.runtime_executable()
     assert executable is not None
     (module,) = executable.hlo_modules()
