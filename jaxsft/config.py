@@ -133,7 +133,7 @@ class TrainConfig:
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)
     global_batch_size: int = 32
-    """Rows of an optimizer step, over all devices and micro-batches."""
+    """Rows of an optimizer step, on all devices together."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of an optimizer step. More of them take less memory."""
     num_train_epochs: float = 1.0
