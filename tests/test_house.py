@@ -36,7 +36,7 @@ TOUCHES_THE_PROCESS = {
     "export.tunix_worker": "a script",
     "run.out_of_memory": "the environment of the search for a setting that fits",
     "run.remote": "options of gcsfs",
-    "weights.hub": "HF_TOKEN",
+    "weights.hub_files": "stderr",
     "weights.find": "stderr",
     "generate.chat": "stderr",
 }

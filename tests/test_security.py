@@ -223,7 +223,7 @@ def test_a_model_of_the_hub(
         (name, "cdn .*safetensors", EXIT_FAILED),
         (name, "", 0),
     ):
-        hub.faults += [(fault, "500")] if fault else []
+        hub.faults += [(fault, "501")] if fault else []
         said = place.run("model", [sys.executable, "-m", *command, model], **environment)
         assert said.returncode == code and "Traceback" not in said.stderr, said
     asked = [r for r in hub.log if name in r.path]

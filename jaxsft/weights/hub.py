@@ -1,31 +1,35 @@
-"""Downloads models and adapters from the Hugging Face hub: one commit of a repository, checked.
+"""Finds or downloads models and adapters of the Hugging Face hub: one commit, checked.
 
 huggingface_hub downloads into the user's Hugging Face cache (HF_HOME, HF_HUB_CACHE), which other
-programs use too. A file in the cache is not downloaded again; an interrupted download continues
-where it stopped. The token of HF_TOKEN or `hf auth login` is sent to the hub and nowhere else.
+programs use too. A file in the cache is not downloaded again. The token of HF_TOKEN or
+`hf auth login` is sent to the hub and nowhere else.
 
-This module adds four things. Only the files that jaxsft reads are downloaded. A name keeps its
+This module adds five things. Only the files that jaxsft reads are downloaded. A name keeps its
 first commit (common/pins.py). Digests are compared at each use; huggingface_hub compares sizes.
-Every failure is one line without any text from a server.
+A busy hub is asked again. Every failure is one line without any text from a server.
 """
 
-import hashlib
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxsft.common.files import cache_dir, check_free_space, file_sha256
+from jaxsft.common.files import cache_dir, check_free_space, file_sha256, read_json
 from jaxsft.common.pins import COMMIT, read_pins, write_pin
 from jaxsft.formats.safetensors import INDEX_NAME, MODEL_NAME, SafetensorsDirectory, pickle_hint
 from jaxsft.weights.hf_config import from_hf_config
+from jaxsft.weights.hub_files import (
+    NotDeliveredError,
+    ask_patiently,
+    damage_error,
+    damaged_files,
+    fetch_files_of_commit,
+    not_a_hub,
+)
 from jaxsft.weights.peft import CONFIG_NAME, WEIGHTS_NAME
 
 _TOKENIZER_NAME = "tokenizer.model"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _GET_ACCESS = (
     "Gemma's models are gated: accept the terms on the model's page, then set HF_TOKEN or run "
     "'hf auth login'"
@@ -35,16 +39,17 @@ _GET_ACCESS = (
 def fetch_model(
     repo: str, revision: str, say: Callable[[str], None], *, needs_tokenizer: bool
 ) -> tuple[Path, str]:
-    """(directory, commit) of the model or adapter `repo`; downloads it if the cache lacks it.
+    """(directory, commit) of the model or adapter `repo`; downloads it if it is not here.
 
     Args:
       revision: branch, tag or commit. A branch or tag is looked up once; its commit is kept.
-      say: gets a line when a download begins.
+      say: gets a line when a download begins, and about retries and progress.
       needs_tokenizer: refuse a model without tokenizer.model before the download.
 
     Raises:
-      ValueError: unknown repository or revision, no access, neither a model nor an adapter in
-        safetensors, an unsupported config, a damaged file in the cache, a disk without room.
+      ValueError: unknown repository or revision, no access, a malformed token, neither a model nor
+        an adapter in safetensors, an unsupported config, a damaged file in the cache, a disk
+        without room.
       ConnectionError: the cache lacks files, and the hub fails or cannot be reached.
       OSError: the cache cannot be written, or the disk is full.
     """
@@ -52,16 +57,22 @@ def fetch_model(
 
     home = cache_dir("models") / repo.replace("/", "--")
     known = read_pins(home, repo).get(revision, revision)
-    if COMMIT.fullmatch(known) and (directory := _cached(repo, known, needs_tokenizer)):
+    if COMMIT.fullmatch(known) and (
+        directory := _cached(repo, known, needs_tokenizer)
+        or _earlier_copy(home / known, needs_tokenizer)
+    ):
         return directory, known
     try:
         return _download(repo, revision, known, home, say, needs_tokenizer)
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        failure = _failure(repo, revision, error)
+    except (NotDeliveredError, httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        failure, why = _failure(repo, revision, error)
     # The cache notes which commit a branch was when another program downloaded it.
-    is_unasked = isinstance(failure, ConnectionError) and known == revision
-    if is_unasked and (directory := _cached(repo, revision, needs_tokenizer)):
-        say(f"{failure}; {directory.name}, which the cache holds, is taken")
+    if (
+        isinstance(failure, ValueError | ConnectionError)
+        and revision not in read_pins(home, repo)
+        and (directory := _cached(repo, revision, needs_tokenizer))
+    ):
+        say(f"{repo}: {why}; {directory.name}, which the cache holds, is taken")
         _pin(home, repo, revision, directory.name)
         return directory, directory.name
     raise failure
@@ -77,19 +88,18 @@ def _download(
 ) -> tuple[Path, str]:
     """As `fetch_model`; `known` is the pinned commit, or the revision if none is pinned.
 
-    Raises httpx2's errors if the hub fails, OSError if the disk does."""
-    from huggingface_hub import HfApi, constants, logging, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    Raises httpx2's errors and NotDeliveredError if the hub fails, OSError if the disk does.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers
 
-    logging.set_verbosity_error()  # warnings hold addresses, which can hold a token
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info: Any = HfApi().model_info(repo, revision=known, files_metadata=True, timeout=timeout_s)
-    commit = info.sha
-    if not COMMIT.fullmatch(commit or ""):
-        raise ConnectionError("its answer is not a hub's; check HF_ENDPOINT")
-    listed = {file.rfilename: file for file in info.siblings}
+    header = build_hf_headers().get("authorization", "")
+    if header and not re.fullmatch("Bearer [!-~]+", header):
+        raise ValueError(
+            "the hub's token holds characters that no token has; set HF_TOKEN again, or run "
+            "'hf auth login'"
+        )
+    commit, listed = _look_up(repo, known, say)
     try:
         names = _needed(listed, needs_tokenizer)
     except ValueError as error:
@@ -99,20 +109,45 @@ def _download(
     storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     directory = storage / "snapshots" / commit
     if "config.json" in names:
-        snapshot_download(repo, revision=commit, allow_patterns="config.json")
+        fetch_files_of_commit(repo, directory, ["config.json"], say, {})
         from_hf_config(directory / "config.json")  # refuses it before gigabytes are downloaded
-    num_bytes = 0
-    for file in (listed[name] for name in names):
-        blob = storage / "blobs" / (file.lfs.sha256 if file.lfs else file.blob_id)
-        partial = blob.with_name(f"{blob.name}.incomplete")
-        if not blob.exists():
-            num_bytes += file.size - (partial.stat().st_size if partial.exists() else 0)
+    sizes = {storage / "blobs" / digest: size for digest, size in (listed[n] for n in names)}
+    sizes = {blob: size for blob, size in sizes.items() if not blob.exists()}
+    num_bytes = sum(sizes.values())
     advice = "make room, or set HF_HOME to a place with more"
     check_free_space(storage, num_bytes, what=repo, advice=advice)
     say(f"{repo} at {commit}: {num_bytes / 1e9:.2f} GB to download, to {directory}")
-    snapshot_download(repo, revision=commit, allow_patterns=names)
-    _check_digests(directory, names)
+    if (home / commit).is_dir():
+        say(f"{home / commit}: an earlier version's copy, not complete; it can be deleted")
+    fetch_files_of_commit(repo, directory, names, say, sizes)
     return directory, commit
+
+
+def _look_up(
+    repo: str, revision: str, say: Callable[[str], None]
+) -> tuple[str, dict[str, tuple[str, int]]]:
+    """(commit, name of a file -> its digest, which names it in the cache, and its size)."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
+
+    timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
+
+    def ask() -> Any:
+        return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout_s)
+
+    try:
+        info = ask_patiently(ask, repo, say)
+        files = {f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id, f.size) for f in info.siblings}
+        is_hub = COMMIT.fullmatch(info.sha) and all(
+            isinstance(digest, str) and isinstance(size, int) for digest, size in files.values()
+        )
+    except HFValidationError:  # of the name
+        raise
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        is_hub = None
+    if not is_hub:
+        raise not_a_hub()
+    return info.sha, files
 
 
 def _cached(repo: str, revision: str, needs_tokenizer: bool) -> Path | None:
@@ -137,8 +172,21 @@ def _cached(repo: str, revision: str, needs_tokenizer: bool) -> Path | None:
             SafetensorsDirectory(directory)  # fails if a shard is missing
     except (LocalEntryNotFoundError, ValueError):
         return None
-    _check_digests(directory, names)
+    if damaged := damaged_files(directory, names):
+        raise damage_error(damaged[0])
     return directory
+
+
+def _earlier_copy(directory: Path, needs_tokenizer: bool) -> Path | None:
+    """The directory of a commit that an earlier version kept; None if it is not complete."""
+    try:
+        files = read_json(directory / "manifest.json")["files"]
+        _needed(files, needs_tokenizer)
+        digests = {directory / Path(name).name: digest for name, digest in files.items()}
+        is_whole = all(file_sha256(path) == digest for path, digest in digests.items())
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return None
+    return directory if is_whole else None
 
 
 def _needed(listed: Iterable[str], needs_tokenizer: bool) -> list[str]:
@@ -168,34 +216,13 @@ def _needed(listed: Iterable[str], needs_tokenizer: bool) -> list[str]:
     return names
 
 
-def _check_digests(directory: Path, names: Iterable[str]) -> None:
-    """ValueError for a damaged file in the cache.
-
-    The cache names each file by its SHA-256, a small one by its git digest, and links to it
-    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache). A file system without links
-    has no digests; there huggingface_hub's comparison of sizes is the only check.
-    """
-    for path in (directory / name for name in names if (directory / name).is_symlink()):
-        expected = found = os.path.basename(os.readlink(path))
-        if _SHA256.fullmatch(expected):
-            found = file_sha256(path)
-        elif COMMIT.fullmatch(expected):
-            data = path.read_bytes()
-            found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        if found != expected:
-            raise ValueError(
-                f"{path}: is damaged: it is not the hub's file any more; delete {path.resolve()} "
-                "and run the same command again"
-            )
-
-
 def _pin(home: Path, repo: str, revision: str, commit: str) -> None:
     home.mkdir(parents=True, exist_ok=True)
     write_pin(home, repo, revision, commit)
 
 
-def _failure(repo: str, revision: str, error: Exception) -> Exception:
-    """The error for the user; it repeats no server text and no address, which can hold a token."""
+def _failure(repo: str, revision: str, error: Exception) -> tuple[Exception, str]:
+    """(error for the user, its reason); neither repeats server text, which can hold a token."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -209,21 +236,28 @@ def _failure(repo: str, revision: str, error: Exception) -> Exception:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the reason why only the cache was searched
     if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"{repo}: has no revision {revision!r}")
-    if isinstance(error, HfHubHTTPError):
+        return ValueError(f"{repo}: has no revision {revision!r}"), f"has no revision {revision!r}"
+    advice = "run the same command again to go on"
+    if isinstance(error, NotDeliveredError):
+        why, advice = error.args
+    elif isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
-            return ValueError(f"{repo}: is not on the hub, or not open to you; {_GET_ACCESS}")
-        if status in (401, 403):
-            return ValueError(f"{repo}: the hub refuses access (HTTP {status}); {_GET_ACCESS}")
         why = f"the hub answered HTTP {status}"
+        is_unknown = isinstance(error, RepositoryNotFoundError)
+        if is_unknown and not isinstance(error, GatedRepoError):
+            why = "is not on the hub, or not open to you"
+        elif status in (401, 403):
+            why, is_unknown = f"the hub refuses access (HTTP {status})", True
+        if is_unknown:
+            return ValueError(f"{repo}: {why}; {_GET_ACCESS}"), why
     elif isinstance(error, OSError) and error.errno is not None:
-        return OSError(error.errno, error.strerror, error.filename or constants.HF_HUB_CACHE)
+        filename = error.filename or constants.HF_HUB_CACHE
+        return OSError(error.errno, error.strerror, filename), str(error.strerror)
     elif isinstance(error, OfflineModeIsEnabled):
         why = "the cache lacks files of it, and HF_HUB_OFFLINE is set"
+        advice = "unset it, or name a directory"
     else:
         why = f"the hub cannot be reached or stopped sending ({type(error).__name__})"
-    return ConnectionError(
-        f"{repo}, a model of the hub (there is no such directory here): {why}; run the same "
-        "command again to go on"
-    )
+        advice = "with a network, run the same command again to go on"
+    place = "a model of the hub (there is no such directory here)"
+    return ConnectionError(f"{repo}, {place}: {why}; {advice}"), why

@@ -172,10 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # what huggingface_hub asks of a file before it downloads it
 
     def _fail_or_answer(self, path: str, fault: str | None) -> None:
-        if fault in ("500", "503", "401", "403"):
+        if fault in ("500", "501", "503", "401", "403"):
             return self._send(int(fault), self._echo())
         if fault and fault.startswith("429"):
             return self._send(429, self._echo(), {"Retry-After": fault.removeprefix("429 ")})
+        if fault and fault.startswith("answer "):  # as a proxy's login page, or another server's
+            return self._send(200, fault.removeprefix("answer ").encode())
         if self.server_name == "cdn":
             return self._blob(path, fault)
         if fault == "hold":

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,18 +11,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import _tree_cache, constants, hf_hub_download
 from safetensors.numpy import load_file, save_file
 from support.fake_hub import FakeHub, running_hub
 from support.tiny_run import make_run
 
 from jaxsft.cli import parse_config
+from jaxsft.common.files import file_sha256
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import lora
 from jaxsft.run.fork import add_adapter
 from jaxsft.weights import find as models
+from jaxsft.weights import hub_files
 from jaxsft.weights.find import DEMO_NAME, Origin, find_base, find_model, find_tokenizer, load
 from jaxsft.weights.load import load_model
 from jaxsft.weights.peft import load_adapter, read_adapter_config, save_adapter
@@ -275,8 +279,9 @@ def test_mistakes(
 
 @pytest.fixture
 def hub(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the tiny model, which is the one that is asked, with a token."""
+    """A hub with the tiny model, which is the one that is asked, with a token. Nobody waits."""
     with running_hub() as hub:
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 600)
         template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -361,13 +366,16 @@ def offline(*arguments: str) -> str:
 
 def test_without_a_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "the cache lacks files of it, and HF_HUB_OFFLINE is set" in offline(REPO)
+    line = offline(REPO)
+    assert line.endswith("files of it, and HF_HUB_OFFLINE is set; unset it, or name a directory")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "cannot be reached or stopped sending (ConnectError)" in offline(REPO)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    hub.faults += [("hub /api/models", "503")]
+    hub.faults += [("hub /api/models", "503")] * 6
     assert "the hub answered HTTP 503; run the same command again" in offline(REPO)
+    hub.faults += [("hub /api/models", "429 301")]
+    assert "the hub answered HTTP 429; run the same command again" in offline(REPO)
     found = find_model(REPO, say=lambda line: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_model(REPO) == found
@@ -422,7 +430,7 @@ def test_a_stored_token_is_sent_to_the_hub_alone(
 def test_a_disk_that_is_full(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     line = refused(REPO, say=lambda line: None)
-    assert "1 MiB free" in line and "set HF_HOME to a place with more" in line
+    assert " 1 MiB free, but " in line and "set HF_HOME to a place with more" in line
     assert [name for name, _ in hub.downloads()] == ["config.json"]
 
 
@@ -449,15 +457,153 @@ def test_an_interrupted_download_goes_on_with_its_commit(
     hub: FakeHub, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = hub.main[REPO]
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    hub.faults += [("cdn .*safetensors", "cut"), ("cdn .*safetensors", "503")]
+    hub.faults += [("cdn .*safetensors", "cut"), ("cdn .*safetensors", "501")]
     assert "run the same command again" in offline(REPO)
     hub.add(REPO, repository(tiny_model_dir, b"\n"))
     hub.log.clear()
     found = find_model(REPO, say=lambda line: None)
     assert found.revision == commit
-    ((name, part),) = hub.downloads()
-    assert name == "model.safetensors" and not str(part).startswith("bytes=0-")
+    assert [name for name, _ in hub.downloads()] == ["model.safetensors"]
+
+
+def test_a_busy_hub_is_asked_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    hub.faults += [("hub /api/models", fault) for fault in ("503", "429 7", "500")]
+    hub.faults += [("hub .*/resolve/.*safetensors", "503"), ("cdn .*safetensors", "503")]
+    said: list[str] = []
+    assert find_model(REPO, say=said.append).revision == hub.main[REPO] and not hub.faults
+    assert waits[:4] == [1, 7, 4, 1]  # huggingface_hub waits too
+    assert said[1] == f"{REPO}: the hub answered HTTP 429; asked again in 7 s"
+
+
+def test_a_cut_xet_download(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """hf_xet raises a plain RuntimeError, which can hold addresses."""
+    download = huggingface_hub.snapshot_download
+
+    def cut(*arguments: Any, **options: Any) -> str:
+        found = download(*arguments, **options)
+        if "model.safetensors" in options["allow_patterns"]:
+            Path(found, "model.safetensors").resolve().unlink()
+            raise RuntimeError(f"Task error: CAS Client Error: https://x/?sig={TOKEN}")
+        return found
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
+    assert "Xet storage cannot be reached or stopped sending; run the same command" in offline(REPO)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    hub.log.clear()
+    find_model(REPO, say=lambda line: None)
+    assert [name for name, _ in hub.downloads()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("{}", "[]", "null", "<html>Log in</html>", "[" * 10**5, "\xff", ""),
+        *('{"id": "a", "siblings": null}', '{"id": "a", "sha": null, "siblings": []}'),
+        '{"id": "a", "sha": "%s", "siblings": [{"rfilename": "config.json"}]}' % ("0" * 40),
+        '{"id": "a", "sha": "%s", "siblings": [{"size": 1}]}' % ("0" * 40),
+    ],
+)
+def test_answers_that_no_hub_gives(hub: FakeHub, answer: str) -> None:
+    hub.faults += [("hub /api/models", f"answer {answer}")]
+    advice = "is not a hub's; check HF_ENDPOINT, and whether a proxy asks for a login"
+    assert f"the answer from {hub.endpoint} {advice}" in offline(REPO)
+    find_model(REPO, say=lambda line: None)  # nothing of it was kept
+
+
+@pytest.mark.parametrize("answer", ["{}", "[1]", "<html>Log in</html>"])
+@pytest.mark.parametrize("where", ["hub .*/tree/", "hub .*/resolve/"])
+def test_later_answers_that_no_hub_gives(hub: FakeHub, where: str, answer: str) -> None:
+    hub.faults += [(where, f"answer {answer}")]
+    offline(REPO)
+    assert not hub.faults
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()  # as in a new process
+    find_model(REPO, say=lambda line: None)
+
+
+def test_bytes_that_are_damaged_on_the_way(hub: FakeHub, tmp_path: Path) -> None:
+    hub.faults += [("cdn .*config", "corrupt"), ("cdn .*safetensors", "corrupt")]
+    said: list[str] = []
+    found = find_model(REPO, say=said.append)
+    again = [line for line in said if line.endswith("came damaged; it is downloaded again")]
+    assert [line.split()[1] for line in again] == ["config.json", "model.safetensors"]
+    shutil.rmtree(tmp_path / "hub")
+    hub.faults += [("cdn .*safetensors", "corrupt")] * 2
+    assert "model.safetensors came damaged twice; run the same" in offline(REPO)
+    assert find_model(REPO, say=lambda line: None) == found
+
+
+@pytest.mark.parametrize("fault", ["401", "403", "503", "501", "429 999", "answer []"])
+def test_a_model_in_the_user_s_cache_when_the_hub_fails(hub: FakeHub, fault: str) -> None:
+    for name in ("config.json", "tokenizer.model"):
+        hf_hub_download(REPO, name)
+    hub.faults += [("hub /api/models", fault)] * 6
+    with pytest.raises((ConnectionError, ValueError)):
+        find_model(REPO, say=lambda line: None)
+    hub.faults.clear()
+    hf_hub_download(REPO, "model.safetensors")
+    hub.faults += [("hub /api/models", fault)] * 6
+    said: list[str] = []
+    found = find_model(REPO, say=said.append)
+    commit = hub.main[REPO]
+    assert found.revision == commit and found.base.name == commit
+    assert said[-1].endswith(f"; {commit}, which the cache holds, is taken")
+    assert "run the same" not in said[-1] and TOKEN not in "".join(said)
+    hub.faults.clear()
+    hub.log.clear()
+    assert find_model(REPO) == found and hub.log == []
+
+
+def test_a_copy_of_an_earlier_version(
+    hub: FakeHub, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies beside the pins, with its digests in manifest.json."""
+    commit = hub.main[REPO]
+    home = tmp_path / "cache" / "jaxsft" / "models" / "google--gemma-tiny"
+    names = ("config.json", "tokenizer.model", "model.safetensors")
+    (home / commit).mkdir(parents=True)
+    for name in names:
+        shutil.copy(tiny_model_dir / name, home / commit)
+    digests = {name: file_sha256(home / commit / name) for name in names}
+    manifest = {"repo": REPO, "revision": commit, "files": digests}
+    (home / commit / "manifest.json").write_text(json.dumps(manifest))
+    (home / "revision.json").write_text(json.dumps({"repo": REPO, "commits": {"main": commit}}))
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        found = find_model(REPO)
+    assert (found.base, found.revision) == (home / commit, commit)
+    assert find_base(f"{REPO}@{commit}").base == home / commit and hub.log == []
+    (home / commit / "tokenizer.model").write_bytes(b"")
+    said: list[str] = []
+    assert find_model(REPO, say=said.append).base.parent.name == "snapshots"
+    assert said[1] == (
+        f"{home / commit}: an earlier version's copy, not complete; it can be deleted"
+    )
+
+
+def test_a_long_download_is_told_of(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_files, "_LINE_EVERY_S", 0.01)
+    hub.faults += [("cdn .*safetensors", "hold")]
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if re.fullmatch(rf"{REPO}: \d+\.\d\d of \d+\.\d\d GB", line):
+            hub.release.set()
+
+    find_model(REPO, say=say)
+    assert hub.release.is_set()
+
+
+@pytest.mark.parametrize("token", ["hf_Gehe\u00efm" * 4, "hf_two words", "hf_\x1b[1m"])
+def test_a_token_that_cannot_be_sent(
+    hub: FakeHub, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    line = refused(REPO)
+    assert line.startswith("the hub's token holds characters that no token has; set HF_TOKEN")
+    assert token not in line and hub.log == []
 
 
 @pytest.mark.parametrize("status", ["401", "403"])
