@@ -205,7 +205,7 @@ def test_no_usable_checkpoint_is_an_error_every_time(tmp_path):
     (tmp_path / "2" / "_CHECKPOINT_METADATA").write_text("")
     for _ in range(2):  # never a silent restart, the second time either
         with pytest.raises(
-            ValueError, match=r"no usable checkpoint \(step 2: .*; step 1: .*new output_dir"
+            ValueError, match=r"no usable checkpoint \(step 2: .*; step 1: .*copy a good one back"
         ):
             Checkpoints(tmp_path, 2).restore(make_state(), FINGERPRINT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

@@ -179,7 +179,8 @@ def test_kernels_are_compared_with_xla(argv: list[str], monkeypatch: pytest.Monk
     setup = build(config, data, path)
     assert setup.spec.model.fused is not None
     with_kernels = setup.spec.model.fused._replace(use_kernel=True)
-    setup = dataclasses.replace(setup, spec=dataclasses.replace(setup.spec, fused=with_kernels))
+    model = dataclasses.replace(setup.spec.model, fused=with_kernels)
+    setup = dataclasses.replace(setup, spec=dataclasses.replace(setup.spec, model=model))
     # A fresh B is zero, and with it the gradient of A, whatever the kernels do.
     adapter = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), setup.state.adapter)
     batch = put_batch(setup.step_batches[0], setup.spec.model.mesh)
@@ -194,19 +195,19 @@ def test_kernels_are_compared_with_xla(argv: list[str], monkeypatch: pytest.Monk
     right = difference()
     assert right.is_small and right.gradient > 0
 
-    forward = flash_attention.forward
+    forward = flash_attention.attention_forward
 
     def forward_wrongly(*args: Any, **kw: Any) -> jax.Array:
         return 1.01 * forward(*args, **kw)
 
-    monkeypatch.setattr(flash_attention, "forward", forward_wrongly)
+    monkeypatch.setattr(flash_attention, "attention_forward", forward_wrongly)
     assert not difference().is_small
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--preflight=yes"], "argument --preflight: ignored explicit argument 'yes'"),
+        (["--preflight=maybe"], "preflight"),
         (["--budget_hours", "0"], "budget_hours is 0.0, but must be above 0, or null"),
         (["--budget_hours", "soon"], "budget_hours"),
         (["--multihost", "maybe"], "multihost"),
