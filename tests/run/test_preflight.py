@@ -23,7 +23,7 @@ from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.prepare.rows import load_data
 from jaxsft.run.agreement import StepDifference, compare_ways
 from jaxsft.run.setup import build, check_early
-from jaxsft.step import flash_attention
+from jaxsft.step import fused_layer
 from jaxsft.step.train_step import put_batch
 from jaxsft.train.__main__ import main
 from jaxsft.weights.find import open_tokenizer
@@ -195,12 +195,12 @@ def test_kernels_are_compared_with_xla(argv: list[str], monkeypatch: pytest.Monk
     right = difference()
     assert right.is_small and right.gradient > 0
 
-    forward = flash_attention.attention_forward
+    forward = fused_layer.attention_forward
 
     def forward_wrongly(*args: Any, **kw: Any) -> jax.Array:
         return 1.01 * forward(*args, **kw)
 
-    monkeypatch.setattr(flash_attention, "attention_forward", forward_wrongly)
+    monkeypatch.setattr(fused_layer, "attention_forward", forward_wrongly)
     assert not difference().is_small
 
 
