@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma.model import Gemma
@@ -63,6 +64,8 @@ def restored_options() -> Iterator[None]:
     for name, value in jax.config.values.items():
         if value != before[name]:
             jax.config.update(name, before[name])
+    compilation_cache.reset_cache()  # it would go on writing into the directory of a command
+    jax.clear_caches()  # the programs of all modules together take 9 GB
 
 
 @pytest.fixture
