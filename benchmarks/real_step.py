@@ -67,5 +67,5 @@ def _batch(shapes: Batch, vocab_size: int) -> Batch:
     tokens = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
     ones = np.ones(shape, np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    batch = Batch(tokens, np.roll(tokens, -1, axis=1), ones.astype(bool), ones, positions)
+    batch = Batch(tokens, np.roll(tokens, -1, axis=1), ones.astype(np.float32), ones, positions)
     return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), batch, shapes)
