@@ -35,7 +35,7 @@ def test_eight_devices_equal_one(report: dict[str, Any], case: str) -> None:
     assert max(eight["gradient_differences"]) <= bound
     # Adam's first steps divide by the gradient's own size: 2.3e-4 was seen of a change whose
     # gradient differs by 2.4e-6, with the fused step; on another CPU 1.0e-4.
-    assert max(eight["change_differences"]) <= 2 * bound
+    assert max(eight["change_differences"]) <= (3e-4 if "fused" in case else bound)
 
 
 @pytest.mark.parametrize("case", CASES)
