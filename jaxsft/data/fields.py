@@ -1,0 +1,89 @@
+"""What the fields of a row are for, by name: the one table that readers and `rows.py` share.
+
+A field is read if it may hold a part of the conversation (`PARTS`). It is harmless if its name says
+that it describes the row (`is_harmless`: ids, sources, scores, languages, counts), or if nothing in
+it is text. Any other field with text in it must not be dropped without a word: `rows.py` rejects
+the row and names the field.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# The parts of a conversation, and the names that data sets use for them; the first of a row counts.
+PARTS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation"),
+    "system": ("system", "system_prompt", "system_message"),
+    "prompt": ("prompt", "instruction", "question", "problem", "query"),
+    "input": ("input", "context"),
+    "reasoning": (
+        *("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "rationale"),
+        *("chain_of_thought", "cot"),
+    ),
+    "response": ("response", "completion", "output", "solution", "answer"),
+}
+_MBPP = ("text", "code", "test_list", "test_setup_code", "test_imports")
+_READ = frozenset((*(name for names in PARTS.values() for name in names), *_MBPP))
+
+_HARMLESS_NAME = re.compile(
+    r"(.*_)?(id|ids|idx|index|uid|uuid|guid|hash|md5|sha|sha1|sha256|digest|fingerprint)"
+    r"|(.*_)?(source|sources|origin|dataset|data_source|subset|split|config|repo|file|filename)"
+    r"|(.*_)?(url|urls|link|links|license|licence|author|annotator|worker|creator)"
+    r"|(.*_)?(lang|language|languages|locale|country|region|script)"
+    r"|(.*_)?(date|time|timestamp|created|created_at|updated_at|version|revision|seed)"
+    r"|(.*_)?(model|model_name|generator|teacher|engine|tokenizer|finish_reason|stop_reason)"
+    r"|(.*_)?(score|scores|rating|ratings|quality|difficulty|level|reward|rewards|logprob|logprobs)"
+    r"|(.*_)?(perplexity|ppl|loss|similarity|distance|confidence|agreement|votes|likes|rank)"
+    r"|(.*_)?(count|counts|length|lengths|tokens|token_count|num_tokens|chars|words|size|cost)"
+    r"|(.*_)?(category|categories|topic|topics|subject|domain|field|tag|tags|label|labels|type|types)"
+    r"|(.*_)?(keyword|keywords|intent|skill|skills|status|flag|flags|metadata|meta)"
+    r"|(num|n|is|has)_.*|llama_guard_2|challenge_test_list"
+)
+
+
+class Repeated(tuple[Any, ...]):
+    """The values of a key that stands more than once in one JSON object.
+
+    Readers put it where the value would be. It is an error only if the field is used.
+    """
+
+
+class _Unread:
+    """The type of `UNREAD`."""
+
+    def __repr__(self) -> str:
+        return "a column that was not read"
+
+
+# Readers put it in the place of a column that was not decoded (see `is_wanted`).
+UNREAD = _Unread()
+
+
+def is_harmless(name: str) -> bool:
+    """Whether the name says that the field describes the row, and is no part of its text."""
+    return name not in _READ and _HARMLESS_NAME.fullmatch(name.lower()) is not None
+
+
+def is_wanted(name: str, holds_text: bool, columns: Mapping[str, str] | None = None) -> bool:
+    """Whether a reader must decode a column; for others it gives `UNREAD`.
+
+    Args:
+      name: of the column.
+      holds_text: whether its type can hold text: strings, and lists or structs of them. Numbers,
+        times, bytes, and media (a struct with bytes in it) cannot.
+      columns: `data.columns`, the columns that the user named for each part.
+    """
+    if columns is not None:
+        return name in columns.values()
+    return name in _READ or (holds_text and not is_harmless(name))
+
+
+def has_text(value: Any) -> bool:
+    """Whether there is a string in the value that is not blank."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(map(has_text, value.values()))
+    return (
+        isinstance(value, Iterable) and not isinstance(value, bytes) and any(map(has_text, value))
+    )
