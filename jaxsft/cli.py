@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
+from jaxsft.common.option_values import (
+    OptionsError,
+    check_config_file,
+    check_groups,
+    check_value,
+    read_options,
+)
 from jaxsft.common.out_of_memory import parse_shortage
 from jaxsft.common.signals import interrupts_kept
 from jaxsft.common.text import visible_line
@@ -108,6 +115,7 @@ def parse_options(
       ValueError: one line that names the option and, for an unknown one, the nearest valid name.
     """
     trains = TrainConfig in kinds
+    _set_loader(dict(each for kind in kinds for each in _option_types(kind)))
     parser = _make_parser(command, description, trains, default_recipe)
     for kind in kinds:
         parser.add_class_arguments(kind)
@@ -148,7 +156,6 @@ def _make_parser(
 ) -> ArgumentParser:
     # The texts under the fields of the dataclasses are their help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("texts", _load, exceptions=(yaml.YAMLError,))
     first = "[--config RECIPE_OR_FILE]" if trains else "MODEL"
     parser = ArgumentParser(
         prog=f"python -m {command}",
@@ -174,11 +181,22 @@ def _make_parser(
     return parser
 
 
-def _load(text: str, **rest: Any) -> Any:
-    """YAML, but for a line such as "# 1" or "~", which is a text: null alone is null."""
-    value = get_loader("yaml")(text, **rest)
-    is_null = "\n" in text or text.strip() in ("", "null")
-    return text if value is None and not is_null else value
+def _set_loader(kinds: Mapping[str, Any]) -> None:
+    """Makes jsonargparse read files and values by `read_options`."""
+
+    def load(text: str, path: object = None) -> Any:
+        if path is None:  # a value; one that is no YAML is a text, and so is "# 1" or "~"
+            value = read_options(text, {})
+            return text if value is None and text.strip() not in ("", "null") else value
+        try:
+            options = read_options(text, kinds) or {}
+            check_groups(options, kinds)
+        except OptionsError as error:
+            # The parser works in the file's directory.
+            raise ValueError(f"{Path(str(path)).absolute()}: {error}") from None
+        return options
+
+    set_loader("texts", load, exceptions=(OptionsError,))
 
 
 _OPTION = re.compile(r"--\w[\w.-]*(?:=|$)")
@@ -208,7 +226,19 @@ def _spelt_out(argv: Sequence[str], kinds: Sequence[type]) -> list[str]:
         elif rest and not equals and re.fullmatch(r"-\d[\d.e+-]*", rest[0]):
             equals, value = "=", rest.pop(0)  # the parser takes a negative number for an option
         args.append(name + equals + value)
+    _check_values(args, types)
     return args
+
+
+def _check_values(args: Sequence[str], kinds: Mapping[str, Any]) -> None:
+    option = ""
+    for arg in args:
+        name, _, value = arg.partition("=") if _OPTION.match(arg) else (option, "", arg)
+        option = name
+        try:
+            check_value(name, value, kinds.get(name[2:].rstrip("+")))
+        except OptionsError as error:
+            raise ValueError(str(error)) from None
 
 
 def _option_types(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -240,7 +270,10 @@ def _with_recipe_paths(argv: Sequence[str], default_recipe: str) -> list[str]:
         args = ["--config", default_recipe, *args]
     for i, arg in enumerate(args[:-1]):
         value = args[i + 1]
-        if arg != "--config" or Path(value).is_file():
+        if arg != "--config":
+            continue
+        if Path(value).is_file():
+            check_config_file(Path(value))
             continue
         if value in recipe_names():
             args[i + 1] = str(RECIPES / f"{value}.yaml")
@@ -264,7 +297,7 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     union = re.search(r"Does not validate against .*Subtypes: \[(.*?)\] .*value: (.*)", line)
     if union:
         kinds = " or ".join(_KINDS.get(kind, kind) for kind in union[1].split(", "))
-        line = f"{line[: union.start()]}expected {kinds}, got {union[2]!r}"
+        line = f"{line[: union.start()]}expected {kinds}, got {union[2][:200]!r}"
     argument = re.search(r"unrecognized arguments: (\S+)", line)
     key = re.search(
         r"Group '(\S+)' does not accept option '(\S+)'|Option '(\S+)' is not accepted", line

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from jaxsft.cli import parse_config
 from jaxsft.common.files import read_json
+from jaxsft.common.option_values import MAX_CHARS
 from jaxsft.config import TrainConfig
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.gguf import GGUFFile, hf_config
@@ -244,7 +245,8 @@ def run_config(run_dir: Path) -> TrainConfig:
     try:
         return parse_config("jaxsft.train", "", ["--config", str(path)])[0]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        is_named = str(error).startswith((str(path), str(path.absolute())))
+        raise ValueError(str(error) if is_named else f"{path}: {error}") from None
 
 
 def _locate(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Place:
@@ -292,7 +294,8 @@ def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
 def _is_run(path: Path) -> bool:
     """Does the directory hold a run's config.yaml?"""
     file = path / RUN_CONFIG
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    is_one = file.is_file() and file.stat().st_size <= MAX_CHARS
+    text = file.read_text(encoding="utf-8", errors="replace") if is_one else ""
     return {line.partition(" ")[0] for line in text.splitlines()} >= _RUN_OPTIONS
 
 
