@@ -191,7 +191,7 @@ class TrainConfig:
     """Time at which your machine goes away, such as 2026-11-22T21:30 (local time) or
     2026-11-22T21:30Z. The run saves and stops before it."""
     max_seconds: float | None = None
-    """The same in seconds from the start of this command."""
+    """The same in seconds from the start of this command, whatever becomes of the clock."""
     fit_deadline: bool = False
     """Make a new run's schedule, with its decay, short enough to finish before the deadline."""
     hang_seconds: float | None = 1800.0

@@ -8,7 +8,7 @@ from jaxsft.common.files import write_json
 from jaxsft.common.hosts import from_first
 from jaxsft.config import TrainConfig
 from jaxsft.run.preflight import TimedSteps, time_steps
-from jaxsft.run.session import Session, duration
+from jaxsft.run.session import Session, SessionEnd, duration
 from jaxsft.run.setup import Setup, with_num_steps
 
 SCHEDULE = "schedule.json"  # in the run's directory, so that the run goes on as it began
@@ -31,9 +31,9 @@ def fitted(config: TrainConfig, setup: Setup, run_dir: Path) -> Setup:
     return setup if steps == len(setup.step_batches) else with_num_steps(setup, config, steps)
 
 
-def check_fit(config: TrainConfig, run_dir: Path, end_s: float) -> None:
+def check_fit(config: TrainConfig, run_dir: Path, end: SessionEnd) -> None:
     """ValueError for fit_deadline without a deadline, unless the schedule was fitted before."""
-    if config.fit_deadline and math.isinf(end_s) and not (run_dir / SCHEDULE).exists():
+    if config.fit_deadline and math.isinf(end.at_s) and not (run_dir / SCHEDULE).exists():
         raise ValueError("fit_deadline needs a deadline or max_seconds")
 
 

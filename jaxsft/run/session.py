@@ -1,7 +1,8 @@
 """When a run has to stop before its end: a signal came, or the session's time runs out.
 
-The end of a session is an absolute time. `Session.reserve_s` keeps time free before it for two slow
-steps, three saves and 120 s for everything that is not measured.
+A deadline is a time of day, and follows the system's clock. `max_seconds` is a length of time, on a
+clock that nobody sets. `Session.reserve_s` keeps time free before the end for two slow steps, three
+saves and 120 s for everything that is not measured.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from jaxsft.common.hosts import any_of
 from jaxsft.common.signals import catch_signals
@@ -24,11 +26,22 @@ class StopNow(Exception):
     """The run has to stop before its end; the text says why."""
 
 
+class SessionEnd(NamedTuple):
+    """When a session ends: at `at_s`, in seconds of `clock`; infinite for never."""
+
+    at_s: float
+    clock: Callable[[], float] = time.monotonic
+
+    def left_s(self) -> float:
+        """Seconds until then."""
+        return self.at_s - self.clock()
+
+
 class Session:
     """The time that a run has, what its steps and saves take of it, and whether to stop.
 
     Args:
-      end_s: when the session ends, in seconds since 1970; infinite for never.
+      end: when the session ends.
       beat: tells the watchdog what is being done.
 
     Attributes:
@@ -37,8 +50,8 @@ class Session:
       interrupted: returns whether a signal came; signals count inside `catching_signals`.
     """
 
-    def __init__(self, end_s: float, beat: Callable[[str], None]):
-        self.end_s, self.beat = end_s, beat
+    def __init__(self, end: SessionEnd, beat: Callable[[str], None]):
+        self.end, self.beat = end, beat
         self.save_s = self.measure_s = 0.0
         self.interrupted: Callable[[], bool] = lambda: False
         self._step_s: deque[float] = deque(maxlen=_WINDOW)
@@ -52,7 +65,7 @@ class Session:
 
     def left_s(self) -> float:
         """Seconds until the session ends."""
-        return self.end_s - time.time()
+        return self.end.left_s()
 
     def step_done(self) -> None:
         """Call it after every pass of the loop. The first call only starts the clock, so that the
@@ -113,30 +126,31 @@ class Session:
         self.beat(doing)
 
 
-def session_end_s(deadline: str | None, max_seconds: float | None, started_s: float) -> float:
-    """When the session ends, in seconds since 1970; infinite without a limit.
+def session_end(deadline: str | None, max_seconds: float | None, began_s: float) -> SessionEnd:
+    """When the session ends; never without a limit.
 
     Args:
       deadline: ISO 8601, in local time unless it says otherwise, or seconds since 1970.
-      max_seconds: counted from `started_s`.
+      max_seconds: counted from `began_s`, which is of time.monotonic.
 
     Raises ValueError for a text that is not a time, and for an end too near to train at all.
     """
     if deadline is None and max_seconds is None:
-        return math.inf
-    option, end_s = f"max_seconds {max_seconds}", started_s + (max_seconds or 0)
+        return SessionEnd(math.inf)
+    option, end = f"max_seconds {max_seconds}", SessionEnd(began_s + (max_seconds or 0))
     if deadline is not None:
         option = f"deadline {deadline}"
         try:
             is_number = deadline.replace(".", "", 1).isdigit() and len(deadline) > 8
-            end_s = float(deadline) if is_number else datetime.fromisoformat(deadline).timestamp()
-        except ValueError:
-            example = datetime.fromtimestamp(started_s).astimezone() + timedelta(hours=9)
+            at_s = float(deadline) if is_number else datetime.fromisoformat(deadline).timestamp()
+        except (ValueError, OverflowError):
+            example = datetime.fromtimestamp(time.time()).astimezone() + timedelta(hours=9)
             raise ValueError(
-                f"{option}: not a time; write it as {example.isoformat(timespec='minutes')} or as "
-                "seconds since 1970"
+                f"{option[:100]}: not a time; write it as {example.isoformat(timespec='minutes')} "
+                "or as seconds since 1970"
             ) from None
-    left_s = end_s - time.time()
+        end = SessionEnd(at_s, time.time)
+    left_s = end.left_s()
     if left_s > _LONGEST_S:
         raise ValueError(f"{option}: is more than a year away; check the unit and the year")
     if left_s < RESERVE_S:
@@ -144,7 +158,7 @@ def session_end_s(deadline: str | None, max_seconds: float | None, started_s: fl
             f"{option}: leaves {max(left_s, 0):.0f} s, and {RESERVE_S:.0f} s are kept for stopping "
             "and saving; give the session more time"
         )
-    return end_s
+    return end
 
 
 def duration(seconds: float) -> str:

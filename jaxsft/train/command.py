@@ -41,7 +41,7 @@ from jaxsft.run.run import (
     say_if_finished,
 )
 from jaxsft.run.run_dir import ReplacedError, check_room
-from jaxsft.run.session import Session, StopNow, session_end_s
+from jaxsft.run.session import Session, SessionEnd, StopNow, session_end
 from jaxsft.run.setup import Setup, abstract_state, build, check_early, restore, trained_model
 from jaxsft.run.skips import SkippedSteps
 from jaxsft.run.watchdog import Watchdog
@@ -57,8 +57,8 @@ def run_training(
 ) -> int:
     """Trains as the options ask; returns the exit code. ValueError and OSError are bad input.
 
-    `yaml` is the config as text, `argv` the command line, `began_s` when the command began, in
-    seconds since 1970.
+    `yaml` is the config as text, `argv` the command line, `began_s` when the command began, by
+    time.monotonic.
     """
     resume_command, console = command_line("jaxsft.train", argv), make_console()
 
@@ -70,7 +70,7 @@ def run_training(
                 config=config,
                 yaml=yaml,
                 files=files,
-                end_s=session_end_s(config.deadline, config.max_seconds, began_s),
+                end=session_end(config.deadline, config.max_seconds, began_s),
                 resume_command=resume_command,
                 console=console,
                 preflight_only=preflight_only,
@@ -84,24 +84,24 @@ def start(
     config: TrainConfig,
     yaml: str,
     files: RunFiles,
-    end_s: float,
+    end: SessionEnd,
     resume_command: str,
     console: Console,
     preflight_only: bool,
 ) -> int:
     """Sets up and runs what is not finished; errors as in `run_training`.
 
-    `end_s` is when the session ends, in seconds since 1970; `resume_command` continues the run.
+    `end` is when the session ends; `resume_command` continues the run.
     """
     path = files.path
-    check_fit(config, path, end_s)
+    check_fit(config, path, end)
     check_device()
     config = as_begun(config, path)
     model = check_early(config)
     configure_jax()
     advice = f"nothing that was saved is lost, to go on: {resume_command}"
     with files, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
-        session = Session(end_s, watchdog.beat)
+        session = Session(end, watchdog.beat)
         checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
         num_to_come = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
         if not is_remote(config.output_dir):

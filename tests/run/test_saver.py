@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jaxsft.run import saver, session
+from jaxsft.run import saver
 from jaxsft.run.run_dir import ReplacedError, RunDir
 from jaxsft.run.saver import Saver
-from jaxsft.run.session import Session
+from jaxsft.run.session import Session, SessionEnd
 
 
 class FakeCheckpoints:
@@ -62,7 +62,7 @@ class Bench:
         self.new_dirs = 0
         self.received: list[int] = []
         self.beats: list[str] = []
-        self.session = Session(1e12, self.beats.append)
+        self.session = Session(SessionEnd(1e12), self.beats.append)
         self.session.interrupted = lambda: bool(self.received)
         console = Console(file=self.out, soft_wrap=True)
         self.pushes = 0
@@ -99,7 +99,6 @@ class Bench:
 @pytest.fixture
 def fake_time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(session, "time", SimpleNamespace(time=lambda: fake.now_s))
     times = SimpleNamespace(monotonic=lambda: fake.now_s, sleep=lambda s: fake.sleep(s))
     monkeypatch.setattr(saver, "time", times)
     return fake
@@ -186,11 +185,12 @@ def test_after_a_signal_it_is_tried_for_seconds(fake_time: FakeTime) -> None:
 
 def test_it_is_not_tried_beyond_the_session(fake_time: FakeTime) -> None:
     bench = Bench()
-    bench.session.end_s = fake_time.now_s + 41
+    end_s = fake_time.now_s + 41
+    bench.session.end = SessionEnd(end_s, lambda: fake_time.now_s)
     bench.checkpoints.fails = True
     with pytest.raises(OSError, match="could not be saved"):
         bench.finish(7)
-    assert fake_time.now_s < bench.session.end_s
+    assert fake_time.now_s < end_s
 
 
 def test_a_directory_that_has_vanished_is_made_and_saved_to_at_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from jaxsft.common.signals import catch_signals, interruptible, interrupts_kept
 from jaxsft.config import TrainConfig
 from jaxsft.run import fit_deadline
 from jaxsft.run.preflight import TimedSteps
-from jaxsft.run.session import Session, StopNow, duration, session_end_s
+from jaxsft.run.session import Session, SessionEnd, StopNow, duration, session_end
 
 NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 
@@ -45,8 +45,12 @@ def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: NOW_S)
 
 
+def until(at_s: float) -> SessionEnd:
+    return SessionEnd(at_s, time.time)
+
+
 def test_the_clock_keeps_two_slow_steps_three_saves_and_two_minutes_free() -> None:
-    session = Session(NOW_S + 1000, print)
+    session = Session(until(NOW_S + 1000), print)
     assert (session.left_s(), session.reserve_s, session.is_over()) == (1000, 120, False)
     for _ in range(98):
         session.add_step(1.0)
@@ -56,16 +60,16 @@ def test_the_clock_keeps_two_slow_steps_three_saves_and_two_minutes_free() -> No
     assert (session.p99_step_s, session.median_step_s) == (7, 1)
     session.save_s = 20.0
     assert session.reserve_s == 2 * 7 + 3 * 20 + 120 == 194
-    session.end_s = NOW_S + 194
+    session.end = until(NOW_S + 194)
     assert not session.is_over() and session.is_over(more_s=0.1)
-    session.end_s = NOW_S + 193.9
+    session.end = until(NOW_S + 193.9)
     assert session.is_over()
 
 
 def test_a_pass_of_the_loop_counts_without_compilation_and_measurements(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    session, now_s = Session(math.inf, print), [0.0]
+    session, now_s = Session(SessionEnd(math.inf), print), [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
     for seconds in (60.0, 2.0):  # the first pass compiles
         now_s[0] += seconds
@@ -77,7 +81,7 @@ def test_a_pass_of_the_loop_counts_without_compilation_and_measurements(
 
 
 def test_only_the_last_200_steps_count() -> None:
-    session = Session(math.inf, print)
+    session = Session(SessionEnd(math.inf), print)
     assert session.p99_step_s == 0 and math.isnan(session.median_step_s)
     session.add_step(60.0)  # with compilation
     for _ in range(199):
@@ -90,25 +94,37 @@ def test_only_the_last_200_steps_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deadline", "max_seconds", "end_s"),
+    ("deadline", "end_s"),
     [
-        (None, None, math.inf),
-        (None, 600.0, NOW_S - 50 + 600),  # from the start of the command, 50 s ago
-        ("2027-01-15T09:00Z", None, NOW_S + 3600),
-        ("2027-01-15T10:00:00+01:00", None, NOW_S + 3600),
-        ("1800003600", None, NOW_S + 3600),
-        ("1800003600.5", None, NOW_S + 3600.5),
+        ("2027-01-15T09:00Z", NOW_S + 3600),
+        ("2027-01-15T10:00:00+01:00", NOW_S + 3600),
+        ("1800003600", NOW_S + 3600),
+        ("1800003600.5", NOW_S + 3600.5),
     ],
 )
-def test_forms_of_a_deadline(deadline: str | None, max_seconds: float | None, end_s: float) -> None:
-    assert session_end_s(deadline, max_seconds, NOW_S - 50) == end_s
+def test_forms_of_a_deadline(deadline: str, end_s: float) -> None:
+    assert session_end(deadline, None, time.monotonic()) == (end_s, time.time)
+
+
+def test_only_a_deadline_follows_a_clock_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [NOW_S]
+    monkeypatch.setattr(time, "time", lambda: now_s[0])
+    of_length, of_day, never = (
+        Session(session_end(*limits, time.monotonic()), print)
+        for limits in ((None, 600.0), ("2027-01-15T08:10Z", None), (None, None))
+    )
+    for set_s in (0, 7200, -7200):
+        now_s[0] = NOW_S + set_s
+        assert 590 < of_length.left_s() <= 600 and not of_length.is_over()
+        assert of_day.left_s() == 600 - set_s and of_day.is_over() == (set_s > 0)
+        assert never.left_s() == math.inf
 
 
 def test_a_deadline_without_a_zone_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "UTC-2")  # POSIX: two hours east
     time.tzset()
     try:
-        assert session_end_s("2027-01-15T11:00", None, NOW_S) == NOW_S + 3600
+        assert session_end("2027-01-15T11:00", None, 0).at_s == NOW_S + 3600
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -119,6 +135,9 @@ def test_a_deadline_without_a_zone_is_local(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("tomorrow", None, r"deadline tomorrow: not a time; write it as 2027-01-\d\dT"),
         ("9", None, "deadline 9: not a time"),
+        ("21:30", None, "deadline 21:30: not a time; write it as 2027"),
+        ("0001-01-01", None, "deadline 0001-01-01: "),
+        ("1800003600000", None, "is more than a year away; check the unit"),
         ("2027-01-15T07:00Z", None, "leaves 0 s, and 120 s are kept"),
         ("2027-01-15T08:01Z", None, "leaves 60 s"),
         (None, 169.0, "max_seconds 169.0: leaves 119 s"),
@@ -126,12 +145,12 @@ def test_a_deadline_without_a_zone_is_local(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_useless_deadlines(deadline: str | None, max_seconds: float | None, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        session_end_s(deadline, max_seconds, NOW_S - 50)
+        session_end(deadline, max_seconds, time.monotonic() - 50)
 
 
 def test_a_session_says_why_it_stops_and_else_beats() -> None:
     received, beats = [], []
-    session = Session(NOW_S + 200, beats.append)
+    session = Session(until(NOW_S + 200), beats.append)
     session.interrupted = lambda: bool(received)
     session.go_on("step 1", more_s=80)
     assert beats == ["step 1"] and session.why_stop() is None
@@ -151,7 +170,7 @@ def fake_setup(num_steps: int, step: int = 0) -> Any:
 
 
 def test_the_forecast_counts_what_is_kept_free() -> None:
-    session = Session(NOW_S + 1120, print)
+    session = Session(until(NOW_S + 1120), print)
     session.measure_s = 50
     # 1120 - 120 s for 95 steps of 10 s and 50 s of measuring.
     assert fit_deadline.forecast(TrainConfig(), fake_setup(100), 5, session, 10.0) is None
@@ -171,7 +190,7 @@ def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         fit_deadline, "with_num_steps", lambda setup, config, steps: fake_setup(steps)
     )
-    session, config = Session(NOW_S + 1120, print), TrainConfig(warmup_steps=5)
+    session, config = Session(until(NOW_S + 1120), print), TrainConfig(warmup_steps=5)
     session.measure_s = 50
     # 1120 - 120 - 50 - 20 to compile - 2 slow steps of 12 = 906 s, at 10.3 s a step: 87.96.
     timed = TimedSteps(20.0, [9.0, 10.0, 12.0])
@@ -180,7 +199,7 @@ def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(setup.step_batches) == 87
     assert line == "At 10 s a step 87 of 1,000 steps fit: the schedule is shortened to them."
     assert (tmp_path / fit_deadline.SCHEDULE).read_text() == '{\n "num_steps": 87\n}'
-    session.end_s = NOW_S + 120 + 50 + 20 + 24 + 61  # 5 steps: only the warm-up
+    session.end = until(NOW_S + 120 + 50 + 20 + 24 + 61)  # 5 steps: only the warm-up
     with pytest.raises(ValueError, match="5 steps fit at 10 s a step, no more than the 5 of the"):
         fit_deadline.fit_schedule(*fit)
 
@@ -188,7 +207,7 @@ def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_begun_without_it_is_not_fitted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"begun without it, with 1,000 steps.*--fork-from"):
         fit_deadline.fit_schedule(
-            TrainConfig(), fake_setup(1000, 7), tmp_path, Session(NOW_S + 9000, print), None
+            TrainConfig(), fake_setup(1000, 7), tmp_path, Session(until(NOW_S + 9000), print), None
         )
 
 
