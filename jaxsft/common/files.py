@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxsft.common.locks import remove_leftovers, scratch_file
 
 _SPARE_BYTES = 64 * 2**20  # left free for small files
 _FRESH_NS = 10**9  # clocks of file systems tick in up to 10 ms
@@ -23,10 +24,11 @@ _FRESH_NS = 10**9  # clocks of file systems tick in up to 10 ms
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path`; the file written there is named `path` at the end, in one step.
 
-    It is on disk by then. Where the block fails, it is removed and `path` stays as it was.
+    It is on disk by then. Where the block fails, it is removed and `path` stays as it was. What
+    killed processes left of the same file is removed first.
     """
-    # A name of its own: another process may be writing the same file.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    remove_leftovers(path.parent, path.name)
+    partial = scratch_file(path)  # a name of its own: another process may be writing the same file
     try:
         yield partial
         with partial.open("rb") as file:

@@ -83,6 +83,7 @@ def prepare(
       ValueError: as data.read_samples, no sample left or more than `options.max_drop` lost, or a
         weight for each file is not given. OSError: `root` cannot be written.
     """
+    remove_leftovers(root)
     files = as_list(files)
     heldout = as_list(heldout_files) if options.drop_contaminated else []
     if options.weights is not None and len(options.weights) != len(files):
@@ -100,7 +101,6 @@ def prepare(
         prepared = open_prepared(directory)
         check_any_left(files, options, prepared.report)
         return prepared
-    remove_leftovers(root)
     with _partial_directory(directory) as partial:
         report = DataReport()
         found = read_samples(files, tokenizer, options, report, heldout_files=heldout)

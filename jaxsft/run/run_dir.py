@@ -1,10 +1,11 @@
 """A run's directory: locked against a second trainer, and checked for free space."""
 
+import os
 from pathlib import Path
 from typing import Self
 
 from jaxsft.common.files import check_free_space
-from jaxsft.common.locks import DirectoryLock, LockedError
+from jaxsft.common.locks import DirectoryLock, LockedError, remove_leftovers
 
 
 class ReplacedError(Exception):
@@ -14,12 +15,17 @@ class ReplacedError(Exception):
 class RunDir(DirectoryLock):
     """Makes `path` and holds it while it is entered; nothing is left of it when it is still empty.
 
+    What killed processes left in it is removed on entering.
+
     Raises, on entering, ValueError when another process holds it or it cannot be written.
     """
 
     def __enter__(self) -> Self:
         try:
-            return super().__enter__()
+            super().__enter__()
+            for directory, _, _ in os.walk(self.path):
+                remove_leftovers(Path(directory), is_held=self.is_locked)
+            return self
         except LockedError as error:
             raise ValueError(self._is_held(error)) from None
         except OSError as error:

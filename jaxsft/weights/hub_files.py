@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from jaxsft.common.files import file_sha256
+from jaxsft.common.locks import has_locks, remove_old
 from jaxsft.common.pins import COMMIT
 from jaxsft.common.text import visible_line
 
@@ -74,10 +75,13 @@ def fetch_files_of_commit(
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    blobs = directory.parents[1] / "blobs"
+    cache, storage = directory.parents[2], directory.parents[1]
+    blobs = storage / "blobs"
     old = set(os.listdir(blobs)) if blobs.is_dir() else set()
+    for part in blobs.glob("*.*.incomplete"):  # huggingface_hub never goes on with one
+        remove_old(part, cache / ".locks" / storage.name / f"{part.name.partition('.')[0]}.lock")
     for is_last in (False, True):
-        with _reporting(repo, sizes, say):
+        with _reporting(repo, sizes, say), _hub_locks(cache):
             ask_patiently(download, repo, say)
         if not (damaged := damaged_files(directory, names)):
             return
@@ -91,6 +95,24 @@ def fetch_files_of_commit(
         f"the hub's {damaged[0].name} came damaged twice",
         "run the same command again, past any proxy",
     )
+
+
+@contextmanager
+def _hub_locks(cache: Path) -> Iterator[None]:
+    """Takes huggingface_hub's locks away where the file system has none.
+
+    They only save a second download; its file_download.py says that nothing else depends on them.
+    """
+    from huggingface_hub import file_download
+
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = file_download.WeakFileLock
+    if not has_locks(cache):
+        setattr(file_download, "WeakFileLock", lambda *_, **__: nullcontext())  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(file_download, "WeakFileLock", lock)  # noqa: B010
 
 
 def ask_patiently(ask: Callable[[], Any], repo: str, say: Callable[[str], None]) -> Any:

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxsft.common.files import file_sha256, whole_file
+from jaxsft.common.locks import remove_leftovers
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.architecture import GemmaConfig
@@ -139,6 +140,7 @@ def demo_model_path(cache_dir: Path | str | None = None) -> Path:
         ) from error
     try:
         target = Path(package.default_output_path(cache_dir))
+        remove_leftovers(target.parent, target.name)
         if target.exists() and file_sha256(target) == DEMO_SHA256:
             return target
         with whole_file(target) as partial:

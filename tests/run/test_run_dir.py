@@ -107,15 +107,6 @@ def test_what_cannot_be_a_directory_is_refused(tmp_path: Path) -> None:
         RunDir(tmp_path / "file").__enter__()
 
 
-def test_without_locks_nothing_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(file: int, operation: int) -> None:
-        raise OSError("no locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with RunDir(tmp_path / "run") as run_dir, RunDir(tmp_path / "run"):
-        assert not run_dir.is_locked and run_dir.is_there()
-
-
 def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two checkpoints of 300 MiB, a third that is being written, 100 for the adapter, 64 to spare.
     free = 1064 * MIB

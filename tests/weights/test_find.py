@@ -1,8 +1,11 @@
 """What the name of a model means: every kind, every mistake, and the hub's, pinned and offline."""
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -13,12 +16,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import _tree_cache, constants, hf_hub_download
+from huggingface_hub import _tree_cache, constants, file_download, hf_hub_download
 from safetensors.numpy import load_file, save_file
 from support.fake_hub import FakeHub, running_hub
 from support.tiny_run import make_run
 
 from jaxsft.cli import parse_config
+from jaxsft.common import locks
 from jaxsft.common.files import file_sha256
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
 from jaxsft.data.tokenizer import Tokenizer
@@ -464,6 +468,39 @@ def test_an_interrupted_download_goes_on_with_its_commit(
     found = find_model(REPO, say=lambda line: None)
     assert found.revision == commit
     assert [name for name, _ in hub.downloads()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_cache_without_locks(
+    hub: FakeHub, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = file_download.WeakFileLock
+    locks._said.clear()
+    assert find_model(REPO, say=print).revision == hub.main[REPO]
+    assert file_download.WeakFileLock is lock
+    assert capfd.readouterr().err.count("has no locks") == 1
+
+
+def test_what_killed_downloads_left_is_removed(hub: FakeHub, tmp_path: Path) -> None:
+    storage = tmp_path / "hub" / "models--google--gemma-tiny"
+    held = tmp_path / "hub" / ".locks" / storage.name / f"{'b' * 64}.lock"
+    for path in (storage / "blobs", held.parent):
+        path.mkdir(parents=True)
+    dead, alive, young, old = (
+        storage / "blobs" / f"{digit * 64}.12345678.incomplete" for digit in "abcd"
+    )
+    for path in (dead, alive, young, old, held, held.with_name(f"{'a' * 64}.lock")):
+        path.touch()
+    os.utime(old, (0, 0))
+    with held.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another program that downloads it
+        find_model(REPO, say=print)
+    # A day passes before one without a lock file counts as dead.
+    assert {*storage.glob("blobs/*.incomplete")} == {alive, young}
 
 
 def test_a_busy_hub_is_asked_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
