@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any, Literal
 
 # The system text of the recipe, put in front of the user's turn in training and generation alike.
+ANSWER_TEMPLATE = "<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
 SYSTEM_PROMPT = (
     "You are a deep thinking AI. Think step by step about the problem and provide your reasoning "
     "between <reasoning> and </reasoning> tags. Then, provide the final answer between <answer> "
@@ -78,8 +79,22 @@ class DataOptions:
     overlong: Literal["shorten", "drop", "raise"] = "shorten"
     """For samples over max_length: "shorten" cuts the reasoning (never the answer), "drop" leaves
     the sample out, "raise" stops."""
+    columns: dict[str, str] | None = None
+    """The columns that hold the parts of a row, for example {prompt: task, response: text}. Parts:
+    prompt, response, reasoning, system, input, messages. Other columns are not used then. By
+    default they are found by their names (jaxsft/data/README.md)."""
+    without_thought: Literal["drop_system", "keep_plain", "reject"] = "drop_system"
+    """For rows with an answer that has no thought: "drop_system" trains them without system_prompt,
+    which asks for one; "keep_plain" with it, which teaches to ignore it; "reject" leaves them
+    out."""
+    earlier_reasoning: Literal["keep", "strip"] = "keep"
+    """The reasoning of earlier turns of a chat: "keep" trains every turn and shows it to later
+    ones; "strip" removes it from earlier turns, as servers do, and trains the last turn only."""
+    answer_template: str = ANSWER_TEMPLATE
+    """The form of an answer that is taught. {reasoning} and {answer} are its parts."""
     system_prompt: str | None = SYSTEM_PROMPT
-    """Text before the first user turn of rows that have no system turn; null for none."""
+    """Text before the first user turn of rows that have no system text of their own; null for
+    none. It must ask for the tags of answer_template."""
     loss_on_prompt: bool = False
     """Train on the tokens of the prompt too."""
     weights: list[float] | None = None

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.packing import Sample
-from jaxsft.data.rows import Conversation, Turn, check_roles, completion_text, with_reasoning
+from jaxsft.data.rows import Conversation, Turn, check_roles, with_reasoning
 from jaxsft.data.tokenizer import Tokenizer
 
 MIN_REASONING_TOKENS = 16  # a shorter reasoning, with its tag, teaches nothing
-_OPEN_CHARS = len("<reasoning>")
 
 # A sentence ends at . ! ? … and closing quotes before white space, or at the end of a line.
 # \u2019 \u201d are closing quotes; \u3002 \uff01 \uff1f are . ! ? in Chinese and Japanese.
@@ -41,7 +41,8 @@ class Piece(NamedTuple):
 def encode_chat(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Sample:
     """Encodes a conversation that ends with an assistant turn.
 
-    The ids start with one BOS. Labels are the tokens of every assistant turn and its <end_of_turn>.
+    The ids start with one BOS. Labels are the tokens of every trained assistant turn and its
+    <end_of_turn>.
 
     Raises:
       ValueError: the roles are not [system,] user, assistant, user, …, assistant.
@@ -49,11 +50,16 @@ def encode_chat(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Sample:
     return encode_chats(tokenizer, [turns])[0]
 
 
-def encode_chats(tokenizer: Tokenizer, chats: Sequence[Sequence[Turn]]) -> list[Sample]:
-    """`encode_chat` of each conversation, with one call of the tokenizer for all."""
+def encode_chats(
+    tokenizer: Tokenizer, chats: Sequence[Sequence[Turn]], loss_on_prompt: bool = False
+) -> list[Sample]:
+    """`encode_chat` of each conversation, with one call of the tokenizer for all.
+
+    With `loss_on_prompt` all tokens are labels but the BOS and untrained assistant turns.
+    """
     for turns in chats:
         check_roles(turns, last="assistant")
-    return _encode_pieces(tokenizer, [_render(tokenizer, turns) for turns in chats])
+    return _encode_pieces(tokenizer, [_render(tokenizer, turns, loss_on_prompt) for turns in chats])
 
 
 def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
@@ -72,7 +78,9 @@ def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
     return [int(token) for token in _encode_pieces(tokenizer, [pieces])[0].ids]
 
 
-def _render(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[Piece]:
+def _render(
+    tokenizer: Tokenizer, turns: Sequence[Turn], loss_on_prompt: bool = False
+) -> list[Piece]:
     pieces = [Piece(tokenizer.bos_id)]
     preface = ""
     for turn in turns:
@@ -81,12 +89,14 @@ def _render(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[Piece]:
             preface = f"{text}\n\n" if text else ""
             continue
         if len(pieces) > 1:
-            pieces.append(Piece("\n"))
-        pieces.append(Piece(tokenizer.start_of_turn_id))
+            pieces.append(Piece("\n", loss_on_prompt))
+        pieces.append(Piece(tokenizer.start_of_turn_id, loss_on_prompt))
         if turn.role == "user":
-            pieces += [Piece(f"user\n{preface}{text}"), Piece(tokenizer.end_of_turn_id)]
+            is_label, text = loss_on_prompt, f"user\n{preface}{text}"
         else:
-            pieces += [Piece("model\n"), Piece(text, True), Piece(tokenizer.end_of_turn_id, True)]
+            is_label = turn.is_trained
+            pieces.append(Piece("model\n", loss_on_prompt))
+        pieces += [Piece(text, is_label), Piece(tokenizer.end_of_turn_id, is_label)]
         preface = ""
     return pieces
 
@@ -107,7 +117,10 @@ def _encode_pieces(tokenizer: Tokenizer, chats: Sequence[Sequence[Piece]]) -> li
 
 
 def shorten(
-    tokenizer: Tokenizer, chats: Sequence[tuple[Conversation, Sample]], max_length: int
+    tokenizer: Tokenizer,
+    chats: Sequence[tuple[Conversation, Sample]],
+    max_length: int,
+    template: AnswerTemplate,
 ) -> list[tuple[Conversation, Sample] | None]:
     """Cuts the reasoning of the last turn in each conversation, to fit `max_length` tokens.
 
@@ -118,13 +131,14 @@ def shorten(
     Args:
       chats: conversations that are too long, each with its `encode_chat`.
       max_length: the most tokens that a result may have.
+      template: the form of the answers.
 
     Returns:
       For each conversation: the shorter one and its sample, equal to its `encode_chat`. None if it
       has no reasoning, or if fewer than `MIN_REASONING_TOKENS` of it would fit.
     """
     results: list[tuple[Conversation, Sample] | None] = [None] * len(chats)
-    closings = [completion_text("", chat.answer or "")[_OPEN_CHARS:] for chat, _ in chats]
+    closings = [template.closing(chat.answer or "") for chat, _ in chats]
     todo: dict[int, int] = {}  # index -> completion tokens to keep before the closing part
     for index, closing in enumerate(tokenizer.encode_many(closings)):
         if chats[index][0].reasoning is not None:
@@ -132,8 +146,10 @@ def shorten(
     while todo:
         shorter: dict[int, Conversation] = {}
         for index, keep in todo.items():
-            if keep >= MIN_REASONING_TOKENS and (head := _head(tokenizer, *chats[index], keep)):
-                shorter[index] = with_reasoning(chats[index][0], head)
+            if keep >= MIN_REASONING_TOKENS and (
+                head := _head(tokenizer, *chats[index], keep, len(template.opening))
+            ):
+                shorter[index] = with_reasoning(chats[index][0], head, template)
         encoded = tokenizer.encode_many([chat.turns[-1].content for chat in shorter.values()])
         again: dict[int, int] = {}
         for (index, conversation), completion in zip(shorter.items(), encoded, strict=True):
@@ -149,13 +165,15 @@ def shorten(
     return results
 
 
-def _head(tokenizer: Tokenizer, conversation: Conversation, sample: Sample, keep: int) -> str:
+def _head(
+    tokenizer: Tokenizer, conversation: Conversation, sample: Sample, keep: int, open_chars: int
+) -> str:
     """The part of the reasoning that is in the first `keep` tokens of the completion."""
     assert conversation.reasoning is not None
     rest = tokenizer.decode(sample.ids[sample.completion_start + keep : -1].tolist())
     if rest.startswith("\ufffd"):  # the cut split a character that is several byte tokens
         rest = "\ufffd" + rest.lstrip("\ufffd")
-    limit = len(conversation.turns[-1].content) - len(rest) - _OPEN_CHARS
+    limit = len(conversation.turns[-1].content) - len(rest) - open_chars
     return cut_text(conversation.reasoning, limit)
 
 

@@ -7,7 +7,7 @@ the row and names the field.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # The parts of a conversation, and the names that data sets use for them; the first of a row counts.
@@ -27,7 +27,8 @@ _READ = frozenset((*(name for names in PARTS.values() for name in names), *_MBPP
 
 _HARMLESS_NAME = re.compile(
     r"(.*_)?(id|ids|idx|index|uid|uuid|guid|hash|md5|sha|sha1|sha256|digest|fingerprint)"
-    r"|(.*_)?(source|sources|origin|dataset|data_source|subset|split|config|repo|file|filename)"
+    r"|(.*_)?(source|sources|origin|dataset|data_source|subset|split|repo|file|filename)"
+    r"|(.*_)?(config|configs|quality_explanation|knowledge)"
     r"|(.*_)?(url|urls|link|links|license|licence|author|annotator|worker|creator)"
     r"|(.*_)?(lang|language|languages|locale|country|region|script)"
     r"|(.*_)?(date|time|timestamp|created|created_at|updated_at|version|revision|seed)"
@@ -35,7 +36,7 @@ _HARMLESS_NAME = re.compile(
     r"|(.*_)?(score|scores|rating|ratings|quality|difficulty|level|reward|rewards|logprob|logprobs)"
     r"|(.*_)?(perplexity|ppl|loss|similarity|distance|confidence|agreement|votes|likes|rank)"
     r"|(.*_)?(count|counts|length|lengths|tokens|token_count|num_tokens|chars|words|size|cost)"
-    r"|(.*_)?(category|categories|topic|topics|subject|domain|field|tag|tags|label|labels|type|types)"
+    r"|(.*_)?(category|categories|topic|topics|subject|domain|tag|tags|label|labels|type|types)"
     r"|(.*_)?(keyword|keywords|intent|skill|skills|status|flag|flags|metadata|meta)"
     r"|(num|n|is|has)_.*|llama_guard_2|challenge_test_list"
 )
@@ -80,10 +81,18 @@ def is_wanted(name: str, holds_text: bool, columns: Mapping[str, str] | None = N
 
 def has_text(value: Any) -> bool:
     """Whether there is a string in the value that is not blank."""
+    return next(texts_in(value), None) is not None
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The strings in the value that are not blank, at any depth; no names of roles and types."""
     if isinstance(value, str):
-        return bool(value.strip())
-    if isinstance(value, Mapping):
-        return any(map(has_text, value.values()))
-    return (
-        isinstance(value, Iterable) and not isinstance(value, bytes) and any(map(has_text, value))
-    )
+        if value.strip():
+            yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            if name not in ("role", "from", "type"):
+                yield from texts_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from texts_in(each)

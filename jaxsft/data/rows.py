@@ -1,304 +1,354 @@
 """Rows of a data set -> conversations with answers in the form that training teaches.
 
-Text only: no token, no file. The target form of an assistant turn is `completion_text`'s
-`<reasoning>{r}</reasoning>\\n<answer>{a}</answer>`. Accepted rows, the first match counts:
+Text only: no token, no file. Accepted rows (`fields.PARTS` has the names of each part):
 
-    {messages} or {conversations}: a list of {role, content[, reasoning_content]} or {from, value}
-    {prompt, response}      Glaive: the response must hold a thought
-    {prompt, completion[, reasoning_content]}
-    {instruction, response} Magpie
-    {question, answer}      GSM8K: reasoning, then "#### number"; <<calculator>> notes are removed
-    {text, code, test_list} MBPP: the prompt is the text and the tests; CRLF in code becomes LF
+    {messages} or {conversations}[, system]     lists of {role, content} or {from, value}
+    {prompt, response[, reasoning, input, system]}   under any of their names, as {instruction,
+                                                input, output} or {problem, solution}; prompt and
+                                                response may be lists of messages
+    {input, output}                             the input is the prompt
+    {question, answer} with "#### …" last       GSM8K: reasoning, then the answer; <<calculator>>
+                                                notes are removed
+    {text, code, test_list}                     MBPP: the prompt is the text and the tests; CRLF in
+                                                code becomes LF
 
-What becomes of an assistant text (all texts are trimmed; every outcome is counted by the caller):
-
-    <think>r</think> a                        accepted, converted
-    <reasoning>r</reasoning> <answer>a</answer>  accepted as it is
-    r </think> a, no <think>                  accepted, noted "implicit_open"
-    no thought, and not Glaive or GSM8K       accepted as it is, noted "plain_completion"
-    <end_of_turn>, <bos>, … inside any text   accepted as ordinary text, noted "control_look_alike"
-    no <think> and no </think> (Glaive)       Rejected "no_thought"
-    <think> never closed                      Rejected "unclosed_thought"
-    </think> … <think>                        Rejected "reversed_thought"
-    <think> inside a thought                  Rejected "nested_thought"
-    more tags than one pair                   Rejected "several_thoughts"
-    text in front of <think>                  Rejected "text_before_thought"
-    nothing between the tags                  Rejected "empty_thought"
-    nothing after the thought, or at all      Rejected "empty_answer"
-    a user turn without text                  Rejected "empty_prompt"
-    <reasoning>, <answer> … anywhere else     Rejected "literal_tags" (they would break the form)
-    no "####" (GSM8K)                         Rejected "no_final_answer"
-
-A field that is missing, null or no string, an unknown role or a wrong order of roles is a mistake
-of the file: ValueError. A blank system turn and a null or blank `reasoning_content` count as none.
+With `data.columns` the user says which column holds which part; a row that has none of these
+columns is read by its own names. A null field counts as absent. Anything else that holds text and is in none of these parts rejects the row by name, unless its name
+says that it is harmless or the conversation already holds its text. messages.py and replies.py have
+what becomes of each message and each assistant text. All texts are trimmed.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-# Raise it with every change of what becomes of a row, here or in sources, filters, chat, tokenizer,
-# vocabulary, samples, packing, bins or prepared: rows prepared before are then prepared again.
-# A test in tests/data/test_prepared.py fails when the outcome changes and this number does not.
-ROWS_VERSION = 1
-
-ACCEPTED_SCHEMAS = (
-    "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, response}, "
-    "{prompt, completion[, reasoning_content]}, {instruction, response}, {question, answer}, "
-    "{text, code, test_list}"
+from jaxsft.data.answer_template import AnswerTemplate
+from jaxsft.data.fields import PARTS, UNREAD, has_text, is_harmless, texts_in
+from jaxsft.data.messages import ROLES, Message, Messages, read_messages, read_text
+from jaxsft.data.replies import (
+    Note,
+    Rejected,
+    RejectedError,
+    Reply,
+    Role,
+    convert_reply,
+    has_other_tags,
 )
 
-Role = Literal["system", "user", "assistant"]
-ConversionReason = Literal[
-    "no_thought", "unclosed_thought", "reversed_thought", "nested_thought", "several_thoughts",
-    "text_before_thought", "empty_thought", "empty_answer", "empty_prompt", "literal_tags",
-    "no_final_answer",
-]  # fmt: skip
-LaterReason = Literal["duplicate", "contaminated", "degenerate", "too_short", "too_long"]
-Note = Literal["implicit_open", "plain_completion", "control_look_alike"]
+# Raise it with every change of what becomes of a row, here or in fields, messages, replies,
+# answer_template, sources, filters, chat, tokenizer, vocabulary, samples, packing, bins or
+# prepared: rows prepared before are then prepared again. A test in tests/data/test_prepared.py
+# fails when the outcome changes and this number does not.
+ROWS_VERSION = 2
 
-_ROLES: dict[str, Role] = {
-    "system": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-}  # fmt: skip
-_FORMAT_TAG = re.compile(r"</?(?:reasoning|answer)>")
-_COMPLETION = re.compile(r"<reasoning>(.+)</reasoning>\s*<answer>(.+)</answer>", re.DOTALL)
+ACCEPTED_ROWS = (
+    "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, response}, "
+    "{prompt, completion}, {instruction, input, output}, {question, answer}, {problem, solution}, "
+    "{query, response}, each with reasoning and system if they like, and {text, code, test_list}"
+)
 _CONTROL = re.compile(
     r"<(?:pad|eos|bos|unk|mask|(?:start|end)_of_(?:turn|image)|image_soft_token|unused\d+)>"
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_GSM8K_ANSWER = re.compile(r"(?:^|\n)####(?!#)([^\n]*)\s*$")
+_WEIGHTS = ("weight", "sample_weight", "loss_weight")
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation."""
+    """One turn of a conversation; an assistant turn bears loss if `is_trained`."""
 
     role: Role
     content: str
+    is_trained: bool = True
+
+
+class RowFields(NamedTuple):
+    """The names of the fields that became part of a conversation, and of those that did not."""
+
+    used: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 class Conversation(NamedTuple):
-    """`reasoning` and `answer` are the last assistant turn's, None where it is a plain text."""
+    """A conversation that ends with a trained assistant turn.
+
+    `reasoning` and `answer` are that turn's, None where it is a plain text. `has_plain_reply` says
+    that a trained turn has no reasoning; the recipe's system text must then not ask for one.
+    """
 
     turns: tuple[Turn, ...]
     reasoning: str | None
     answer: str | None
     notes: tuple[Note, ...] = ()
+    has_plain_reply: bool = False
+    fields: RowFields = RowFields()
 
 
-class Rejected(NamedTuple):
-    """A row that is not used: why, from the closed set, and what in it."""
+class RowOptions(NamedTuple):
+    """How rows are converted; config.DataOptions describes each."""
 
-    reason: ConversionReason | LaterReason  # the latter from filters.py and samples.py
-    detail: str
-
-
-class _Reply(NamedTuple):
-    content: str
-    reasoning: str | None
-    answer: str | None
-    note: Note | None = None
+    columns: Mapping[str, str] | None = None
+    without_thought: Literal["reject", "keep_plain", "drop_system"] = "drop_system"
+    earlier_reasoning: Literal["keep", "strip"] = "keep"
+    template: AnswerTemplate = AnswerTemplate()
 
 
-def completion_text(reasoning: str, answer: str) -> str:
-    """The assistant text that training teaches."""
-    return f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
+DEFAULTS = RowOptions()
 
 
-def split_completion(text: str) -> tuple[str, str] | None:
-    """The inverse of `completion_text`, up to white space around the parts; None for other text."""
-    match = _COMPLETION.fullmatch(text.strip())
-    if match is None or len(_FORMAT_TAG.findall(text)) != 4:
-        return None
-    reasoning, answer = match[1].strip(), match[2].strip()
-    return (reasoning, answer) if reasoning and answer else None
-
-
-def with_reasoning(conversation: Conversation, reasoning: str) -> Conversation:
+def with_reasoning(
+    conversation: Conversation, reasoning: str, template: AnswerTemplate
+) -> Conversation:
     """The same conversation with another reasoning in its last turn, which must have one."""
     assert conversation.reasoning is not None and conversation.answer is not None
-    last = Turn("assistant", completion_text(reasoning, conversation.answer))
+    last = Turn("assistant", template.join(reasoning, conversation.answer))
     return conversation._replace(turns=(*conversation.turns[:-1], last), reasoning=reasoning)
+
+
+def _roles_fault(roles: Sequence[Role], last: Role) -> str | None:
+    """What is wrong with the roles, unless they are [system,] user, assistant, … up to `last`."""
+    body = roles[1:] if roles[:1] == ["system"] else roles
+    wanted = ["assistant" if i % 2 else "user" for i in range(len(body))]
+    if body == wanted and body[-1:] == [last]:
+        return None
+    return (
+        f"the roles are {', '.join(roles[:8]) or 'none'}{', …' if len(roles) > 8 else ''}: "
+        f"they must be [system,] user, assistant, user, … and end with {last}"
+    )
+
+
+def _check_order(messages: Sequence[Message], last: Role) -> None:
+    if fault := _roles_fault([message.role for message in messages], last):
+        raise RejectedError("wrong_roles", fault)
 
 
 def check_roles(turns: Sequence[Turn], last: Role) -> None:
     """Raises ValueError unless the roles are [system,] user, assistant, … and end in `last`."""
-    roles = [turn.role for turn in turns]
-    body = roles[1:] if roles[:1] == ["system"] else roles
-    wanted = ["assistant" if i % 2 else "user" for i in range(len(body))]
-    if body != wanted or body[-1:] != [last]:
-        raise ValueError(
-            f"the roles are {', '.join(roles[:8]) or 'none'}{', …' if len(roles) > 8 else ''}: "
-            f"they must be [system,] user, assistant, user, … and end with {last}"
+    if fault := _roles_fault([turn.role for turn in turns], last):
+        raise ValueError(fault)
+
+
+def convert_row(row: Any, options: RowOptions = DEFAULTS) -> Conversation | Rejected:
+    """Converts one row; the module's docstring lists what is accepted. Raises nothing."""
+    try:
+        parts = _find_parts(row, options.columns, needs_answer=True)
+        messages, unused = _read_prompt(row, parts)
+        if "messages" not in parts:
+            messages += _read_answer(row, parts)
+        conversation = _converse(messages, options)
+        used = tuple(parts.values())
+        if not any(name in used for name in (options.columns or {}).values()):
+            _check_unused(row, used, messages)
+        return conversation._replace(fields=_row_fields(_names(row), used, unused))
+    except RejectedError as error:
+        return error.rejected
+
+
+def convert_prompt(row: Any, options: RowOptions = DEFAULTS) -> tuple[Turn, ...] | Rejected:
+    """The turns of a row up to its last user turn; fields for the answer are not looked at."""
+    try:
+        parts = _find_parts(row, options.columns, needs_answer=False)
+        chat = parts.get("messages")
+        if chat is not None and isinstance(row[chat], list):
+            users = [i for i, each in enumerate(row[chat]) if _is_of_user(each)]
+            row = {**row, chat: row[chat][: users[-1] + 1] if users else row[chat]}
+        messages, _ = _read_prompt(row, parts)
+        _check_order(messages, last="user")
+        used = (*parts.values(), *PARTS["response"], *PARTS["reasoning"], "code")
+        if not any(name in used for name in (options.columns or {}).values()):
+            _check_unused(row, used, messages)
+        return tuple(turn for turn, _ in _turns(messages, options))
+    except RejectedError as error:
+        return error.rejected
+
+
+def _names(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name, value in row.items() if value is not None)
+
+
+def _find_parts(row: Any, columns: Mapping[str, str] | None, needs_answer: bool) -> dict[str, str]:
+    """The name of the field that holds each part of the row."""
+    if not isinstance(row, Mapping):
+        raise RejectedError(
+            "unknown_fields", f"is a {type(row).__name__}, not an object with fields"
         )
+    parts = {part: name for part, name in (columns or {}).items() if row.get(name) is not None}
+    if parts:
+        return parts
+    names = tuple(name for name, value in row.items() if value is not None and value is not UNREAD)
+    return dict(_layout(names, needs_answer))
 
 
-def convert_row(row: dict[str, Any]) -> Conversation | Rejected:
-    """Converts one row; the module's docstring lists the schemas and every outcome.
+@lru_cache(maxsize=1024)
+def _layout(names: tuple[str, ...], needs_answer: bool) -> dict[str, str]:
+    parts = {}
+    for part, accepted in PARTS.items():
+        name = next((name for name in accepted if name in names), None)
+        if name is not None:
+            parts[part] = name
+    if "messages" in parts:
+        return {part: parts[part] for part in ("messages", "system") if part in parts}
+    task = next((name for name in ("text", "prompt") if name in names), None)
+    if task and "test_list" in names and ("code" in names or not needs_answer):
+        fields = ("code", "test_list", "test_setup_code", "test_imports")
+        return {"task": task} | {name: name for name in fields if name in names}
+    if "prompt" not in parts and "input" in parts:
+        parts["prompt"] = parts.pop("input")
+    if "prompt" in parts and ("response" in parts or not needs_answer):
+        return parts
+    if {"chosen", "rejected"} <= set(names):
+        raise RejectedError(
+            "unknown_fields",
+            'a pair of "chosen" and "rejected" is for preference training; to train on the chosen '
+            "ones, name them: --data.columns '{messages: chosen}'",
+        )
+    if "text" in names:
+        raise RejectedError(
+            "unknown_fields",
+            '"text" alone does not say what is prompt and what is answer; write rows with prompt '
+            "and response, or messages",
+        )
+    found = ", ".join(f'"{str(name)[:40]}"' for name in names[:8]) or "no field"
+    raise RejectedError(
+        "unknown_fields",
+        f"no prompt with a response, and no messages, in {found}; name them with data.columns",
+    )
 
-    Raises:
-      ValueError: the row fits no schema, or a field, a role or the order of roles is wrong.
-    """
-    if "messages" in row or "conversations" in row:
-        return _convert_messages(row, "messages" if "messages" in row else "conversations")
-    reply: _Reply | Rejected
-    if "prompt" in row and "response" in row:
-        prompt, reply = "prompt", _reply(_text(row, "response"), None, thought_required=True)
-    elif "prompt" in row and "completion" in row:
-        prompt, reply = "prompt", _reply(_text(row, "completion"), _optional_reasoning(row))
-    elif "instruction" in row and "response" in row:
-        prompt, reply = "instruction", _reply(_text(row, "response"), None)
-    elif "question" in row and "answer" in row:
-        prompt, reply = "question", _gsm8k_reply(_text(row, "answer"))
-    elif "text" in row and "code" in row and "test_list" in row:
-        reply = _reply(_text(row, "code").replace("\r\n", "\n"), None)
-        return _conversation([("user", _mbpp_prompt(row))], [reply])
+
+def _read_prompt(row: Mapping[str, Any], parts: dict[str, str]) -> Messages:
+    """The messages up to the answer; of a chat, all. Removes from `parts` what was not used."""
+    unused: frozenset[str] = frozenset()
+    messages: list[Message]
+    if "task" in parts:
+        text = _mbpp_prompt(row, parts)
+        return Messages([Message("user", text)], unused)
+    chat = "messages" if "messages" in parts else "prompt"
+    if chat not in parts:
+        raise RejectedError("wrong_field", "there is no prompt")
+    if chat == "messages" or isinstance(row[parts["prompt"]], list):
+        found = read_messages(row[parts[chat]], parts[chat])
+        messages, unused = found
+        if chat == "prompt":  # only the response is trained, as the row says by its form
+            messages = [message._replace(is_trained=False) for message in messages]
+            parts.pop("input", None)
     else:
-        names = ", ".join(str(name)[:40] for name in list(row)[:8]) or "none"
-        raise ValueError(f"no accepted set of fields (found: {names}); use {ACCEPTED_SCHEMAS}")
-    return _conversation([("user", _text(row, prompt))], [reply])
+        texts = [read_text(row, parts[part]) for part in ("prompt", "input") if part in parts]
+        messages = [Message("user", "\n\n".join(t.strip() for t in texts if t.strip()))]
+    if "system" in parts:
+        if messages and messages[0].role == "system":
+            del parts["system"]
+        else:
+            system = read_text(row, parts["system"])
+            if system.strip():
+                messages.insert(0, Message("system", system))
+    return Messages(messages, unused)
 
 
-def _convert_messages(row: dict[str, Any], field: str) -> Conversation | Rejected:
-    messages = row[field]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'"{field}" must be a non-empty list; accepted rows: {ACCEPTED_SCHEMAS}')
-    turns: list[Turn] = []
-    replies: list[_Reply | Rejected] = []
-    for index, message in enumerate(messages):
-        where = f"{field}[{index}]"
-        if not isinstance(message, dict):
-            raise ValueError(f"{where} must be an object with role and content")
-        role_key, text_key = ("from", "value") if "from" in message else ("role", "content")
-        name = _text(message, role_key, where)
-        if name not in _ROLES:
-            raise ValueError(f'{where} has the role "{name[:40]}"; use system, user or assistant')
-        role = _ROLES[name]
-        content = _text(message, text_key, where)
-        if role == "assistant":
-            replies.append(_reply(content, _optional_reasoning(message, where)))
-        elif role == "system" and not content.strip():
-            continue
-        turns.append(Turn(role, content))
-    check_roles(turns, last="assistant")
-    others = [(turn.role, turn.content) for turn in turns if turn.role != "assistant"]
-    return _conversation(others, replies)
+def _read_answer(row: Mapping[str, Any], parts: dict[str, str]) -> Sequence[Message]:
+    name = parts.get("code") or parts.get("response")
+    if name is None:
+        raise RejectedError("wrong_field", "there is no response")
+    if isinstance(row[name], list):
+        parts.pop("reasoning", None)
+        return read_messages(row[name], name).messages
+    text = read_text(row, name)
+    if "code" in parts:
+        return [Message("assistant", text.replace("\r\n", "\n"))]
+    thought: str | None = None
+    if "reasoning" in parts:
+        thought = read_text(row, parts["reasoning"])
+    elif (parts["prompt"], name) == ("question", "answer") and (
+        final := _GSM8K_ANSWER.search(text)
+    ):
+        thought, text = _CALCULATOR.sub("", text[: final.start()]), final[1]
+    return [Message("assistant", text, thought)]
 
 
-def _conversation(
-    others: Sequence[tuple[Role, str]], replies: Sequence[_Reply | Rejected]
-) -> Conversation | Rejected:
-    """Joins [system,] user, user, … with the reply to each user turn."""
-    turns: list[Turn] = []
-    notes: set[Note] = set()
-    remaining = iter(replies)
-    for role, content in others:
-        turns.append(Turn(role, content.strip()))
-        if role == "system":
-            continue
-        if not content.strip():
-            return Rejected("empty_prompt", "a user turn has no text")
-        reply = next(remaining)
-        if isinstance(reply, Rejected):
-            return reply
-        if reply.note:
-            notes.add(reply.note)
-        turns.append(Turn("assistant", reply.content))
+def _mbpp_prompt(row: Mapping[str, Any], parts: Mapping[str, str]) -> str:
+    """The task and its tests, in the words of MBPP's own prompt (Austin et al. 2021, section 3)."""
+    lines: list[str] = [read_text(row, parts["task"])]
+    lines += ["Your code should pass these tests:", ""]
+    for name in ("test_imports", "test_setup_code", "test_list"):
+        value = row.get(name)
+        tests = value if isinstance(value, list) else [value] if has_text(value) else []
+        named = {f"{name}[{index}]": test for index, test in enumerate(tests)}
+        lines += [read_text(named, each).replace("\r\n", "\n") for each in named]
+        if name == "test_list" and not named:
+            raise RejectedError("wrong_field", '"test_list" must be a list of tests')
+    return "\n".join(lines)
+
+
+def _converse(messages: Sequence[Message], options: RowOptions) -> Conversation:
+    """Joins the messages to a conversation that ends with the last trained answer."""
+    _check_order(messages, last="assistant")
+    trained = [i for i, each in enumerate(messages) if each.role == "assistant" and each.is_trained]
+    if not trained:
+        raise RejectedError("weight", "no turn of it is to be trained")
+    found = _turns(messages[: trained[-1] + 1], options)
+    turns = tuple(turn for turn, _ in found)
+    replies = [reply for turn, reply in found if reply is not None and turn.is_trained]
+    notes = {reply.note for reply in replies if reply.note}
+    has_plain_reply = any(reply.reasoning is None for reply in replies)
+    if has_plain_reply:
+        if options.without_thought == "reject":
+            raise RejectedError("no_thought", "an answer has no thought, or an empty one")
+        notes.add("plain_completion")
     if any(_CONTROL.search(turn.content) for turn in turns):
         notes.add("control_look_alike")
+    if turns[0].role == "system" and has_other_tags(turns[0].content, options.template):
+        notes.add("system_has_other_tags")
     last = replies[-1]
-    assert isinstance(last, _Reply)
-    return Conversation(tuple(turns), last.reasoning, last.answer, tuple(sorted(notes)))
+    return Conversation(
+        turns, last.reasoning, last.answer, tuple(sorted(notes)), has_plain_reply=has_plain_reply
+    )
 
 
-def _reply(
-    text: str, reasoning_content: str | None, thought_required: bool = False
-) -> _Reply | Rejected:
-    """Converts one assistant text by the table in the module's docstring."""
-    text = text.strip()
-    if not text:
-        return Rejected("empty_answer", "the response is empty")
-    opened, closed = text.count("<think>"), text.count("</think>")
-    if reasoning_content is not None:
-        if opened or closed or re.search("</?think>", reasoning_content):
-            return Rejected("several_thoughts", "reasoning_content and <think> tags as well")
-        return _formatted(reasoning_content, text)
-    if not opened and not closed:
-        return _reply_without_thought(text, thought_required)
-    detail = f"{opened} <think> and {closed} </think>"
-    if not closed:
-        return Rejected("unclosed_thought", detail)
-    if (opened, closed) not in ((1, 1), (0, 1)):
-        nested = re.search(r"<think>(?:(?!</think>).)*<think>", text, re.DOTALL)
-        return Rejected("nested_thought" if nested else "several_thoughts", detail)
-    thought, answer = text.split("</think>")
-    if not opened:
-        return _formatted(thought, answer, "implicit_open")
-    if "<think>" in answer:
-        return Rejected("reversed_thought", "</think> stands before <think>")
-    before, thought = thought.split("<think>")
-    if before.strip():
-        return Rejected("text_before_thought", f"{len(before.strip())} characters before <think>")
-    return _formatted(thought, answer)
+def _turns(messages: Sequence[Message], options: RowOptions) -> list[tuple[Turn, Reply | None]]:
+    """The turn of each message, with its reply where it is an assistant's."""
+    found: list[tuple[Turn, Reply | None]] = []
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            if message.role == "user" and not message.text.strip():
+                raise RejectedError("empty_prompt", "a user turn has no text")
+            found.append((Turn(message.role, message.text.strip()), None))
+            continue
+        reply = convert_reply(message.text, message.thought, options.template)
+        turn = Turn("assistant", reply.content, message.is_trained)
+        if options.earlier_reasoning == "strip" and index < len(messages) - 1:
+            turn = Turn("assistant", options.template.without_reasoning(reply.content), False)
+        found.append((turn, reply))
+    return found
 
 
-def _reply_without_thought(text: str, thought_required: bool) -> _Reply | Rejected:
-    parts = split_completion(text)
-    if parts is not None:
-        return _formatted(*parts)
-    if thought_required:
-        return Rejected("no_thought", "no <think> and no </think>")
-    if tag := _FORMAT_TAG.search(text):
-        return Rejected("literal_tags", f"{tag[0]} in the text")
-    return _Reply(text, None, None, "plain_completion")
+def _check_unused(row: Mapping[str, Any], used: Sequence[str], messages: Sequence[Message]) -> None:
+    """Rejects a row with text that is not used, not harmless, and not in the conversation."""
+    said: str | None = None
+    for name, value in row.items():
+        if value is None or value is UNREAD or name in used:
+            continue
+        if name in _WEIGHTS and value != 1 and isinstance(value, int | float):
+            raise RejectedError("weight", f'"{name}" is {value}; rows are trained alike')
+        if name == "label" and value is False:
+            raise RejectedError("weight", '"label" is false: an answer not to be learnt')
+        if is_harmless(name) or not has_text(value):
+            continue
+        if said is None:
+            said = "\n".join(f"{each.thought or ''}\n{each.text}" for each in messages)
+        if any(text.strip() not in said for text in texts_in(value)):
+            raise RejectedError(
+                "unused_text",
+                f'"{str(name)[:40]}" holds text that would not be used; name the columns to use '
+                "with data.columns, or remove it",
+            )
 
 
-def _formatted(reasoning: str, answer: str, note: Note | None = None) -> _Reply | Rejected:
-    reasoning, answer = reasoning.strip(), answer.strip()
-    if not reasoning:
-        return Rejected("empty_thought", "the reasoning is empty")
-    if not answer:
-        return Rejected("empty_answer", "nothing follows the reasoning")
-    for name, part in (("reasoning", reasoning), ("answer", answer)):
-        if tag := _FORMAT_TAG.search(part):
-            return Rejected("literal_tags", f"{tag[0]} inside the {name}")
-    return _Reply(completion_text(reasoning, answer), reasoning, answer, note)
+@lru_cache(maxsize=1024)
+def _row_fields(names: tuple[str, ...], used: tuple[str, ...], others: frozenset[str]) -> RowFields:
+    unused = [str(name) for name in names if name not in used]
+    return RowFields(used, (*unused, *sorted(others)))
 
 
-def _gsm8k_reply(text: str) -> _Reply | Rejected:
-    if not text.strip():
-        return Rejected("empty_answer", "the answer is empty")
-    reasoning, mark, answer = text.rpartition("####")
-    if not mark:
-        return Rejected("no_final_answer", 'no "####" in the answer')
-    return _formatted(_CALCULATOR.sub("", reasoning), answer)
-
-
-def _mbpp_prompt(row: dict[str, Any]) -> str:
-    """The task and its tests, in the words of MBPP's own prompt (Austin et al. 2021, section 3)."""
-    if not isinstance(tests := row["test_list"], list) or not tests:
-        raise ValueError(f'"test_list" must be a non-empty list; accepted rows: {ACCEPTED_SCHEMAS}')
-    named = {f"test_list[{index}]": test for index, test in enumerate(tests)}
-    lines = [_text(row, "text"), "Your code should pass these tests:", ""]
-    return "\n".join(lines + [_text(named, name) for name in named])
-
-
-def _text(row: dict[str, Any], field: str, where: str = "") -> str:
-    """`row[field]` as text that can be encoded; ValueError says what it is instead."""
-    name = f'{where} "{field}"'.strip()
-    if field not in row:
-        raise ValueError(f"{name} is missing; accepted rows: {ACCEPTED_SCHEMAS}")
-    value = row[field]
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{name} is {kind}, not a string; accepted rows: {ACCEPTED_SCHEMAS}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} holds a lone surrogate: write the text as UTF-8") from None
-    return value
-
-
-def _optional_reasoning(row: dict[str, Any], where: str = "") -> str | None:
-    if row.get("reasoning_content") is None:
-        return None
-    return _text(row, "reasoning_content", where).strip() or None
+def _is_of_user(message: Any) -> bool:
+    name = message.get("role") or message.get("from") if isinstance(message, Mapping) else None
+    return isinstance(name, str) and ROLES.get(name.lower()) == "user"

@@ -6,6 +6,7 @@ step.
 """
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,17 @@ import numpy as np
 from jaxsft.common.batch import Batch
 from jaxsft.common.text import visible_line
 from jaxsft.config import DataOptions
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chats, shorten
+from jaxsft.data.fields import PARTS
 from jaxsft.data.filters import Filter, contaminated, degenerate, duplicates
 from jaxsft.data.packing import Sample, StepBatches
-from jaxsft.data.rows import Conversation, Rejected, Turn, convert_row
+from jaxsft.data.replies import Rejected
+from jaxsft.data.rows import Conversation, RowFields, RowOptions, Turn, convert_row
 from jaxsft.data.sources import read_rows
 from jaxsft.data.tokenizer import Tokenizer
 
+_TAG = re.compile(r"</?[a-z_]+>")
 _CHUNK_ROWS = 512  # conversations that are tokenised together
 _NUM_EXAMPLES = 2  # of each reason, kept for the report
 
@@ -50,6 +55,8 @@ class DataReport:
     noted: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> places and details
     by_source: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> rows_read, samples
+    # file -> the columns that became part of a sample ("used"), and the others ("unused")
+    columns: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def reject(self, where: str, rejected: Rejected) -> None:
         """Counts a row that was left out."""
@@ -57,6 +64,12 @@ class DataReport:
         examples = self.examples.setdefault(rejected.reason, [])
         if len(examples) < _NUM_EXAMPLES:
             examples.append(f"{where} ({visible_line(rejected.detail)[:160]})")
+
+    def add_columns(self, file: str, fields: RowFields) -> None:
+        """Notes which columns of a row were used."""
+        columns = self.columns.setdefault(file, {"used": [], "unused": []})
+        for kind, names in (("used", fields.used), ("unused", fields.unused)):
+            columns[kind] = sorted({*columns[kind], *names})
 
     @property
     def num_rejected(self) -> int:
@@ -75,6 +88,12 @@ class DataReport:
                 f"{name}: {counts['rows_read']:,} rows read, {counts['samples']:,} kept"
                 for name, counts in self.by_source.items()
             ]
+        for name, columns in self.columns.items():
+            prefix = f"{name}: " if len(self.columns) > 1 else ""
+            used, unused = (
+                ", ".join(map(visible_line, columns[kind])) for kind in ("used", "unused")
+            )
+            lines.append(f"{prefix}columns used: {used}; not used: {unused or 'none'}")
         if self.shortened:
             lines.append(f"{self.shortened:,} shortened by {self.num_tokens_cut:,} tokens in all")
         for reason, count in Counter(self.rejected).most_common():
@@ -89,6 +108,30 @@ class _Row(NamedTuple):
     source: int
     number: int
     conversation: Conversation
+
+
+def row_options(options: DataOptions) -> RowOptions:
+    """How `convert_row` converts; ValueError if the options for it contradict each other."""
+    template = answer_template(options.answer_template, options.system_prompt)
+    for part in options.columns or {}:
+        if part not in PARTS:
+            raise ValueError(f"data.columns: {part!r} is no part of a row; use {', '.join(PARTS)}")
+    return RowOptions(options.columns, options.without_thought, options.earlier_reasoning, template)
+
+
+def answer_template(text: str, system_prompt: str | None) -> AnswerTemplate:
+    """The template; ValueError if it is none, or if the system text asks for other tags."""
+    try:
+        template = AnswerTemplate(text)
+    except ValueError as error:
+        raise ValueError(f"data.answer_template {text!r}: {error}") from None
+    other = next((tag for tag in _TAG.findall(system_prompt or "") if tag not in text), None)
+    if other is not None:
+        raise ValueError(
+            f"data.system_prompt asks for {other}, which data.answer_template does not have: "
+            "give both, or data.system_prompt null"
+        )
+    return template
 
 
 def as_list(files: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -124,7 +167,7 @@ def read_samples(
     if options.drop_degenerate:
         filters.append(degenerate)
     if options.drop_contaminated and heldout_files:
-        heldout = DataOptions(system_prompt=None)
+        heldout = DataOptions(columns=options.columns, system_prompt=None)
         rows = _convert(_numbered_rows(heldout_files, heldout), heldout, [], DataReport())
         filters.append(contaminated([row.conversation for row in rows]))
     if options.drop_duplicates:
@@ -171,15 +214,14 @@ def _convert(
     report: DataReport,
 ) -> Iterator[_Row]:
     """Converts, filters and counts rows; yields those that were not rejected."""
+    how = row_options(options)
     counts = list(report.by_source.values())
+    names, seen = list(report.by_source), set[tuple[int, RowFields]]()
     for number, (source, (where, row)) in rows:
         report.rows_read += 1
         if counts:
             counts[source]["rows_read"] += 1
-        try:
-            conversation = convert_row(row)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        conversation = convert_row(row, how)
         if isinstance(conversation, Rejected):
             report.reject(where, conversation)
             continue
@@ -189,7 +231,12 @@ def _convert(
             continue
         for note in conversation.notes:
             report.noted[note] = report.noted.get(note, 0) + 1
-        if options.system_prompt and conversation.turns[0].role != "system":
+        if counts and (source, conversation.fields) not in seen:
+            seen.add((source, conversation.fields))
+            report.add_columns(names[source], conversation.fields)
+        drops_system = conversation.has_plain_reply and options.without_thought == "drop_system"
+        has_system = conversation.turns[0].role == "system"
+        if options.system_prompt and not has_system and not drops_system:
             system = Turn("system", options.system_prompt)
             conversation = conversation._replace(turns=(system, *conversation.turns))
         yield _Row(where, source, number, conversation)
@@ -202,12 +249,14 @@ class _Outcome(NamedTuple):
 
 def _encode(tokenizer: Tokenizer, chunk: Sequence[_Row], options: DataOptions) -> list[_Outcome]:
     """Tokenises rows; shortens, drops or refuses those that are too long."""
-    encoded = encode_chats(tokenizer, [row.conversation.turns for row in chunk])
+    turns_of = [row.conversation.turns for row in chunk]
+    encoded = encode_chats(tokenizer, turns_of)
     limit, outcomes = options.max_length, [_Outcome(sample) for sample in encoded]
     too_long = [i for i, sample in enumerate(encoded) if len(sample.ids) > limit]
     chats = [(chunk[i].conversation, encoded[i]) for i in too_long]
     shorten_them = options.overlong == "shorten"
-    shorter = shorten(tokenizer, chats, limit) if shorten_them else [None] * len(too_long)
+    template = AnswerTemplate(options.answer_template)
+    shorter = shorten(tokenizer, chats, limit, template) if shorten_them else [None] * len(too_long)
     for i, result in zip(too_long, shorter, strict=True):
         length = len(encoded[i].ids)
         detail = f"{length:,} tokens, limit {limit:,}"
@@ -227,7 +276,9 @@ def _encode(tokenizer: Tokenizer, chunk: Sequence[_Row], options: DataOptions) -
             detail = f"{num_last} tokens of completion, {options.min_completion_tokens} at least"
             outcomes[i] = _Outcome(Rejected("too_short", detail))
         elif options.loss_on_prompt:
-            mask = np.arange(len(sample.ids)) > 0
+            # In the shortened one only the end differs, which is a label in both.
+            start, (whole,) = sample.completion_start, encode_chats(tokenizer, [turns_of[i]], True)
+            mask = np.concatenate([whole.loss_mask[:start], sample.loss_mask[start:]])
             outcomes[i] = outcomes[i]._replace(sample=sample._replace(loss_mask=mask))
     return outcomes
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from jaxsft.common.page_style import html_page
 from jaxsft.common.text import visible_line, visible_text
-from jaxsft.data.rows import split_completion
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.intervals import Estimate, PairedDifference
 from jaxsft.evaluate.scoring import (
     TAGS,
@@ -206,7 +206,7 @@ def _difference(metric: Metric, difference: PairedDifference | None) -> list[str
 
 def _article(number: int, row: _Row, names: Sequence[str], num_common: int) -> str:
     first = row.answers[0]
-    parts = split_completion(first.reference)
+    parts = AnswerTemplate().split(first.reference)
     expected = "The row's own answer"
     if row.scores[0].correct is not None:
         expected = f"Expected <b>{_shown(parts[1] if parts else first.reference)}</b>"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from jaxsft.data.rows import split_completion
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.intervals import Estimate, PairedDifference, difference, mean, share
 from jaxsft.evaluate.number_text import find_numbers, parse_number
 
@@ -173,7 +173,7 @@ def last_number(text: str) -> Fraction | None:
 
 def reference_number(reference: str) -> Fraction | None:
     """The number that is the whole answer of a row's own completion (GSM8K); None elsewhere."""
-    parts = split_completion(reference)
+    parts = AnswerTemplate().split(reference)
     return parse_number(parts[1] if parts else reference)
 
 

@@ -17,7 +17,8 @@ from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_text
 from jaxsft.config import SYSTEM_PROMPT, ModelOptions
-from jaxsft.data.rows import Turn, split_completion
+from jaxsft.data.answer_template import AnswerTemplate
+from jaxsft.data.rows import Turn
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import Generation, SamplingOptions, generate, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
@@ -122,7 +123,7 @@ def answer_file(
 
 def answer_row(text: str, generation: Generation) -> dict[str, Any]:
     """An answer for JSON; reasoning and answer are null where it is not in the format."""
-    reasoning, final = split_completion(text) or (None, None)
+    reasoning, final = AnswerTemplate().split(text) or (None, None)
     return {
         "text": text,
         "reasoning": reasoning,

@@ -62,12 +62,24 @@ def load_data(
             heldout_files=heldout_files,
             progress=progress,
         )
+    _check_columns(options, train.report)
     if not heldout_files:
         return Data(tokenizer, train, None, [])
     heldout = load_heldout(
         heldout_files, tokenizer, options, root, progress=lambda report: on_progress()
     )
     return Data(tokenizer, train, heldout, all_samples(heldout))
+
+
+def _check_columns(options: DataOptions, report: DataReport) -> None:
+    """ValueError if no training row has the columns that the user named."""
+    named = set((options.columns or {}).values())
+    used = {name for columns in report.columns.values() for name in columns["used"]}
+    if named and not named & used:
+        raise ValueError(
+            f"data.columns names {', '.join(sorted(named))}, which no training row has; their "
+            f"columns are {', '.join(sorted(used))}"
+        )
 
 
 def load_heldout(
@@ -84,6 +96,7 @@ def load_heldout(
         stop=None,
         weights=None,
         loss_on_prompt=False,
+        without_thought="keep_plain",  # the answer asked for is one with a thought
         min_completion_tokens=0,
         drop_degenerate=False,
         drop_duplicates=False,

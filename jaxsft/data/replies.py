@@ -1,0 +1,176 @@
+"""Assistant texts of a data set -> reasoning and answer.
+
+The thought may stand in a field of its own, or in the text, in one of the tags of `_THOUGHT_TAGS`.
+What becomes of a text (T stands for its tag, <think> for instance):
+
+    T r /T a                          reasoning r, answer a
+    the answer template's own form    reasoning r, answer a
+    r /T a, no T (only </think>)      the same, noted "implicit_open"
+    no thought, or T /T a             no reasoning; `data.without_thought` decides
+    T never closed                    Rejected "unclosed_thought"
+    /T … T                            Rejected "reversed_thought"
+    T inside a thought                Rejected "nested_thought"
+    more tags than one pair           Rejected "several_thoughts"
+    text in front of T                Rejected "text_before_thought"
+    nothing after the thought, or at all   Rejected "empty_answer"
+    begins with another thought tag   Rejected "unknown_tags"
+    a marker of the template anywhere else   Rejected "literal_tags" (it would break the form)
+"""
+
+import re
+from typing import Literal, NamedTuple
+
+from jaxsft.data.answer_template import AnswerTemplate
+
+ConversionReason = Literal[
+    "no_thought", "unclosed_thought", "reversed_thought", "nested_thought", "several_thoughts",
+    "text_before_thought", "empty_answer", "empty_prompt", "literal_tags", "unknown_tags",
+    "unknown_fields", "unused_text", "wrong_field", "wrong_roles", "tools", "not_text", "weight",
+]  # fmt: skip
+Role = Literal["system", "user", "assistant"]
+LaterReason = Literal["duplicate", "contaminated", "degenerate", "too_short", "too_long"]
+Note = Literal["implicit_open", "plain_completion", "control_look_alike", "system_has_other_tags"]
+
+THINK = ("<think>", "</think>")
+_THOUGHT_TAGS = (
+    THINK,
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThoughts, Sky-T1
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("◁think▷", "◁/think▷"),  # Kimi
+)
+# Tags around the whole answer after a thought; they are removed.
+_ANSWER_TAGS = (
+    ("<answer>", "</answer>"),
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+)
+_NAME = r"(?:think|thought|reason|reflect|scratchpad|monologue|rationale|analysis|channel|cot\b)"
+_UNKNOWN_TAG = re.compile(
+    rf"<\|?[\w:. -]{{0,30}}{_NAME}[\w:. -]{{0,30}}\|?>|\[[A-Z_ ]{{0,30}}(?:THINK|THOUGHT|REASON)"
+    rf"[A-Z_ ]{{0,30}}\]|◁[^▷\n]{{1,30}}▷",
+    re.IGNORECASE,
+)
+_SPECIAL_TAG = re.compile(
+    r"<\|(?:begin|end)_of_(?:thought|solution)\|>|\[/?THINK\]|◁/?think▷|</?seed:think>"
+)
+
+
+class Rejected(NamedTuple):
+    """A row that is not used: why, from the closed set, and what in it."""
+
+    reason: ConversionReason | LaterReason  # the latter from filters.py and samples.py
+    detail: str
+
+
+class RejectedError(Exception):
+    """Raised where the conversion of a row ends because the row cannot be used."""
+
+    def __init__(self, reason: ConversionReason, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.rejected = Rejected(reason, detail)
+
+
+class Reply(NamedTuple):
+    """An assistant text in the form that training teaches; no reasoning: a plain text."""
+
+    content: str
+    reasoning: str | None
+    answer: str | None
+    note: Note | None = None
+
+
+def convert_reply(text: str, thought: str | None, template: AnswerTemplate) -> Reply:
+    """Converts one assistant text by the table in the module's docstring.
+
+    Args:
+      text: as the data set has it.
+      thought: of the field for it, if the row has one; blank is none.
+      template: the form to teach.
+    """
+    text = text.strip()
+    if not text:
+        raise RejectedError("empty_answer", "the response is empty")
+    if thought is not None and thought.strip():
+        inside = next((tag for tag in THINK if tag in text or tag in thought), None)
+        if inside:
+            raise RejectedError("several_thoughts", f"a field for the thought and {inside} as well")
+        return _formatted(thought, text, template)
+    parts = template.split(text)
+    if parts is not None:
+        return _formatted(*parts, template)
+    tags = _tags_of(text)
+    if tags is not None:
+        return _split_at_tags(text, tags, template)
+    if tag := _UNKNOWN_TAG.match(text):
+        raise RejectedError("unknown_tags", f"{tag[0]} is no thought tag that is converted")
+    return _plain(text, template)
+
+
+def _tags_of(text: str) -> tuple[str, str] | None:
+    """The thought tags of a text. Words in <> other than think count as a pair or in front only."""
+    if THINK[0] in text or THINK[1] in text:
+        return THINK
+    for opening, closing in _THOUGHT_TAGS:
+        is_special = _SPECIAL_TAG.fullmatch(closing) is not None
+        if text.startswith(opening) or (closing in text and (is_special or opening in text)):
+            return opening, closing
+    return None
+
+
+def _split_at_tags(text: str, tags: tuple[str, str], template: AnswerTemplate) -> Reply:
+    opening, closing = tags
+    opened, closed = text.count(opening), text.count(closing)
+    detail = f"{opened} {opening} and {closed} {closing}"
+    if not closed:
+        raise RejectedError("unclosed_thought", detail)
+    if (opened, closed) not in ((1, 1), (0, 1)):
+        between = rf"{re.escape(opening)}(?:(?!{re.escape(closing)}).)*{re.escape(opening)}"
+        nested = re.search(between, text, re.DOTALL)
+        raise RejectedError("nested_thought" if nested else "several_thoughts", detail)
+    thought, answer = text.split(closing)
+    if not opened:
+        return _formatted(thought, answer, template, "implicit_open")
+    if opening in answer:
+        raise RejectedError("reversed_thought", f"{closing} stands before {opening}")
+    before, thought = thought.split(opening)
+    if before.strip():
+        many = len(before.strip())
+        raise RejectedError("text_before_thought", f"{many} characters before {opening}")
+    return _formatted(thought, answer, template)
+
+
+def _formatted(
+    thought: str, answer: str, template: AnswerTemplate, note: Note | None = None
+) -> Reply:
+    reasoning, answer = thought.strip(), answer.strip()
+    for opening, closing in _ANSWER_TAGS:
+        inside = answer.removeprefix(opening).removesuffix(closing)
+        if len(inside) == len(answer) - len(opening) - len(closing) and opening not in inside:
+            answer = inside.strip()
+    if not answer:
+        raise RejectedError("empty_answer", "nothing follows the reasoning")
+    if not reasoning:
+        return _plain(answer, template)
+    for name, part in (("reasoning", reasoning), ("answer", answer)):
+        if tag := template.marker.search(part):
+            raise RejectedError("literal_tags", f"{tag[0]} inside the {name}")
+        if tag := _SPECIAL_TAG.search(part):
+            raise RejectedError("unknown_tags", f"{tag[0]} is left inside the {name}")
+    return Reply(template.join(reasoning, answer), reasoning, answer, note)
+
+
+def _plain(text: str, template: AnswerTemplate) -> Reply:
+    if tag := template.marker.search(text):
+        raise RejectedError("literal_tags", f"{tag[0]} in the text")
+    if tag := _SPECIAL_TAG.search(text):
+        raise RejectedError("unknown_tags", f"{tag[0]} in the text")
+    return Reply(text, None, None)
+
+
+def has_other_tags(text: str, template: AnswerTemplate) -> bool:
+    """Whether a system text names thought tags that are not the template's."""
+    tags = (tag for pair in _THOUGHT_TAGS for tag in pair)
+    return any(tag in text for tag in tags if tag not in template.markers)
