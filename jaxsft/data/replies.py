@@ -153,6 +153,8 @@ def _formatted(
     if not answer:
         raise RejectedError("empty_answer", "nothing follows the reasoning")
     if not reasoning:
+        if _tags_of(answer) or _UNKNOWN_TAG.match(answer):
+            raise RejectedError("several_thoughts", "an empty thought, then another")
         return _plain(answer, template)
     for name, part in (("reasoning", reasoning), ("answer", answer)):
         if tag := template.marker.search(part):

@@ -13,9 +13,10 @@ Text only: no token, no file. Accepted rows (`fields.PARTS` has the names of eac
                                                 code becomes LF
 
 With `data.columns` the user says which column holds which part; a row that has none of these
-columns is read by its own names. A null field counts as absent. Anything else that holds text and is in none of these parts rejects the row by name, unless its name
-says that it is harmless or the conversation already holds its text. messages.py and replies.py have
-what becomes of each message and each assistant text. All texts are trimmed.
+columns is read by its own names. A null field counts as absent. Anything else that holds text and
+is in none of these parts rejects the row by name, unless its name says that it is harmless or the
+conversation already holds its text. messages.py and replies.py have what becomes of each message
+and each assistant text. All texts are trimmed.
 """
 
 import re

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_tokenizer import FakeTokenizer
 
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import (
     MIN_REASONING_TOKENS,
     cut_text,
@@ -12,7 +13,7 @@ from jaxsft.data.chat import (
     encode_prompt,
     shorten,
 )
-from jaxsft.data.rows import Conversation, Turn, completion_text, convert_row
+from jaxsft.data.rows import Conversation, Turn, convert_row
 
 CHAT = [
     Turn("system", " Be brief. "),
@@ -21,6 +22,7 @@ CHAT = [
     Turn("user", "Bye"),
     Turn("assistant", "Ciao"),
 ]
+TEMPLATE = AnswerTemplate()
 LONG_THOUGHT = "First we look. Then we add 2 and 2. That makes four. " * 5
 
 
@@ -39,7 +41,7 @@ def conversation_of(reasoning: str, answer: str = "It is four.") -> Conversation
 def shorten_one(tokenizer, conversation, max_length):
     """The shortened sample, or None; checks what is true of every one."""
     full = encode_chat(tokenizer, conversation.turns)
-    (result,) = shorten(tokenizer, [(conversation, full)], max_length)
+    (result,) = shorten(tokenizer, [(conversation, full)], max_length, TEMPLATE)
     if result is None:
         return None
     shorter, sample = result
@@ -47,7 +49,7 @@ def shorten_one(tokenizer, conversation, max_length):
     assert shorter.reasoning and conversation.reasoning.startswith(shorter.reasoning)
     assert shorter.answer == conversation.answer
     assert shorter.turns[:-1] == conversation.turns[:-1]
-    assert shorter.turns[-1].content == completion_text(shorter.reasoning, shorter.answer)
+    assert shorter.turns[-1].content == TEMPLATE.join(shorter.reasoning, shorter.answer)
     again = encode_chat(tokenizer, shorter.turns)
     np.testing.assert_array_equal(sample.ids, again.ids)
     np.testing.assert_array_equal(sample.loss_mask, again.loss_mask)
@@ -117,14 +119,16 @@ def test_shorten_needs_few_encodings(fake):
     conversation = conversation_of(LONG_THOUGHT * 20)
     full = encode_chat(fake, conversation.turns)
     fake.calls = 0
-    assert shorten(fake, [(conversation, full)], 500) != [None]
+    assert shorten(fake, [(conversation, full)], 500, TEMPLATE) != [None]
     assert fake.calls == 2  # the closing part and the result
 
 
 def test_shorten_many_at_once(fake):
     chats = [conversation_of(LONG_THOUGHT * n, answer) for n in (1, 2, 9) for answer in "ab"]
     chats.insert(3, conversation_of("short", "word " * 400))
-    together = shorten(fake, [(chat, encode_chat(fake, chat.turns)) for chat in chats], 150)
+    together = shorten(
+        fake, [(chat, encode_chat(fake, chat.turns)) for chat in chats], 150, TEMPLATE
+    )
     assert [result is None for result in together] == [False] * 3 + [True] + [False] * 3
     for chat, result in zip(chats, together, strict=True):
         alone = shorten_one(fake, chat, 150)

@@ -1,9 +1,10 @@
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.filters import contaminated, degenerate, duplicates
-from jaxsft.data.rows import Conversation, Turn, completion_text
+from jaxsft.data.rows import Conversation, Turn
 
 
 def chat(prompt: str, reasoning: str = "r", answer: str = "a") -> Conversation:
-    turns = (Turn("user", prompt), Turn("assistant", completion_text(reasoning, answer)))
+    turns = (Turn("user", prompt), Turn("assistant", AnswerTemplate().join(reasoning, answer)))
     return Conversation(turns, reasoning, answer)
 
 

@@ -15,16 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_tokenizer import FakeTokenizer
 
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chat, encode_prompt
+from jaxsft.data.fields import PARTS
+from jaxsft.data.replies import ConversionReason, Rejected
 from jaxsft.data.rows import (
     Conversation,
-    ConversionReason,
-    Rejected,
     Turn,
     check_roles,
-    completion_text,
     convert_row,
-    split_completion,
 )
 from jaxsft.data.sources import read_rows
 
@@ -34,7 +33,18 @@ RESERVED = [
     *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"),
     *("<start_of_image>", "<end_of_image>", "<image_soft_token>", "<unused0>", "[multimodal]"),
 ]
-TAGS = ["<think>", "</think>", "<reasoning>", "</reasoning>", "<answer>", "</answer>", "####"]
+TAGS = [
+    "<think>",
+    "</think>",
+    "<|begin_of_thought|>",
+    "<|end_of_thought|>",
+    "</thinking>",
+    "<reasoning>",
+    "</reasoning>",
+    "<answer>",
+    "</answer>",
+    "####",
+]
 OTHERS = ["<", ">", "/", "<|", "\n", "model\n", "user\n", "\x00", "\u2028", "\u00a0", "\n\n", ". "]
 SHARDS = [*TAGS, *RESERVED, *OTHERS, "<<1=1>>"]
 # U+2581 is out: to every tokenizer of Gemma it is a space.
@@ -105,8 +115,8 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
     max_leaves=12,
 )
-NAMES = ["prompt", "response", "completion", "reasoning_content", "instruction", "question"]
-NAMES += ["answer", "messages", "conversations", "role", "content", "from", "value"]
+NAMES = [name for names in PARTS.values() for name in names]
+NAMES += ["role", "content", "from", "value", "text", "code", "test_list", "weight"]
 ANY_ROWS = st.dictionaries(st.sampled_from(NAMES) | TEXTS, JSON_VALUES, max_size=5)
 # Mostly well formed, so that acceptance is exercised as well.
 THOUGHTS = st.tuples(TEXTS, TEXTS).map(lambda pair: f"<think>{pair[0]}</think>{pair[1]}")
@@ -114,7 +124,8 @@ GLAIVE_ROWS = st.fixed_dictionaries({"prompt": TEXTS, "response": THOUGHTS})
 ROLES = st.sampled_from(["system", "user", "human", "assistant", "gpt", "tool"])
 MESSAGES = st.lists(
     st.fixed_dictionaries(
-        {"role": ROLES, "content": TEXTS | THOUGHTS}, optional={"reasoning_content": TEXTS}
+        {"role": ROLES, "content": TEXTS | THOUGHTS},
+        optional={"reasoning_content": TEXTS, "weight": st.sampled_from([0, 1])},
     )
     | st.fixed_dictionaries({"from": ROLES, "value": THOUGHTS})
     | JSON_VALUES,
@@ -199,12 +210,8 @@ def test_any_chat(tokenizer: Any, system: str, exchanges: list[tuple[str, str]])
 
 
 def check_row(tokenizer: Any, row: dict[str, Any]) -> None:
-    """Converts and renders a row: it is refused in one line, rejected, or a whole conversation."""
-    try:
-        result = convert_row(row)
-    except ValueError as error:
-        assert str(error)  # the command shows it as one line
-        return
+    """Converts and renders a row: it is rejected with a reason, or a whole conversation."""
+    result = convert_row(row)
     if isinstance(result, Rejected):
         assert result.reason in get_args(ConversionReason) and result.detail
         return
@@ -212,15 +219,17 @@ def check_row(tokenizer: Any, row: dict[str, Any]) -> None:
     assert all(turn.content and turn.content == turn.content.strip() for turn in result.turns)
     last = result.turns[-1].content
     if result.reasoning is None or result.answer is None:
-        assert result.reasoning is result.answer is None and split_completion(last) is None
+        assert result.reasoning is result.answer is None and AnswerTemplate().split(last) is None
     else:
-        assert last == completion_text(result.reasoning, result.answer)
-        assert split_completion(last) == (result.reasoning, result.answer)
-    # What was accepted is stable: it converts to itself. GSM8K's texts may hold any <think>.
-    if "question" not in row or "think>" not in last:
-        messages = [{"role": turn.role, "content": turn.content} for turn in result.turns]
-        again = convert_row({"messages": messages})
-        assert isinstance(again, Conversation) and again[:3] == result[:3]
+        assert last == AnswerTemplate().join(result.reasoning, result.answer)
+        assert AnswerTemplate().split(last) == (result.reasoning, result.answer)
+    # What was accepted is stable: it converts to itself.
+    messages = [
+        {"role": turn.role, "content": turn.content, "train": turn.is_trained}
+        for turn in result.turns
+    ]
+    again = convert_row({"messages": messages})
+    assert isinstance(again, Conversation) and again[:3] == result[:3]
     check_chat(tokenizer, list(result.turns))
 
 
@@ -229,10 +238,10 @@ def check_chat(tokenizer: Any, turns: list[Turn]) -> None:
     sample = encode_chat(tokenizer, turns)
     ids = sample.ids.tolist()
     assert decode_turns(tokenizer, ids) == render(turns)
-    # The labels are the answers and their ends, exactly.
+    # The labels are the trained answers and their ends, exactly.
     expected = []
     for turn in turns:
-        if turn.role == "assistant":
+        if turn.role == "assistant" and turn.is_trained:
             expected += [*tokenizer.encode(turn.content.strip()), tokenizer.end_of_turn_id]
     assert sample.ids[sample.loss_mask].tolist() == expected
     # Every prompt is a prefix of the chat.
@@ -240,7 +249,8 @@ def check_chat(tokenizer: Any, turns: list[Turn]) -> None:
         if turn.role == "user":
             prompt = encode_prompt(tokenizer, turns[: index + 1])
             assert ids[: len(prompt)] == prompt
-            assert sample.loss_mask[len(prompt)] and not sample.loss_mask[len(prompt) - 1]
+            assert sample.loss_mask[len(prompt)] == turns[index + 1].is_trained
+            assert not sample.loss_mask[len(prompt) - 1]
 
 
 def decode_turns(tokenizer: Any, ids: list[int]) -> list[str]:

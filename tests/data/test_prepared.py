@@ -61,7 +61,8 @@ def test_rows_on_disk_are_those_in_memory(rows_file, tmp_path):
     assert found.manifest["fewest_rows"] <= len(found.rows)
 
 
-# Of every kind of outcome one: converted, noted, rejected, shortened, a system turn of its own.
+# Of every kind of outcome one: converted, noted, rejected, shortened, a system text of its own, an
+# untrained turn, columns that are not used.
 FIXED_ROWS = [
     {"prompt": "p", "response": "<think>One and one.</think>Two"},
     {"prompt": "p", "response": "<think>One and one.</think>Two"},
@@ -73,6 +74,11 @@ FIXED_ROWS = [
     {"text": "Add.", "code": "def f():\r\n    return 1", "test_list": ["assert f() == 1"]},
     {"messages": [{"role": r, "content": c} for r, c in [("system", "S."), ("user", "u")]]
      + [{"role": "assistant", "content": "2", "reasoning_content": "1 + 1"}]},
+    {"instruction": "Add.", "input": "2, 3", "output": "5", "rationale": "2 + 3", "source": "x"},
+    {"system": "Rhyme.", "conversations": [
+        {"from": "human", "value": "v"}, {"from": "gpt", "value": "No.", "weight": 0},
+        {"from": "human", "value": "w"}, {"from": "gpt", "value": "[THINK]r[/THINK]Yes."}]},
+    {"prompt": "x", "response": "y", "hint": "z"},
 ]  # fmt: skip
 
 
@@ -83,16 +89,19 @@ def test_rows_change_with_their_version_alone(tmp_path, tokenizer):
     options = DataOptions(max_length=128, min_completion_tokens=2, max_drop=1.0)
     found = prepare(path, tokenizer, options, tmp_path / "sets")
     counts = found.report
-    assert counts.rejected == {"no_thought": 1, "duplicate": 1, "degenerate": 1}
-    assert counts.noted == {"implicit_open": 1, "control_look_alike": 1, "plain_completion": 1}
+    assert counts.rejected == {"unused_text": 1, "duplicate": 1, "degenerate": 1}
+    assert counts.noted == {"implicit_open": 1, "control_look_alike": 1, "plain_completion": 2}
+    assert counts.columns[str(path)]["unused"] == ["source"]
     assert counts.shortened == 1
     heldout = tmp_path / "heldout.jsonl"
-    heldout.write_text(json.dumps(FIXED_ROWS[-2]) + "\n")
+    heldout.write_text(json.dumps(FIXED_ROWS[6]) + "\n")
     other = dataclasses.replace(
         options,
         overlong="drop",
         loss_on_prompt=True,
         system_prompt=None,
+        without_thought="reject",
+        earlier_reasoning="strip",
         packing=True,
         weights=[1.5],
         drop_duplicates=False,

@@ -1,148 +1,223 @@
+"""What becomes of a row: every accepted form, every reason, and no text dropped without a word."""
+
+import copy
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxsft.data import rows as reasoning
-from jaxsft.data.rows import (
-    Conversation,
-    ConversionReason,
-    Rejected,
-    Turn,
-    completion_text,
-    convert_row,
-    split_completion,
-)
+from jaxsft.data import messages, replies
+from jaxsft.data.answer_template import AnswerTemplate
+from jaxsft.data.fields import UNREAD, Repeated, is_harmless, is_wanted
+from jaxsft.data.replies import ConversionReason, Rejected
+from jaxsft.data.rows import Conversation, RowOptions, Turn, convert_prompt, convert_row
 
 FORMATTED = "<reasoning>r</reasoning>\n<answer>a</answer>"
+P, A = Turn("user", "p"), Turn("assistant", FORMATTED)
+THOUGHT = "<think>r</think>a"
 
 
-def glaive(response: str, prompt: str = "p") -> Conversation | Rejected:
-    return convert_row({"prompt": prompt, "response": response})
-
-
-def accepted(row: dict) -> Conversation:
-    conversation = convert_row(row)
+def accepted(row: Any, **options: Any) -> Conversation:
+    conversation = convert_row(row, RowOptions(**options))
     assert isinstance(conversation, Conversation), conversation
     return conversation
 
 
-def test_target_matches_the_exact_format_of_the_evaluation():
-    exact = r"^\s*<reasoning>.+?</reasoning>.*?<answer>(.+?)</answer>\s*$"
-    match = re.match(exact, completion_text("one\ntwo", "three\nfour"), re.DOTALL)
-    assert match is not None and match[1] == "three\nfour"
+def rejected(row: Any, **options: Any) -> Rejected:
+    result = convert_row(row, RowOptions(**options))
+    assert isinstance(result, Rejected), result
+    return result
+
+
+def chat(*texts: str, **more: Any) -> dict[str, Any]:
+    """Messages of user and assistant in turn; `more` goes into the last one."""
+    found = [
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
+    ]
+    return {"messages": [*found[:-1], found[-1] | more]}
+
+
+FORMS = {
+    "prompt, response": {"prompt": " p\n", "response": " <think>\nr\n</think>\n\n a \n"},
+    "prompt, completion": {"prompt": "p", "completion": THOUGHT},
+    "in the template's form": {"prompt": "p", "response": "<reasoning>r</reasoning> <answer> a"
+                               "</answer>\n"},
+    "reasoning_content": {"prompt": "p", "completion": "a", "reasoning_content": " r "},
+    "instruction, response": {"instruction": "p", "response": THOUGHT, "id": 7},
+    "Alpaca": {"instruction": "p", "input": "", "output": THOUGHT},
+    "input, output": {"input": "p", "output": THOUGHT},
+    "problem, solution": {"problem": "p", "solution": THOUGHT},
+    "query, response": {"query": "p", "response": THOUGHT},
+    "question, reasoning, answer": {"question": "p", "reasoning": "r", "answer": "a"},
+    "question, thinking, answer": {"question": "p", "thinking": "r", "answer": "a #### b"[:1]},
+    "GSM8K": {"question": "p", "answer": "r\n#### a"},
+    "lists of messages": {
+        "prompt": [{"role": "user", "content": "p"}],
+        "completion": [{"role": "assistant", "content": THOUGHT}],
+    },
+    "messages": chat("p", "a", reasoning_content="r") | {"prompt": None},
+    "reasoning beside content": chat("p", "a", reasoning="r", reasoning_content=None),
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": THOUGHT}]
+    },
+    "blank system": {
+        "messages": [{"role": "system", "content": " "}, *chat("p", THOUGHT)["messages"]]
+    },
+    "text parts": {
+        "messages": [
+            {"role": "User", "content": [{"type": "text", "text": "p", "image": None}]},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "r"},
+                                              {"type": "text", "text": "a"}]},
+        ]
+    },
+    "the same text twice": {**chat("p", THOUGHT), "instruction": "p", "response": THOUGHT},
+    "harmless fields": {"prompt": "p", "response": THOUGHT, "source": "x", "score": float("nan"),
+                        "meta": Repeated(({}, {})), "other": UNREAD, "loss": [], "verified": True},
+    "begin_of_thought": {"prompt": "p", "response": "<|begin_of_thought|>\nr<|end_of_thought|>\n\n"
+                         "<|begin_of_solution|>a<|end_of_solution|>"},
+    "R1's answer tags": {"prompt": "p", "response": "<think>r</think>\n<answer>a</answer>"},
+    **{
+        f"{opening} tags": {"prompt": "p", "response": f"{opening}r{closing} a"}
+        for opening, closing in replies._THOUGHT_TAGS
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_conversation(form: str) -> None:
+    assert accepted(FORMS[form], without_thought="reject")[:4] == ((P, A), "r", "a", ())
 
 
 @pytest.mark.parametrize(
-    ("response", "reason", "detail"),
+    ("row", "reason", "detail"),
     [
-        ("just an answer", "no_thought", "no <think>"),
+        # Thoughts.
         ("<think>r <think>a", "unclosed_thought", "2 <think> and 0"),
+        ("<|begin_of_thought|>r", "unclosed_thought", "begin_of_thought"),
         ("r</think>a<think>b", "reversed_thought", "before"),
         ("<think>r<think>s</think>t</think>a", "nested_thought", "2 <think> and 2"),
         ("<think>r<think>s</think>a", "nested_thought", "2 <think> and 1"),
         ("<think>r</think>a<think>s</think>b", "several_thoughts", "2 <think> and 2"),
         ("r</think>s</think>a", "several_thoughts", "0 <think> and 2"),
-        ("<think>r</think>a<think>b", "several_thoughts", "2 <think> and 1"),
+        ("<think></think><think>r</think>a", "several_thoughts", "2 <think> and 2"),
+        ("<think></think><thinking>r</thinking>a", "several_thoughts", "empty thought"),
         ("Sure! <think>r</think>a", "text_before_thought", "5 characters"),
-        ("<think> \n</think>a", "empty_thought", "reasoning is empty"),
         ("<think>r</think> \n", "empty_answer", "nothing follows"),
         ("", "empty_answer", "response is empty"),
         ("<think>use <answer> tags</think>a", "literal_tags", "<answer> inside the reasoning"),
         ("<think>r</think></reasoning>a", "literal_tags", "</reasoning> inside the answer"),
+        ("use <answer>", "literal_tags", "<answer> in the text"),
+        ("<scratchpad>r</scratchpad>a", "unknown_tags", "<scratchpad>"),
+        ("<|channel|>analysis<|message|>r", "unknown_tags", "<|channel|>"),
+        ("<Think>r</Think>a", "unknown_tags", "<Think>"),
+        (
+            "<|begin_of_thought|>r<|end_of_thought|><|begin_of_solution|>a",
+            "unknown_tags",
+            "<|begin_of_solution|> is left",
+        ),
+        ({"prompt": "p", "completion": THOUGHT, "reasoning": "r"}, "several_thoughts", "field"),
+        ({"prompt": "p", "completion": "a", "thinking": "<think>r"}, "several_thoughts", "field"),
+        ({"prompt": "p", "completion": FORMATTED, "reasoning": "r"}, "literal_tags", "<reasoning>"),
+        # Fields.
+        ({}, "unknown_fields", "no field"),
+        ("{text}", "unknown_fields", "is a str"),
+        ([], "unknown_fields", "is a list"),
+        ({"prompt": "p"}, "unknown_fields", '"prompt"; name them with data.columns'),
+        ({"text": "t"}, "unknown_fields", "what is prompt and what is answer"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "unknown_fields", "{messages: chosen}"),
+        ({"prompt": "p", "response": None}, "unknown_fields", '"prompt"'),
+        ({"question": "q", "answer": 72}, "wrong_field", '"answer" is a int'),
+        ({"prompt": Repeated("pq"), "response": "a"}, "wrong_field", "more than once"),
+        ({"prompt": "p", "completion": "c", "reasoning": 1}, "wrong_field", '"reasoning" is a int'),
+        ({"prompt": "a \ud800", "completion": "c"}, "wrong_field", "lone surrogate"),
+        ({"text": "t", "code": "c", "test_list": []}, "wrong_field", "test_list"),
+        ({"text": "t", "code": "c", "test_list": [1]}, "wrong_field", "test_list[0]"),
+        ({"messages": []}, "wrong_field", '"messages" must be a list'),
+        ({"conversations": "x"}, "wrong_field", '"conversations" must be a list'),
+        ({"messages": ["x"]}, "wrong_field", "messages[0] must be an object"),
+        ({"messages": [{"role": "user"}]}, "wrong_field", 'messages[0] "content" is missing'),
+        ({"messages": [{"content": "p"}]}, "wrong_field", 'messages[0] "role" is missing'),
+        ({"prompt": " ", "response": THOUGHT}, "empty_prompt", "no text"),
+        # Text that nobody asked for.
+        ({"prompt": "p", "response": "a", "hint": "h"}, "unused_text", '"hint"'),
+        ({"prompt": "p", "response": "a", "history": [["q", "b"]]}, "unused_text", '"history"'),
+        ({"prompt": "p", "response": "a", "question": "q"}, "unused_text", '"question"'),
+        ({**chat("p", "a"), "reasoning": "r"}, "unused_text", '"reasoning"'),
+        ({**chat("p", "a"), "tools": [{"name": "f"}]}, "unused_text", '"tools"'),
+        (chat("p", "a", name="Bob"), "unused_text", 'messages[1] has text in "name"'),
+        # Roles.
+        (chat("p"), "wrong_roles", "the roles are user: "),
+        (chat("p", "a", role="developer"), "wrong_roles", 'the role "developer"'),
+        ({"messages": chat("p", "a")["messages"][::-1]}, "wrong_roles", "assistant, user"),
+        ({"messages": [*chat("p")["messages"] * 2]}, "wrong_roles", "user, user"),
+        ({"messages": [*chat("p")["messages"], {"role": "system", "content": "s"}]}, "wrong_roles",
+         "user, system"),
+        # Tools, other media, weights.
+        (chat("p", "a", tool_calls=[{"name": "f"}]), "tools", "messages[1] has tool_calls"),
+        (chat("p", "a", role="tool"), "tools", "messages[1] has the role tool"),
+        (chat("p", "a", content=[{"type": "image", "url": "x"}]), "not_text", '"image"'),
+        (chat("p", "a", weight=0.5), "weight", "0.5"),
+        (chat("p", "a", weight=0), "weight", "no turn"),
+        (chat("p", "a", train=False), "weight", "no turn"),
+        (chat("p", "a", train="no"), "weight", '"train"'),
+        ({"prompt": "p", "response": "a", "weight": 0}, "weight", '"weight" is 0'),
+        ({"prompt": "p", "completion": "a", "label": False}, "weight", '"label" is false'),
     ],
-)
-def test_malformed_responses(response, reason, detail):
-    result = glaive(response)
-    assert isinstance(result, Rejected)
-    assert result.reason == reason
-    assert detail in result.detail
+)  # fmt: skip
+def test_rejected(row: Any, reason: str, detail: str) -> None:
+    is_response = isinstance(row, str) and row != "{text}"
+    result = rejected({"prompt": "p", "response": row} if is_response else row)
+    assert result.reason == reason and detail in result.detail, result
 
 
-def test_blank_prompt():
-    assert glaive("<think>r</think>a", prompt=" \n") == Rejected(
-        "empty_prompt", "a user turn has no text"
-    )
-
-
-def test_a_missing_opening_tag_is_noted():
-    conversation = accepted({"prompt": "p", "response": "r\n</think>\na"})
-    assert conversation.turns[-1].content == FORMATTED
-    assert conversation.notes == ("implicit_open",)
-
-
-@pytest.mark.parametrize("look_alike", ["<end_of_turn>", "<bos>", "<unused7>"])
-def test_control_look_alikes_stay_text(look_alike):
-    conversation = accepted({"prompt": look_alike, "completion": "c"})
-    assert conversation.turns[0].content == look_alike
-    assert conversation.notes == ("control_look_alike", "plain_completion")
+def test_every_reason_and_note_is_documented() -> None:
+    readme = (messages.__file__ or "").replace("messages.py", "README.md")
+    with open(readme, encoding="utf-8") as file:
+        text = file.read()
+    for name in (*get_args(ConversionReason), *get_args(replies.Note)):
+        assert f"| `{name}` |" in text, name
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": " p\n", "response": " <think>\nr\n</think>\n\n a \n"},
-        {"prompt": "p", "completion": "<think>r</think>a"},
-        {"prompt": "p", "completion": "a", "reasoning_content": " r "},
-        {"prompt": "p", "completion": "<reasoning>r</reasoning> \n\n<answer> a</answer>\n"},
-        {"prompt": "p", "response": FORMATTED},
-        {"instruction": "p", "response": "<think>r</think>a", "id": 7},
-        {"question": "p", "answer": "r\n#### a"},
-        {
-            "messages": [
-                {"role": "system", "content": " "},
-                {"role": "user", "content": "p"},
-                {"role": "assistant", "content": "a", "reasoning_content": "r"},
-            ],
-            "prompt": None,
-        },
-        {
-            "conversations": [
-                {"from": "human", "value": "p"},
-                {"from": "gpt", "value": "<think>r</think>a"},
-            ]
-        },
+        {"prompt": "p", "completion": " a "},
+        {"prompt": "p", "response": "<think>\n\n</think>\n\na"},
+        {"question": "p", "answer": "a"},
+        {"question": "p", "answer": "#### a"},
+        {"problem": "p", "solution": "a", "reasoning": " "},
+        chat("p", "a"),
     ],
 )
-def test_every_schema_gives_the_same_conversation(row):
-    assert accepted(row) == Conversation(
-        (Turn("user", "p"), Turn("assistant", FORMATTED)), "r", "a", ()
-    )
+def test_rows_without_a_thought_follow_the_policy(row: dict[str, Any]) -> None:
+    plain = (P, Turn("assistant", "a")), None, None, ("plain_completion",), True
+    assert accepted(row)[:5] == accepted(row, without_thought="keep_plain")[:5] == plain
+    assert rejected(row, without_thought="reject").reason == "no_thought"
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "p", "completion": " c "},
-        {"prompt": "p", "completion": "c", "reasoning_content": " "},
-        {"instruction": "p", "response": "c"},
-        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]},
-    ],
-)
-def test_plain_completions(row):
-    turns = (Turn("user", "p"), Turn("assistant", "c"))
-    assert accepted(row) == Conversation(turns, None, None, ("plain_completion",))
+def test_own_system_text_and_alpacas_input_are_part_of_the_prompt() -> None:
+    system = Turn("system", "Rhyme.")
+    for row in (
+        {"system": "Rhyme.", **chat("p", THOUGHT)},
+        {"system_prompt": "Rhyme.", "instruction": "p", "input": " ", "output": THOUGHT},
+        {"messages": [{"role": "system", "content": "Rhyme."}, *chat("p", THOUGHT)["messages"]],
+         "system": "Rhyme."},
+    ):  # fmt: skip
+        assert accepted(row).turns == (system, P, A)
+    row = {"instruction": "Add.", "input": "2, 3", "output": THOUGHT}
+    assert accepted(row).turns[0] == Turn("user", "Add.\n\n2, 3")
+    asks = accepted({"system": "Use <|begin_of_thought|>.", **chat("p", THOUGHT)})
+    assert asks.notes == ("system_has_other_tags",)
+    two = {
+        "system": "x",
+        "messages": [{"role": "system", "content": "y"}, *chat("p", "a")["messages"]],
+    }
+    assert rejected(two).reason == "unused_text"
 
 
-@pytest.mark.parametrize(
-    ("completion", "reasoning_content", "reason"),
-    [
-        ("<think>r</think>a", "r", "several_thoughts"),
-        ("a", "<think>r</think>", "several_thoughts"),
-        (FORMATTED, "r", "literal_tags"),
-        ("a", "<reasoning>r", "literal_tags"),
-        (" ", "r", "empty_answer"),
-        ("<reasoning> </reasoning><answer>a</answer>", None, "literal_tags"),
-        ("x " + FORMATTED, None, "literal_tags"),
-    ],
-)
-def test_malformed_completions(completion, reasoning_content, reason):
-    row = {"prompt": "p", "completion": completion, "reasoning_content": reasoning_content}
-    result = convert_row(row)
-    assert isinstance(result, Rejected) and result.reason == reason
-
-
-def test_gsm8k_annotations_go():
+def test_gsm8k_is_told_by_its_last_line() -> None:
     row = {
         "question": "How many clips?",
         "answer": "In May 48/2 = <<48/2=24>>24 clips.\nSo 48+24 = <<48+24=72>>72.\n#### 1,072",
@@ -150,109 +225,153 @@ def test_gsm8k_annotations_go():
     conversation = accepted(row)
     assert conversation.reasoning == "In May 48/2 = 24 clips.\nSo 48+24 = 72."
     assert conversation.answer == "1,072"
-    two_marks = accepted({"question": "q", "answer": "r #### 1 no\n#### 2"})
-    assert (two_marks.reasoning, two_marks.answer) == ("r #### 1 no", "2")  # the last one counts
-    for answer, reason in [
-        ("72", "no_final_answer"),
-        ("#### 72", "empty_thought"),
-        ("r ####", "empty_answer"),
-        ("", "empty_answer"),
-    ]:
-        result = convert_row({"question": "q", "answer": answer})
-        assert isinstance(result, Rejected) and result.reason == reason
+    assert accepted({"question": "q", "answer": "r #### 1\n#### 2"}).reasoning == "r #### 1"
+    assert rejected({"question": "q", "answer": "r\n####"}).reason == "empty_answer"
+    titled = "#### Step 1\nAdd them up.\n##### Result\n5"
+    assert accepted({"question": "q", "answer": titled}).turns[-1].content == titled
 
 
-def test_several_turns():
-    messages = [
-        {"role": "system", "content": " be brief "},
-        {"role": "user", "content": "p1"},
-        {"role": "assistant", "content": "<think>r1</think>a1"},
-        {"role": "user", "content": "p2"},
-        {"role": "assistant", "content": "c2"},
-    ]
-    conversation = accepted({"messages": messages})
-    assert conversation.turns == (
-        Turn("system", "be brief"),
-        Turn("user", "p1"),
-        Turn("assistant", completion_text("r1", "a1")),
-        Turn("user", "p2"),
-        Turn("assistant", "c2"),
+def test_mbpp_rows() -> None:
+    row = {"task_id": 2, "text": " Return 1.", "code": "def f():\r\n  return 1", "test_list": ["t"]}
+    asked = "Return 1.\nYour code should pass these tests:\n\n"
+    plain = accepted(row | {"test_list": ["assert f() == 1", "assert f()"]})
+    assert plain.turns == (
+        Turn("user", f"{asked}assert f() == 1\nassert f()"),
+        Turn("assistant", "def f():\n  return 1"),
     )
-    assert conversation.reasoning is None and conversation.answer is None  # the last turn's
-    messages[2]["content"] = "<think>r1"
-    assert isinstance(result := convert_row({"messages": messages}), Rejected)
-    assert result.reason == "unclosed_thought"
-    messages[2]["content"], messages[3]["content"] = "c1", " "
-    assert isinstance(result := convert_row({"messages": messages}), Rejected)
-    assert result.reason == "empty_prompt"
+    assert plain.fields.unused == ("task_id",)
+    assert accepted(row | {"test_setup_code": "a = 1"}).turns[0].content == f"{asked}a = 1\nt"
+    assert accepted(row | {"code": THOUGHT}).turns[-1].content == FORMATTED
 
 
-def test_mbpp_row():
-    row = {
-        "task_id": 2,
-        "text": " Return 1.",
-        "code": "def f():\r\n  return 1",
-        "test_list": ["t1"],
+def test_turns_that_are_not_to_be_learnt_bear_no_loss() -> None:
+    row = chat("p1", "<think>r1</think>a1", "p2", THOUGHT, "p3", "a3", weight=0)
+    row["messages"][1]["weight"] = 0
+    turns = accepted(row).turns  # nothing after the last trained turn matters
+    assert [turn.is_trained for turn in turns if turn.role == "assistant"] == [False, True]
+    assert turns[-1] == A
+    lists = {
+        "prompt": chat("p1", "a1", "p2")["messages"],
+        "completion": [{"role": "assistant", "content": THOUGHT}],
     }
-    assert accepted(row | {"test_list": ["assert f() == 1", "assert f()"]}) == Conversation(
-        (
-            Turn(
-                "user",
-                "Return 1.\nYour code should pass these tests:\n\nassert f() == 1\nassert f()",
-            ),
-            Turn("assistant", "def f():\n  return 1"),
-        ),
-        None,
-        None,
-        ("plain_completion",),
-    )
-    assert accepted(row | {"code": "<think>r</think>a"}).turns[-1].content == FORMATTED
-    assert convert_row(row | {"code": "\r\n"}) == Rejected("empty_answer", "the response is empty")
+    assert [turn.is_trained for turn in accepted(lists).turns] == [True, False, True, True]
 
 
-USER, ASSISTANT = {"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}
+def test_earlier_reasoning_is_kept_or_stripped() -> None:
+    row = chat("p1", "<think>r1</think>a1", "p2", THOUGHT)
+    kept, stripped = accepted(row), accepted(row, earlier_reasoning="strip")
+    assert kept.turns[1] == Turn("assistant", AnswerTemplate().join("r1", "a1"))
+    assert stripped.turns[1] == Turn("assistant", "<answer>a1</answer>", is_trained=False)
+    assert stripped.turns[-1] == A
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({}, "found: none"),
-        ({"prompt": "p"}, r"found: prompt\); use .*messages.*prompt, response.*question, answer"),
-        ({"prompt": "p", "response": None}, '"response" is null, not a string'),
-        ({"question": "q", "answer": 72}, '"answer" is a int, not a string'),
-        (
-            {"prompt": "p", "completion": "c", "reasoning_content": 1},
-            '"reasoning_content" is a int',
-        ),
-        ({"prompt": "a \ud800", "completion": "c"}, "lone surrogate"),
-        ({"text": "t", "code": "c", "test_list": []}, '"test_list" must be a non-empty list'),
-        ({"text": "t", "code": "c", "test_list": [1]}, r'"test_list\[0\]" is a int'),
-        ({"messages": []}, '"messages" must be a non-empty list'),
-        ({"conversations": "x"}, '"conversations" must be a non-empty list'),
-        ({"messages": ["x"]}, r"messages\[0\] must be an object"),
-        ({"messages": [{"role": "user"}]}, r'messages\[0\] "content" is missing'),
-        ({"messages": [{"content": "p"}]}, r'messages\[0\] "role" is missing'),
-        ({"messages": [{"role": "user", "content": ["p"]}]}, "is a list, not a string"),
-        (
-            {"messages": [USER, {"role": "tool", "content": ""}]},
-            r'messages\[1\] has the role "tool"',
-        ),
-        ({"messages": [USER]}, "roles are user: .* end with assistant"),
-        ({"messages": [ASSISTANT]}, "roles are assistant"),
-        ({"messages": [USER, {"role": "system", "content": "s"}, ASSISTANT]}, "user, system"),
-    ],
+def test_columns_of_the_user() -> None:
+    columns = {"prompt": "task", "response": "text", "reasoning": "why"}
+    row = {"task": "p", "text": "a", "why": "r", "hint": "not used, as the user knows"}
+    conversation = accepted(row, columns=columns)
+    assert conversation.turns == (P, A)
+    assert conversation.fields == (("task", "text", "why"), ("hint",))
+    assert accepted({"task": "p", "text": "a"}, columns=columns).reasoning is None
+    assert rejected({"task": "p"}, columns=columns).detail == "there is no response"
+    assert accepted(FORMS["GSM8K"], columns=columns).turns == (P, A)  # has none of the columns
+    assert accepted({"chosen": chat("p", THOUGHT)["messages"], "rejected": "x"},
+                    columns={"messages": "chosen"}).turns == (P, A)  # fmt: skip
+
+
+def test_another_template() -> None:
+    template = AnswerTemplate("<think>{reasoning}</think>{answer}")
+    for form in ("prompt, response", "in the template's form", "reasoning_content"):
+        assert accepted(FORMS[form], template=template).turns[-1].content == THOUGHT
+    assert template.split(THOUGHT) == ("r", "a")
+    assert template.without_reasoning(THOUGHT) == "a"
+    assert rejected({"prompt": "p", "response": FORMATTED + "<think>"}, template=template)
+    for text in (
+        "{answer}{reasoning}",
+        "<a>{reasoning}<a>{answer}",
+        "{reasoning}</t>{answer}",
+        "x",
+    ):
+        with pytest.raises(ValueError):
+            AnswerTemplate(text)
+
+
+def test_split_is_the_inverse_of_join() -> None:
+    template = AnswerTemplate()
+    assert template.split(template.join("r\nr", "a")) == ("r\nr", "a")
+    for text in ("", "a", FORMATTED + "x", FORMATTED * 2, template.join("r", " ")):
+        assert template.split(text) is None
+    exact = r"^\s*<reasoning>.+?</reasoning>.*?<answer>(.+?)</answer>\s*$"
+    match = re.match(exact, template.join("one\ntwo", "three\nfour"), re.DOTALL)
+    assert match is not None and match[1] == "three\nfour"  # the exact format of the evaluation
+
+
+def test_prompts_need_no_answer() -> None:
+    for row in (*FORMS.values(), {"prompt": "p"}, {"question": "p", "answer": 3}, chat("p")):
+        assert convert_prompt(row) == (P,), row
+    turns = (Turn("system", "s"), P, Turn("assistant", "a"), Turn("user", "q"))
+    assert convert_prompt({"system": "s", **chat("p", "a", "q", "b")}) == turns
+    assert isinstance(convert_prompt({"prompt": "p", "hint": "h"}), Rejected)
+    assert isinstance(convert_prompt({"answer": "p"}), Rejected)
+
+
+MARKER = "Zq7marker"
+
+
+def text_places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every string in the value, but for roles and types."""
+    if isinstance(value, str):
+        return [path]
+    if not isinstance(value, dict | list):
+        return []
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    kept = [(key, each) for key, each in items if key not in ("role", "from", "type")]
+    return [place for key, each in kept for place in text_places(each, (*path, key))]
+
+
+EXTRA_NAMES = ["hint", "text", "reasoning", "thoughts", "input", "system", "tools", "history"]
+EXTRA_NAMES += ["name", "note", "answer", "final_answer", "chosen", "conversation", "source"]
+EXTRA_VALUES = [MARKER, [MARKER], {"a": [MARKER]}, [{"role": "user", "b": MARKER}]]
+EXTRAS = st.tuples(st.sampled_from(EXTRA_NAMES), st.sampled_from(EXTRA_VALUES))
+
+
+@given(
+    form=st.sampled_from(list(FORMS)),
+    place=st.integers(0, 9),
+    extra=st.none() | EXTRAS,
+    in_message=st.booleans(),
 )
-def test_mistakes_in_the_file(row, message):
-    with pytest.raises(ValueError, match=message):
-        convert_row(row)
+def test_no_text_is_dropped_without_a_word(
+    form: str, place: int, extra: tuple[str, Any] | None, in_message: bool
+) -> None:
+    row = copy.deepcopy(FORMS[form])
+    if extra is None:
+        places = text_places(row)
+        *path, name = places[place % len(places)]
+        target = row
+        for key in path:
+            target = target[key]
+        target[name] = f"{target[name]} {MARKER}" if target[name].strip() else MARKER
+        where = [str(path[0] if path else name), str(name)]
+    else:
+        target = row
+        if in_message and "messages" in row:
+            target = row["messages"][place % len(row["messages"])]
+        target[extra[0]] = extra[1]
+        where = [extra[0]]
+    result = convert_row(row)
+    if isinstance(result, Rejected):  # the report has the reason and the row's place
+        assert result.reason != "unused_text" or any(name in result.detail for name in where)
+        return
+    texts = "\n".join(turn.content for turn in result.turns)
+    unused = [name.rpartition("[].")[2] for name in result.fields.unused]
+    assert MARKER in texts or any(name in unused for name in where), (row, result)
 
 
-def test_split_completion_is_the_inverse():
-    assert split_completion(completion_text("r\nr", "a")) == ("r\nr", "a")
-    for text in ("", "a", FORMATTED + "x", FORMATTED * 2, completion_text("r", " ")):
-        assert split_completion(text) is None
-
-
-def test_every_reason_is_documented():
-    for reason in get_args(ConversionReason) + get_args(reasoning.Note):
-        assert f'"{reason}"' in (reasoning.__doc__ or "")
+def test_names_of_harmless_fields() -> None:
+    harmless = ["id", "uuid", "task_id", "source", "data_source", "score", "quality_score", "lang"]
+    harmless += ["num_tokens", "is_correct", "category", "url", "difficulty", "model", "created_at"]
+    assert all(map(is_harmless, harmless))
+    text = ["prompt", "hint", "explanation", "body", "text", "reasoning", "valid", "widget"]
+    assert not any(map(is_harmless, text))
+    assert is_wanted("hint", True) and not is_wanted("hint", False) and is_wanted("prompt", False)
+    assert not is_wanted("prompt", True, {"prompt": "hint"})

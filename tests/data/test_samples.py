@@ -6,8 +6,9 @@ from support.fake_tokenizer import FakeTokenizer
 from support.samples import load_samples
 
 from jaxsft.config import SYSTEM_PROMPT, DataOptions
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chat
-from jaxsft.data.rows import Turn, completion_text
+from jaxsft.data.rows import Turn
 
 GOOD = {"prompt": "What is 1 + 1?", "response": "<think>One and one.</think>Two"}
 LONG = {"prompt": "p", "response": f"<think>{'We add one more. ' * 30}</think>Two"}
@@ -22,7 +23,7 @@ def fake() -> FakeTokenizer:
 def load(files, tokenizer, max_length, overlong, system_prompt, **options):
     """As load_samples, without filters unless they are asked for."""
     off = {"drop_duplicates": False, "drop_degenerate": False}
-    off |= {"min_completion_tokens": 0, "max_drop": 1.0}
+    off |= {"min_completion_tokens": 0, "max_drop": 1.0, "without_thought": "reject"}
     lengths = {"max_length": max_length, "overlong": overlong, "system_prompt": system_prompt}
     heldout_files = options.pop("heldout_files", ())
     return load_samples(
@@ -39,7 +40,7 @@ def test_sample_is_the_encoded_chat(write, fake):
     turns = [
         Turn("system", SYSTEM_PROMPT),
         Turn("user", "What is 1 + 1?"),
-        Turn("assistant", completion_text("One and one.", "Two")),
+        Turn("assistant", AnswerTemplate().join("One and one.", "Two")),
     ]
     expected = encode_chat(fake, turns)
     np.testing.assert_array_equal(samples[0].ids, expected.ids)
@@ -53,7 +54,7 @@ def test_system_prompt_is_optional_and_gives_way(write, fake):
     own = [
         {"role": "system", "content": "Own."},
         {"role": "user", "content": "p"},
-        {"role": "assistant", "content": "c"},
+        {"role": "assistant", "content": "<think>r</think>c"},
     ]
     path = write(GOOD, {"messages": own})
     texts = [text_of(fake, s) for s in load(path, fake, 500, "raise", "Ours.")[0]]
@@ -91,8 +92,8 @@ def test_every_row_is_counted(write, fake):
     assert report.samples + report.num_rejected == report.rows_read
     text = "\n".join(report.lines())
     assert "7 rows read, 3 kept (42.9%)" in text
-    assert f"2 rejected: no_thought, as {path}:2 (no <think>" in text
-    assert f"; {path}:5 (no <think>" in text  # two examples
+    assert f"2 rejected: no_thought, as {path}:2 (an answer has no" in text
+    assert f"; {path}:5 (an answer has no" in text  # two examples
     assert re.search(
         rf"1 rejected: too_long, as {re.escape(str(path))}:7 \(\d+ tokens, limit 200\)", text
     )
@@ -159,7 +160,7 @@ def test_filters_are_counted_with_their_places(write, fake):
     question = "How many legs have three spiders and two birds in all together?"
     asked = {"prompt": f"  {question.upper()} Tell me.", "response": "<think>r</think>28"}
     path = write(GOOD, loop, GOOD, filler, asked)
-    heldout = write({"question": question, "answer": "Eight each. #### 28"}, name="heldout.jsonl")
+    heldout = write({"question": question, "answer": "Eight each.\n#### 28"}, name="heldout.jsonl")
     off = {"drop_duplicates": False, "drop_degenerate": False, "drop_contaminated": False}
     on = {name: True for name in off}
     samples, report = load(path, fake, 4000, "raise", None, heldout_files=[heldout], **on)
@@ -173,16 +174,59 @@ def test_filters_are_counted_with_their_places(write, fake):
 
 def test_too_short_and_too_many_lost(write, fake):
     path = write(GOOD, {"prompt": "p", "completion": "No."})
-    _, report = load(path, fake, 500, "raise", None, min_completion_tokens=5)
+    keep = {"without_thought": "keep_plain"}
+    _, report = load(path, fake, 500, "raise", None, min_completion_tokens=5, **keep)
     assert report.rejected == {"too_short": 1}
     assert report.examples["too_short"] == [f"{path}:2 (3 tokens of completion, 5 at least)"]
     with pytest.raises(ValueError, match=r"50.0% of the rows are left out, more than data.max_"):
-        load(path, fake, 500, "raise", None, min_completion_tokens=5, max_drop=0.49)
-    load(path, fake, 500, "raise", None, min_completion_tokens=5, max_drop=0.5)
+        load(path, fake, 500, "raise", None, min_completion_tokens=5, max_drop=0.49, **keep)
+    load(path, fake, 500, "raise", None, min_completion_tokens=5, max_drop=0.5, **keep)
 
 
 def test_what_rows_say_cannot_reach_the_terminal_raw(write, fake):
     escape = {"prompt": "p", "response": "<think>Hm.</think>Sure \n\n\x1b[!"}
     _, report = load(write(GOOD, escape), fake, 500, "raise", None, drop_degenerate=True)
     text = "\n".join(report.lines())
-    assert "\x1b" not in text and "\\u{1b}" in text and len(text.splitlines()) == 2
+    assert "\x1b" not in text and "\\u{1b}" in text and len(text.splitlines()) == 3
+
+
+def test_the_system_text_asks_only_for_thoughts_that_are_there(write, fake):
+    plain, own = (
+        {"prompt": "p", "response": "a"},
+        {"system": "Own.", "prompt": "q", "response": "b"},
+    )
+    path = write(GOOD, plain, own)
+
+    def first_lines(policy):
+        samples, _ = load(path, fake, 500, "raise", "Ours.", without_thought=policy)
+        return [text_of(fake, sample).split("\n")[1] for sample in samples]
+
+    assert first_lines("drop_system") == ["Ours.", "p<end_of_turn>", "Own."]
+    assert first_lines("keep_plain") == ["Ours.", "Ours.", "Own."]
+    assert first_lines("reject") == ["Ours."]
+
+
+def test_untrained_turns_bear_no_loss_on_the_prompt_either(write, fake):
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    messages = [{"role": role, "content": text, "weight": text != "two"} for role, text in turns]
+    (sample,), _ = load(
+        write({"messages": messages}), fake, 500, "raise", None, without_thought="keep_plain",
+        loss_on_prompt=True,
+    )  # fmt: skip
+    left_out = fake.decode(sample.ids[~sample.loss_mask].tolist())
+    assert left_out == "<bos>two<end_of_turn>"
+
+
+def test_columns_are_reported_and_contradictions_refused(write, fake):
+    path = write({"task": "p", "text": "<think>r</think>a", "hint": "h"})
+    columns = {"prompt": "task", "response": "text"}
+    _, report = load(path, fake, 500, "raise", None, columns=columns)
+    assert report.columns == {str(path): {"used": ["task", "text"], "unused": ["hint"]}}
+    assert "columns used: task, text; not used: hint" in report.lines()
+    for options, words in (
+        ({"columns": {"promt": "task"}}, "'promt' is no part of a row; use messages, system"),
+        ({"answer_template": "{answer}"}, "must have {reasoning} and then {answer}"),
+        ({"answer_template": "<a>{reasoning}</a>{answer}"}, "asks for <reasoning>, which data.ans"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load(path, fake, 500, "raise", SYSTEM_PROMPT, **options)
