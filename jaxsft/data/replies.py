@@ -73,7 +73,7 @@ class RejectedError(Exception):
         self.rejected = Rejected(reason, detail)
 
 
-class Reply(NamedTuple):
+class ConvertedReply(NamedTuple):
     """An assistant text in the form that training teaches; no reasoning: a plain text."""
 
     content: str
@@ -82,7 +82,7 @@ class Reply(NamedTuple):
     note: Note | None = None
 
 
-def convert_reply(text: str, thought: str | None, template: AnswerTemplate) -> Reply:
+def convert_reply(text: str, thought: str | None, template: AnswerTemplate) -> ConvertedReply:
     """Converts one assistant text by the table in the module's docstring.
 
     Args:
@@ -120,7 +120,7 @@ def _tags_of(text: str) -> tuple[str, str] | None:
     return None
 
 
-def _split_at_tags(text: str, tags: tuple[str, str], template: AnswerTemplate) -> Reply:
+def _split_at_tags(text: str, tags: tuple[str, str], template: AnswerTemplate) -> ConvertedReply:
     opening, closing = tags
     opened, closed = text.count(opening), text.count(closing)
     detail = f"{opened} {opening} and {closed} {closing}"
@@ -144,7 +144,7 @@ def _split_at_tags(text: str, tags: tuple[str, str], template: AnswerTemplate) -
 
 def _formatted(
     thought: str, answer: str, template: AnswerTemplate, note: Note | None = None
-) -> Reply:
+) -> ConvertedReply:
     reasoning, answer = thought.strip(), answer.strip()
     for opening, closing in _ANSWER_TAGS:
         inside = answer.removeprefix(opening).removesuffix(closing)
@@ -161,15 +161,15 @@ def _formatted(
             raise RejectedError("literal_tags", f"{tag[0]} inside the {name}")
         if tag := _SPECIAL_TAG.search(part):
             raise RejectedError("unknown_tags", f"{tag[0]} is left inside the {name}")
-    return Reply(template.join(reasoning, answer), reasoning, answer, note)
+    return ConvertedReply(template.join(reasoning, answer), reasoning, answer, note)
 
 
-def _plain(text: str, template: AnswerTemplate) -> Reply:
+def _plain(text: str, template: AnswerTemplate) -> ConvertedReply:
     if tag := template.marker.search(text):
         raise RejectedError("literal_tags", f"{tag[0]} in the text")
     if tag := _SPECIAL_TAG.search(text):
         raise RejectedError("unknown_tags", f"{tag[0]} in the text")
-    return Reply(text, None, None)
+    return ConvertedReply(text, None, None)
 
 
 def has_other_tags(text: str, template: AnswerTemplate) -> bool:

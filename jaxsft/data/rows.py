@@ -28,10 +28,10 @@ from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.fields import PARTS, UNREAD, has_text, is_harmless, texts_in
 from jaxsft.data.messages import ROLES, Message, Messages, read_messages, read_text
 from jaxsft.data.replies import (
+    ConvertedReply,
     Note,
     Rejected,
     RejectedError,
-    Reply,
     Role,
     convert_reply,
     has_other_tags,
@@ -305,9 +305,11 @@ def _converse(messages: Sequence[Message], options: RowOptions) -> Conversation:
     )
 
 
-def _turns(messages: Sequence[Message], options: RowOptions) -> list[tuple[Turn, Reply | None]]:
+def _turns(
+    messages: Sequence[Message], options: RowOptions
+) -> list[tuple[Turn, ConvertedReply | None]]:
     """The turn of each message, with its reply where it is an assistant's."""
-    found: list[tuple[Turn, Reply | None]] = []
+    found: list[tuple[Turn, ConvertedReply | None]] = []
     for index, message in enumerate(messages):
         if message.role != "assistant":
             if message.role == "user" and not message.text.strip():

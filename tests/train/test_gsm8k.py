@@ -8,8 +8,8 @@ import pytest
 
 import jaxsft.inspect.__main__
 import jaxsft.prepare.__main__
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.prepared import open_prepared
-from jaxsft.data.rows import split_completion
 from jaxsft.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_gsm8k_is_prepared_whole(
     assert not np.isin(ids, list(tokenizer.control_ids - set(template))).any()
     for sample in map(found.rows.sample, range(0, report.samples, 10)):
         completion = tokenizer.decode(sample.ids[sample.loss_mask][:-1])
-        parts = split_completion(completion)
+        parts = AnswerTemplate().split(completion)
         assert parts is not None and "<<" not in parts[0] and "####" not in parts[0]
     assert jaxsft.inspect.__main__.main([*files, *options, "--rows", "2"]) == 0
     assert "FAILED" not in capsys.readouterr().out
