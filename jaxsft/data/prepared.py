@@ -239,7 +239,7 @@ def _write_rows(
         num_samples = (sample_sources == source).sum()
         if not num_samples:
             raise ValueError(
-                f"{file}: no sample of it is left; leave the file out. {'; '.join(report.lines())}"
+                f"{file}: no sample of it is left; leave the file out. {report.why_rejected()}"
             )
         if not (sample_sources[uses] == source).any():
             raise ValueError(

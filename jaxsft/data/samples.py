@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsft.common.batch import Batch
-from jaxsft.common.text import visible_line
+from jaxsft.common.text import plural, visible_line
 from jaxsft.config import DataOptions
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chats, shorten
@@ -30,6 +30,7 @@ from jaxsft.data.tokenizer import Tokenizer
 
 _TAG = re.compile(r"</?[a-z_]+>")
 _CHUNK_ROWS = 512  # conversations that are tokenised together
+_NUM_REASONS = 3  # in an error
 _NUM_EXAMPLES = 2  # of each reason, kept for the report
 
 
@@ -76,6 +77,17 @@ class DataReport:
         """Number of rows that were left out."""
         return sum(self.rejected.values())
 
+    def why_rejected(self) -> str:
+        """The commonest reasons, each with its first example, in about 300 characters."""
+        texts = []
+        for reason, count in Counter(self.rejected).most_common(_NUM_REASONS):
+            place, _, detail = self.examples[reason][0].partition(" (")
+            detail = detail.removesuffix(")")
+            detail = f"{detail[:69]}…" if len(detail) > 70 else detail
+            texts.append(f"{count:,} {reason}, as {_end_of(place, 60)} ({detail})")
+        others = len(self.rejected) - len(texts)
+        return "; ".join(texts) + (f"; {plural(others, 'other reason')}" if others > 0 else "")
+
     def lines(self) -> list[str]:
         """The report as text, one fact per line."""
         share = 100 * self.samples / max(self.rows_read, 1)
@@ -101,6 +113,10 @@ class DataReport:
         for note, count in Counter(self.noted).most_common():
             lines.append(f"{count:,} noted: {note}")
         return lines
+
+
+def _end_of(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"…{text[1 - limit :]}"
 
 
 class _Row(NamedTuple):
@@ -187,15 +203,17 @@ def read_samples(
 
 def check_any_left(files: Sequence[Path], options: DataOptions, report: DataReport) -> None:
     """Raises ValueError if no sample is left, or if more than `options.max_drop` were left out."""
-    names = ", ".join(map(str, files)) or "no files"
+    names = _end_of(", ".join(map(str, files)), 120) or "no files"
     if not report.rows_read:
         raise ValueError(f"{names}: no rows in the range {options.start}:{options.stop or ''}")
     if not report.samples:
-        raise ValueError(f"{names}: no sample is left. {'; '.join(report.lines())}")
+        raise ValueError(
+            f"{names}: no sample is left of {report.rows_read:,} rows: {report.why_rejected()}"
+        )
     if report.num_rejected > options.max_drop * report.rows_read:
         raise ValueError(
-            f"{names}: {report.num_rejected / report.rows_read:.1%} of the rows are left out, more "
-            f"than data.max_drop {options.max_drop:.1%}. {'; '.join(report.lines())}"
+            f"{names}: {report.num_rejected / report.rows_read:.1%} of {report.rows_read:,} rows "
+            f"are left out, more than data.max_drop {options.max_drop:.1%}: {report.why_rejected()}"
         )
 
 

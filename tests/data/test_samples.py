@@ -111,10 +111,10 @@ def test_drop_and_raise(write, fake):
 
 def test_no_sample_left(write, fake):
     path = write({"prompt": "p", "response": "no"}, LONG)
-    with pytest.raises(ValueError, match=r"no sample is left. 2 rows read, 0 kept") as caught:
+    with pytest.raises(ValueError, match=r"no sample is left of 2 rows: ") as caught:
         load(path, fake, 100, "drop", None)
-    assert "1 rejected: no_thought" in str(caught.value)
-    assert "1 rejected: too_long" in str(caught.value)
+    assert "1 no_thought, as " in str(caught.value)
+    assert "1 too_long, as " in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no rows in the range 2:"):
         load(path, fake, 100, "drop", None, start=2)
@@ -178,7 +178,7 @@ def test_too_short_and_too_many_lost(write, fake):
     _, report = load(path, fake, 500, "raise", None, min_completion_tokens=5, **keep)
     assert report.rejected == {"too_short": 1}
     assert report.examples["too_short"] == [f"{path}:2 (3 tokens of completion, 5 at least)"]
-    with pytest.raises(ValueError, match=r"50.0% of the rows are left out, more than data.max_"):
+    with pytest.raises(ValueError, match=r"50.0% of 2 rows are left out, more than data.max_"):
         load(path, fake, 500, "raise", None, min_completion_tokens=5, max_drop=0.49, **keep)
     load(path, fake, 500, "raise", None, min_completion_tokens=5, max_drop=0.5, **keep)
 

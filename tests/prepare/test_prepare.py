@@ -18,7 +18,7 @@ GOOD = [
     for i in range(1, 21)
 ]
 BAD = [
-    ({"prompt": "Why?", "response": "No thought."}, "no_thought"),
+    ({"prompt": "Why?", "response": "So.", "hint": "Say why."}, "unused_text"),
     ({"prompt": "Why?", "response": "<think>open"}, "unclosed_thought"),
     ({"prompt": "Why?", "response": "<think>Hm.</think>I hope this helps!"}, "degenerate"),
     ({"prompt": "Why?", "response": f"<think>{'Wait. ' * 300}</think>So."}, "degenerate"),
@@ -68,8 +68,8 @@ def test_every_row_is_accounted_for(run: Run, tmp_path: Path) -> None:
 def test_too_many_lost_rows_stop_it(run: Run, tmp_path: Path) -> None:
     done = run("--data.max_drop", "0.2")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: rows.jsonl: 23.1% of the rows are left out, more than")
-    assert "2 rejected: degenerate, as rows.jsonl:23" in done.stderr
+    assert done.stderr.startswith("error: rows.jsonl: 23.1% of 26 rows are left out, more than")
+    assert "2 degenerate, as rows.jsonl:23" in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["files.json"]
 
@@ -81,7 +81,6 @@ def row(**fields: object) -> bytes:
 # (second line of the file, what the command says of it); test_rows.py and test_sources.py have all
 BAD_LINES = [
     (b'{"prompt": "Why?", "resp', "rows.jsonl:2: broken or cut off at column 20"),
-    (row(response="\ud83d"), 'rows.jsonl:2: "response" holds a lone surrogate'),
     (row() + b"\xff", r"rows.jsonl:2: byte \d+ of the line \(0xff\) is not UTF-8"),
     (
         row(prompt="Why? " * 200),
@@ -89,6 +88,8 @@ BAD_LINES = [
     ),
     # A row that is left out, here half of them.
     (row(response=""), r"empty_answer, as .*rows.jsonl:2 \(the response is empty\)"),
+    (row(response="\ud83d"), r'wrong_field, as .*rows.jsonl:2 \("response" holds a lone surrogate'),
+    (b'["Why?", "So."]', r"unknown_fields, as .*rows.jsonl:2 \(is a list, not an object"),
 ]
 
 
@@ -105,7 +106,7 @@ def refuse(
         code = main([*fixed, *files, *options])
         out, err = capsys.readouterr()
         assert (code, out) == (2, "")
-        assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 1000
+        assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 600
         assert [path.name for path in sets.glob("*") if path.name != "files.json"] == []
         return err
 
