@@ -1,7 +1,7 @@
 """The form of an answer that training teaches: a text with the parts {reasoning} and {answer}.
 
-The default is `<reasoning>{reasoning}</reasoning>\\n<answer>{answer}</answer>`. The words and tags
-around the two parts are its markers. They may stand in an answer only where the template has them.
+The default is `<reasoning>{reasoning}</reasoning>\\n<answer>{answer}</answer>`. The tags around the
+two parts are its markers. They may stand in an answer only where the template has them.
 """
 
 import re
@@ -11,6 +11,7 @@ from functools import cached_property
 from jaxsft.config import ANSWER_TEMPLATE
 
 _PARTS = ("{reasoning}", "{answer}")
+_TAG = re.compile(r"<[^<>\s]+>")
 _TAG_OR_WORD = re.compile(r"<[^<>\s]+>|[^\s<]+|<")
 
 
@@ -43,18 +44,13 @@ class AnswerTemplate:
 
     @cached_property
     def markers(self) -> tuple[str, ...]:
-        """The tags and words around the parts, in order."""
-        return tuple(_TAG_OR_WORD.findall(" ".join(self._around)))
+        """The tags around the parts, in order; where there is no tag, all the words."""
+        return tuple(marker for part in self._around for marker in _markers(part))
 
     @property
     def end_of_reasoning(self) -> str:
         """The first marker after the reasoning, "</reasoning>" by default."""
-        return _TAG_OR_WORD.findall(self._around[1])[0]
-
-    @cached_property
-    def marker(self) -> re.Pattern[str]:
-        """Matches any marker."""
-        return re.compile("|".join(map(re.escape, self.markers)))
+        return _markers(self._around[1])[0]
 
     def pattern(self, reasoning: str, answer: str) -> str:
         """A regular expression for an answer; the arguments stand for its parts.
@@ -87,7 +83,7 @@ class AnswerTemplate:
     def split(self, text: str) -> tuple[str, str] | None:
         """(reasoning, answer) of a text in this form, each trimmed; None for any other text."""
         match = self._whole.fullmatch(text.strip())
-        if match is None or len(self.marker.findall(text)) != len(self.markers):
+        if match is None or any(text.count(marker) != 1 for marker in self.markers):
             return None
         reasoning, answer = match[1].strip(), match[2].strip()
         return (reasoning, answer) if reasoning and answer else None
@@ -95,3 +91,7 @@ class AnswerTemplate:
     def without_reasoning(self, text: str) -> str:
         """The text as later turns see it if earlier reasoning is stripped: "<answer>4</answer>"."""
         return text.split(self.end_of_reasoning)[-1].strip()
+
+
+def _markers(literal: str) -> list[str]:
+    return _TAG.findall(literal) or ([literal.strip()] if literal.strip() else [])

@@ -53,8 +53,10 @@ _UNKNOWN_TAG = re.compile(
     rf"[A-Z_ ]{{0,30}}\]|◁[^▷\n]{{1,30}}▷",
     re.IGNORECASE,
 )
-_SPECIAL_TAG = re.compile(
-    r"<\|(?:begin|end)_of_(?:thought|solution)\|>|\[/?THINK\]|◁/?think▷|</?seed:think>"
+# Tags that no ordinary text has: one that is left over would be taught.
+_SPECIAL_TAGS = (
+    *(tag for pair in _THOUGHT_TAGS[4:] for tag in pair),
+    *_ANSWER_TAGS[1],
 )
 
 
@@ -114,7 +116,7 @@ def _tags_of(text: str) -> tuple[str, str] | None:
     if THINK[0] in text or THINK[1] in text:
         return THINK
     for opening, closing in _THOUGHT_TAGS:
-        is_special = _SPECIAL_TAG.fullmatch(closing) is not None
+        is_special = closing in _SPECIAL_TAGS
         if text.startswith(opening) or (closing in text and (is_special or opening in text)):
             return opening, closing
     return None
@@ -156,20 +158,23 @@ def _formatted(
         if _tags_of(answer) or _UNKNOWN_TAG.match(answer):
             raise RejectedError("several_thoughts", "an empty thought, then another")
         return _plain(answer, template)
-    for name, part in (("reasoning", reasoning), ("answer", answer)):
-        if tag := template.marker.search(part):
-            raise RejectedError("literal_tags", f"{tag[0]} inside the {name}")
-        if tag := _SPECIAL_TAG.search(part):
-            raise RejectedError("unknown_tags", f"{tag[0]} is left inside the {name}")
+    _check_tags(reasoning, "inside the reasoning", template)
+    _check_tags(answer, "inside the answer", template)
     return ConvertedReply(template.join(reasoning, answer), reasoning, answer, note)
 
 
 def _plain(text: str, template: AnswerTemplate) -> ConvertedReply:
-    if tag := template.marker.search(text):
-        raise RejectedError("literal_tags", f"{tag[0]} in the text")
-    if tag := _SPECIAL_TAG.search(text):
-        raise RejectedError("unknown_tags", f"{tag[0]} in the text")
+    _check_tags(text, "in the text", template)
     return ConvertedReply(text, None, None)
+
+
+def _check_tags(text: str, where: str, template: AnswerTemplate) -> None:
+    for tag in template.markers:
+        if tag in text:
+            raise RejectedError("literal_tags", f"{tag} {where}")
+    for tag in _SPECIAL_TAGS:
+        if tag in text:
+            raise RejectedError("unknown_tags", f"{tag} is left {where}")
 
 
 def has_other_tags(text: str, template: AnswerTemplate) -> bool:
