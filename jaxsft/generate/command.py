@@ -16,6 +16,7 @@ from jaxsft.cli import EXIT_INTERRUPTED
 from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_text
+from jaxsft.common.text import plural, visible_line
 from jaxsft.config import SYSTEM_PROMPT, ModelOptions
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.rows import Turn
@@ -39,7 +40,12 @@ def generate_answers(options: GenerateOptions) -> int:
     trained_with = system_text(origin)
     system = SYSTEM_PROMPT if trained_with is None else trained_with
     system = system if options.system is None else options.system
-    prompts = [] if options.prompts is None else read_prompt_file(Path(options.prompts), system)
+    prompts = []
+    if options.prompts is not None:
+        prompts, left_out = read_prompt_file(Path(options.prompts), system)
+        if left_out:
+            examples = visible_line("; ".join(left_out[:2]))
+            print(f"{plural(len(left_out), 'row')} left out: {examples}", file=sys.stderr)
     default = ModelOptions() if config is None else config.model
     devices = jax.devices()
     mesh = make_mesh(len(devices), 1, devices) if prompts else None  # one prompt keeps one busy

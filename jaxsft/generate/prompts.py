@@ -20,23 +20,34 @@ class FilePrompt(NamedTuple):
     turns: tuple[Turn, ...]
 
 
-def read_prompt_file(path: Path, system: str) -> list[FilePrompt]:
-    """The prompts of a .txt file, or of a file that `read_rows` reads.
+class PromptFile(NamedTuple):
+    """The prompts of a file, and for each other row its place and why it cannot be answered."""
 
-    Prompts without a system turn get `system`. ValueError names the file and the line.
+    prompts: list[FilePrompt]
+    left_out: list[str]
+
+
+def read_prompt_file(path: Path, system: str) -> PromptFile:
+    """Reads a .txt file, or a file that `read_rows` reads.
+
+    Prompts without a system turn get `system`. ValueError names the file, and where no row is a
+    prompt the first row.
     """
     rows = _read_lines(path) if path.suffix.lower() == ".txt" else read_rows(path)
-    prompts = []
+    found = PromptFile([], [])
     for where, row in rows:
         turns = convert_prompt(row)
         if isinstance(turns, Rejected):
-            raise ValueError(f"{where}: {turns.detail}")
+            found.left_out.append(f"{where} ({turns.detail})")
+            continue
         if turns[0].role != "system":
             turns = (Turn("system", system), *turns)
-        prompts.append(FilePrompt(where, turns))
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompts")
-    return prompts
+        found.prompts.append(FilePrompt(where, turns))
+    if not found.prompts:
+        raise ValueError(
+            f"{path}: holds no prompts" + "".join(f"; {each}" for each in found.left_out[:1])
+        )
+    return found
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

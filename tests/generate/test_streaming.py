@@ -73,8 +73,9 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
         {"messages": [system, user, {"role": "assistant", "content": thought}, user]},
         {"messages": [user, {"role": "assistant", "content": ""}]},
         {"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": ""}]},
+        {"prompt": "d", "hint": "e"},
     )
-    prompts = read_prompt_file(path, "S")
+    prompts, left_out = read_prompt_file(path, "S")
     own, asked = Turn("system", "S"), [prompt.turns[-1].content for prompt in prompts]
     mbpp = "Write f.\nYour code should pass these tests:\n\nassert f() == 1"
     assert asked == ["a", "How many?", "Do.", mbpp, "b", "b", "c"]
@@ -82,10 +83,14 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
     assert [len(prompt.turns) for prompt in prompts] == [2, 2, 2, 2, 4, 2, 2]
     assert prompts[4].turns[2].content == "<reasoning>So.</reasoning>\n<answer>Hi!</answer>"
     assert prompts[2].where == f"{path}:3"
+    assert left_out == [
+        f'{path}:8 ("hint" holds text that would not be used; name the columns to '
+        "use with data.columns, or remove it)"
+    ]
 
     lines = path.with_suffix(".TXT")
     lines.write_bytes(b"\xef\xbb\xbfone\r\n\r\n two \n")
-    assert [(p.where, p.turns) for p in read_prompt_file(lines, "S")] == [
+    assert [(p.where, p.turns) for p in read_prompt_file(lines, "S").prompts] == [
         (f"{lines}:1", (own, Turn("user", "one"))),
         (f"{lines}:3", (own, Turn("user", "two"))),
     ]
@@ -94,11 +99,10 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"answer": "x"}, "rows.jsonl:1: has no prompt, question, instruction or messages (found"),
-        ({"prompt": " "}, "rows.jsonl:1: a user turn has no text"),
-        ({"instruction": "Sum up:", "input": "x"}, 'has "input" beside "instruction"; put both'),
-        ({"messages": []}, "rows.jsonl:1: the roles are assistant"),
-        ({"messages": "hi"}, 'rows.jsonl:1: "messages" must be a non-empty list'),
+        ({"answer": "x"}, "rows.jsonl: holds no prompts; "),
+        ({"prompt": " "}, "rows.jsonl:1 (a user turn has no text)"),
+        ({"messages": []}, 'rows.jsonl:1 ("messages" must be a list'),
+        ({"messages": "hi"}, 'rows.jsonl:1 ("messages" must be a list'),
         (b'{"prompt": "a"', "rows.jsonl:1: broken or cut off at column"),
         (b"", "rows.jsonl: is empty"),
     ],
