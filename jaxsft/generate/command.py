@@ -45,7 +45,8 @@ def generate_answers(options: GenerateOptions) -> int:
         prompts, left_out = read_prompt_file(Path(options.prompts), system)
         if left_out:
             examples = visible_line("; ".join(left_out[:2]))
-            print(f"{plural(len(left_out), 'row')} left out: {examples}", file=sys.stderr)
+            note = f"{plural(len(left_out), 'row')} left out: {examples}"
+            Console(stderr=True, highlight=False, markup=False).print(note, soft_wrap=True)
     default = ModelOptions() if config is None else config.model
     devices = jax.devices()
     mesh = make_mesh(len(devices), 1, devices) if prompts else None  # one prompt keeps one busy
