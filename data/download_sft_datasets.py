@@ -1,15 +1,17 @@
-"""Downloads data sets and keeps the rows that training can use, as Parquet with a manifest.
+"""Downloads data sets, or the part of them that is asked for, as rows with a manifest.
 
     python data/download_sft_datasets.py
-        the recipe's data: glaive train[:180000] and train[180000:280000], GSM8K and MBPP
+        the recipes' data: 280,000 rows of Glaive, 512 more to measure on, GSM8K and MBPP
     python data/download_sft_datasets.py --dataset glaive --split 'train[:180000]'
     python data/download_sft_datasets.py --dataset owner/name --split train --split test
     python data/download_sft_datasets.py --dataset rows.jsonl
 
-Only the shards that hold the rows asked for are downloaded. An interrupted download goes on where
-it stopped when the same command is given again; a complete one is left as it is. HF_TOKEN is sent
-to the hub if it is set, HF_ENDPOINT names another hub, HF_HUB_DOWNLOAD_TIMEOUT is the number of
-seconds without a byte after which a request is tried again (10).
+Only the files that hold the rows asked for are downloaded. Every row is kept, with all columns that
+could hold text; rows that training cannot use as they are are counted, by reason. An interrupted
+download goes on where it stopped when the same command is given again; a complete one is left as it
+is. The token of HF_TOKEN or `hf auth login` is sent to the hub, HF_ENDPOINT names another hub,
+HF_HUB_DOWNLOAD_TIMEOUT is the number of seconds without a byte after which a request is tried again
+(10).
 
 --revision COMMIT gives the same rows on every machine. Without it each output directory keeps to
 the commit that "main" meant there at first; the commit is printed, and kept in manifest.json.
@@ -21,7 +23,6 @@ Exit codes: 0 all is there, 1 the hub did not deliver in spite of the retries or
 import argparse
 import difflib
 import errno
-import os
 import re
 import sys
 import time
@@ -37,6 +38,7 @@ from rich.progress import Progress as Bars
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, fail
 from jaxsft.common.files import file_sha256
+from jaxsft.data.fields import PARTS
 from jaxsft.data.rows import ROWS_VERSION
 from jaxsft.download.datasets import (
     Progress,
@@ -46,11 +48,12 @@ from jaxsft.download.datasets import (
     finished,
     tidy_up,
 )
-from jaxsft.download.files import Hub, HubError, NoNetworkError
-from jaxsft.download.splits import KNOWN, Known, parse_split
+from jaxsft.download.files import Hub, HubError, NoNetworkError, user_token
+from jaxsft.download.splits import KNOWN, ROW_FILE, Known, parse_split
 
 PLAIN_LINE_EVERY_S = 15.0
 NAME = re.compile(r"\w[\w.-]*")  # of an owner, a data set or a subset; safe as a folder's name
+FILE_KINDS = "a file of rows (JSON, CSV, Parquet)"
 
 
 class Reporter(Progress):
@@ -69,9 +72,9 @@ class Reporter(Progress):
         self.end()
         self.what, self.total, self.done = what, [num_bytes, num_rows], [0, 0]
         self.last_event_s = self.last_line_s = time.monotonic()
-        if num_rows:
-            download = f"{num_bytes / 1e6:,.1f} MB to download"
-            self.line(f"{what}: {download}, {num_rows:,} rows to convert")
+        if num_bytes or num_rows:
+            rows = f", {num_rows:,} rows to convert" if num_rows else ""
+            self.line(f"{what}: {num_bytes / 1e6:,.1f} MB to download{rows}")
         if self.console.is_terminal:
             fields = (TextColumn("{task.fields[amount]}"), TextColumn("{task.fields[left]}"))
             self.bars = Bars(
@@ -94,9 +97,10 @@ class Reporter(Progress):
         self.seconds[kind] += now_s - self.last_event_s
         self.done[kind] += amount
         self.last_event_s = now_s
+        of_rows = f" of {self.total[1]:,}" if self.total[1] else ""
         amounts = (
             f"{self.done[0] / 1e6:,.1f} of {self.total[0] / 1e6:,.1f} MB",
-            f"{self.done[1]:,} of {self.total[1]:,} rows",
+            f"{self.done[1]:,}{of_rows} rows",
         )
         if self.bars is not None:
             for task, text in zip(self.bars.tasks, amounts, strict=True):
@@ -145,7 +149,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--dataset",
         metavar="NAME",
-        help=f"{known}, owner/name on the hub, or a .jsonl or .parquet file (default: {known})",
+        help=f"{known}, owner/name on the hub, or {FILE_KINDS} (default: {known})",
     )
     add(
         "--split",
@@ -155,6 +159,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "(default: train, or all that the recipe uses)",
     )
     add("--subset", metavar="NAME", help="of a hub data set that has several (default: its own)")
+    add(
+        "--column",
+        metavar="PART=NAME",
+        action="append",
+        default=[],
+        help="a column that holds a part of the rows, as prompt=task, where its name does not "
+        "tell; may be repeated; the same go into data.columns of training",
+    )
     add(
         "--revision",
         default="main",
@@ -180,8 +192,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"unknown option {other!r}; did you mean {near}? --help lists all")
     if options.rows_per_file < 1 or options.retries < 0 or not 0 <= options.retry_wait < 1e6:
         raise ValueError("--rows_per_file must be positive, --retries, --retry_wait not negative")
-    if options.dataset is None and (options.split or options.subset or options.revision != "main"):
-        raise ValueError("--split, --subset and --revision need --dataset; which one do you mean?")
+    for text in options.column:
+        part, _, name = text.partition("=")
+        if part not in PARTS or not name:
+            raise ValueError(f"--column {text}: write PART=NAME; the parts are {', '.join(PARTS)}")
+    of_one = options.split or options.subset or options.column or options.revision != "main"
+    if options.dataset is None and of_one:
+        raise ValueError(
+            "--split, --subset, --column and --revision need --dataset; which one do you mean?"
+        )
     return options
 
 
@@ -195,8 +214,8 @@ def hub_requests(name: str, options: argparse.Namespace) -> list[Request]:
         near = difflib.get_close_matches(name, KNOWN, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"--dataset {name}: no such file; use {', '.join(KNOWN)}, owner/name on the hub, or a "
-            f".jsonl or .parquet file{hint}"
+            f"--dataset {name}: no such file; use {', '.join(KNOWN)}, owner/name on the hub, or "
+            f"{FILE_KINDS}{hint}"
         )
     if options.subset and not NAME.fullmatch(options.subset):
         raise ValueError(f"--subset {options.subset}: not a name on the hub")
@@ -212,10 +231,11 @@ def file_requests(file: Path, options: argparse.Namespace) -> list[Request]:
         raise ValueError(f"{file}: is a file; --subset and --revision are for the hub's data sets")
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
-    if not NAME.fullmatch(file.stem):
+    stem = ROW_FILE.sub("", file.name)
+    if not NAME.fullmatch(stem):
         raise ValueError(f"{file}: names the output; rename it, with letters, digits, _ . and -")
     source = {"file": file.name, "sha256": file_sha256(file)}
-    return _requests(options, file.stem, source, ("train",))
+    return _requests(options, stem, source, ("train",))
 
 
 def _requests(
@@ -227,25 +247,26 @@ def _requests(
 ) -> list[Request]:
     home, size = options.output_dir / folder, options.rows_per_file
     wanted = dict.fromkeys(parse_split(text) for text in options.split or splits)
-    return [Request(home / (prefix + s.directory_name), source, s, size) for s in wanted]
+    columns = dict(text.split("=", 1) for text in options.column) or None
+    return [Request(home / (prefix + s.directory_name), source, s, size, columns) for s in wanted]
 
 
 def report_finished(reporter: Reporter, directory: Path, manifest: dict[str, Any]) -> None:
-    """One line: what the directory holds, and what was left out."""
+    """One line: what the directory holds, and which rows training cannot use."""
     rejected = ", ".join(f"{reason} {count:,}" for reason, count in manifest["rejected"].items())
     size = sum(file["bytes"] for file in manifest["files"]) / 1e6
     reporter.line(
         f"{directory}: {manifest['rows']:,} of {manifest['rows_read']:,} rows, "
         f"{len(manifest['files'])} files, {size:,.1f} MB"
         + (f", revision {manifest['revision']}" if manifest["revision"] else "")
-        + (f"; left out: {rejected}" if rejected else "")
+        + (f"; cannot be used as they are: {rejected}" if rejected else "")
     )
 
 
 def obtain(name: str, options: argparse.Namespace, hub: Hub, reporter: Reporter) -> None:
     """Makes every directory of one data set that is not complete."""
     file = Path(name)
-    is_file = file.suffix in (".jsonl", ".parquet")
+    is_file = file.is_file() or ROW_FILE.search(name) is not None
     requests = file_requests(file, options) if is_file else hub_requests(name, options)
     missing = []
     for request in requests:
@@ -255,7 +276,7 @@ def obtain(name: str, options: argparse.Namespace, hub: Hub, reporter: Reporter)
         elif manifest.get("converter") == ROWS_VERSION:
             reporter.line(f"{request.directory}: complete, nothing to do")
         else:
-            other = "made by another version of the converter: prepare checks every row again"
+            other = "made by another version, which may have kept less; delete it to make it anew"
             reporter.line(f"{request.directory}: complete, nothing to do; {other}")
     if not missing:
         tidy_up(requests)
@@ -274,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parse_arguments(sys.argv[1:] if argv is None else argv)
-            token = os.environ.get("HF_TOKEN", "").strip() or None
-            hub = Hub(token, options.retries, options.retry_wait, reporter.line)
+            hub = Hub(user_token(), options.retries, options.retry_wait, reporter.line)
             for name in [options.dataset] if options.dataset else KNOWN:
                 obtain(name, options, hub, reporter)
         finally:
@@ -284,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
         return fail(
             f"cannot reach {host} ({error}): without a network name a file that you have, "
-            "--dataset FILE.jsonl or FILE.parquet, or train on data/sample/train.jsonl",
+            "--dataset FILE, or train on data/sample/train.jsonl",
             EXIT_BAD_INPUT,
         )
     except HubError as error:

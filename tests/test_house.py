@@ -40,7 +40,7 @@ TOUCHES_THE_PROCESS = {
     "weights.find": "stderr",
     "generate.chat": "stderr",
 }
-TOKEN_READERS = {"weights.hub", "download_sft_datasets"}
+TOKEN_READERS = {"weights.hub", "download.files", "download_sft_datasets"}
 PROCESS = re.compile(r"os\.(environ|getenv|putenv)|sys\.(argv|exit|stdout|stderr)|jax\.config\..*")
 # At import these start a JAX backend (on a TPU host: take the TPU) or touch the file system.
 AT_IMPORT = re.compile(

@@ -1,13 +1,17 @@
-"""Makes directories of rows from data sets. Only shards with the rows asked for are downloaded.
+"""Makes directories of rows from data sets. Only files with the rows asked for are downloaded.
 
     data/glaive/revision.json       the commit of "main" at the first download; it stays
-    data/glaive/.source/            shards of the hub; each is deleted after its parts are written
+    data/glaive/.source/            files of the hub; each is deleted after its parts are written
     data/glaive/train-0-180000/     part-00000.parquet, …, manifest.json (written last)
                                     unfinished.json instead of it while parts are missing
 
-The plan is made from the footers of the shards, before any row is read: which shards, which of
-their rows go to which part, and whether the columns fit a schema. A part depends on the plan only,
-so an interrupted download continues with the next part.
+Of Parquet the plan is made from the footers of the shards, before any row is read: which shards,
+which of their rows go to which part, and whether the columns can be used. A part depends on the
+plan only, so an interrupted download continues with the next part.
+
+Other files (JSON, CSV, …, and the user's own) are read by `read_rows`, which reads them as training
+does, until the rows asked for are there. An interrupted download keeps the files that it has, and
+writes the parts anew.
 """
 
 import itertools
@@ -21,18 +25,20 @@ from jaxsft.common.files import read_json, write_json
 from jaxsft.common.locks import DirectoryLock, LockedError
 from jaxsft.common.pins import read_pins, write_pin
 from jaxsft.data.rows import ROWS_VERSION
-from jaxsft.data.sources import ROWS_KIND, ROWS_MANIFEST, row_files
-from jaxsft.download.files import Hub, Snapshot, fetch, look_up, parquet_footer
+from jaxsft.data.sources import ROWS_KIND, ROWS_MANIFEST, read_rows, row_files
+from jaxsft.download.files import Hub, HubFile, Snapshot, fetch, look_up, parquet_footer
 from jaxsft.download.parts import (
+    Columns,
     Counts,
     Part,
     check_some_accepted,
     parquet_batches,
     remove_parts,
+    write_json_part,
     write_manifest,
-    write_part,
+    write_parquet_part,
 )
-from jaxsft.download.splits import Plan, Split, check_end, file_pieces, plan_split
+from jaxsft.download.splits import Slice, Split, check_end, is_parquet, plan_split, split_files
 
 UNFINISHED = "unfinished.json"
 
@@ -41,12 +47,17 @@ _UNFINISHED_KIND = "jaxsft unfinished rows"
 
 
 class Request(NamedTuple):
-    """A directory of rows to make; its manifest gets the same `source`."""
+    """A directory of rows to make; its manifest gets the same `source`.
+
+    `columns` are those that will be used, as `data.columns`. They decide whether the rows can be
+    used, and not what the directory holds.
+    """
 
     directory: Path
     source: dict[str, Any]
     split: Split
     rows_per_file: int
+    columns: Columns = None
 
 
 class Progress:
@@ -103,94 +114,137 @@ def download_splits(
     All requests have the same repository, revision and parent directory.
 
     Raises:
-      ValueError: there is no such repository, revision, subset or split; the columns fit no schema;
-        no row is accepted; a directory was started with other options; the disk has no room.
+      ValueError: there is no such repository, revision, subset, split or row; no row can be used; a
+        directory was started with other options; the disk has no room.
       NoNetworkError, HubError: see files.py.
     """
     source, home = requests[0].source, requests[0].directory.parent
-    shards = home / _SOURCE
     with DirectoryLock(home):
         repo, revision = source["repo"], source["revision"]
         commit = read_pins(home, repo).get(revision, revision)
         snapshot = look_up(hub, repo, commit)
         footer_of = cache(partial(parquet_footer, hub, snapshot))
-        plans = [
-            plan_split(snapshot, footer_of, source["subset"], request.split, request.rows_per_file)
-            for request in requests
-        ]
+        jobs = []
+        for request in requests:
+            files = split_files(snapshot, source["subset"], request.split.name)
+            _, _, split, size, columns = request
+            if all(map(is_parquet, files)):
+                plan = plan_split(snapshot, files, footer_of, split, size, columns)
+                files = list(dict.fromkeys(piece.shard for piece in plan))
+            else:
+                plan = None
+            jobs.append((request, files, plan))
         write_pin(home, repo, revision, snapshot.revision)
-        for number, (request, plan) in enumerate(zip(requests, plans, strict=True)):
-            later = {piece.shard.git_oid for other in plans[number + 1 :] for piece in other.slices}
-            manifest = _carry_out(hub, snapshot, request, plan, shards, later, progress)
-            yield request.directory, manifest
-        shards.rmdir()
+        store = _Store(hub, snapshot, home / _SOURCE, progress)
+        for number, (request, files, plan) in enumerate(jobs):
+            later = {file.git_oid for _, others, _ in jobs[number + 1 :] for file in others}
+            make = (
+                partial(_make_from_rows, files=files)
+                if plan is None
+                else partial(_make_from_parquet, slices=plan)
+            )
+            yield request.directory, make(store, request, needed_later=later)
+        store.directory.rmdir()
 
 
 def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, Any]:
-    """Makes the directory of rows from a local JSONL or Parquet file; returns its manifest.
+    """Makes the directory of rows from a local file; returns its manifest.
 
     Raises:
-      ValueError: with file:line or file:row, if the file or one of its rows is wrong.
+      ValueError: the file is broken, has too few rows, or none that can be used.
     """
-    directory, split, size = request.directory, request.split, request.rows_per_file
+    with DirectoryLock(request.directory.parent):
+        progress.plan(str(request.directory), 0, 0)
+        return _write_rows((row for _, row in read_rows(file)), str(file), request, None, progress)
+
+
+class _Store(NamedTuple):
+    """Files of one commit, downloaded into a directory."""
+
+    hub: Hub
+    snapshot: Snapshot
+    directory: Path
+    progress: Progress
+
+    def get(self, file: HubFile) -> Path:
+        path = self.directory / f"{file.git_oid}{''.join(Path(file.path).suffixes[-2:])}"
+        fetch(self.hub, self.snapshot, file, path, self.progress.received)
+        return path
+
+    def keep_only(self, git_oids: set[str]) -> None:
+        _keep_only(self.directory, git_oids)
+
+
+def _make_from_rows(
+    store: _Store, request: Request, *, files: Sequence[HubFile], needed_later: set[str]
+) -> dict[str, Any]:
+    """Reads the files one after the other, as far as they are needed."""
+    store.directory.mkdir(parents=True, exist_ok=True)
+    store.keep_only(needed_later | {file.git_oid for file in files})
+    num_bytes = sum(file.size for file in files)
+    store.progress.plan(str(request.directory), num_bytes, 0)
+    rows = (row for file in files for _, row in read_rows(store.get(file)))
+    repo, commit, *_ = store.snapshot
+    manifest = _write_rows(rows, repo, request, commit, store.progress)
+    store.keep_only(needed_later)
+    return manifest
+
+
+def _write_rows(
+    rows: Iterator[Any], where: str, request: Request, commit: str | None, progress: Progress
+) -> dict[str, Any]:
+    """Writes the split's rows as parts of JSON lines; no directory is left if that fails."""
+    directory, _, split, size, columns = request
     parts: list[Part] = []
-    with DirectoryLock(directory.parent):
-        progress.plan(str(directory), 0, 0)
-        try:
-            for batches in file_pieces(file, split, size):
-                start = split.start + len(parts) * size
-                directory.mkdir(parents=True, exist_ok=True)
-                path = directory / f"part-{len(parts):05d}.parquet"
-                parts.append(write_part(path, batches, f"{file}:row ", start))
-                progress.converted(parts[-1].counts.rows_read)
-            num_rows = split.start + sum(part.counts.rows_read for part in parts)
-            check_end(str(file), split, num_rows)
-            return write_manifest(directory, _head(request, None), parts)
-        except BaseException:
-            if not (directory / ROWS_MANIFEST).is_file():
-                remove_parts(directory)
-                with suppress(OSError):  # it does not exist, or other files are in it
-                    directory.rmdir()
-            raise
+    count = itertools.count()
+    counted = (row for row, _ in zip(rows, count, strict=False))
+    rows = itertools.islice(counted, split.start, split.stop)
+    try:
+        for first in rows:
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / f"part-{len(parts):05d}.jsonl"
+            piece = itertools.chain([first], itertools.islice(rows, size - 1))
+            parts.append(write_json_part(path, piece, columns))
+            check_some_accepted(directory, parts)
+            progress.converted(parts[-1].counts.rows_read)
+        check_end(where, split, next(count))
+        return write_manifest(directory, _head(request, commit), parts)
+    except BaseException:
+        if not (directory / ROWS_MANIFEST).is_file():
+            remove_parts(directory)
+            with suppress(OSError):  # it does not exist, or other files are in it
+                directory.rmdir()
+        raise
 
 
-def _carry_out(
-    hub: Hub,
-    snapshot: Snapshot,
-    request: Request,
-    plan: Plan,
-    shards: Path,
-    needed_later: set[str],
-    progress: Progress,
+def _make_from_parquet(
+    store: _Store, request: Request, *, slices: Sequence[Slice], needed_later: set[str]
 ) -> dict[str, Any]:
     """Writes the missing parts; deletes each shard when it is no longer needed."""
-    slices = plan.slices
     request.directory.mkdir(parents=True, exist_ok=True)
-    shards.mkdir(exist_ok=True)
-    head = _head(request, snapshot.revision)
+    store.directory.mkdir(exist_ok=True)
+    head = _head(request, store.snapshot.revision)
     state = head | {"kind": _UNFINISHED_KIND, "rows_per_file": request.rows_per_file}
-    parts = _parts_so_far(request.directory, state, hub.note)
+    parts = _parts_so_far(request.directory, state, store.hub.note)
     todo = list(enumerate(slices))[len(parts) :]
     num_bytes = sum({piece.shard.path: piece.shard.size for _, piece in todo}.values())
     num_rows = sum(piece.stop - piece.start for _, piece in todo)
-    progress.plan(str(request.directory), num_bytes, num_rows)
+    store.progress.plan(str(request.directory), num_bytes, num_rows)
     for shard, pieces in itertools.groupby(todo, key=lambda item: item[1].shard):
         check_some_accepted(request.directory, parts)
-        needed = needed_later | {piece.shard.git_oid for piece in slices[len(parts) :]}
-        _keep_only(shards, needed)
-        source = shards / f"{shard.git_oid}.parquet"
-        fetch(hub, snapshot, shard, source, progress.received)
+        store.keep_only(needed_later | {piece.shard.git_oid for piece in slices[len(parts) :]})
+        source = store.get(shard)
         for index, (_, start, stop) in pieces:
             path = request.directory / f"part-{index:05d}.parquet"
-            part = write_part(path, parquet_batches(source, plan.columns, start, stop))
+            part = write_parquet_part(path, parquet_batches(source, start, stop), request.columns)
             assert part.counts.rows_read == stop - start
             parts.append(part)
             written = [[list(counts), *rest] for counts, *rest in parts]
             write_json(request.directory / UNFINISHED, state | {"parts": written})
-            progress.converted(stop - start)
+            store.progress.converted(stop - start)
     manifest = write_manifest(request.directory, head, parts)
     (request.directory / UNFINISHED).unlink(missing_ok=True)
-    _keep_only(shards, needed_later)
+    store.keep_only(needed_later)
     return manifest
 
 
@@ -227,8 +281,8 @@ def _parts_so_far(
 
 def _is_there(directory: Path, part: Part) -> bool:
     file = directory / Path(part.name).name
-    sums = part.counts.rows + sum(part.counts.rejected.values())
-    if not isinstance(part.sha256, str) or sums != part.counts.rows_read:
+    counts = [part.counts.rows, sum(part.counts.rejected.values())]
+    if not isinstance(part.sha256, str) or max(counts) > part.counts.rows_read:
         raise TypeError("is no part")
     return not part.name or (file.is_file() and file.stat().st_size == part.num_bytes)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -91,7 +91,15 @@ class Hub:
 
     def __post_init__(self) -> None:
         if self.token is not None and not re.fullmatch("[!-~]+", self.token):
-            raise ValueError("HF_TOKEN holds characters that no token has; set it again, or unset")
+            raise ValueError(
+                "HF_TOKEN holds characters that no token has; set it again, or unset it (or run "
+                "'hf auth login' again)"
+            )
+
+
+def user_token() -> str | None:
+    """The token of HF_TOKEN or, without it, the one that `hf auth login` keeps."""
+    return get_token()
 
 
 class HubFile(NamedTuple):
@@ -317,11 +325,13 @@ def _judge(hub: Hub, what: str, error: Exception, count: int) -> tuple[str, floa
         raise NoNetworkError("HF_HUB_OFFLINE is set") from None
     if isinstance(error, GatedRepoError):
         raise ValueError(
-            f"{what}: is gated; accept its terms on the hub's page and set HF_TOKEN"
+            f"{what}: is gated; accept its terms on the hub's page, then set HF_TOKEN or run "
+            "'hf auth login'"
         ) from None
     if isinstance(error, RepositoryNotFoundError | RemoteEntryNotFoundError):
         raise ValueError(
-            f"{what}: is not on the hub, or is private: check the name, or set HF_TOKEN"
+            f"{what}: is not on the hub, or is private: check the name, or set HF_TOKEN "
+            "or run 'hf auth login'"
         ) from None
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code

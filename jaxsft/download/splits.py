@@ -1,21 +1,23 @@
 """Parses splits such as `train[180000:280000]`, and finds the files that hold their rows."""
 
 import difflib
-import itertools
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-import pyarrow as arrow
 import pyarrow.parquet as parquet
 from fsspec.utils import glob_translate
 
-from jaxsft.data.sources import read_rows
 from jaxsft.download.files import HubFile, Snapshot
-from jaxsft.download.parts import check_columns, jsonl_batches, parquet_batches, schema_of_row
+from jaxsft.download.parts import Columns, check_columns
 
 _SPLIT = re.compile(r"(\w+(?:[.-]\w+)*)(?:\[(\d*):(\d*)\])?")
+_KINDS = ("parquet", "jsonl", "ndjson", "json", "csv", "tsv", "arrow")  # the first that is there
+# The end of the name of a file of rows.
+ROW_FILE = re.compile(rf"\.({'|'.join(_KINDS)})(?:\.(?:gz|bz2|zst|zstd))?$")
+_ABOUT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+_NOT_READ = "not Parquet, JSON, CSV or Arrow"
 # Usual names of splits, for repositories with no list of splits on their card.
 _USUAL = re.compile(r"(?:^|[/._-])(train|test|validation|valid|val|dev|eval|prompt)(?=[/._-])")
 
@@ -30,7 +32,11 @@ class Known(NamedTuple):
 
 # Training rows are compared with the test splits.
 KNOWN = {
-    "glaive": Known("glaiveai/reasoning-v1-20m", None, ("train[:180000]", "train[180000:280000]")),
+    "glaive": Known(
+        "glaiveai/reasoning-v1-20m",
+        None,
+        ("train[:180000]", "train[180000:280000]", "train[280000:280512]"),  # the last: held out
+    ),
     "gsm8k": Known("openai/gsm8k", "main", ("train", "test")),
     "mbpp": Known("google-research-datasets/mbpp", "full", ("train", "test")),
 }
@@ -42,13 +48,6 @@ class Slice(NamedTuple):
     shard: HubFile
     start: int
     stop: int
-
-
-class Plan(NamedTuple):
-    """How a split is made: the columns that the converter reads, and a slice for each part."""
-
-    columns: list[str]
-    slices: list[Slice]
 
 
 class Split(NamedTuple):
@@ -96,84 +95,62 @@ def check_end(where: str, split: Split, num_rows: int) -> int:
 
 def plan_split(
     snapshot: Snapshot,
+    shards: Sequence[HubFile],
     footer_of: Callable[[HubFile], parquet.FileMetaData],
-    subset: str | None,
     split: Split,
     rows_per_part: int,
-) -> Plan:
-    """Makes the plan from the footers of the shards, up to the last one with rows asked for.
+    named: Columns = None,
+) -> list[Slice]:
+    """The slices of a split in Parquet, from the footers up to the last shard with rows asked for.
 
     Raises:
-      ValueError: there is no such subset, split or row, or the columns fit no schema.
+      ValueError: there are no such rows, or no row with these columns could be used.
     """
-    columns: list[str] = []
     slices: list[Slice] = []
     first = 0
-    for shard in split_files(snapshot, subset, split.name):
+    for shard in shards:
         if split.stop is not None and first >= split.stop:
             break
-        where = f"{snapshot.repo}: {shard.path}"
         footer = footer_of(shard)
-        found = check_columns(footer.schema.to_arrow_schema(), where)
-        if columns and found != columns:
-            raise ValueError(f"{where}: has the columns {found}, the shards before it {columns}")
-        columns, num_rows = found, footer.num_rows
+        check_columns(footer.schema.to_arrow_schema(), f"{snapshot.repo}: {shard.path}", named)
+        num_rows = footer.num_rows
         end = num_rows if split.stop is None else min(split.stop - first, num_rows)
         for start in range(max(split.start - first, 0), end, rows_per_part):
             slices.append(Slice(shard, start, min(start + rows_per_part, end)))
         first += num_rows
     check_end(snapshot.repo, split, first)
-    return Plan(columns, slices)
-
-
-def file_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
-    """The split's rows of a local Parquet or JSONL file, in pieces of `size`; none is empty.
-
-    If a JSONL file has too few rows, no error is raised here; see `check_end`.
-    """
-    return (_parquet_pieces if file.suffix == ".parquet" else _jsonl_pieces)(file, split, size)
-
-
-def _parquet_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
-    try:
-        footer = parquet.read_metadata(file)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{file}: cannot be read as Parquet ({why})") from None
-    columns = check_columns(footer.schema.to_arrow_schema(), str(file))
-    end = check_end(str(file), split, footer.num_rows)
-    for start in range(split.start, end, size):
-        yield parquet_batches(file, columns, start, min(start + size, end))
-
-
-def _jsonl_pieces(file: Path, split: Split, size: int) -> Iterator[Iterator[arrow.RecordBatch]]:
-    rows = itertools.islice(read_rows(file), split.start, split.stop)
-    schema = None
-    while first := next(rows, None):
-        schema = schema or schema_of_row(*first)
-        yield jsonl_batches(itertools.chain([first], itertools.islice(rows, size - 1)), schema)
+    return slices
 
 
 def split_files(snapshot: Snapshot, subset: str | None, split: str) -> list[HubFile]:
-    """The Parquet files of one split, in the order of its rows.
+    """The files of one split, in the order of its rows: all in Parquet, or others.
 
     The card of the data set lists them (`configs`). Without a list the name or folder of a file
     tells its split, and a file whose name does not tell belongs to train.
 
     Raises:
-      ValueError: there is no such subset or split, or it is not stored as Parquet.
+      ValueError: there is no such subset or split, or its files are of a kind that is not read.
     """
-    if snapshot.configs:
-        files = _listed_on_card(snapshot, subset, split)
-    else:
-        files = _named_after(snapshot, subset, split)
-    others = [file.path for file in files if not file.path.endswith(".parquet")]
-    if others:
+    listed = _listed_on_card if snapshot.configs else _named_after
+    files = listed(snapshot, subset, split)
+    if others := [file.path for file in files if _kind(file) is None]:
         raise ValueError(
-            f"{snapshot.repo}: {others[0]} is not Parquet; most data sets have a Parquet copy "
-            "at --revision refs/convert/parquet"
+            f"{snapshot.repo}: {others[0]} is {_NOT_READ}; many data sets have a Parquet copy: "
+            "data/download_sft_datasets.py --revision refs/convert/parquet"
         )
     return files
+
+
+def _kind(file: HubFile) -> str | None:
+    """Such as "parquet" or "jsonl"; None if it is no file of rows."""
+    match = ROW_FILE.search(file.path)
+    name = PurePosixPath(file.path).name
+    return match[1] if match and name not in _ABOUT_DATA and not name.startswith(".") else None
+
+
+def is_parquet(file: HubFile) -> bool:
+    """Whether the name says that it is Parquet."""
+    return _kind(file) == "parquet"
 
 
 def _listed_on_card(snapshot: Snapshot, subset: str | None, split: str) -> list[HubFile]:
@@ -182,10 +159,10 @@ def _listed_on_card(snapshot: Snapshot, subset: str | None, split: str) -> list[
     usual += [name for name in configs if name == "default" or len(configs) == 1]
     name = subset or (usual[0] if usual else None)
     if name not in configs:
-        raise ValueError(_no_such(snapshot, "subset", subset, list(configs), "--subset"))
+        raise ValueError(_no_such(snapshot, "subset", subset, list(configs)))
     patterns = _patterns(configs[name].get("data_files"))
     if split not in patterns:
-        raise ValueError(_no_such(snapshot, "split", split, list(patterns), "--split"))
+        raise ValueError(_no_such(snapshot, "split", split, list(patterns)))
     files = []
     for pattern in patterns[split]:
         matches = re.compile(glob_translate(pattern)).fullmatch
@@ -209,30 +186,34 @@ def _patterns(data_files: Any) -> dict[str, list[str]]:
 
 
 def _named_after(snapshot: Snapshot, subset: str | None, split: str) -> list[HubFile]:
-    files = [file for file in snapshot.files if file.path.endswith(".parquet")]
+    by_kind = {kind: [f for f in snapshot.files if _kind(f) == kind] for kind in _KINDS}
+    files = by_kind["parquet"] or max(by_kind.values(), key=len)
     if not files:
         raise ValueError(
-            f"{snapshot.repo}: holds no Parquet files; most data sets have a Parquet copy at "
-            "--revision refs/convert/parquet"
+            f"{snapshot.repo}: holds no file in Parquet, JSON, CSV or Arrow; many data sets have a "
+            "Parquet copy: data/download_sft_datasets.py --revision refs/convert/parquet"
         )
     if subset is not None:
         folders = sorted({folder for f in files for folder in PurePosixPath(f.path).parts[:-1]})
         files = [f for f in files if subset in PurePosixPath(f.path).parts[:-1]]
         if not files:
-            raise ValueError(_no_such(snapshot, "subset", subset, folders, "--subset"))
+            raise ValueError(_no_such(snapshot, "subset", subset, folders))
     by_split: dict[str, list[HubFile]] = {}
     for file in files:
         names = _USUAL.findall(file.path)
         by_split.setdefault(names[-1] if names else "train", []).append(file)
     if split not in by_split:
-        raise ValueError(_no_such(snapshot, "split", split, list(by_split), "--split"))
+        raise ValueError(_no_such(snapshot, "split", split, list(by_split)))
     return by_split[split]
 
 
-def _no_such(snapshot: Snapshot, kind: str, name: str | None, names: list[str], option: str) -> str:
+def _no_such(snapshot: Snapshot, kind: str, name: str | None, names: list[str]) -> str:
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
     if name is None:
-        return f"{snapshot.repo}: has several {kind}s ({listed}); choose one with {option}"
+        return (
+            f"{snapshot.repo}: has several {kind}s ({listed}); choose one, as in "
+            f"{snapshot.repo}:{names[0]} or with --subset {names[0]}"
+        )
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{snapshot.repo}: has no {kind} {name!r} (it has {listed or 'none'}){hint}"

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pyarrow as arrow
@@ -21,10 +22,9 @@ import pytest
 from support.fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
 
 from jaxsft.common.locks import DirectoryLock
-from jaxsft.data.rows import ACCEPTED_SCHEMAS, Conversation, convert_row
 from jaxsft.data.sources import read_rows
+from jaxsft.download import parts
 from jaxsft.download.files import Hub, HubFile, Snapshot, fetch
-from jaxsft.download.parts import columns_read
 from jaxsft.download.splits import parse_split
 
 ROOT = Path(__file__).parents[2]
@@ -116,14 +116,6 @@ def glaive_shards(first_row: int = 0) -> dict[str, bytes]:
     }
 
 
-def usable(numbers: range) -> list[dict[str, Any]]:
-    return [
-        row
-        for n, row in zip(numbers, glaive_rows(numbers), strict=True)
-        if n % 10 not in (3, 5, 7, 8)
-    ]
-
-
 def contents(directory: Path) -> dict[str, bytes]:
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
@@ -160,21 +152,23 @@ def test_rows_shards_and_manifest(download: Download, hub: FakeHub) -> None:
     assert outcome.code == 0 and outcome.err == "", outcome
 
     directory = download.home / MIDDLE_NAME
-    assert [row for _, row in read_rows(directory)] == usable(range(150, 330))
-    assert [row for _, row in read_rows(download.home / "train-330-420")] == usable(range(330, 420))
+    assert [row for _, row in read_rows(directory)] == glaive_rows(range(150, 330))
+    assert [row for _, row in read_rows(download.home / "train-330-420")] == glaive_rows(
+        range(330, 420)
+    )
     # Shards 0 and 5 were not asked for; shard 3, which both need, once.
     assert [name for name, _ in hub.downloads()] == [shard_name(n) for n in (1, 2, 3, 4)]
     assert not (download.home / ".source").exists()
 
     manifest = json.loads((directory / "manifest.json").read_text())
-    rejected = {reason: 18 for reason in ("empty_thought", "no_thought", "unclosed_thought")}
-    assert manifest["rejected"] == rejected | {"invalid_row": 18}
-    assert (manifest["rows_read"], manifest["rows"]) == (180, 108)
+    # A row without a thought is not among them: `data.without_thought` decides.
+    assert manifest["rejected"] == {"unclosed_thought": 18, "unknown_fields": 18}
+    assert (manifest["rows_read"], manifest["rows"]) == (180, 180)
     assert manifest["revision"] == hub.main[GLAIVE]
     assert manifest["split"] == "train[150:330]"
     # 50, 100 and 30 rows of three shards, at most 40 to a file.
-    assert [file["rows"] for file in manifest["files"]] == [24, 6, 24, 24, 12, 18]
-    assert "no_thought 18" in outcome.out
+    assert [file["rows"] for file in manifest["files"]] == [40, 10, 40, 40, 20, 30]
+    assert "cannot be used as they are: unclosed_thought 18, unknown_fields 18" in outcome.out
 
     # The token went to the hub alone, and nowhere into what was written.
     assert {r.authorization for r in hub.log if r.server == "hub" and GLAIVE in r.path} == {
@@ -302,10 +296,12 @@ def test_kill_and_resume(download: Download, hub: FakeHub, undisturbed: dict[str
 
     # So do other splits of it, which could else hold the same rows; a revision is taken by name.
     assert download("--dataset", "glaive", "--split", "train[:20]").code == 0
-    assert [row for _, row in read_rows(download.home / "train-0-20")] == usable(range(20))
+    assert [row for _, row in read_rows(download.home / "train-0-20")] == glaive_rows(range(20))
     new = ("--dataset", "glaive", "--split", "train[20:40]", "--revision", hub.main[GLAIVE])
     assert download(*new).code == 0
-    assert [row for _, row in read_rows(download.home / "train-20-40")] == usable(range(27, 47))
+    assert [row for _, row in read_rows(download.home / "train-20-40")] == glaive_rows(
+        range(27, 47)
+    )
 
 
 def test_a_second_conversion_is_refused(in_process: InProcess, tmp_path: Path) -> None:
@@ -341,7 +337,7 @@ def test_another_version_of_the_converter(
     assert contents(download.home) == undisturbed
 
     make_old("manifest.json")
-    line = "made by another version of the converter: prepare checks every row again"
+    line = "made by another version, which may have kept less; delete it to make it anew"
     assert line in in_process(*MIDDLE, code=0)
 
 
@@ -377,29 +373,29 @@ def test_damaged_manifests_are_named(download: Download, in_process: InProcess) 
 
 
 def test_unusable_data_is_refused_before_it_is_downloaded(download: Download, hub: FakeHub) -> None:
-    names = {"question": "q", "solution": "s"}
-    hub.add("some/other", {"train-0.parquet": parquet_bytes([names | {"id": i} for i in range(9)])})
+    hub.add("some/other", {"train-0.parquet": parquet_bytes([{"task": "t", "key": "s", "id": 3}])})
     err = download.refused("--dataset", "some/other")
     assert err == (
-        "error: some/other: train-0.parquet: has the columns question, solution, id; accepted are "
-        f"{ACCEPTED_SCHEMAS}\n"
+        "error: some/other: train-0.parquet: no prompt with a response, and no messages, in "
+        '"task", "key", "id"; name them with data.columns\n'
     )
+    names = ("--column", "prompt=task", "--column", "response=key")
+    assert download("--dataset", "some/other", *names).code == 0
     numbers = [{"prompt": i, "response": "r"} for i in range(9)]
     hub.add("some/numbers", {"train-0.parquet": parquet_bytes(numbers)})
     err = download.refused("--dataset", "some/numbers")
-    assert 'the column "prompt" is int64, not text' in err
+    assert 'train-0.parquet: "prompt" is a int, not a text' in err
     # These two are smaller than what is asked for to get a footer; a large one shows the rest.
     filler = [{"text": "x", "digits": row["prompt"]} for row in glaive_rows(range(150))]
     hub.add("some/large", {"train-0.parquet": parquet_bytes(filler)})
-    download.refused("--dataset", "some/large")
-    assert [r.range for r in hub.log if r.server == "cdn"][2:] and not [
-        name for name, _ in hub.downloads()[2:]
-    ]
-    rejected = [{"prompt": "p", "response": "no thought"}] * 1500
+    hub.log.clear()
+    assert '"text" alone does not say' in download.refused("--dataset", "some/large")
+    assert [r.range for r in hub.log if r.server == "cdn"] and not hub.downloads()
+    rejected = [{"prompt": "p", "response": "<think>for ever"}] * 1500
     hub.add("some/unthinking", {"train-0.parquet": parquet_bytes(rejected)})
     err = download.refused("--dataset", "some/unthinking", "--rows_per_file", "1000")
-    assert "none of the first 1,500 rows can be used (no_thought 1,500)" in err
-    assert not list(download.directory.glob("*/*/manifest.json"))
+    assert "none of the first 1,500 rows can be used (unclosed_thought 1,500)" in err
+    assert not list(download.directory.glob("*/train/manifest.json"))[1:]
 
 
 def test_names_that_leave_the_directory(download: Download, hub: FakeHub) -> None:
@@ -414,7 +410,7 @@ def test_no_network(download: Download, hub: FakeHub) -> None:
         download.environment["HF_ENDPOINT"] = stopped.endpoint
     line = (
         "error: cannot reach 127.0.0.1 ({}): without a network name a file that you have, "
-        "--dataset FILE.jsonl or FILE.parquet, or train on data/sample/train.jsonl\n"
+        "--dataset FILE, or train on data/sample/train.jsonl\n"
     )
     assert download.refused() == line.format("no connection")
     download.environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "1"}
@@ -446,7 +442,7 @@ def test_what_the_hub_lacks(options: list[str], line: str, download: Download) -
         (["--datset", "glaive"], "unknown option '--datset'; did you mean --dataset?"),
         (["--dataset", "glaive", "--split", "train[:10%]"], "write it as train or train[180000:2"),
         (["--dataset", "glaive", "--split", "train[9:9]"], "holds no rows"),
-        (["--split", "train"], "--split, --subset and --revision need --dataset"),
+        (["--split", "train"], "--split, --subset, --column and --revision need --dataset"),
         (["--retries", "-1"], "not negative"),
         (["--rows_per_file", "many"], "invalid int value"),
     ],
@@ -495,7 +491,7 @@ def test_without_options_it_is_the_data_of_the_recipe(download: Download, hub: F
     ]
 
     assert download().code == 0
-    for first, last in ((0, 180_000), (180_000, 280_000)):
+    for first, last in ((0, 180_000), (180_000, 280_000), (280_000, 280_512)):
         directory = download.home / f"train-{first}-{last}"
         manifest = json.loads((directory / "manifest.json").read_text())
         assert manifest["rows"] == last - first
@@ -508,59 +504,70 @@ def test_without_options_it_is_the_data_of_the_recipe(download: Download, hub: F
     assert rows == gsm8k["train"]
     assert not [path for path in hub.log if "socratic" in path.path]
     (row,) = [row for _, row in read_rows(download.directory / "mbpp" / "test")]
-    assert row == {name: task(9)[name] for name in ("text", "code", "test_list")}
+    assert row == task(9)
 
     err = download.refused("--dataset", "openai/gsm8k")
-    assert "has several subsets (socratic, main); choose one with --subset" in err
+    assert "has several subsets (socratic, main); choose one, as in openai/gsm8k:socr" in err
     assert download("--dataset", "openai/gsm8k", "--subset", "socratic").code == 0
     assert (download.directory / "openai--gsm8k" / "socratic-train" / "manifest.json").is_file()
 
 
 @pytest.mark.quick
 def test_local_files(in_process: InProcess, tmp_path: Path) -> None:
-    rows = [{"prompt": f"p{n}", "completion": f"c{n}", "id": n} for n in range(5)]
-    rows[3]["reasoning_content"] = "r"
+    rows: list[Any] = [{"prompt": f"p{n}", "completion": f"c{n}", "id": n} for n in range(5)]
+    rows[1] |= {"reasoning": "r", "system": "s", "weight": 0.5}
+    rows[2] = {"messages": [{"role": "user", "content": "q", "tool_calls": [{"name": "f"}]}]}
+    rows[3] = {"question": "\ud800", "answer": None}
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    in_process("--dataset", str(file), "--rows_per_file", "2", code=0)
-    made = [row for _, row in read_rows(in_process.directory / "mine" / "train")]
-    assert [convert_row(row) for row in made] == [convert_row(row) for row in rows]
+    out = in_process("--dataset", str(file), "--rows_per_file", "2", code=0)
+    assert "cannot be used as they are: tools 1, unknown_fields 1, weight 1" in out
+    assert [row for _, row in read_rows(in_process.directory / "mine" / "train")] == rows
     assert "complete, nothing to do" in in_process("--dataset", str(file), code=0)
 
     table = tmp_path / "table.parquet"
     parquet.write_table(arrow.Table.from_pylist(glaive_rows(range(4, 7))), table)
-    options = ("--dataset", str(table), "--rows_per_file", "2")
-    in_process(*options, code=0)
+    in_process("--dataset", str(table), "--rows_per_file", "2", code=0)
     made = [row for _, row in read_rows(in_process.directory / "table" / "train")]
-    assert made == usable(range(4, 7))
+    assert made == glaive_rows(range(4, 7))
 
 
-def test_rows_of_a_local_file_are_not_left_out_in_silence(
-    in_process: InProcess, tmp_path: Path
-) -> None:
-    table = tmp_path / "table.parquet"
-    parquet.write_table(arrow.Table.from_pylist(glaive_rows(range(4, 9))), table)
-    line = in_process("--dataset", str(table), "--rows_per_file", "2")
-    assert f'{table}:row 4: "response" is null, not a string' in line
+def test_local_files_that_are_refused(in_process: InProcess, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     for text, expected in (
         ("", f"{file}: is empty"),
-        ("{}\n", f"{file}:1: has the columns none; accepted are"),
-        ('{"prompt": "p", "completion": 3}\n', f'{file}:1: "completion" is a int'),
-        (
-            '{"prompt": "p", "completion": "c"}\n{"question": "q", "answer": "#### 1"}\n',
-            f"{file}:2: has other fields than the first row (prompt, completion",
-        ),
-        ('{"question": "q", "answer": "a"}\n', "none of the first 1 rows can be used (no_final_"),
+        ("{}\n", "none of the first 1 rows can be used (unknown_fields 1)"),
+        ('{"prompt": "p", "completion": "c"}\n{"prompt"', f"{file}:2: broken or cut off"),
     ):
         file.write_text(text)
         assert expected in in_process("--dataset", str(file))
-    file.write_bytes(table.read_bytes()[:-9])
-    assert f"{file.rename(table)}: cannot be read as Parquet" in in_process("--dataset", str(table))
     file.write_text('{"prompt": "p", "completion": "c"}\n' * 3)
     options = ("--split", "train[:9]", "--rows_per_file", "2")
     assert "goes beyond its 3 rows" in in_process("--dataset", str(file), *options)
     assert not in_process.directory.exists()
+
+
+def test_columns_that_are_kept(download: Download, hub: FakeHub) -> None:
+    row = {
+        "instruction": "i",
+        "input": "in",
+        "output": "o",
+        "system": "s",
+        "tools": [{"name": "f", "calls": [{"text": "deep"}]}],
+        "weight": 0.5,
+        "source": "web",
+    }
+    left_out = {"image": {"bytes": b"x", "path": "p"}, "raw": b"x", "embedding": [0.5]}
+    table = arrow.Table.from_pylist([row | left_out] * 2)
+    bad = arrow.array([b"\xff", b"o"]).view(arrow.string())
+    out = BytesIO()
+    parquet.write_table(arrow.concat_tables([table, table.set_column(2, "output", bad)]), out)
+    hub.add("some/alpaca", {"train-0.parquet": out.getvalue()})
+    outcome = download("--dataset", "some/alpaca")
+    # Rows with text in other columns stay, for `data.columns`.
+    assert "cannot be used as they are: not_utf8 1, unused_text 3" in outcome.out
+    made = [row for _, row in read_rows(download.directory / "some--alpaca" / "train")]
+    assert made == [row] * 3
 
 
 def test_a_file_whose_name_would_leave_the_directory(in_process: InProcess, tmp_path: Path) -> None:
@@ -572,7 +579,7 @@ def test_a_file_whose_name_would_leave_the_directory(in_process: InProcess, tmp_
 
 @pytest.mark.quick
 def test_a_token_that_is_none(in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    for token in ("hf_é", "hf_a b", "hf_a\nb"):
+    for token in ("hf_é", "hf_a b"):
         monkeypatch.setenv("HF_TOKEN", token)
         err = in_process("--dataset", "glaive")
         assert "HF_TOKEN holds characters that no token has" in err and token not in err
@@ -581,11 +588,11 @@ def test_a_token_that_is_none(in_process: InProcess, monkeypatch: pytest.MonkeyP
 def test_a_disk_that_gets_full(
     in_process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_to_write(*arguments: object) -> None:
+    def fail_to_write(*arguments: object, **options: object) -> None:
         detail = "Detail: [errno 28] No space left on device"
         raise OSError(errno.ENOSPC, f"Error writing bytes to file. {detail}")  # as pyarrow does
 
-    monkeypatch.setattr(parquet.ParquetWriter, "write_batch", fail_to_write)
+    monkeypatch.setattr(parts, "json", SimpleNamespace(dumps=fail_to_write))
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "p", "completion": "c"}\n')
     assert in_process("--dataset", str(file), code=1) == (
@@ -619,30 +626,6 @@ def test_a_full_disk_is_named_first(tmp_path: Path) -> None:
     file = HubFile("big.parquet", 10**18, "0" * 40, None)
     with pytest.raises(ValueError, match=r"MiB free, but .* MiB are needed for big\.parquet"):
         fetch(Hub(), Snapshot("a/b", "0" * 40, (file,), []), file, tmp_path / "big.parquet")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        {"prompt": "p", "response": "<think>r</think>a"},
-        {"prompt": "p", "completion": "c", "reasoning_content": "r"},
-        {"instruction": "i", "response": "r"},
-        {"question": "q", "answer": "r #### 1"},
-        {"text": "t", "code": "c", "test_list": ["assert f()"]},
-    ],
-    ids=lambda row: "-".join(row),
-)
-def test_columns_are_those_that_the_converter_reads(row: dict[str, Any]) -> None:
-    assert columns_read([*reversed(row), "id"], "here") == list(row)
-    assert isinstance(convert_row(row), Conversation)
-    for name in set(row) - {"reasoning_content"}:
-        rest = {key: value for key, value in row.items() if key != name}
-        with pytest.raises(ValueError, match="no accepted set of fields"):
-            convert_row(rest)
-        with pytest.raises(ValueError, match="accepted are"):
-            columns_read(list(rest), "here")
 
 
 @pytest.mark.parametrize("text", ["train", "train[:5]", "train[3:]", "train[3:5]", "a-b.c"])
