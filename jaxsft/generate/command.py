@@ -40,7 +40,7 @@ def generate_answers(options: GenerateOptions) -> int:
     trained_with = system_text(origin)
     system = SYSTEM_PROMPT if trained_with is None else trained_with
     system = system if options.system is None else options.system
-    prompts = []
+    prompts: list[FilePrompt] = []
     if options.prompts is not None:
         prompts, left_out = read_prompt_file(Path(options.prompts), system)
         if left_out:

@@ -155,7 +155,7 @@ def test_weights_repeat_samples(tmp_path):
         make(tmp_path / "sets", *files, weights=[0.01, 1.0, 1.0])
     unclosed = tmp_path / "unclosed.jsonl"
     unclosed.write_text('{"prompt": "p", "response": "<think>So."}\n')
-    with pytest.raises(ValueError, match=r"unclosed.jsonl: no sample of it is left; leave .*1 unclosed"):
+    with pytest.raises(ValueError, match=r"unclosed.jsonl: no sample of it is left; .*1 unclosed"):
         make(tmp_path / "sets", files[0], unclosed, max_drop=1.0)
     with pytest.raises(ValueError, match=r"data.weights has 2 numbers for 3 files: give one each"):
         make(tmp_path / "sets", *files, weights=[1.0, 1.0])
