@@ -32,7 +32,7 @@ _HARMLESS_NAME = re.compile(
     r"|(.*_)?(url|urls|link|links|license|licence|author|annotator|worker|creator)"
     r"|(.*_)?(lang|language|languages|locale|country|region|script)"
     r"|(.*_)?(date|time|timestamp|created|created_at|updated_at|version|revision|seed)"
-    r"|(.*_)?(model|model_name|generator|teacher|engine|tokenizer|finish_reason|stop_reason)"
+    r"|(.*_)?(model|model_name|generator|teacher|engine|tokenizer|finish_reasons?|stop_reason)"
     r"|(.*_)?(score|scores|rating|ratings|quality|difficulty|level|reward|rewards|logprob|logprobs)"
     r"|(.*_)?(perplexity|ppl|loss|similarity|distance|confidence|agreement|votes|likes|rank)"
     r"|(.*_)?(count|counts|length|lengths|tokens|token_count|num_tokens|chars|words|size|cost)"

@@ -3,7 +3,7 @@
     {role, content} or {from, value}      content: a text, or a list of text parts
     reasoning_content, reasoning, …       a thought in a field of its own (fields.PARTS)
     {type: thinking, thinking} parts      the same
-    weight 0 or 1; train, … true or false whether an assistant turn is trained
+    weight 0 or 1; train, … true or false  whether an assistant turn is trained
 
 Any other field with text in it, tool calls and parts that are no text reject the row by name.
 """
@@ -21,7 +21,8 @@ ROLES: dict[str, Role] = {
 _TOOL_ROLES = ("tool", "tools", "function", "function_call", "function_response", "observation")
 _TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id", "tools", "functions")
 _NAMES = (("role", "content"), ("from", "value"))
-_SWITCHES = ("train", "trainable", "training", "learn")  # true or false
+_WEIGHTS = ("weight", "loss_weight")  # 0 or 1
+_SWITCHES = ("train", "trainable", "training", "should_train", "learn", "loss")  # true or false
 _THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "reasoning"}  # type -> the part's field
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -73,7 +74,7 @@ def _read_message(message: Any, where: str, unused: set[str]) -> Message:
     parts = _read_content(given, text_name, where)
     text, thought = parts
     is_trained = _read_weight(given, where)
-    for field in given.keys() - {role_name, text_name, "weight", *_SWITCHES, *_TOOL_FIELDS}:
+    for field in given.keys() - {role_name, text_name, *_WEIGHTS, *_SWITCHES, *_TOOL_FIELDS}:
         used = role == "assistant" and field in PARTS["reasoning"] and thought is None
         if used and has_text(given[field]):
             thought = read_text(given, field, where)
@@ -113,19 +114,13 @@ def _read_content(message: Mapping[str, Any], name: str, where: str) -> tuple[st
 
 
 def _read_weight(message: Mapping[str, Any], where: str) -> bool:
-    weight = message.get("weight", 1)
-    if not isinstance(weight, int | float) or weight not in (0, 1):
-        raise RejectedError(
-            "weight", f"{where} has the weight {str(weight)[:20]}; only 0 and 1 are"
-        )
-    for name in _SWITCHES:
-        switch = message.get(name, True)
-        if not isinstance(switch, bool):
-            raise RejectedError(
-                "weight", f'{where} has "{name}" {str(switch)[:20]}, not true or false'
-            )
-        weight = weight and switch
-    return bool(weight)
+    is_trained = True
+    for name in (*_WEIGHTS, *_SWITCHES):
+        value = message.get(name, True)
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise RejectedError("weight", f'{where} has "{name}" {str(value)[:20]}, not 0 or 1')
+        is_trained = is_trained and bool(value)
+    return is_trained
 
 
 def read_text(row: Mapping[str, Any], field: str, where: str = "") -> str:

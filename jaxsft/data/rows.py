@@ -2,7 +2,8 @@
 
 Text only: no token, no file. Accepted rows (`fields.PARTS` has the names of each part):
 
-    {messages} or {conversations}[, system]     lists of {role, content} or {from, value}
+    {messages} or {conversations}[, system]     lists of {role, content} or {from, value}; if they
+                                                end with a user, {response[, reasoning]} answers
     {prompt, response[, reasoning, input, system]}   under any of their names, as {instruction,
                                                 input, output} or {problem, solution}; prompt and
                                                 response may be lists of messages
@@ -49,7 +50,8 @@ ACCEPTED_ROWS = (
     "{query, response}, each with reasoning and system if they like, and {text, code, test_list}"
 )
 _CONTROL = re.compile(
-    r"<(?:pad|eos|bos|unk|mask|(?:start|end)_of_(?:turn|image)|image_soft_token|unused\d+)>"
+    r"<(?:pad|eos|bos|unk|mask|(?:start|end)_of_(?:turn|image)|image_soft_token|unused\d+"
+    r"|/?s|\|\w+\|)>"  # the last two are of other models
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _GSM8K_ANSWER = re.compile(r"(?:^|\n)####(?!#)([^\n]*)\s*$")
@@ -178,16 +180,18 @@ def _find_parts(row: Any, columns: Mapping[str, str] | None, needs_answer: bool)
     if parts:
         return parts
     names = tuple(name for name, value in row.items() if value is not None and value is not UNREAD)
-    return dict(_layout(names, needs_answer))
+    parts = dict(_layout(names, needs_answer))
+    if "messages" in parts and needs_answer and _ends_with_user(row[parts["messages"]]):
+        flat = _parts_by_name(names)  # the answer may have a column of its own
+        if "response" in flat:
+            own = ("response", "reasoning", "system")
+            return {"prompt": parts["messages"]} | {p: flat[p] for p in own if p in flat}
+    return parts
 
 
 @lru_cache(maxsize=1024)
 def _layout(names: tuple[str, ...], needs_answer: bool) -> dict[str, str]:
-    parts = {}
-    for part, accepted in PARTS.items():
-        name = next((name for name in accepted if name in names), None)
-        if name is not None:
-            parts[part] = name
+    parts = _parts_by_name(names)
     if "messages" in parts:
         return {part: parts[part] for part in ("messages", "system") if part in parts}
     task = next((name for name in ("text", "prompt") if name in names), None)
@@ -215,6 +219,14 @@ def _layout(names: tuple[str, ...], needs_answer: bool) -> dict[str, str]:
         "unknown_fields",
         f"no prompt with a response, and no messages, in {found}; name them with data.columns",
     )
+
+
+def _parts_by_name(names: tuple[str, ...]) -> dict[str, str]:
+    found = {
+        part: next((name for name in accepted if name in names), None)
+        for part, accepted in PARTS.items()
+    }
+    return {part: name for part, name in found.items() if name is not None}
 
 
 def _read_prompt(row: Mapping[str, Any], parts: dict[str, str]) -> Messages:
@@ -332,24 +344,36 @@ def _check_unused(row: Mapping[str, Any], used: Sequence[str], messages: Sequenc
             continue
         if name in _WEIGHTS and value != 1 and isinstance(value, int | float):
             raise RejectedError("weight", f'"{name}" is {value}; rows are trained alike')
-        if name == "label" and value is False:
-            raise RejectedError("weight", '"label" is false: an answer not to be learnt')
+        if name in ("label", "train") and value is False:
+            raise RejectedError("weight", f'"{name}" is false: an answer not to be learnt')
         if is_harmless(name) or not has_text(value):
             continue
         if said is None:
             said = "\n".join(f"{each.thought or ''}\n{each.text}" for each in messages)
-        if any(text.strip() not in said for text in texts_in(value)):
-            raise RejectedError(
-                "unused_text",
-                f'"{str(name)[:40]}" holds text that would not be used; name the columns to use '
-                "with data.columns, or remove it",
-            )
+        if all(text.strip() in said for text in texts_in(value)):
+            continue
+        if name == "text" and isinstance(value, str) and _renders(value, messages):
+            continue
+        raise RejectedError(
+            "unused_text",
+            f'"{str(name)[:40]}" holds text that would not be used; name the columns to use '
+            "with data.columns, or remove it",
+        )
+
+
+def _renders(text: str, messages: Sequence[Message]) -> bool:
+    """Whether the text is the whole conversation written out, as Alpaca's column "text" is."""
+    return all(each.text.strip() in text for each in messages)
 
 
 @lru_cache(maxsize=1024)
 def _row_fields(names: tuple[str, ...], used: tuple[str, ...], others: frozenset[str]) -> RowFields:
     unused = [str(name) for name in names if name not in used]
     return RowFields(used, (*unused, *sorted(others)))
+
+
+def _ends_with_user(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and _is_of_user(messages[-1])
 
 
 def _is_of_user(message: Any) -> bool:

@@ -30,6 +30,7 @@ from jaxsft.data.tokenizer import Tokenizer
 
 _TAG = re.compile(r"</?[a-z_]+>")
 _CHUNK_ROWS = 512  # conversations that are tokenised together
+_CHUNK_CHARS = 16 * 2**20
 _NUM_REASONS = 3  # in an error
 _NUM_EXAMPLES = 2  # of each reason, kept for the report
 
@@ -191,7 +192,7 @@ def read_samples(
     names = [str(file) for file in files]
     report.by_source = {name: {"rows_read": 0, "samples": 0} for name in names}
     rows = _convert(_numbered_rows(files, options), options, filters, report)
-    while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+    for chunk in _chunks(rows):
         yield from _count(chunk, _encode(tokenizer, chunk, options), names, report)
     if options.stop is not None and report.rows_read < options.stop - options.start:
         raise ValueError(
@@ -258,6 +259,20 @@ def _convert(
             system = Turn("system", options.system_prompt)
             conversation = conversation._replace(turns=(system, *conversation.turns))
         yield _Row(where, source, number, conversation)
+
+
+def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Rows that are tokenised together: no more than `_CHUNK_ROWS`, or `_CHUNK_CHARS` of text."""
+    chunk: list[_Row] = []
+    chars = 0
+    for row in rows:
+        chunk.append(row)
+        chars += sum(len(turn.content) for turn in row.conversation.turns)
+        if len(chunk) == _CHUNK_ROWS or chars > _CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
 
 
 class _Outcome(NamedTuple):

@@ -73,6 +73,8 @@ FORMS = {
         ]
     },
     "the same text twice": {**chat("p", THOUGHT), "instruction": "p", "response": THOUGHT},
+    "the answer in a column": {**chat("p"), "reasoning": "r", "answer": "a", "model": "m"},
+    "written out as text": {"instruction": "p", "output": THOUGHT, "text": f"Q: p A: {THOUGHT}"},
     "harmless fields": {"prompt": "p", "response": THOUGHT, "source": "x", "score": float("nan"),
                         "meta": Repeated(({}, {})), "other": UNREAD, "loss": [], "verified": True},
     "begin_of_thought": {"prompt": "p", "response": "<|begin_of_thought|>\nr<|end_of_thought|>\n\n"
@@ -158,9 +160,11 @@ def test_every_form_gives_the_same_conversation(form: str) -> None:
         (chat("p", "a", tool_calls=[{"name": "f"}]), "tools", "messages[1] has tool_calls"),
         (chat("p", "a", role="tool"), "tools", "messages[1] has the role tool"),
         (chat("p", "a", content=[{"type": "image", "url": "x"}]), "not_text", '"image"'),
-        (chat("p", "a", weight=0.5), "weight", "0.5"),
+        (chat("p", "a", weight=0.5), "weight", '"weight" 0.5, not 0 or 1'),
+        (chat("p", "a", weight="0"), "weight", '"weight" 0'),
         (chat("p", "a", weight=0), "weight", "no turn"),
         (chat("p", "a", train=False), "weight", "no turn"),
+        (chat("p", "a", loss=False), "weight", "no turn"),
         (chat("p", "a", train="no"), "weight", '"train"'),
         ({"prompt": "p", "response": "a", "weight": 0}, "weight", '"weight" is 0'),
         ({"prompt": "p", "completion": "a", "label": False}, "weight", '"label" is false'),
@@ -197,6 +201,13 @@ def test_rows_without_a_thought_follow_the_policy(row: dict[str, Any]) -> None:
     assert rejected(row, without_thought="reject").reason == "no_thought"
 
 
+@pytest.mark.parametrize("text", ["<end_of_turn>", "<bos>", "<unused7>", "<|im_end|>", "</s>"])
+def test_control_look_alikes_are_noted_and_stay_text(text: str) -> None:
+    conversation = accepted({"prompt": f"p {text}", "response": THOUGHT})
+    assert conversation.turns == (Turn("user", f"p {text}"), A)
+    assert conversation.notes == ("control_look_alike",)
+
+
 def test_own_system_text_and_alpacas_input_are_part_of_the_prompt() -> None:
     system = Turn("system", "Rhyme.")
     for row in (
@@ -209,7 +220,7 @@ def test_own_system_text_and_alpacas_input_are_part_of_the_prompt() -> None:
     row = {"instruction": "Add.", "input": "2, 3", "output": THOUGHT}
     assert accepted(row).turns[0] == Turn("user", "Add.\n\n2, 3")
     asks = accepted({"system": "Use <|begin_of_thought|>.", **chat("p", THOUGHT)})
-    assert asks.notes == ("system_has_other_tags",)
+    assert asks.notes == ("control_look_alike", "system_has_other_tags")
     two = {
         "system": "x",
         "messages": [{"role": "system", "content": "y"}, *chat("p", "a")["messages"]],
