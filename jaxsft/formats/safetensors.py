@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,33 @@ import ml_dtypes  # noqa: F401  (gives NumPy the bfloat16 that safetensors asks 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxsft.common.listed import error_line, shortened
+
 MODEL_NAME = "model.safetensors"
 INDEX_NAME = f"{MODEL_NAME}.index.json"
 
 _DTYPES = ("F32", "F16", "BF16")
-_PICKLE_NAME = r"(pytorch|adapter)_model.*\.bin"  # trainers leave other .bin files too
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "F8_E4M3", "F8_E5M2")
+_PICKLE = (
+    "is a pickle, which could run any code: save it as safetensors, with save_pretrained of "
+    "transformers or PEFT"
+)
+# What else may lie where weights are expected, and what to do. Trainers leave other .bin files too.
+_OTHER_WEIGHTS = {
+    r"(pytorch|adapter)_model.*\.bin": _PICKLE,
+    r"adapters\.(safetensors|npz)": (
+        "is an MLX adapter: mlx_lm.fuse (--dequantize for a quantised base) makes a model to give "
+        "here"
+    ),
+    r".*\.distcp|pytorch_model_fsdp.*": (
+        "is a checkpoint in shards (FSDP): 'accelerate merge-weights' makes safetensors of it"
+    ),
+    r"global_step\d+|zero_to_fp32\.py": (
+        "is DeepSpeed's: 'python zero_to_fp32.py . . --safe_serialization' makes safetensors of it"
+    ),
+    r".*\.gguf": "is a model of its own: give that file",
+    r".*\.(pt|pth|ckpt)": _PICKLE,
+}
 _SHARD_NAME = r"[\w.-]+\.safetensors"
 _LFS_POINTER = b"version https://git-lfs"
 _BLOCK_ELEMENTS = 1 << 20
@@ -33,23 +55,35 @@ class SafetensorsDirectory:
         self.files, index = self._files(name)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._slices: dict[str, Any] = {}
-        problems = []
+        dtypes: dict[str, str] = {}
+        twice: dict[str, str] = {}
+        moved: dict[str, str] = {}
         for path in self.files:
             for tensor_name, tensor in _open(path).items():
                 if tensor_name in self.shapes:
-                    problems.append(f"{tensor_name} is in {path.name} and in another shard")
+                    twice[tensor_name] = f"(in {path.name} and in another shard)"
                 if tensor.get_dtype() not in _DTYPES:
-                    problems.append(f"{tensor_name} has dtype {tensor.get_dtype()}")
+                    dtypes[tensor_name] = f"({tensor.get_dtype()})"
                 if index.pop(tensor_name, path.name) != path.name:
-                    problems.append(f"{tensor_name} is in {path.name}, not where the index says")
+                    moved[tensor_name] = f"(in {path.name}, not where the index says)"
                 self.shapes[tensor_name] = tuple(tensor.get_shape())
                 self._slices[tensor_name] = tensor
-        problems += [f"{missing} is not in {shard}" for missing, shard in sorted(index.items())]
-        if problems:
-            raise ValueError(
-                f"{self.path}: unusable tensors: {'; '.join(problems)}; "
-                f"each must be in one file, as one of {', '.join(_DTYPES)}"
-            )
+        kinds = {
+            "of another dtype": dtypes,
+            "twice": twice,
+            "elsewhere": moved,
+            "missing": {name: f"(not in {shard})" for name, shard in sorted(index.items())},
+        }
+        if any(kinds.values()):
+            advice = f"each must be in one file, as one of {', '.join(_DTYPES)}"
+            if any(remark.strip("()") in _INTEGERS for remark in dtypes.values()):
+                advice += "; quantised weights are not read: give the model that they were made of"
+            raise ValueError(error_line(f"{self.path}: unusable tensors", kinds, advice))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives tensors other names: name in the file -> new name."""
+        self.shapes = {names[name]: shape for name, shape in self.shapes.items()}
+        self._slices = {names[name]: tensor for name, tensor in self._slices.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (first row, [rows, in]) of a tensor in order, in its own dtype; [n] is one row."""
@@ -73,14 +107,22 @@ class SafetensorsDirectory:
             foreign = [shard for shard in shards if not re.fullmatch(_SHARD_NAME, shard)]
         except FileNotFoundError as error:
             line = f"{self.path} has neither {name} nor {path.name}"
-            raise ValueError(line + pickle_hint(p.name for p in self.path.iterdir())) from error
+            raise ValueError(
+                line + other_weights_hint([p.name for p in self.path.iterdir()])
+            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a readable index: {error!r}") from error
+            raise ValueError(
+                f"{path}: not a readable index: {shortened(repr(error), 200)}"
+            ) from error
         if foreign:
-            raise ValueError(f"{path}: {foreign[0]!r} is not the plain name of a .safetensors file")
+            raise ValueError(
+                f"{path}: {shortened(foreign[0], 100)!r} is not the plain name of a .safetensors "
+                "file"
+            )
         missing = [shard for shard in shards if not (self.path / shard).is_file()]
         if missing:
-            raise ValueError(f"{self.path} lacks {', '.join(missing)}, which {path.name} names")
+            lacking = {"missing": {shard: "" for shard in missing}}
+            raise ValueError(error_line(f"{self.path}: lacks shards of {path.name}", lacking))
         return [self.path / shard for shard in shards], dict(index)
 
 
@@ -89,15 +131,13 @@ def holds_model(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (MODEL_NAME, INDEX_NAME))
 
 
-def pickle_hint(names: Iterable[str]) -> str:
-    """The end of an error about missing safetensors files: advice if `names` has pickles."""
-    pickles = sorted(name for name in names if re.fullmatch(_PICKLE_NAME, name))
-    if not pickles:
-        return ""
-    return (
-        f"; {pickles[0]} is a pickle, which could run any code: save it as safetensors, with "
-        "save_pretrained of transformers or PEFT"
-    )
+def other_weights_hint(names: Iterable[str]) -> str:
+    """The end of an error about missing safetensors files: what to do with what `names` has."""
+    for pattern, advice in _OTHER_WEIGHTS.items():
+        found = sorted(name for name in names if re.fullmatch(pattern, name))
+        if found:
+            return f"; {shortened(found[0], 80)} {advice}"
+    return ""
 
 
 def _open(path: Path) -> dict[str, Any]:
@@ -110,5 +150,6 @@ def _open(path: Path) -> dict[str, Any]:
         return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: the safetensors file is truncated or damaged ({error}); download it again"
+            f"{path}: the safetensors file is truncated or damaged "
+            f"({shortened(str(error), 200)}); download it again"
         ) from error

@@ -16,7 +16,13 @@ from typing import Any
 
 from jaxsft.common.files import cache_dir, check_free_space, file_sha256, read_json
 from jaxsft.common.pins import COMMIT, read_pins, write_pin
-from jaxsft.formats.safetensors import INDEX_NAME, MODEL_NAME, SafetensorsDirectory, pickle_hint
+from jaxsft.formats.safetensors import (
+    INDEX_NAME,
+    MODEL_NAME,
+    SafetensorsDirectory,
+    other_weights_hint,
+)
+from jaxsft.weights.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.hub_files import (
     NotDeliveredError,
@@ -26,7 +32,6 @@ from jaxsft.weights.hub_files import (
     fetch_files_of_commit,
     not_a_hub,
 )
-from jaxsft.weights.peft import CONFIG_NAME, WEIGHTS_NAME
 
 _TOKENIZER_NAME = "tokenizer.model"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
@@ -209,7 +214,7 @@ def _needed(listed: Iterable[str], needs_tokenizer: bool) -> list[str]:
     if missing := [name for name in names if name not in files]:
         raise ValueError(
             f"holds no {missing[0]}; it must be a Hugging Face model or a PEFT adapter, in "
-            f"safetensors{pickle_hint(files)}"
+            f"safetensors{other_weights_hint(files)}"
         )
     if needs_tokenizer and not is_adapter and _TOKENIZER_NAME not in files:
         raise ValueError("has no tokenizer.model; name one, or a .gguf file, with --tokenizer")

@@ -27,8 +27,19 @@ from jaxsft.gemma.model import Gemma, layer_location
 from jaxsft.gemma.sharding import state_shardings
 from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
 from jaxsft.weights.hf_config import from_hf_config
-from jaxsft.weights.names import ROOT_TENSORS, check_shapes, file_tensors, layer_tensors
+from jaxsft.weights.names import (
+    ROOT_TENSORS,
+    canonical_names,
+    check_shapes,
+    file_tensors,
+    layer_tensors,
+)
 
+_HEAD = "lm_head.weight"
+_NOT_MERGED = (
+    "this is a PEFT model with its adapter inside: save it with merge_and_unload, or the adapter "
+    "alone with save_pretrained"
+)
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
@@ -79,7 +90,7 @@ def load_model(
     sharded by the names of its axes, otherwise it goes to the default device.
 
     Raises ValueError, in one line, for an unsupported config; files that are missing, truncated or
-    only Git LFS pointers; every missing, extra or misshapen tensor by name; an `lm_head` that is
+    only Git LFS pointers; missing, extra or misshapen tensors; an `lm_head` that is
     not the embedding; NaN or infinity; a mesh that does not divide a dimension.
     """
     source, info = open_weights(path)
@@ -180,6 +191,8 @@ def open_weights(path: Path | str) -> tuple[TensorSource, WeightsInfo]:
     else:
         config, kind = from_hf_config(path / "config.json"), "safetensors"
         directory = SafetensorsDirectory(path)
+        expected = [*file_tensors(config, is_gguf=False), _HEAD]
+        directory.rename(canonical_names(path, directory.shapes, expected))
     # The name is left out: a copy of the same weights may have another name.
     identity: list[Any] = [dataclasses.asdict(dataclasses.replace(config, name=""))]
     for file in directory.files:
@@ -218,11 +231,12 @@ def check_tensors(
     """ValueError unless `source` holds exactly the tensors `expected`, by its own names.
 
     It may also hold an output head that equals the embedding."""
-    tensor, head = ROOT_TENSORS[0], "output.weight" if is_gguf else "lm_head.weight"
+    tensor, head = ROOT_TENSORS[0], "output.weight" if is_gguf else _HEAD
     embedding = f"{tensor.gguf if is_gguf else tensor.hf}.weight"
     if head in source.shapes:
         expected = expected | {head: expected[embedding]}
-    check_shapes(source.path, source.shapes, expected)
+    has_adapter = any(".lora_" in name for name in source.shapes)
+    check_shapes(source.path, source.shapes, expected, _NOT_MERGED if has_adapter else "")
     if head in source.shapes:
         pairs = zip(source.blocks(head), source.blocks(embedding), strict=True)
         if not all(np.array_equal(a, b) for (_, a), (_, b) in pairs):

@@ -3,9 +3,11 @@
 Loading, export and PEFT adapters use this one table.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxsft.common.listed import error_line
 from jaxsft.gemma.architecture import GemmaConfig
 
 
@@ -82,15 +84,77 @@ def file_tensors(config: GemmaConfig, *, is_gguf: bool) -> dict[str, tuple[str, 
 
 
 def check_shapes(
-    path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+    path: Path,
+    found: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[int, ...]],
+    advice: str = "",
 ) -> None:
-    """ValueError that names every missing, extra and misshapen tensor in the weights at `path`."""
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ValueError(f"{path}: tensors do not fit the config: {'; '.join(problems)}")
+    """ValueError about missing, extra and misshapen tensors in the weights at `path`.
+
+    Its line has three of each kind, their number, and what they have in common; `advice` ends it.
+    """
+    kinds = {
+        "missing": {name: "" for name in expected if name not in found},
+        "unexpected": {name: "" for name in found if name not in expected},
+        "misshapen": {
+            name: f"(is {list(found[name])}, must be {list(shape)})"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        },
+    }
+    if any(kinds.values()):
+        raise ValueError(error_line(f"{path}: tensors do not fit the config", kinds, advice))
+
+
+# Modules that hold one other under a name of their own: torch.compile, DDP, FSDP, checkpointing,
+# DeepSpeed, PEFT, and the text part of a model that sees images.
+_WRAPPERS = ("module", "base_layer", "base_model", "model", "language_model", "text_model")
+_ROOTS = ("embed_tokens", "norm", "lm_head")
+
+
+class UnwrappedName(NamedTuple):
+    """A tensor's name without wrappers: what is left of its prefix, and its name in the model."""
+
+    prefix: tuple[str, ...]
+    tail: str
+
+
+def unwrapped(name: str) -> UnwrappedName | None:
+    """`base_model.model.model._orig_mod.layers.0.mlp.up_proj.weight` is `layers.0.….weight`.
+
+    None for a name that is neither of a layer nor of the embedding, the last norm or the head.
+    """
+    parts = [part for part in name.split(".") if part[:1] != "_"]
+    for i, part in enumerate(parts):
+        is_layer = part == "layers" and parts[i + 1 : i + 2] and parts[i + 1].isdecimal()
+        if is_layer or (part in _ROOTS and len(parts) > i + 1):
+            prefix = tuple(each for each in parts[:i] if each not in _WRAPPERS)
+            tail = [each for each in parts[i:] if each not in _WRAPPERS]
+            return UnwrappedName(prefix, ".".join(tail))
+    return None
+
+
+def canonical_names(path: Path, found: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
+    """Name in a file -> name among `expected`, for tensors that differ in wrappers or a prefix.
+
+    What remains without wrappers decides. All that is renamed has one prefix, that of most of the
+    expected tensors: a model that sees images has layers of its own. Other names stay as they are.
+
+    Raises ValueError where two tensors of the file are the same one.
+    """
+    found, wanted = list(found), set(expected)
+    if wanted.issuperset(found):
+        return {name: name for name in found}
+    by_tail = {each.tail: name for name in wanted if (each := unwrapped(name))}
+    groups: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in found:
+        each = unwrapped(name)
+        if each is not None and each.tail in by_tail:
+            groups.setdefault(each.prefix, {})[name] = by_tail[each.tail]
+    chosen = max(groups.values(), key=len, default={})
+    first: dict[str, str] = {}
+    twice = {name: "" for name in chosen if first.setdefault(chosen[name], name) != name}
+    if twice:
+        line = error_line(f"{path}: tensors are there twice under other names", {"extra": twice})
+        raise ValueError(line)
+    return {name: chosen.get(name, name) for name in found}

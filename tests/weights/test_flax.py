@@ -255,9 +255,9 @@ def test_what_does_not_fit(small: tuple[Path, dict[str, np.ndarray]], tmp_path: 
     spec = {"driver": "zarr", "kvstore": kvstore}
     ts.open(spec, create=True, dtype="float32", shape=[3]).result()
     text = refused(directory)
-    assert "missing layer_1/attn/q_einsum/w; missing layer_1/attn/kv_einsum/w;" in text
+    assert "missing: layer_1/attn/q_einsum/w, layer_1/attn/kv_einsum/w, " in text
     assert "unexpected vision/w" in text
-    assert "embedder/input_embedding has shape [428, 32], expected [299, 32]" in text
+    assert "misshapen embedder/input_embedding (is [428, 32], must be [299, 32])" in text
 
     (directory / "config.json").unlink()
     assert "no supported Gemma has an embedder/input_embedding of width 32" in refused(directory)
