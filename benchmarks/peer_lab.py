@@ -21,8 +21,9 @@ from jaxsft.data.samples import DataReport, read_samples
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.gemma import lora
+from jaxsft.weights.adapter_config import WEIGHTS_NAME, AdapterConfig
 from jaxsft.weights.load import demo_model_path, hf_tensors, load_model
-from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig, save_adapter
+from jaxsft.weights.peft import save_adapter
 
 ROOT = Path(__file__).parents[1]
 NUM_ROWS, ROW_LENGTH = 4, 256

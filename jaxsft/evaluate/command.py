@@ -55,10 +55,11 @@ from jaxsft.gemma.decode import SamplingOptions, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.prepare.rows import all_samples, load_heldout
 from jaxsft.step.score import ModelSpec
+from jaxsft.weights.adapter_config import WEIGHTS_NAME
 from jaxsft.weights.find import check_tokenizer, load
 from jaxsft.weights.load import open_weights, without_weights
 from jaxsft.weights.merged import MergedWeights
-from jaxsft.weights.peft import WEIGHTS_NAME, load_adapter
+from jaxsft.weights.peft import load_adapter
 
 _CHUNK_TOKENS = 512  # positions per device whose logits exist at a time
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128  # a TPU's lanes; shorter rows pack badly

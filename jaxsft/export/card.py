@@ -14,9 +14,9 @@ from jaxsft.evaluate.heldout import METRICS
 from jaxsft.evaluate.table import metric_cell
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.run.metrics import last_step_of
+from jaxsft.weights.adapter_config import WEIGHTS_NAME, AdapterConfig
 from jaxsft.weights.find import RUN_ADAPTERS, Origin, run_config
 from jaxsft.weights.flax import is_flax_checkpoint
-from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 _EVALUATION = Path("evaluation", "evaluation.json")  # what evaluate writes into a run
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

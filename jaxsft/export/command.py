@@ -22,8 +22,8 @@ from jaxsft.export.output import (
 )
 from jaxsft.export.peers import Peer
 from jaxsft.export.verify import LOGIT_BOUND, ExportCheck, find_checker, summary, verify_export
+from jaxsft.weights.adapter_config import WEIGHTS_NAME
 from jaxsft.weights.find import EXPORT_MANIFEST, find_model
-from jaxsft.weights.peft import WEIGHTS_NAME
 
 
 def export(options: ExportOptions, command: str) -> int:

@@ -24,12 +24,13 @@ from jaxsft.export.peers import Peer
 from jaxsft.export.tokenizer import write_tokenizer
 from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 from jaxsft.gemma.model import Gemma
+from jaxsft.weights.adapter_config import AdapterConfig
 from jaxsft.weights.find import Origin, check_tokenizer, open_tokenizer, system_text
 from jaxsft.weights.flax import write_flax
 from jaxsft.weights.hf_config import to_hf_config
 from jaxsft.weights.load import TensorSource, WeightsInfo, open_weights, without_weights
 from jaxsft.weights.merged import DTYPES, MergedWeights
-from jaxsft.weights.peft import AdapterConfig, load_adapter, save_adapter
+from jaxsft.weights.peft import load_adapter, save_adapter
 from jaxsft.weights.tunix import write_tunix_lora
 
 FLAX_MODEL, TUNIX_LORA = "model", "tunix-lora"

@@ -40,15 +40,14 @@ from jaxsft.export.formats import (
 )
 from jaxsft.export.options import ExportOptions
 from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
-from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
 from jaxsft.gemma.lora import lora_scale
 from jaxsft.gemma.model import Gemma
+from jaxsft.weights.adapter_config import AdapterConfig, adapter_tensors
 from jaxsft.weights.find import Origin, load
 from jaxsft.weights.load import load_model
 from jaxsft.weights.merged import merge_in_memory
 from jaxsft.weights.names import LINEAR_TENSORS
-from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 # Largest allowed difference of two logits. The order of summation in float32 gave 4e-4 on
 # Gemma 3 270M, whose largest logit was 98.
@@ -309,7 +308,7 @@ def _tunix_problem(
     `settings` are its `rank` and `alpha`. For random rows x, x·A·B must be that of the PEFT
     directory `adapter`.
     """
-    source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
+    source = adapter_tensors(adapter)
     our_scale = lora_scale(config.rank, config.alpha, config.use_rslora)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         layers = checkpointer.restore((directory / "0" / "model_params").absolute())["layers"]

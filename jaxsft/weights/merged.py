@@ -13,13 +13,13 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.layers import Linear
 from jaxsft.gemma.lora import lora_scale
 from jaxsft.gemma.model import Gemma
+from jaxsft.weights.adapter_config import AdapterConfig
 from jaxsft.weights.load import TensorSource, WeightsInfo, check_tensors
-from jaxsft.weights.names import check_shapes, file_tensors
-from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig, adapter_parts
+from jaxsft.weights.names import file_tensors
+from jaxsft.weights.peft import open_adapter
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -84,9 +84,7 @@ class MergedWeights:
     def _add(self, adapter: Path, settings: AdapterConfig) -> None:
         """Reads B [out, r] and A [r, in] of every adapted matrix."""
         self._scale = lora_scale(settings.rank, settings.alpha, settings.use_rslora)
-        source = SafetensorsDirectory(adapter, WEIGHTS_NAME)
-        parts = list(adapter_parts(self.config, settings.targets, settings.rank))
-        check_shapes(source.path, source.shapes, {part.key: part.shape for part in parts})
+        source, parts = open_adapter(adapter, settings, self.config)
         for part in parts:
             name, _, ab = part.key.removeprefix("base_model.model.").partition(".lora_")
             matrix = np.concatenate([block for _, block in source.blocks(part.key)])

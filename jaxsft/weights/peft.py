@@ -4,10 +4,7 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. PEFT has l
 lora_B [out, r] for each layer; our tree has a [in, r] and b [r, out], stacked over layers.
 """
 
-import dataclasses
 import json
-import math
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,54 +13,27 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxsft.common.files import whole_file, write_text
 from jaxsft.common.hosts import on_host
+from jaxsft.common.listed import ranges, shortened
 from jaxsft.formats.safetensors import SafetensorsDirectory, holds_model
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.weights.adapter_config import (
+    BASE_DIGEST,
+    CONFIG_NAME,
+    MERGE,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    adapter_tensors,
+    read_adapter_config,
+)
 from jaxsft.weights.load import WeightsInfo, fill
 from jaxsft.weights.names import LINEAR_TENSORS, check_shapes
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_BASE_DIGEST = "base_digest"  # in the metadata of the weights, which PEFT ignores
-# Keys that this module reads, and keys that do not change the computation.
-_UNDERSTOOD = (
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bias",
-    "init_lora_weights", "base_model_name_or_path", "revision",
-)  # fmt: skip
-_HARMLESS = (
-    "task_type", "peft_version", "auto_mapping", "inference_mode", "megatron_core",
-    "layers_pattern", "qalora_group_size", "runtime_config",
-)  # fmt: skip
-# Initialisations that change the base weights too; the adapter alone is then not enough.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# The errors that a file which is no config can cause.
-_UNREADABLE = (
-    *(OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """The settings of an adapter; `targets` are in canonical order.
-
-    `base_digest` identifies the weights that it was trained on (`WeightsInfo.digest`);
-    `base_revision` is their commit, branch or tag on the hub. Both are None if not known.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float
-    use_rslora: bool
-    targets: tuple[str, ...]
-    base_model_name: str | None
-    base_digest: str | None = None
-    base_revision: str | None = None
 
 
 def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> None:
@@ -102,7 +72,7 @@ def save_adapter(directory: Path | str, model: Gemma, config: AdapterConfig) -> 
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}  # transformers refuses a file without it
     if config.base_digest is not None:
-        metadata[_BASE_DIGEST] = config.base_digest
+        metadata[BASE_DIGEST] = config.base_digest
     with whole_file(directory / WEIGHTS_NAME) as path:
         _write_tensors(path, tensors, metadata)
     write_text(directory / CONFIG_NAME, text)
@@ -120,9 +90,8 @@ def load_adapter(
     Values are cast to float32. `base` describes the weights of `model`: an adapter that was trained
     on other weights is then refused. `config` is the adapter's, if the caller has read it already.
 
-    Raises ValueError and leaves `model` unchanged for a config that is unreadable or asks for more
-    than plain LoRA on Gemma's linear layers (names every such setting), for weights that are
-    missing, truncated or not finite, and for missing, extra or misshapen tensors (names them all).
+    Raises ValueError and leaves `model` unchanged as `read_adapter_config` and `open_adapter`, and
+    for values that are not finite.
     """
     directory = Path(directory)
     config = config or read_adapter_config(directory)
@@ -132,9 +101,7 @@ def load_adapter(
             f"{base.name}'s ({base.digest:.12}); give its own as --base_model, or these, if they "
             "are the same model in another format"
         )
-    source = SafetensorsDirectory(directory, WEIGHTS_NAME)
-    parts = list(adapter_parts(model.config, config.targets, config.rank))
-    check_shapes(source.path, source.shapes, {part.key: part.shape for part in parts})
+    source, parts = open_adapter(directory, config, model.config)
     num_rows: dict[tuple, int] = {}
     for part in parts:
         if part.row is not None:
@@ -164,12 +131,6 @@ def load_adapter(
     return config
 
 
-def holds_adapter(directory: Path) -> bool:
-    """Does `directory` hold an adapter? A config alone counts too, but not beside a whole model."""
-    has_weights = (directory / WEIGHTS_NAME).is_file() or not holds_model(directory)
-    return has_weights and (directory / CONFIG_NAME).is_file()
-
-
 class AdapterPart(NamedTuple):
     """One PEFT tensor: its key, its shape, and its leaf in the tree (and row in that leaf)."""
 
@@ -177,6 +138,34 @@ class AdapterPart(NamedTuple):
     shape: tuple[int, int]
     tree_path: tuple
     row: int | None
+
+
+def open_adapter(
+    directory: Path, config: AdapterConfig, model_config: GemmaConfig
+) -> tuple[SafetensorsDirectory, list[AdapterPart]]:
+    """(tensors of the adapter under PEFT's names, the parts of a model's adapter that they are).
+
+    Raises ValueError for files that are missing or truncated, for an adapter of some layers only,
+    and for missing, extra or misshapen tensors.
+    """
+    source, path = adapter_tensors(directory), directory / WEIGHTS_NAME
+    parts = list(adapter_parts(model_config, config.targets, config.rank))
+    layers = {int(name.split(".")[4]) for name in source.shapes}
+    if layers < {*range(model_config.num_layers)}:
+        raise ValueError(
+            f"{path}: not supported: it is on layers {shortened(ranges(layers), 60)} only of the "
+            f"model's {model_config.num_layers} (layers_to_transform, or a pattern of targets); "
+            f"{MERGE}"
+        )
+    advice = "give the base that it was made for as --base_model"
+    check_shapes(path, source.shapes, {part.key: part.shape for part in parts}, advice)
+    return source, parts
+
+
+def holds_adapter(directory: Path) -> bool:
+    """Does `directory` hold an adapter? A config alone counts too, but not beside a whole model."""
+    has_weights = (directory / WEIGHTS_NAME).is_file() or not holds_model(directory)
+    return has_weights and (directory / CONFIG_NAME).is_file()
 
 
 def adapter_parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Iterator[AdapterPart]:
@@ -192,84 +181,6 @@ def adapter_parts(config: GemmaConfig, targets: Sequence[str], rank: int) -> Ite
             path = (group, index, *parents, target, "lora")
             yield AdapterPart(f"{key}_A.weight", (rank, in_dim), (*path, "a"), row)
             yield AdapterPart(f"{key}_B.weight", (out_dim, rank), (*path, "b"), row)
-
-
-def read_adapter_config(directory: Path | str) -> AdapterConfig:
-    """The settings of a PEFT adapter; ValueError names all unsupported ones.
-
-    If the targets are given as a pattern, they are taken from the names of the tensors.
-    """
-    path = Path(directory) / CONFIG_NAME
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, targets = raw["r"], raw["lora_alpha"], raw["target_modules"]
-        problems = _unsupported(raw)
-        base, use_rslora = raw.get("base_model_name_or_path"), raw.get("use_rslora", False)
-        revision = raw.get("revision")
-        config = AdapterConfig(
-            rank=int(rank),
-            alpha=float(alpha),
-            dropout=float(raw.get("lora_dropout") or 0.0),
-            use_rslora=bool(use_rslora),
-            targets=(),
-            base_model_name=None if base is None else str(base),
-            base_digest=_base_digest(path.with_name(WEIGHTS_NAME)),
-            base_revision=revision if isinstance(revision, str) and revision else None,
-        )
-    except _UNREADABLE as error:
-        raise ValueError(f"{path}: not a readable PEFT config: {error!r}") from error
-    if config.rank < 1 or config.rank != rank or not 0 <= config.dropout < 1:
-        problems.append(f"r={rank!r} with lora_dropout={config.dropout!r}")
-    if config.alpha != alpha or not 0 < config.alpha < math.inf:
-        problems.append(f"lora_alpha={alpha!r} (only a finite number above 0)")
-    if not isinstance(use_rslora, bool | None):
-        problems.append(f"use_rslora={use_rslora!r} (only true or false)")
-    if isinstance(targets, str) and targets != lora.ALL_LINEAR:
-        targets = _targets_in(path.with_name(WEIGHTS_NAME))
-    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    if targets != lora.ALL_LINEAR and not is_list:
-        problems.append(f"target_modules={targets!r} (only names, a pattern, or all-linear)")
-    if problems:
-        raise ValueError(f"{path}: not supported: {'; '.join(problems)}")
-    try:
-        return dataclasses.replace(config, targets=lora.resolve_targets(targets))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _targets_in(path: Path) -> list[str]:
-    """The target modules of a file of weights: matching a foreign pattern could take forever."""
-    names = SafetensorsDirectory(path.parent, path.name).shapes
-    return sorted({m[1] for name in names if (m := re.search(r"\.(\w+)\.lora_[AB]\.", name))})
-
-
-def _base_digest(path: Path) -> str | None:
-    """The digest of the base in the metadata of the weights; `load_adapter` reports damage."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            digest = (file.metadata() or {}).get(_BASE_DIGEST, "")
-    except (SafetensorError, OSError):
-        return None
-    return digest if re.fullmatch("[0-9a-f]{64}", digest) else None
-
-
-def _unsupported(raw: dict[str, Any]) -> list[str]:
-    problems = []
-    if raw.get("peft_type") != "LORA":
-        problems.append(f"peft_type={raw.get('peft_type')!r} (only LORA)")
-    if raw.get("bias", "none") != "none":
-        problems.append(f"bias={raw['bias']!r} (only none)")
-    init = raw.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
-        problems.append(f"init_lora_weights={init!r} (it changes the base weights)")
-    # use_dora, modules_to_save, rank_pattern, layers_to_transform, …: future settings of PEFT are
-    # refused too, as long as their default is off.
-    for key, value in raw.items():
-        # Not `value in (None, False, …)`: 0 == False, but layers_to_transform=0 is a layer.
-        is_off = value is None or value is False or value in ([], {})
-        if key not in _UNDERSTOOD and key not in _HARMLESS and not is_off:
-            problems.append(f"{key}={value!r}")
-    return problems
 
 
 def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

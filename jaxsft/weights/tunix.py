@@ -17,8 +17,8 @@ from jaxsft.common.hosts import on_host
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.gemma.model import Gemma, layer_location
+from jaxsft.weights.adapter_config import AdapterConfig
 from jaxsft.weights.names import LINEAR_TENSORS
-from jaxsft.weights.peft import AdapterConfig
 
 
 class _Matrix(NamedTuple):

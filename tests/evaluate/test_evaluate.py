@@ -20,8 +20,9 @@ from jaxsft.data.rows import Turn, completion_text
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.__main__ import main
 from jaxsft.gemma import lora
+from jaxsft.weights.adapter_config import AdapterConfig
 from jaxsft.weights.load import load_model
-from jaxsft.weights.peft import AdapterConfig, save_adapter
+from jaxsft.weights.peft import save_adapter
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS = [("What is 2 + 3?", "2 + 3 is 5.", "5"), ("And 4 + 4?", "Twice four.", "8")]

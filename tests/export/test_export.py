@@ -24,10 +24,11 @@ from jaxsft.export.__main__ import main
 from jaxsft.export.peers import TUNIX
 from jaxsft.export.verify import LOGIT_BOUND, flax_problem, tunix_lacks
 from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.weights.adapter_config import read_adapter_config
 from jaxsft.weights.find import find_model, open_tokenizer, system_text
 from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import load_model, without_weights
-from jaxsft.weights.peft import read_adapter_config, save_adapter
+from jaxsft.weights.peft import save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

@@ -19,8 +19,8 @@ from jaxsft.export.output import (
 )
 from jaxsft.export.verify import max_difference
 from jaxsft.gemma.architecture import PRESETS
+from jaxsft.weights.adapter_config import WEIGHTS_NAME, AdapterConfig
 from jaxsft.weights.find import Origin, system_text
-from jaxsft.weights.peft import WEIGHTS_NAME, AdapterConfig
 
 
 def test_largest_difference() -> None:

@@ -33,8 +33,9 @@ from jaxsft.download import files as hub_files
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import SafetensorsDirectory
 from jaxsft.gemma.architecture import PRESETS
+from jaxsft.weights.adapter_config import read_adapter_config
 from jaxsft.weights.hf_config import from_hf_config, to_hf_config
-from jaxsft.weights.peft import load_adapter, read_adapter_config
+from jaxsft.weights.peft import load_adapter
 
 fuzzed = settings(deadline=None, max_examples=300)
 
@@ -349,6 +350,7 @@ def test_tokenizer_model(directory: Path, vocabulary: bytes, draw: st.DataObject
 
 
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+LORA = "layers.0.self_attn.q_proj.lora_"
 HF_CONFIG = to_hf_config(PRESETS["gemma-2-2b"]) | {"layer_types": None, "_name_or_path": None}
 
 
@@ -367,7 +369,10 @@ def test_model_config(directory: Path, changed: dict[str, Any]) -> None:
 @given(
     changed=st.dictionaries(
         st.sampled_from(
-            [*ADAPTER, "lora_dropout", "use_rslora", "base_model_name_or_path", "bias"]
+            [
+                *(*ADAPTER, "lora_dropout", "use_rslora", "base_model_name_or_path", "bias"),
+                *("rank_pattern", "alpha_pattern", "layers_to_transform", "init_lora_weights"),
+            ]
         ),
         VALUES,
         min_size=1,
@@ -377,13 +382,15 @@ def test_model_config(directory: Path, changed: dict[str, Any]) -> None:
 def test_adapter_config(directory: Path, changed: dict[str, Any]) -> None:
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(ADAPTER | changed))
+    pair = F32_PAIR.replace(b'"b"', f'"{LORA}B.weight"'.encode())
+    pair = pair.replace(b'"a"', f'"{LORA}A.weight"'.encode())
+    (directory / "adapter_model.safetensors").write_bytes(safetensors(pair, bytes(28)))
     config = outcome(lambda: read_adapter_config(directory), path)
     if not isinstance(config, str):
         assert config.rank >= 1 and 0 < config.alpha < float("inf") and config.targets
         # Whatever the rank, nothing is made before the tensors' shapes were compared.
-        (directory / "adapter_model.safetensors").write_bytes(WHOLE_SAFETENSORS)
         model: Any = SimpleNamespace(config=from_hf_config(dict(HF_CONFIG)))
-        assert "unexpected a" in outcome(lambda: load_adapter(directory, model), directory)
+        assert "on layers 0 only" in outcome(lambda: load_adapter(directory, model), directory)
 
 
 @pytest.mark.parametrize("text", JSON_TEXTS, ids=lambda text: repr(text[:12]))

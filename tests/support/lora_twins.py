@@ -19,7 +19,7 @@ from support.twins import make_twin, to_jax
 from jaxsft.data.packing import Sample
 from jaxsft.gemma.lora import TARGETS, inject, resolve_targets, split
 from jaxsft.gemma.model import Gemma, layer_location
-from jaxsft.weights.peft import AdapterConfig
+from jaxsft.weights.adapter_config import AdapterConfig
 
 # alpha / rank is not 1 and not the same for rsLoRA.
 RANK, ALPHA = 3, 7.0

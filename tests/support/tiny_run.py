@@ -8,8 +8,9 @@ from flax import nnx
 from jaxsft.cli import parse_config
 from jaxsft.gemma import lora
 from jaxsft.gemma.layers import LoRA
+from jaxsft.weights.adapter_config import AdapterConfig
 from jaxsft.weights.load import load_model
-from jaxsft.weights.peft import AdapterConfig, save_adapter
+from jaxsft.weights.peft import save_adapter
 
 TARGETS = ("o_proj",)
 

@@ -27,12 +27,13 @@ from jaxsft.common.files import file_sha256
 from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma import lora
-from jaxsft.run.fork import add_adapter
+from jaxsft.run.fork import add_adapter, with_fork
 from jaxsft.weights import find as models
 from jaxsft.weights import hub_files
+from jaxsft.weights.adapter_config import read_adapter_config
 from jaxsft.weights.find import DEMO_NAME, Origin, find_base, find_model, find_tokenizer, load
 from jaxsft.weights.load import load_model
-from jaxsft.weights.peft import load_adapter, read_adapter_config, save_adapter
+from jaxsft.weights.peft import load_adapter, save_adapter
 
 FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
 TOKEN = "hf_" + "Canary" * 6
@@ -165,26 +166,26 @@ def test_an_adapter_is_not_put_on_other_weights(
         assert found.is_named_base and has_adapter(found)
 
 
-def test_a_run_notes_what_it_trains(
-    run_dir: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_notes_what_it_trains(run_dir: Path, tiny_model_dir: Path) -> None:
     model, info = load_model(tiny_model_dir, **FLOAT32)
     options = {"data": DataOptions(train_files=["rows"]), "lora": LoraOptions(r=2)}
     config = TrainConfig(model=ModelOptions(path=f"{REPO}@v1"), **options)
     said: list[str] = []
     here = find_base(str(tiny_model_dir))
     on_hub = dataclasses.replace(here, name=REPO, revision="c" * 40)
-    made = add_adapter(config, model, info, on_hub, said.append)
+    made = add_adapter(config, model, info, on_hub, None, said.append)
     assert (made.base_digest, made.base_revision) == (info.digest, "c" * 40)
     assert (made.base_model_name, said) == (REPO, [])
 
-    shape = LoraOptions(r=2, alpha=4, target_modules="o_proj")
-    config = dataclasses.replace(config, lora=shape, fork_from=str(run_dir / "adapter"))
-    trained_on = dataclasses.replace(made, base_digest="d" * 64, rank=2, alpha=4.0)
-    trained_on = dataclasses.replace(trained_on, targets=("o_proj",))
-    monkeypatch.setattr("jaxsft.run.fork.load_adapter", lambda *_: trained_on)
-    made = add_adapter(config, model, info, here, said.append)
+    config = dataclasses.replace(config, fork_from=str(run_dir / "adapter"))
+    config, fork = with_fork(config, ["lora.dropout"])
+    assert fork is not None and fork.adapter is not None
+    fork = fork._replace(adapter=dataclasses.replace(fork.adapter, base_digest="d" * 64))
+    made = add_adapter(
+        config, load_model(tiny_model_dir, **FLOAT32)[0], info, here, fork, said.append
+    )
     assert (made.base_digest, made.base_revision) == (info.digest, None)
+    assert (made.rank, made.alpha, made.targets) == (2, 4.0, ("o_proj",))
     assert len(said) == 1 and "that adapter was trained on other weights" in said[0]
 
 
@@ -267,6 +268,13 @@ def test_mistakes(
     shutil.copytree(run_dir / "adapter", unfinished / "adapter")
     assert f"{unfinished / 'config.yaml'}: unknown option 'max_stepz'" in refused(unfinished)
 
+    for step in (500, 1000):  # a trainer's directory
+        shutil.copytree(tiny_model_dir, tmp_path / "out" / f"checkpoint-{step}")
+    line = "there are checkpoint-500 and checkpoint-1000: give out/checkpoint-1000"
+    assert refused("out").endswith(line)
+    shutil.copy(tiny_model_dir / "config.json", tmp_path / "out")
+    assert refused("out") == f"out: has no weights of its own; {line}"
+
     adapter = adapter_dir("gone/base/model")
     line = refused(adapter)
     assert line.startswith(f"{adapter}: its base model: gone/base/model: no such file")
@@ -276,7 +284,7 @@ def test_mistakes(
     )
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
-    assert refused(adapter) == f"{path}: not supported: use_dora=True"
+    assert refused(adapter).startswith(f"{path}: not supported: use_dora=True; merge it")
     shutil.rmtree(adapter)
     assert "its base model: the adapter names none; --base_model" in refused(adapter_dir(None))
 

@@ -19,14 +19,13 @@ from support.twins import TWINS, WINDOW, our_logits
 from jaxsft.gemma import lora
 from jaxsft.gemma.lora import TARGETS
 from jaxsft.gemma.model import Gemma
-from jaxsft.weights.peft import (
+from jaxsft.weights.adapter_config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     AdapterConfig,
-    load_adapter,
     read_adapter_config,
-    save_adapter,
 )
+from jaxsft.weights.peft import load_adapter, save_adapter
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -140,7 +139,8 @@ def test_a_base_that_is_noted_badly_is_not_noted(
     found = read_adapter_config(tmp_path)
     assert (found.base_digest, found.base_revision) == (None, None)
     (tmp_path / WEIGHTS_NAME).write_bytes(b"damaged")
-    assert read_adapter_config(tmp_path).base_digest is None
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        read_adapter_config(tmp_path)
 
 
 def test_targets_given_as_a_pattern(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_targets_given_as_a_pattern(tmp_path: Path) -> None:
     )
     # In some layers alone it is more than plain LoRA here.
     peft_twin("gemma1", target_modules=r".*\.1\..*\.q_proj").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"missing base_model\.model\.model\.layers\.0\.self_attn"):
+    with pytest.raises(ValueError, match=r"is on layers 1 only of the model's 3"):
         load_adapter(tmp_path, clone(twin("gemma1")[1]))
 
 
@@ -211,13 +211,15 @@ def refusal(directory: Path, config: dict, tensors: dict[str, np.ndarray]) -> st
     [
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"layers_to_transform": 0}, "layers_to_transform=0"),
+        ({"bias": "some"}, "bias='some'"),
+        ({"layers_to_transform": 0}, "layers_to_transform=0 with tensors of layers 0-2"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16'"),
         ({"an_invention": {"a": 1}}, "an_invention={'a': 1}"),
         ({"target_modules": ["q_proj", "lm_head"]}, "'lm_head' is not a linear layer"),
-        ({"target_modules": []}, "lora.target_modules is empty"),
-        ({"target_modules": None}, "target_modules=None"),
+        ({"target_modules": []}, "target_modules lacks q_proj, up_proj, which has tensors"),
+        ({"target_modules": ["q_proj"]}, "target_modules lacks up_proj, which has tensors"),
+        ({"target_modules": ["q_proj", "up_proj", "v_proj"]}, "names v_proj, without tensors"),
+        ({"target_modules": 3}, "target_modules=3"),
         ({"r": 0}, "r=0"),
         ({"r": 2.5}, "r=2.5"),
         ({"r": "three"}, "not a readable PEFT config"),
@@ -241,10 +243,12 @@ def test_bad_tensors_are_all_named(
     changed[key(3, "mlp.up_proj.lora_B")] = np.zeros((48, 3), np.float32)
     changed[key(1, "mlp.up_proj.lora_B")] = np.zeros((48, 4), np.float32)
     message = refusal(tmp_path, config, changed)
-    assert f"missing {key(0, 'self_attn.q_proj.lora_A')}" in message
-    assert f"missing {key(2, 'mlp.up_proj.lora_B')}" in message
+    names = f"{key(0, 'self_attn.q_proj.lora_A')}, {key(2, 'mlp.up_proj.lora_B')}"
+    assert (
+        f"2 missing: {names} (all base_model.model.model.layers.*.weight, layers 0, 2)" in message
+    )
     assert f"unexpected {key(3, 'mlp.up_proj.lora_B')}" in message
-    assert f"{key(1, 'mlp.up_proj.lora_B')} has shape [48, 4], expected [48, 3]" in message
+    assert f"misshapen {key(1, 'mlp.up_proj.lora_B')} (is [48, 4], must be [48, 3])" in message
 
     changed = dict(tensors)
     changed[key(1, "mlp.up_proj.lora_A")] = np.full((3, 32), np.nan, np.float32)

@@ -12,7 +12,7 @@ from support.lora_twins import ATTENTION, clone, inject_random, twin
 
 from jaxsft.gemma.lora import TARGETS
 from jaxsft.gemma.model import Gemma, layer_location
-from jaxsft.weights.peft import AdapterConfig
+from jaxsft.weights.adapter_config import AdapterConfig
 from jaxsft.weights.tunix import write_tunix_lora
 
 NUM_LAYERS = 3  # one repetition of Gemma 2's two and a tail
