@@ -17,13 +17,15 @@ from flax import nnx
 from benchmarks.peer_lab import NUM_ROWS, ROW_LENGTH
 from benchmarks.peer_protocol import serve
 from jaxsft.common.batch import Batch
-from jaxsft.config import DataOptions, LoraOptions, ModelOptions, TrainConfig
+from jaxsft.config import DataOptions, ModelOptions, TrainConfig
 from jaxsft.prepare.rows import load_data, run_model
+from jaxsft.run.fork import with_fork
 from jaxsft.run.setup import build
 from jaxsft.step.train_step import init_state, put_batch, train_step
+from jaxsft.weights.adapter_config import WEIGHTS_NAME
 from jaxsft.weights.find import open_tokenizer
 from jaxsft.weights.load import demo_model_path
-from jaxsft.weights.peft import WEIGHTS_NAME, read_adapter_config, save_adapter
+from jaxsft.weights.peft import save_adapter
 
 
 class JaxsftTrainer:
@@ -31,10 +33,8 @@ class JaxsftTrainer:
 
     def __init__(self, model_dir: str, adapter_dir: str, learning_rate: float, data_file: str):
         jax.config.update("jax_default_matmul_precision", "highest")
-        adapter = read_adapter_config(adapter_dir)
         config = TrainConfig(
             model=ModelOptions(path=model_dir, tokenizer=str(demo_model_path())),
-            lora=LoraOptions(r=adapter.rank, alpha=adapter.alpha),
             fork_from=str(adapter_dir),
             data=DataOptions(train_files=[data_file], max_length=ROW_LENGTH),
             global_batch_size=NUM_ROWS,
@@ -43,7 +43,8 @@ class JaxsftTrainer:
         )
         origin = run_model(config.model)
         data = load_data(config.data, open_tokenizer(origin.tokenizer))
-        self.setup = build(config, data, origin)
+        config, fork = with_fork(config, ())
+        self.setup = build(config, data, origin, fork=fork)
         self.state, self.frozen = self.setup.state, self.setup.frozen
 
     def _batch(self, rows: Path) -> Batch:

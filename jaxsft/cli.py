@@ -135,6 +135,23 @@ def parse_options(
     return found
 
 
+def typed_options(
+    command: str, argv: Sequence[str], *kinds: type, default_recipe: str = DEFAULT_RECIPE
+) -> frozenset[str]:
+    """The dotted names of the options that the user gave: in `argv`, or in a file of their own.
+
+    What a recipe says is a default. `argv` is one that `parse_options` took for the same `kinds`.
+    """
+    parser = _make_parser(command, "", TrainConfig in kinds, default_recipe)
+    for kind in kinds:
+        parser.add_class_arguments(kind)
+    args = _with_recipe_paths(_spelt_out(argv, kinds), default_recipe)
+    for i in reversed(range(len(args) - 1)):
+        if args[i] == "--config" and Path(args[i + 1]).resolve().parent == RECIPES.resolve():
+            del args[i : i + 2]
+    return frozenset(parser.parse_args(args, defaults=False).as_flat().__dict__)
+
+
 def parse_config(
     command: str, description: str, argv: Sequence[str], default_recipe: str = DEFAULT_RECIPE
 ) -> tuple[TrainConfig, str]:

@@ -197,7 +197,8 @@ class TrainConfig:
     """Skip an update whose loss or gradient norm is this many standard deviations above the mean of
     the last 128 steps; null for never, 6 is usual."""
     fork_from: str | None = None
-    """Start from this adapter, not from a new one: a run's directory or a PEFT adapter."""
+    """Start from this adapter, not from a new one: a run's directory or a PEFT adapter. Its rank,
+    alpha, targets and rsLoRA are taken; a lora option that contradicts them is refused."""
     num_workers: int = 2
     """Threads that read rows ahead."""
     budget_hours: float | None = None

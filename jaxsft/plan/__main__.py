@@ -10,7 +10,7 @@ failed; 2 bad input.
 import sys
 from collections.abc import Sequence
 
-from jaxsft.cli import parse_options, run_command
+from jaxsft.cli import parse_options, run_command, typed_options
 from jaxsft.config import TrainConfig
 from jaxsft.plan.options import PlanOptions, check_plan_options
 
@@ -29,13 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: Sequence[str]) -> int:
     """Plans what `argv` asks for. ValueError and OSError are bad input."""
+    kinds = TrainConfig, PlanOptions
     config, options = parse_options(
-        *("jaxsft.plan", DESCRIPTION, argv), TrainConfig, PlanOptions, default_recipe=DEFAULT_RECIPE
+        *("jaxsft.plan", DESCRIPTION, argv), *kinds, default_recipe=DEFAULT_RECIPE
     )
+    typed = typed_options("jaxsft.plan", argv, *kinds, default_recipe=DEFAULT_RECIPE)
     check_plan_options(options, argv)
     from jaxsft.plan.command import plan_run  # JAX, which takes seconds
 
-    return plan_run(config, options)
+    return plan_run(config, options, typed)
 
 
 if __name__ == "__main__":

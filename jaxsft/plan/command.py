@@ -33,13 +33,20 @@ from jaxsft.plan.search import (
 from jaxsft.plan.tpu_aot import AOT_ENVIRONMENT, CompilerError
 from jaxsft.plan.workload import Workload, read_lengths
 from jaxsft.prepare.rows import load_data, run_model
+from jaxsft.run.fork import with_fork
 from jaxsft.weights.find import architecture, open_tokenizer
 
 EXIT_DOES_NOT_FIT = 1
 
 
-def plan_run(config: TrainConfig, options: PlanOptions) -> int:
-    """Plans a run; returns the exit code. ValueError and OSError are bad input."""
+def plan_run(config: TrainConfig, options: PlanOptions, typed: frozenset[str] = frozenset()) -> int:
+    """Plans a run; returns the exit code. ValueError and OSError are bad input.
+
+    `typed` are the options that the user gave: an adapter to fork from gives the others, where it
+    is on this machine.
+    """
+    if config.fork_from is not None and Path(config.fork_from).exists():
+        config, _ = with_fork(config, typed)
     try:
         return _plan(config, options)
     except CompilerError as error:

@@ -139,7 +139,19 @@ def show_finished(console: Console, run_dir: Path, yaml: str, shown: Path | epat
     ]
     if changed:
         console.print(f"It was made with other options than now: {', '.join(changed)}.")
-    console.print(f"To train again, choose another --name or remove {shown}.")
+    source = run_dir if "://" in str(shown) else shown  # forks are made from local files
+    console.print(
+        f"To go on from its adapter, for more steps or epochs: the same command with --fork-from "
+        f"{source} --name {_free_name(shown)}. To train anew: another --name, or remove {shown}."
+    )
+
+
+def _free_name(run_dir: Path | epath.Path) -> str:
+    """A name for a run that goes on from this one."""
+    stem, count = run_dir.name, 2
+    while run_dir.with_name(f"{stem}-{count}").exists():
+        count += 1
+    return f"{stem}-{count}"
 
 
 def show_result(console: Console, run_dir: Path) -> None:

@@ -16,7 +16,7 @@ from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import named
 from jaxsft.prepare.rows import Data, run_model
 from jaxsft.run.checkpoints import Checkpoints
-from jaxsft.run.fork import add_adapter, check_fork, with_forked_adapter
+from jaxsft.run.fork import Fork, add_adapter, with_forked_adapter
 from jaxsft.run.identity import fingerprint
 from jaxsft.run.program import (
     StepArguments,
@@ -32,9 +32,9 @@ from jaxsft.run.program import (
 )
 from jaxsft.step.fused_weights import fuse
 from jaxsft.step.train_step import StepSpec, TrainState, init_state
+from jaxsft.weights.adapter_config import AdapterConfig
 from jaxsft.weights.find import Origin, architecture, check_tokenizer
 from jaxsft.weights.load import WeightsInfo, load_model
-from jaxsft.weights.peft import AdapterConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,7 @@ def check_early(config: TrainConfig) -> Origin:
     """The model to train. ValueError for mistakes that show without data and weights."""
     check_devices(config, jax.device_count())
     lora.resolve_targets(config.lora.target_modules)
-    origin = run_model(config.model)
-    check_fork(config)
-    return origin
+    return run_model(config.model)
 
 
 def abstract_state(config: TrainConfig, origin: Origin) -> TrainState:
@@ -78,8 +76,11 @@ def build(
     data: Data,
     origin: Origin,
     say: Callable[[str], None] = lambda line: None,
+    fork: Fork | None = None,
 ) -> Setup:
     """Loads the model of `origin`, adds the adapter, puts both on the mesh; `say` gets warnings.
+
+    `fork` and the lora options are those of `with_fork`.
 
     Raises:
       ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
@@ -95,11 +96,11 @@ def build(
         mesh=mesh,
     )
     _check_fit(config, data, info)
-    adapter_config = add_adapter(config, model, info, origin, say)
+    adapter_config = add_adapter(config, model, info, origin, fork, say)
     graphdef, adapter, frozen = lora.split(model)
     model_weights = jax.eval_shape(lambda: frozen)
     spec = make_spec(config, info.config, graphdef, mesh, steps)
-    state = with_forked_adapter(config, init_state(adapter, spec), info, say)
+    state = with_forked_adapter(config, init_state(adapter, spec), info, fork, say)
     if spec.model.fused is not None:
         # Once nothing refers to the model's own weights, half of the memory is free again.
         frozen = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jaxsft.cli import EXIT_STOPPED, command_line, config_yaml, parse_options, run_command
+from jaxsft.cli import EXIT_STOPPED, command_line, parse_options, run_command, typed_options
 from jaxsft.common.out_of_memory import GENERAL_ADVICE
 from jaxsft.config import TrainConfig
 
@@ -49,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(argv: list[str], began_s: float) -> int:
     """Trains as `argv` asks. ValueError and OSError are bad input."""
-    config, options = parse_options("jaxsft.train", DESCRIPTION, argv, TrainConfig, TrainOptions)
+    kinds = TrainConfig, TrainOptions
+    config, options = parse_options("jaxsft.train", DESCRIPTION, argv, *kinds)
     from jaxsft.train.command import run_training  # JAX, which takes seconds
 
     return run_training(
         config=config,
-        yaml=config_yaml(config),
+        typed=typed_options("jaxsft.train", argv, *kinds),
         preflight_only=options.preflight,
         argv=argv,
         began_s=began_s,

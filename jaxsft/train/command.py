@@ -10,6 +10,7 @@ from rich.console import Console
 from jaxsft.cli import (
     EXIT_FAILED,
     command_line,
+    config_yaml,
     fail,
 )
 from jaxsft.common.batch import Batch, batch_hash
@@ -25,7 +26,7 @@ from jaxsft.prepare.rows import load_data
 from jaxsft.run.checkpoint_files import state_bytes
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fit_deadline import check_fit, fitted, forecast
-from jaxsft.run.fork import START, as_begun
+from jaxsft.run.fork import START, Fork, as_begun, describe_fork, with_fork
 from jaxsft.run.measure import before_key, load_before
 from jaxsft.run.metrics import Throughput
 from jaxsft.run.remote import RunFiles, is_remote
@@ -53,22 +54,32 @@ _FORECAST_AFTER = 10  # steps, where no preflight has timed them
 
 
 def run_training(
-    *, config: TrainConfig, yaml: str, preflight_only: bool, argv: list[str], began_s: float
+    *,
+    config: TrainConfig,
+    typed: frozenset[str],
+    preflight_only: bool,
+    argv: list[str],
+    began_s: float,
 ) -> int:
     """Trains as the options ask; returns the exit code. ValueError and OSError are bad input.
 
-    `yaml` is the config as text, `argv` the command line, `began_s` when the command began, by
-    time.monotonic.
+    `typed` are the options that the user gave, `argv` is the command line, `began_s` when the
+    command began, by time.monotonic.
     """
     resume_command, console = command_line("jaxsft.train", argv), make_console()
 
     def body() -> int:
         with open_run(config, console) as files:
+            forked, fork = with_fork(as_begun(config, files.path), typed)
+            yaml = config_yaml(dataclasses.replace(forked, fork_from=config.fork_from))
             if (code := say_if_finished(files, yaml, console)) is not None:
                 return code
+            if fork is not None:
+                console.print(describe_fork(forked))
             return start(
-                config=config,
+                config=forked,
                 yaml=yaml,
+                fork=fork,
                 files=files,
                 end=session_end(config.deadline, config.max_seconds, began_s),
                 resume_command=resume_command,
@@ -83,6 +94,7 @@ def start(
     *,
     config: TrainConfig,
     yaml: str,
+    fork: Fork | None,
     files: RunFiles,
     end: SessionEnd,
     resume_command: str,
@@ -96,7 +108,6 @@ def start(
     path = files.path
     check_fit(config, path, end)
     check_device()
-    config = as_begun(config, path)
     model = check_early(config)
     configure_jax()
     advice = f"nothing that was saved is lost, to go on: {resume_command}"
@@ -111,7 +122,7 @@ def start(
         data = load_data(config.data, tokenizer, console, lambda: session.beat("reading rows"))
         show_data(console, data.train, data.heldout)
         session.beat("loading the model")
-        setup = build(config, data, model, console.print)
+        setup = build(config, data, model, console.print, fork)
         if checkpoints.steps():
             setup = fitted(config, setup, path)
         else:

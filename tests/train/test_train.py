@@ -294,7 +294,10 @@ def test_a_finished_run_says_which_options_changed(
     runs, _ = finished
     before = snapshot(runs.path("whole"))
     assert main(runs.argv("whole", "--seed", "7")) == 0
-    assert "It was made with other options than now: seed: 7." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "It was made with other options than now: seed: 7." in out
+    # Not only that it is finished, but how to go on.
+    assert f"--fork-from {runs.path('whole')} --name whole-2. To train anew: another --name" in out
     assert snapshot(runs.path("whole")) == before
 
 
@@ -416,9 +419,13 @@ def test_an_adapter_is_trained_further(finished: tuple[Runs, str]) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "complaint"),
     [
-        ("--lora.r", "2", "rank is 4 there and 2 here"),
-        ("--lora.alpha", "4", "alpha is 8.0 there and 4.0 here"),
-        ("--lora.target_modules", "q_proj", "targets is"),
+        ("--lora.r", "2", "lora.r is 4 there and 2 here"),
+        ("--lora.alpha", "4", "lora.alpha is 8.0 there and 4.0 here"),
+        (
+            "--lora.target_modules",
+            "q_proj",
+            "lora.target_modules is all-linear there and q_proj here",
+        ),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused(
