@@ -142,6 +142,7 @@ def typed_options(
 
     What a recipe says is a default. `argv` is one that `parse_options` took for the same `kinds`.
     """
+    _set_loader(dict(each for kind in kinds for each in _option_types(kind)))
     parser = _make_parser(command, "", TrainConfig in kinds, default_recipe)
     for kind in kinds:
         parser.add_class_arguments(kind)
