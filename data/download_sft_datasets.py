@@ -36,8 +36,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, fail
+from jaxsft import __version__
+from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, fail, run_process
+from jaxsft.common.console import make_console
 from jaxsft.common.files import file_sha256
+from jaxsft.common.streams import safe_streams
 from jaxsft.data.fields import PARTS
 from jaxsft.data.rows import ROWS_VERSION
 from jaxsft.download.datasets import (
@@ -145,6 +148,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"jaxsft {__version__}")
     known = ", ".join(KNOWN)
     add(
         "--dataset",
@@ -188,8 +192,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if others:
         names = [name for action in parser._actions for name in action.option_strings]
         other = others[0].split("=")[0]  # its value may be a secret
-        near = difflib.get_close_matches(other, names, 1, 0.0)[0]
-        raise ValueError(f"unknown option {other!r}; did you mean {near}? --help lists all")
+        near = difflib.get_close_matches(other, names, 1, 0.8)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"unknown option {other!r}; {hint}--help lists all")
     if options.rows_per_file < 1 or options.retries < 0 or not 0 <= options.retry_wait < 1e6:
         raise ValueError("--rows_per_file must be positive, --retries, --retry_wait not negative")
     for text in options.column:
@@ -290,11 +295,16 @@ def obtain(name: str, options: argparse.Namespace, hub: Hub, reporter: Reporter)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    with safe_streams():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     huggingface_hub.utils.logging.set_verbosity_error()
-    reporter = Reporter(Console())
+    reporter = Reporter(make_console())
     try:
         try:
-            options = parse_arguments(sys.argv[1:] if argv is None else argv)
+            options = parse_arguments(argv)
             hub = Hub(user_token(), options.retries, options.retry_wait, reporter.line)
             for name in [options.dataset] if options.dataset else KNOWN:
                 obtain(name, options, hub, reporter)
@@ -322,4 +332,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_process(main)

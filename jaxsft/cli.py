@@ -9,13 +9,14 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
+from jaxsft import __version__
 from jaxsft.common.option_values import (
     OptionsError,
     check_config_file,
@@ -25,8 +26,11 @@ from jaxsft.common.option_values import (
 )
 from jaxsft.common.out_of_memory import parse_shortage
 from jaxsft.common.signals import interrupts_kept
-from jaxsft.common.text import visible_line
+from jaxsft.common.streams import make_process_safe, safe_streams
+from jaxsft.common.text import harmless, shortened, visible_line
+from jaxsft.common.tpu import keep_libtpu_quiet
 from jaxsft.config import TrainConfig, validate
+from jaxsft.hints import hint_for
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo"
@@ -34,12 +38,21 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the command again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_LONGEST_ERROR = 600  # characters
+_MOST_UNKNOWN = 4  # options in one line
+
+
+def run_process(main: Callable[[], int]) -> NoReturn:
+    """Runs a command as a process of its own, and exits with its code."""
+    make_process_safe()
+    sys.exit(main())
 
 
 def fail(error: object, code: int) -> int:
     """Prints the error as one line; returns the exit code."""
+    line = shortened(visible_line(str(error)), _LONGEST_ERROR)
     with contextlib.suppress(OSError):  # stderr may be on the disk that is full
-        print(f"error: {visible_line(str(error))}", file=sys.stderr, flush=True)
+        print(f"error: {line}", file=sys.stderr, flush=True)
     return code
 
 
@@ -55,6 +68,14 @@ def run_command(
     The code is `interrupted_code` for Ctrl-C, 1 where memory ran out, else `failure_code`. Other
     errors are ours, and raised.
     """
+    keep_libtpu_quiet(os.environ, Path("/"))
+    with safe_streams():
+        return _run(body, interrupted, interrupted_code, memory_advice)
+
+
+def _run(
+    body: Callable[[], int], interrupted: str, interrupted_code: int, memory_advice: str
+) -> int:
     try:
         with interrupts_kept():
             return body()
@@ -104,7 +125,7 @@ def parse_options(
     """The options of a command: an instance of each of `kinds`, which share one command line.
 
     With TrainConfig among them there is --config, for a recipe or a file. Without, the first
-    argument is the option `model`. `--help` and `--print_config` print and exit 0.
+    argument is the option `model`. `--help`, `--version` and `--print_config` print and exit 0.
 
     Args:
       kinds: frozen dataclasses; the text under each field is its help. Their names are distinct.
@@ -112,7 +133,7 @@ def parse_options(
       defaults: in place of those of the dataclasses, by dotted name.
 
     Raises:
-      ValueError: one line that names the option and, for an unknown one, the nearest valid name.
+      ValueError: one line that names the option and, for an unknown one, what `hint_for` knows.
     """
     trains = TrainConfig in kinds
     _set_loader(dict(each for kind in kinds for each in _option_types(kind)))
@@ -129,7 +150,7 @@ def parse_options(
     found = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds]
     for config in [each for each in found if isinstance(each, TrainConfig)]:
         if values["print_config"]:
-            sys.stdout.write(config_yaml(config))
+            sys.stdout.write(config_yaml(config, sys.stdout.encoding or "utf-8"))
             raise SystemExit(0)
         validate(config)
     return found
@@ -163,10 +184,16 @@ def parse_config(
     return config, config_yaml(config)
 
 
-def config_yaml(config: TrainConfig) -> str:
-    """The config as a file that --config takes."""
-    values = dataclasses.asdict(config)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)
+def config_yaml(config: TrainConfig, encoding: str = "utf-8") -> str:
+    """The config as a file that --config takes.
+
+    YAML's own escapes stand for what the encoding lacks, and for what steers a terminal.
+    """
+    options: dict[str, Any] = {"sort_keys": False, "default_flow_style": False}
+    text = yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, **options)
+    if harmless(text).encode(encoding, "replace").decode(encoding) == text:
+        return text
+    return yaml.safe_dump(dataclasses.asdict(config), **options)
 
 
 def _make_parser(
@@ -184,6 +211,8 @@ def _make_parser(
         parser_mode="texts",
         print_config=None,  # it would print a command's own options too, which no other takes
     )
+    version, about = f"jaxsft {__version__}", "Print the version and exit."
+    parser.add_argument("--version", action="version", version=version, help=about)
     if trains:
         parser.add_argument(
             "--config",
@@ -207,14 +236,39 @@ def _set_loader(kinds: Mapping[str, Any]) -> None:
             value = read_options(text, {})
             return text if value is None and text.strip() not in ("", "null") else value
         try:
-            options = read_options(text, kinds) or {}
+            options = read_options(text, kinds)
             check_groups(options, kinds)
+            if unknown := [name for name in _names_in(options, kinds) if name not in kinds]:
+                raise OptionsError(_about_unknown(unknown, kinds))
         except OptionsError as error:
             # The parser works in the file's directory.
             raise ValueError(f"{Path(str(path)).absolute()}: {error}") from None
         return options
 
     set_loader("texts", load, exceptions=(OptionsError,))
+
+
+def _names_in(options: Mapping[str, Any], kinds: Collection[str], prefix: str = "") -> list[str]:
+    """The dotted names of what a config file has for options."""
+    names = []
+    for name, value in options.items():
+        if isinstance(value, dict) and prefix + name not in kinds:
+            names += _names_in(value, kinds, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _about_unknown(names: Sequence[str], options: Collection[str]) -> str:
+    """What to use in place of options that there are not, in one line."""
+    parts = []
+    for name in names:
+        hint = hint_for(name, options)
+        parts.append(f"unknown option {name!r}" + (f"; {hint}" if hint else ""))
+    parts = [part if part.endswith(("?", ".")) else f"{part};" for part in parts]
+    rest = len(parts) - _MOST_UNKNOWN
+    more = [f"and {rest} more;"] if rest > 0 else []
+    return " ".join([*parts[:_MOST_UNKNOWN], *more, "--help lists all"])
 
 
 _OPTION = re.compile(r"--\w[\w.-]*(?:=|$)")
@@ -273,7 +327,7 @@ def _with_model(argv: Sequence[str], command: str) -> list[str]:
     args = list(argv)
     if args and not args[0].startswith("-"):
         args[:1] = ["--model", args[0]]
-    if not any(arg.partition("=")[0] in ("--model", "--help", "-h") for arg in args):
+    if not any(arg.partition("=")[0] in ("--model", "--version", "--help", "-h") for arg in args):
         raise ValueError(f"no model: python -m {command} MODEL; --help says what it may be")
     return args
 
@@ -316,29 +370,19 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     if union:
         kinds = " or ".join(_KINDS.get(kind, kind) for kind in union[1].split(", "))
         line = f"{line[: union.start()]}expected {kinds}, got {union[2][:200]!r}"
-    argument = re.search(r"unrecognized arguments: (\S+)", line)
-    key = re.search(
-        r"Group '(\S+)' does not accept option '(\S+)'|Option '(\S+)' is not accepted", line
-    )
-    if argument:
-        name = argument[1].split("=")[0]
-        if not name.startswith("-"):
-            option = "--config" if "--config" in parser._option_string_actions else "--model"
-            return f"unexpected argument {name!r}; options begin with --, as in {option} {name}"
-        name = name.lstrip("-")
-    elif key:
-        name = ".".join(filter(None, key.groups()))
-    else:
+    argument = re.search(r"unrecognized arguments: (.*)", line)
+    if not argument:
         return line.replace('Parser key "', 'option "')
+    first, *others = [each.partition("=")[0] for each in argument[1].split()]
+    if not first.startswith("-"):
+        option = "--config" if "--config" in parser._option_string_actions else "--model"
+        return f"unexpected argument {first!r}; options begin with --, as in {option} {first}"
+    unknown = dict.fromkeys([first, *(each for each in others if each.startswith("--"))])
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     names = {o.lstrip("-") for action in shown for o in action.option_strings}
     # Not --lora, the group of all --lora.…
     options = {o for o in names if not any(other.startswith(f"{o}.") for other in names)}
-    # By the last part as well, so that lora_r, lora.rank and rank all come near lora.r.
-    spellings = {o.replace(".", "_"): o for o in options} | {o.split(".")[-1]: o for o in options}
-    spellings |= {o: o for o in options}
-    near = difflib.get_close_matches(name, spellings, 1, 0.0)[0]
-    return f"unknown option {name!r}; did you mean --{spellings[near]}? --help lists all"
+    return _about_unknown([name.lstrip("-") for name in unknown], options)
 
 
 def command_line(command: str, argv: Sequence[str]) -> str:

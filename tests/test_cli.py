@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
 import pytest
 
+import jaxsft
 from jaxsft import config as config_module
-from jaxsft.cli import command_line, parse_config, parse_options, recipe_names
+from jaxsft import hints
+from jaxsft.__main__ import COMMANDS, main
+from jaxsft.cli import EXIT_BAD_INPUT, command_line, parse_config, parse_options, recipe_names
 from jaxsft.config import TrainConfig, check_devices
+from jaxsft.hints import hint_for
 from jaxsft.step.optimizer import make_schedule
 
 
@@ -338,3 +343,98 @@ def test_texts_are_taken_as_they_are_everywhere(text: str, tmp_path: Path) -> No
         assert again.data.system_prompt == config.data.system_prompt == text
     assert parse("--data.system_prompt", "null").data.system_prompt is None
     assert parse_options("x", "", ["m"], Texts, defaults={"prompt": text})[0].prompt == text
+
+
+# An option of another trainer, and what must be said of it.
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ("per_device_train_batch_size", "--global_batch_size? It is per device × devices × grad"),
+        ("micro-batch-size", "--global_batch_size? It is per device"),
+        ("batch_size", "--global_batch_size? It counts the rows of an optimizer step, over all"),
+        ("train.batch_size", "--global_batch_size?"),
+        ("per_device_eval_batch_size", "--eval.batch_size? It counts the rows over all devices"),
+        ("lr", "--learning_rate?"),
+        ("optimizer.lr", "--learning_rate?"),
+        ("warmup_ratio", "--warmup_steps? It is a number of steps: the ratio × the steps"),
+        ("bf16", "--model.dtype? It is float32 or bfloat16."),
+        ("gradient_checkpointing", "--model.remat? It is none, projections or full."),
+        ("dataset_name", "--data.train_files?"),
+        ("data.dataset_path", "--data.train_files?"),
+        ("cutoff_len", "--data.max_length?"),
+        ("lora_rank", "--lora.r?"),
+        ("base_model", "--model.path?"),
+        ("num-epochs", "--num_train_epochs?"),
+        ("val_set_size", "not here, because held-out rows are files of their own: --data.eval_f"),
+        ("report_to", "not here, because every run writes metrics.jsonl and TensorBoard events"),
+        ("optim", "not here, because AdamW is the only optimizer"),
+        ("model.load_in_4bit", "not here, because the frozen weights are float32 or bfloat16"),
+        ("push_to_hub", "not here, because nothing is uploaded"),
+        ("resume_from_checkpoint", "not here, because the same command again continues"),
+        ("neftune_noise_alpha", "not here, because no noise is added"),
+    ],
+)
+def test_options_of_other_trainers(theirs: str, said: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    keys = theirs.replace("-", "_").split(".")
+    content = "".join(f"{'  ' * i}{key}:\n" for i, key in enumerate(keys)).rstrip() + " 1\n"
+    mine.write_text(f"seed: 1\n{content}")
+    for argv in ([f"--{theirs}", "1"], [f"--{theirs}=1"], ["--config", str(mine)]):
+        with pytest.raises(ValueError) as error:
+            parse(*argv)
+        assert f"unknown option '{'.'.join(keys)}'; " in str(error.value)
+        assert said in str(error.value) and str(error.value).endswith(" --help lists all")
+
+
+def test_what_is_suggested_exists() -> None:
+    names = field_docs().keys() | {"search"}
+    for _, option, _ in hints._RENAMED:
+        assert option.split("|")[0] in names
+    texts = [note for *_, note in hints._RENAMED] + [why for _, why in hints._ABSENT]
+    for text in texts:
+        assert {name.rstrip(".") for name in re.findall(r"--([\w.]+)", text)} <= names | {"format"}
+    listed = [name for names, *_ in (*hints._RENAMED, *hints._ABSENT) for name in names.split()]
+    assert len(listed) == len({*listed}) and all(len(why) < 300 for _, why in hints._ABSENT)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("foo", "warmup_rate", "train_size", "eval.per_device_train_batch_size", "top_n"),
+        *("max_learning_rat", "adam_beta3", "temprature_scale", "eval_loss", "lora.foo", "hash"),
+    ],
+)
+def test_nothing_is_suggested_where_nothing_is_near(name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse(f"--{name}", "1")
+    assert str(error.value) == f"unknown option {name!r}; --help lists all"
+
+
+def test_every_unknown_option_is_named_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        parse("--lr", "1", "--foo", "--bf16=1", "--bar", "2", "--optim", "x", "--epochs", "2")
+    assert re.search("'lr'.*'foo'.*'bf16'.*'bar'; and 2 more; --help", str(error.value))
+
+
+def test_a_hint_is_for_the_command_that_was_asked() -> None:
+    for options, said in (({"eval.batch_size"}, "--eval.batch_size?"), ({"seed"}, "--global")):
+        assert said in hint_for("batch_size", options)
+    assert "python -m jaxsft.train, --learning_rate" in hint_for("lr", {"model"})
+    assert hint_for("max_tokens", {"max_new_tokens"}) == "did you mean --max_new_tokens?"
+
+
+def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    folders = {path.parent.name for path in Path(jaxsft.__file__).parent.glob("*/__main__.py")}
+    assert folders == set(COMMANDS)
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["generate", "--version"])
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxsft {jaxsft.__version__}\n" * 2
+    assert main(["trian"]) == EXIT_BAD_INPUT
+    assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"jaxsft": "jaxsft.__main__:main"}
+    assert project["version"] == jaxsft.__version__

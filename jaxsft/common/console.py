@@ -1,65 +1,65 @@
-"""A console for long runs: if a line cannot be printed, it is dropped and the run continues."""
+"""The console of every command: styles of ours, harmless text of others, plain lines in a pipe."""
 
 import atexit
-import contextlib
-import io
-import os
 import sys
-from typing import IO, TextIO, cast
+from collections.abc import Iterable
+from typing import IO, Any, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from jaxsft.common.streams import discard_unwritten, styled_stream
+from jaxsft.common.text import harmless
 
 
-def make_console() -> Console:
-    """A console on the current stdout. It wraps lines only on a terminal.
+def make_console(
+    *, log_width: int | None = None, strict: bool = False, on_stderr: bool = False
+) -> Console:
+    """A console on the current stdout, or stderr. It wraps lines only on a terminal.
 
-    If output fails (disk full, reader of a pipe gone, terminal closed), no error is raised and the
-    exit code does not change.
+    Args:
+      log_width: the width of tables, and of wrapped lines, where there is no terminal.
+      strict: output that fails raises OSError, or SystemExit(1) where the reader of a pipe has
+        gone. Else nothing is raised and the exit code does not change.
     """
-    atexit.unregister(_discard_unwritten)
-    atexit.register(_discard_unwritten)
-    stream = sys.stdout or io.StringIO()  # None if the process was started without stdout
-    file = cast(IO[str], _Tolerant(stream))  # it has what rich uses
-    # No markup: file names may contain brackets.
-    return Console(file=file, highlight=False, markup=False, soft_wrap=not file.isatty())
+    atexit.unregister(discard_unwritten)
+    atexit.register(discard_unwritten)
+    file = styled_stream(sys.stderr if on_stderr else sys.stdout, strict)
+    is_log = not file.isatty()
+    return _HarmlessConsole(
+        file=cast(IO[str], file),  # it has what rich uses
+        highlight=False,
+        markup=False,  # file names may contain brackets
+        emoji=False,  # and :words:
+        width=log_width if is_log else None,
+        soft_wrap=is_log and log_width is None,
+    )
 
 
-class _Tolerant(io.TextIOBase):
-    """A text stream that ignores failed writes; characters not in its encoding become "?"."""
+class _HarmlessConsole(Console):
+    """A console whose texts cannot steer the terminal: see `harmless`."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(harmless(text), **options)
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding or "utf-8"
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        if isinstance(renderable, Text):  # before it is wrapped
+            renderable = self._harmless_text(renderable)
+        for text, style, control in super().render(renderable, options):
+            if control:  # rich's own: bars, cursor
+                yield Segment(text, style, control)
+            else:
+                if style and style.link:  # only other people's text has links
+                    style = style.update_link(None)
+                yield Segment(harmless(text), style)
 
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-            self._stream.flush()
-
-
-def _discard_unwritten() -> None:
-    """Empties the buffers of stdout and stderr.
-
-    Python flushes them at exit, and if that fails the exit code is 120.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except ValueError:  # closed
-            continue
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    def _harmless_text(self, text: Text) -> Text:
+        if harmless(text.plain) == text.plain:
+            return text
+        found = text.blank_copy()
+        for segment in text.render(self):
+            found.append(harmless(segment.text), segment.style)
+        return found

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from jaxsft.common.files import cache_dir
+from jaxsft.common.tpu import tpu_device
 
 
 def configure_jax() -> None:
@@ -15,9 +16,6 @@ def configure_jax() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # so that a restart need not compile
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("compiled")))
-
-
-_GOOGLE = "0x1ae0"  # PCI vendor
 
 
 def check_device() -> None:
@@ -61,18 +59,3 @@ def explain_no_device(message: str) -> str:
             f"is not installed; {go_on}"
         )
     return f"JAX cannot start the device: {reason}; {go_on}"
-
-
-def tpu_device(root: Path) -> Path | None:
-    """The device file of a TPU under `root` (/ except in tests); None if there is no TPU.
-
-    It is /dev/accel0 with older kernels and chips, else a group in /dev/vfio. Devices of other
-    vendors are there too (ray-project/ray#65034).
-    """
-    for path in sorted(root.glob("dev/accel[0-9]*")):
-        return path
-    for path in sorted(root.glob("dev/vfio/[0-9]*")):
-        vendors = root.glob(f"sys/kernel/iommu_groups/{path.name}/devices/*/vendor")
-        if any(vendor.read_text(encoding="ascii").strip() == _GOOGLE for vendor in vendors):
-            return path
-    return None

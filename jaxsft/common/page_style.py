@@ -1,13 +1,16 @@
 """The frame and the style sheet of the pages that evaluate and inspect write.
 
 A page loads nothing. Its content security policy forbids whatever might come of a mistake in
-escaping: no script runs but the page's own, known by its hash.
+escaping: no script runs but the page's own, known by its hash. No text reorders what stands beside
+it: `harmless` takes its bidi controls, and its element is isolated.
 """
 
 import base64
 import hashlib
 from collections.abc import Sequence
 from html import escape
+
+from jaxsft.common.text import harmless
 
 
 def html_page(title: str, body: Sequence[str], *, script: str = "") -> str:
@@ -28,8 +31,8 @@ def html_page(title: str, body: Sequence[str], *, script: str = "") -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
+        f"<title>{harmless(escape(title))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + harmless("\n".join(body))
         + f"\n</main>\n{scripts}</body>\n</html>\n"
     )
 
@@ -51,6 +54,7 @@ STYLE = """
 
 /* Both pages */
 * { box-sizing: border-box; }
+small, li, th, td { unicode-bidi: isolate; }
 [hidden] { display: none !important; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }

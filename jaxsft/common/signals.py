@@ -27,7 +27,10 @@ def interruptible() -> Iterator[None]:
 def interrupts_kept() -> Iterator[None]:
     """No KeyboardInterrupt is lost. Python drops what is raised in a finalizer or a callback of the
     garbage collector, such as JAX's, and a tenth of set-up is collection: it is raised again a
-    millisecond later."""
+    millisecond later. Outside the main thread nothing is done: it hears of no signals."""
+    if not hears_signals():
+        yield
+        return
     hook = sys.unraisablehook
 
     def again(dropped: Any) -> None:
@@ -62,6 +65,9 @@ def _signals_to(handler: Callable[[int, Any], Any], line: bytes) -> Iterator[Non
     compilation. A thread hears of them at once: it writes `line` to stderr at the first, and ends
     the process at the second, with 128 + its number as shells do.
     """
+    if not hears_signals():
+        yield
+        return
     # Not those that the user had ignored, as nohup does with SIGHUP.
     taken = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
     reader, writer = os.pipe()
@@ -78,6 +84,11 @@ def _signals_to(handler: Callable[[int, Any], Any], line: bytes) -> Iterator[Non
             signal.signal(each, old)
         os.close(writer)
         thread.join()
+
+
+def hears_signals() -> bool:
+    """Is this the main thread, the only one that Python lets handle signals?"""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _hear(reader: int, line: bytes, numbers: Sequence[int]) -> None:

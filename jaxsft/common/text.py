@@ -1,11 +1,36 @@
-"""Makes unknown text safe to print: shows characters that hide, colour or reorder text."""
+"""Makes unknown text safe to print: shows characters that hide, colour or reorder text.
+
+`harmless` is for all that goes to a terminal (streams.py and console.py call it, so that nobody
+else has to); `visible_text` is for text that a person is to see exactly.
+"""
 
 import re
 import unicodedata
 
 # A token of the hub, and the user and password in an address.
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^\s/@]+(?=@)")
+# What steers a terminal or reorders a line: C0 but line end and tab, DEL, C1, bidi controls and
+# marks (Unicode Standard Annex 9), and surrogates, as Python has bytes that are not UTF-8.
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _INVISIBLE = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode categories
+
+
+def harmless(text: str) -> str:
+    """The text with \\u{code} for every character that steers a terminal or reorders a line.
+
+    Line ends, tabs, and the joiners that many scripts and emoji need, stay.
+    """
+    return _STEERING.sub(lambda found: f"\\u{{{ord(found[0]):x}}}", text)
+
+
+def shortened(line: str, most: int) -> str:
+    """The line with at most so many characters; what is left out of its middle is a " … "."""
+    if len(line) <= most:
+        return line
+    end = most // 3  # how to fix it stands at the end
+    return f"{line[: most - end - 3]} … {line[-end:]}"
 
 
 def visible_text(text: str) -> str:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxsft.cli import parse_options, run_command
+from jaxsft.cli import parse_options, run_command, run_process
 from jaxsft.evaluate.options import EvaluateOptions
 
 DESCRIPTION = (
@@ -47,4 +47,4 @@ def command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

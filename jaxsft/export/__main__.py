@@ -12,7 +12,7 @@ Exit codes: 0 exported; 1 drifting (kept as NAME.drifting), not written, no memo
 import sys
 from collections.abc import Sequence
 
-from jaxsft.cli import command_line, parse_options, run_command
+from jaxsft.cli import command_line, parse_options, run_command, run_process
 from jaxsft.export.options import ExportOptions
 
 DESCRIPTION = (
@@ -41,4 +41,4 @@ def command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -11,7 +11,7 @@ disk, a pipe whose reader has gone); 2 bad input; 130 interrupted.
 import sys
 from collections.abc import Sequence
 
-from jaxsft.cli import parse_options, run_command
+from jaxsft.cli import parse_options, run_command, run_process
 from jaxsft.generate.options import GenerateOptions, check_options
 
 DESCRIPTION = (
@@ -41,4 +41,4 @@ def command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

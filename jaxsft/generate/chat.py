@@ -17,6 +17,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from jaxsft.cli import EXIT_BAD_INPUT, fail
+from jaxsft.common.signals import hears_signals
 from jaxsft.common.text import visible_text
 from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn
@@ -70,8 +71,9 @@ def chat(voices: Sequence[Voice], session: ChatSession, system: str) -> None:
     said = [start for _ in voices]
     while True:
         try:
-            text = input("> " if is_terminal else "").strip()
-            text.encode()  # in some locales other bytes come as lone surrogates
+            text = input("> " if is_terminal else "")
+            # In some locales other bytes than ASCII come as lone surrogates.
+            text = text.encode(errors="surrogateescape").decode().strip()
         except EOFError:
             show(console, "\n" if is_terminal else "")
             return
@@ -219,8 +221,14 @@ def show(console: Console, text: str, style: str = "") -> None:
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts."""
+    """Yields a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts.
+
+    Outside the main thread nobody hears of it.
+    """
     pressed = False
+    if not hears_signals():
+        yield lambda: False
+        return
 
     def press(*_: object) -> None:
         nonlocal pressed

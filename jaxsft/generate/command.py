@@ -1,16 +1,13 @@
 """Answers one prompt or a file of prompts, or chats."""
 
-import io
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 
 from jaxsft.cli import EXIT_INTERRUPTED
 from jaxsft.common.console import make_console
@@ -46,7 +43,7 @@ def generate_answers(options: GenerateOptions) -> int:
         if left_out:
             examples = visible_line("; ".join(left_out[:2]))
             note = f"{plural(len(left_out), 'row')} left out: {examples}"
-            Console(stderr=True, highlight=False, markup=False).print(note, soft_wrap=True)
+            make_console(on_stderr=True).print(note, soft_wrap=True)
     default = ModelOptions() if config is None else config.model
     devices = jax.devices()
     mesh = make_mesh(len(devices), 1, devices) if prompts else None  # one prompt keeps one busy
@@ -61,10 +58,7 @@ def generate_answers(options: GenerateOptions) -> int:
     if options.base:
         untrained = lora.split(lora.without_adapter(loaded.model))
         voices.append(Voice(f"{origin.name}, untrained:", *untrained))
-    console = make_console()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    console.file = sys.stdout  # raises when the reader has gone, which ends the work
+    console = make_console(strict=True)  # when the reader has gone, the work ends
     positions = loaded.info.config.max_positions
     sampling = SamplingOptions.from_fields(options.decoding)
     session = ChatSession(loaded.tokenizer, positions, sampling, console)
@@ -102,7 +96,7 @@ def answer_file(
     batch_size = generation_batch_size(decoding, len(prompts), mesh)
     num_batches, done = len(voices) * math.ceil(len(prompts) / batch_size), 0
     by_voice = []
-    with Console(stderr=True).status("answering …") as status:
+    with make_console(on_stderr=True).status("answering …") as status:
 
         def on_batch() -> None:
             nonlocal done

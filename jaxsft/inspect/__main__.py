@@ -9,7 +9,7 @@ Exit codes: 0 every sample passes the checks; 1 some do not (examples are named)
 import sys
 from collections.abc import Sequence
 
-from jaxsft.cli import parse_options, run_command
+from jaxsft.cli import parse_options, run_command, run_process
 from jaxsft.config import TrainConfig
 from jaxsft.inspect.options import InspectOptions, check_inspect_options
 
@@ -37,4 +37,4 @@ def command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

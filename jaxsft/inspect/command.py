@@ -1,11 +1,11 @@
 """Shows rows token by token, counts the whole set and checks every sample."""
 
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from jaxsft.cli import EXIT_FAILED
+from jaxsft.common.console import make_console
 from jaxsft.common.files import write_text
 from jaxsft.config import TrainConfig
 from jaxsft.data.prepared import Prepared, open_prepared
@@ -23,8 +23,7 @@ _LOG_WIDTH = 160  # of output that is no terminal
 
 def show_rows(config: TrainConfig, options: InspectOptions) -> int:
     """Shows and checks the rows; returns the exit code. ValueError and OSError are bad input."""
-    width = None if sys.stdout.isatty() else _LOG_WIDTH
-    console = Console(highlight=False, markup=False, emoji=False, width=width)
+    console = make_console(log_width=_LOG_WIDTH)
     prepared, tokenizer = find_rows(config, options, console)
     indices = chosen_rows(options, len(prepared.rows))
     with console.status("checking every sample …"):

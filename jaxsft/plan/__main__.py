@@ -10,7 +10,7 @@ failed; 2 bad input.
 import sys
 from collections.abc import Sequence
 
-from jaxsft.cli import parse_options, run_command, typed_options
+from jaxsft.cli import parse_options, run_command, run_process, typed_options
 from jaxsft.config import TrainConfig
 from jaxsft.plan.options import PlanOptions, check_plan_options
 
@@ -41,4 +41,4 @@ def command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxsft.cli import EXIT_FAILED, fail
+from jaxsft.common.console import make_console
 from jaxsft.common.files import cache_dir, write_json
 from jaxsft.config import TrainConfig, check_devices
 from jaxsft.gemma import lora
@@ -54,8 +54,7 @@ def plan_run(config: TrainConfig, options: PlanOptions, typed: frozenset[str] = 
 
 
 def _plan(config: TrainConfig, options: PlanOptions) -> int:
-    width = None if sys.stdout.isatty() else 120  # logs have room, whatever the terminal has
-    console = Console(highlight=False, markup=False, width=width)
+    console = make_console(log_width=120)
     lora.resolve_targets(config.lora.target_modules)
     # As train does: the default on accelerators is bfloat16 passes for float32 matmuls.
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -11,7 +11,7 @@ interrupted.
 import sys
 from collections.abc import Sequence
 
-from jaxsft.cli import parse_config, run_command
+from jaxsft.cli import parse_config, run_command, run_process
 
 DESCRIPTION = (
     "Reads, converts, filters, tokenises and packs the rows that a config names and keeps them for "
@@ -35,4 +35,4 @@ def command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

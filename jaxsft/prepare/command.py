@@ -1,9 +1,6 @@
 """Prepares the rows of a config and says what became of them."""
 
-import sys
-
-from rich.console import Console
-
+from jaxsft.common.console import make_console
 from jaxsft.config import TrainConfig
 from jaxsft.prepare.report import show_data
 from jaxsft.prepare.rows import load_data, run_model
@@ -12,8 +9,7 @@ from jaxsft.weights.find import open_tokenizer
 
 def prepare_rows(config: TrainConfig) -> int:
     """Prepares what is missing; returns the exit code. ValueError and OSError are bad input."""
-    # No markup: file names may hold brackets.
-    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    console = make_console()
     tokenizer = open_tokenizer(run_model(config.model).tokenizer)
     data = load_data(config.data, tokenizer, console)
     show_data(console, data.train, data.heldout)

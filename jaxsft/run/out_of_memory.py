@@ -16,6 +16,7 @@ import jax
 
 from jaxsft.cli import DEFAULT_RECIPE
 from jaxsft.common.out_of_memory import GENERAL_ADVICE, Shortage, parse_shortage
+from jaxsft.common.signals import hears_signals
 from jaxsft.gemma.sharding import CHIP_NAMES
 
 SEARCH_SECONDS = 600.0
@@ -201,7 +202,8 @@ def _run(command: Sequence[str], environment: Mapping[str, str], limit_s: float)
         signals.append(number)
         kill()
 
-    handlers = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    taken = (signal.SIGINT, signal.SIGTERM) if hears_signals() else ()
+    handlers = {each: signal.signal(each, stop) for each in taken}
     try:
         process = subprocess.Popen(
             command,

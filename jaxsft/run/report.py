@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from rich.console import Console
@@ -158,19 +159,24 @@ def show_result(console: Console, run_dir: Path) -> None:
     """The before/after table and one held-out answer before and after, side by side."""
     path = run_dir / "result.json"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        before, after = result["before"], result["after"]
-    except (ValueError, LookupError, TypeError) as error:
+        for table in list(_result_tables(json.loads(path.read_text(encoding="utf-8")))):
+            console.print(table)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: damaged ({error!r}); remove it to finish the run again"
         ) from error
+
+
+def _result_tables(result: dict[str, Any]) -> Iterator[Table]:
+    """Those of `show_result`. A file of another form raises what Python raises then."""
+    before, after = result["before"], result["after"]
     if not after:
         return
     table = Table("held-out rows", "before", "after", title="Before and after training")
     for metric in METRICS:
         if metric.name in after:
             table.add_row(metric.label, *(metric_cell(side, metric) for side in (before, after)))
-    console.print(table)
+    yield table
     if not after.get("answers"):
         return
     # The first whose answer has the form, or the first of all.
@@ -179,5 +185,5 @@ def show_result(console: Console, run_dir: Path) -> None:
     sides = Table("before", "after", title=Text(f"Prompt: {answer['prompt']}"), show_lines=True)
     answers = before.get("answers") or []
     old = answers[index]["text"] if index < len(answers) else "–"
-    sides.add_row(Text(old), Text(answer["text"]))
-    console.print(sides)
+    sides.add_row(*(Text(text, overflow="fold") for text in (old, answer["text"])))
+    yield sides

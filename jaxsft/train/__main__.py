@@ -15,7 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jaxsft.cli import EXIT_STOPPED, command_line, parse_options, run_command, typed_options
+from jaxsft.cli import (
+    EXIT_STOPPED,
+    command_line,
+    parse_options,
+    run_command,
+    run_process,
+    typed_options,
+)
 from jaxsft.common.out_of_memory import GENERAL_ADVICE
 from jaxsft.config import TrainConfig
 
@@ -63,4 +70,4 @@ def command(argv: list[str], began_s: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -75,7 +75,7 @@ def test_the_console_is_what_stdout_is(monkeypatch):
     monkeypatch.setattr(sys, "stdout", ascii_stdout)
     console = make_console()
     console.print("[brackets] … " + "x" * 200)
-    assert ascii_stdout.buffer.getvalue() == b"[brackets] ? " + b"x" * 200 + b"\n"
+    assert ascii_stdout.buffer.getvalue() == b"[brackets] ... " + b"x" * 200 + b"\n"
     assert console.encoding == "ascii" and not console.is_terminal and console.soft_wrap
 
     user, terminal = pty.openpty()
