@@ -1,7 +1,9 @@
 """What surrounds the steps of any trainer: preflight, measuring, saving, stopping, the results."""
 
 import dataclasses
+import importlib.metadata
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from jaxsft import __version__
 from jaxsft.cli import EXIT_FAILED, EXIT_STOPPED, fail
 from jaxsft.common.files import cache_dir, write_json, write_text
 from jaxsft.common.hosts import from_first, join_hosts
@@ -43,6 +46,7 @@ class Run:
       files: the run's files, here or on gs://, held against other processes.
       before: what was measured before training; None where that is still to be done.
       before_key: what `before` depends on: it is used again only where this is equal.
+      began_s: when this command began, by time.monotonic.
       num_steps: of a schedule that fit_deadline has set.
       writer: metrics on disk; there from the first measurement on.
     """
@@ -57,6 +61,7 @@ class Run:
     data: Data
     before: dict[str, Any] | None
     before_key: dict[str, str]
+    began_s: float
     num_steps: int | None = None
     writer: MetricsWriter = dataclasses.field(init=False)
     _had_problem: bool = dataclasses.field(init=False, default=False)  # with writing metrics
@@ -155,6 +160,7 @@ def run_to_the_end(
                 session.measure_s = run.before.get("seconds", 0.0)
                 setup = _with_schedule(run, setup, timed)
                 _catch_up(run, setup)
+                first_step = int(setup.state.step)
                 setup = loop(run, setup)
                 save_adapter(run.path / ADAPTER, trained_model(setup), setup.adapter_config)
                 session.go_on("measuring", more_s=session.measure_s)
@@ -175,7 +181,7 @@ def run_to_the_end(
             )
             return EXIT_STOPPED
     run.say(run.writer.problem and f"WARNING: metrics are incomplete: {run.writer.problem}")
-    _write_result(run, setup, after)
+    _write_result(run, setup, after, first_step)
     if problem := run.files.push():
         return fail(problem, EXIT_FAILED)
     show_result(run.console, run.path)
@@ -338,8 +344,11 @@ def _save_best(run: Run, setup: Setup, after: Mapping[str, Any]) -> None:
     )
 
 
-def _write_result(run: Run, setup: Setup, after: dict[str, Any]) -> None:
-    """Writes result.json, which marks the run as finished."""
+def _write_result(run: Run, setup: Setup, after: dict[str, Any], first_step: int) -> None:
+    """Writes result.json, which marks the run as finished.
+
+    Versions, hardware and time are those of this command, which trained from `first_step` on.
+    """
     assert run.before is not None
     report, heldout = run.data.train.report, run.data.heldout
     data = {
@@ -349,5 +358,28 @@ def _write_result(run: Run, setup: Setup, after: dict[str, Any]) -> None:
         "loss_tokens": report.num_loss_tokens,
         "heldout_samples": 0 if heldout is None else heldout.report.samples,
     }
-    result = {"before": run.before, "after": after, "data": data, "command": run.resume_command}
-    write_json(run.path / "result.json", result | {"program_hash": setup.program_hash})
+    seconds, last_step = round(time.monotonic() - run.began_s, 1), int(setup.state.step)
+    result = {
+        "before": run.before,
+        "after": after,
+        "data": data,
+        "command": run.resume_command,
+        "program_hash": setup.program_hash,
+        "versions": _versions(),
+        "hardware": {
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "hosts": jax.process_count(),
+        },
+        "run_time": {"seconds": seconds, "from_step": first_step, "to_step": last_step},
+    }
+    write_json(run.path / "result.json", result)
+
+
+def _versions() -> dict[str, str]:
+    """Of what computes: jaxsft, Python, and the libraries under it."""
+    names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"]
+    if jax.devices()[0].platform == "tpu":
+        names.append("libtpu")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"jaxsft": __version__, "python": platform.python_version()} | found

@@ -82,6 +82,7 @@ def run_training(
                 fork=fork,
                 files=files,
                 end=session_end(config.deadline, config.max_seconds, began_s),
+                began_s=began_s,
                 resume_command=resume_command,
                 console=console,
                 preflight_only=preflight_only,
@@ -97,13 +98,15 @@ def start(
     fork: Fork | None,
     files: RunFiles,
     end: SessionEnd,
+    began_s: float,
     resume_command: str,
     console: Console,
     preflight_only: bool,
 ) -> int:
     """Sets up and runs what is not finished; errors as in `run_training`.
 
-    `end` is when the session ends; `resume_command` continues the run.
+    `end` is when the session ends, `began_s` when the command began, by time.monotonic;
+    `resume_command` continues the run.
     """
     path = files.path
     check_fit(config, path, end)
@@ -140,6 +143,7 @@ def start(
             data=data,
             before=load_before(config, data, setup, path),
             before_key=before_key(config, data, setup),
+            began_s=began_s,
         )
         run.write_files()
         if config.fork_from not in (None, str(path / START)):
