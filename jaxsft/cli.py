@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from jaxsft import __version__
+from jaxsft.common.listed import MAX_LINE, shortened
 from jaxsft.common.option_values import (
     OptionsError,
     check_config_file,
@@ -27,7 +28,7 @@ from jaxsft.common.option_values import (
 from jaxsft.common.out_of_memory import parse_shortage
 from jaxsft.common.signals import interrupts_kept
 from jaxsft.common.streams import make_process_safe, safe_streams
-from jaxsft.common.text import harmless, shortened, visible_line
+from jaxsft.common.text import harmless, visible_line
 from jaxsft.common.tpu import keep_libtpu_quiet
 from jaxsft.config import TrainConfig, validate
 from jaxsft.hints import hint_for
@@ -38,7 +39,6 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the command again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-_LONGEST_ERROR = 600  # characters
 _MOST_UNKNOWN = 4  # options in one line
 
 
@@ -50,9 +50,9 @@ def run_process(main: Callable[[], int]) -> NoReturn:
 
 def fail(error: object, code: int) -> int:
     """Prints the error as one line; returns the exit code."""
-    line = shortened(visible_line(str(error)), _LONGEST_ERROR)
+    line = shortened(f"error: {visible_line(str(error))}", MAX_LINE)
     with contextlib.suppress(OSError):  # stderr may be on the disk that is full
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     return code
 
 

@@ -25,14 +25,6 @@ def harmless(text: str) -> str:
     return _STEERING.sub(lambda found: f"\\u{{{ord(found[0]):x}}}", text)
 
 
-def shortened(line: str, most: int) -> str:
-    """The line with at most so many characters; what is left out of its middle is a " … "."""
-    if len(line) <= most:
-        return line
-    end = most // 3  # how to fix it stands at the end
-    return f"{line[: most - end - 3]} … {line[-end:]}"
-
-
 def visible_text(text: str) -> str:
     """The text with ↵ at line ends, ⇥ at tabs, and other invisible characters as \\u{code}."""
     marks = {"\n": "↵\n", "\t": "⇥\t"}
