@@ -26,16 +26,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from jaxsft.common.files import array_sha256, write_text
 from jaxsft.common.hosts import array_from_first, on_host
+from jaxsft.common.listed import shortened
+from jaxsft.common.text import visible_line
 
 PyTree = Any
 Fingerprint = Mapping[str, str | int | float]
 
 _METADATA_FILE = "_CHECKPOINT_METADATA"  # Orbax's own reader opens every array's metadata too
 _RECORD, _SEAL = "jaxsft_record", "jaxsft_sha256"  # keys in Orbax's custom metadata
+_STATE = "state"  # the arrays' directory in a step
+_MAX_RECORD_BYTES = 1 << 26
+_DIFFERENCES_WIDTH = 260  # characters
 _COMMIT_FILE = "commit_success.txt"
 _STEP = re.compile("0|[1-9][0-9]*")
 _RETIRED = ".deleted"
@@ -124,7 +130,7 @@ def write_step(
     with _checkpointer(path) as checkpointer:
         checkpointer.save(
             path,
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays)),
+            args=ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays)}),
             custom_metadata={_RECORD: text, _SEAL: _seal(text)},
         )
 
@@ -135,16 +141,32 @@ def read_record(path: epath.Path) -> dict[str, Any]:
     Raises DamagedError.
     """
     try:
-        custom = json.loads((path / _METADATA_FILE).read_text())["custom_metadata"]
+        file = path / _METADATA_FILE
+        if file.stat().length > _MAX_RECORD_BYTES:
+            raise ValueError(f"it has {file.stat().length:,} bytes")
+        custom = json.loads(file.read_text())["custom_metadata"]
         text, seal = custom[_RECORD], custom[_SEAL]
         intact = _seal(text) == seal
-        record = json.loads(text) if intact else {}
+        record = _checked(json.loads(text)) if intact else {}
     except Exception as error:  # what a damaged file raises is anything
         raise DamagedError(f"its metadata can't be read ({first_cause(error)})") from error
     if not intact:
         raise DamagedError("its metadata differs from its SHA-256")
     if str(record["step"]) != path.name:
         raise DamagedError(f"it holds step {record['step']}")
+    return record
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """The record, if it has the form that `write_step` gives it; ValueError and others if not."""
+    loss, fingerprint = record["eval_loss"], record["metadata"]["fingerprint"]
+    is_right = type(record["step"]) is int and (loss is None or math.isfinite(loss))
+    is_right &= all(isinstance(value, str | int | float) for value in fingerprint.values())
+    for dtype, shape, digest in record["arrays"].values():
+        is_right &= isinstance(dtype, str) and isinstance(digest, str)
+        is_right &= all(type(side) is int and side >= 0 for side in shape)
+    if not is_right:
+        raise ValueError("it has another form")
     return record
 
 
@@ -162,20 +184,57 @@ def add_eval_loss(path: epath.Path, eval_loss: float) -> None:
 
 
 def read_arrays(path: epath.Path, described: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a step on the host, each checked against its digest. Raises DamagedError."""
+    """The arrays `described` of a step on the host, each checked against its digest.
+
+    TensorStore reads them, one zarr array each, and nothing else of the step. What its files
+    declare is compared with the record before memory is taken, and only arrays that are stored as
+    `write_step` stores them are read: uncompressed, in chunks no larger than the array.
+
+    Raises DamagedError.
+    """
     try:
-        with _checkpointer(path) as checkpointer:
-            args = ocp.args.Composite(state=ocp.args.PyTreeRestore())
-            arrays = dict(checkpointer.restore(path, args=args).state)
-    except MemoryError:
-        raise  # says nothing about the step
+        kvstore = ts.KvStore.open({"driver": "ocdbt", "base": _files_of(path / _STATE)}).result()
+        opened = {
+            key: ts.open({"driver": "zarr"}, kvstore=kvstore / f"{key}/", open=True, read=True)
+            for key in described
+        }
+        stored = {key: each.result() for key, each in opened.items()}
+        for key, array in stored.items():
+            _check_stored(key, array, *described[key][:2])
+        reads = {key: array.read() for key, array in stored.items()}
+        arrays = {key: np.asarray(each.result()) for key, each in reads.items()}
+    except (MemoryError, DamagedError):
+        raise  # the former says nothing about the step
     except Exception as error:  # what a damaged file raises is anything
         raise DamagedError(f"its arrays can't be read ({first_cause(error)})") from error
-    bad = [key for key in described if key not in arrays]
-    bad += [key for key, array in arrays.items() if _describe(array) != described.get(key)]
+    bad = [key for key, array in arrays.items() if _describe(array) != described[key]]
     if bad:
-        raise DamagedError(f"array {bad[0]} differs from its SHA-256 ({len(bad)} such arrays)")
+        name = shortened(bad[0], 200)
+        raise DamagedError(f"array {name} differs from its SHA-256 ({len(bad)} such arrays)")
     return arrays
+
+
+def _files_of(directory: epath.Path) -> dict[str, str]:
+    """The directory, here or on Google Cloud, as TensorStore names it."""
+    bucket, slash, name = str(directory).removeprefix("gs://").partition("/")
+    if str(directory).startswith("gs://"):
+        return {"driver": "gcs", "bucket": bucket, "path": f"{name}{slash}"}
+    return {"driver": "file", "path": f"{directory}/"}
+
+
+def _check_stored(key: str, array: ts.TensorStore, dtype: str, shape: list[int]) -> None:
+    """DamagedError unless the file declares an array as it was written."""
+    metadata = array.spec().to_json()["metadata"]
+    chunk = metadata["chunks"]
+    declared = f"{array.dtype.name}{list(array.shape)} in chunks of {chunk}"
+    is_larger = any(side > max(1, dim) for side, dim in zip(chunk, array.shape, strict=True))
+    if [array.dtype.name, list(array.shape)] != [dtype, shape] or is_larger:
+        raise DamagedError(
+            f"array {shortened(key, 150)} declares {shortened(declared, 150)}, and was saved as "
+            f"{dtype}{shape}"
+        )
+    if metadata["compressor"] is not None:
+        raise DamagedError(f"array {shortened(key, 150)} is compressed, as no run saves it")
 
 
 def check_same_run(
@@ -198,14 +257,24 @@ def check_same_run(
     found = _differences(saved, fingerprint) or _differences(there, here)
     if found and partly:
         raise ValueError(
-            f"{path}: does not fit: {'; '.join(found)}; use the model and the lora options that it "
+            f"{path}: does not fit: {_said(found)}; use the model and the lora options that it "
             "was made with"
         )
     if found:
         raise ValueError(
-            f"{path}: this checkpoint is of another run: {'; '.join(found)}; use the settings that"
+            f"{path}: this checkpoint is of another run: {_said(found)}; use the settings that"
             " it was made with, a new --name, or --fork-from to start a new run from its adapter"
         )
+
+
+def _said(differences: list[str]) -> str:
+    """As many of the differences as have room in a line, and how many more there are."""
+    shown: list[str] = []
+    for each in differences:
+        if shown and sum(map(len, shown)) + len(each) > _DIFFERENCES_WIDTH:
+            return f"{'; '.join(shown)} and {len(differences) - len(shown)} more"
+        shown.append(shortened(visible_line(each), _DIFFERENCES_WIDTH))
+    return "; ".join(shown)
 
 
 def first_cause(error: BaseException) -> str:
@@ -228,7 +297,7 @@ def _checkpointer(path: epath.Path) -> ocp.Checkpointer:
     arrays = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
     options = ocp.CompositeOptions(multiprocessing_options=alone)
     return ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(composite_options=options, state=arrays),
+        ocp.CompositeCheckpointHandler(composite_options=options, **{_STATE: arrays}),
         multiprocessing_options=alone,
         atomicity_options=ocp.options.AtomicityOptions(mode=mode),
     )

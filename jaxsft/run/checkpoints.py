@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from jaxsft.common.hosts import any_of, from_first
+from jaxsft.common.listed import shortened
 from jaxsft.run.checkpoint_files import (
     DamagedError,
     Fingerprint,
@@ -189,8 +189,16 @@ class Checkpoints:
         self.wait()
         wanted = flatten(like)
         arrays: dict[str, np.ndarray] = {}  # filled on process 0
-        check = partial(check_same_run, fingerprint=fingerprint, wanted=wanted, partly=partly)
-        found = from_first(lambda: self._find_good(check, step, on_event, arrays, partly))
+
+        def read(path: epath.Path) -> dict[str, Any]:
+            """The metadata of a good step of this run; puts the arrays wanted into `arrays`."""
+            record = read_record(path)
+            check_same_run(path, record, fingerprint, wanted, partly)
+            # Only what is wanted: what else a foreign record claims takes no memory.
+            arrays.update(read_arrays(path, {key: record["arrays"][key] for key in wanted}))
+            return record["metadata"]
+
+        found = from_first(lambda: self._find_good(read, step, on_event, partly))
         if found is None:
             return None
         good_step, metadata = found
@@ -203,13 +211,12 @@ class Checkpoints:
 
     def _find_good(
         self,
-        check: Callable[[epath.Path, dict[str, Any]], None],
+        read: Callable[[epath.Path], dict[str, Any]],
         step: int | None,
         on_event: Callable[[str], None],
-        arrays: dict[str, np.ndarray],
         partly: bool,
     ) -> tuple[int, dict[str, Any]] | None:
-        """Step and metadata of the newest good step; puts its arrays into `arrays`."""
+        """Step and metadata of the newest step that `read` takes."""
         candidates = list_steps(self._directory)[::-1]
         if step is not None:
             if step not in candidates:
@@ -220,9 +227,7 @@ class Checkpoints:
         for candidate in candidates:
             path = self._directory / str(candidate)
             try:
-                record = read_record(path)
-                check(path, record)
-                arrays.update(read_arrays(path, record["arrays"]))
+                metadata = read(path)
             except DamagedError as error:
                 damaged[candidate] = str(error)
                 continue
@@ -231,12 +236,12 @@ class Checkpoints:
                 on_event(
                     f"{self._directory / str(bad)}: {reason}; {outcome}, using step {candidate}"
                 )
-            return candidate, record["metadata"]
+            return candidate, metadata
         if not damaged:
             return None
         reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in damaged.items())
         raise ValueError(
-            f"{self._directory}: no usable checkpoint ({reasons}); copy a good "
+            f"{self._directory}: no usable checkpoint ({shortened(reasons, 350)}); copy a good "
             "one back, choose another --name, or remove the directory to start again"
         )
 

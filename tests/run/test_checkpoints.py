@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import hashlib
+import json
 import math
 import resource
 import shutil
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 
 from jaxsft.run import checkpoint_files
 from jaxsft.run import checkpoints as checkpoint
@@ -251,6 +254,104 @@ def test_a_part_of_a_run_is_restored_if_that_part_agrees(tmp_path):
         checkpoints.restore(like, part, partly=True)
     assert "does not fit: lora/half is bfloat16[7] there and bfloat16[8] here" in str(caught.value)
     assert "lora/more is absent there and float32[1] here" in str(caught.value)
+
+
+HUGE = [60_000, 60_000]  # 13 GiB of float32
+
+
+def claim(step_directory, key, **changes):
+    """Writes other metadata for an array; the arrays and the record stay as they are."""
+    base = {"driver": "file", "path": f"{step_directory}/state/"}
+    kvstore = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    name = f"{key}/.zarray".encode()
+    metadata = json.loads(kvstore.read(name).result().value) | changes
+    kvstore.write(name, json.dumps(metadata).encode()).result()
+
+
+def rewrite_record(step_directory, change):
+    """Changes the record and seals it again, as anyone can."""
+    path = step_directory / "_CHECKPOINT_METADATA"
+    everything = json.loads(path.read_text())
+    custom = everything["custom_metadata"]
+    record = json.loads(custom["jaxsft_record"])
+    change(record)
+    text = json.dumps(record)
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    custom |= {"jaxsft_record": text, "jaxsft_sha256": seal}
+    path.write_text(json.dumps(everything))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": [2, *HUGE]}, "declares float32[2, 60000, 60000] in chunks of [2, 50, 30]"),
+        ({"chunks": [2, *HUGE]}, "in chunks of [2, 60000, 60000]"),
+        ({"shape": HUGE, "chunks": HUGE}, "declares float32[60000, 60000]"),
+        ({"dtype": "<f8"}, "declares float64[2, 50, 30]"),
+        ({"compressor": {"id": "zstd", "level": 1}}, "is compressed, as no run saves it"),
+        ({"compressor": {"id": "nothing"}}, "its arrays can't be read"),
+        ({"filters": [{"id": "delta"}]}, "its arrays can't be read"),
+        ({"zarr_format": 3}, "its arrays can't be read"),
+    ],
+    ids=str,
+)
+def test_what_files_declare_is_compared_before_memory_is_taken(tmp_path, changes, said):
+    save_steps(tmp_path, [1])
+    claim(tmp_path / "1", "lora/layers/q_proj/a", **changes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for like, part in ((make_state(), FINGERPRINT), ({"lora": make_state()["lora"]}, {})):
+        with pytest.raises(ValueError, match=r"no usable checkpoint \(step 1: ") as caught:
+            Checkpoints(tmp_path, 1).restore(like, part, partly=not part)
+        assert said in str(caught.value) and len(str(caught.value)) < 600
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
+
+
+def test_what_nobody_asked_for_takes_no_memory(tmp_path):
+    """A record and files that claim 13 GiB for Adam's moments, of which a fork wants nothing."""
+    state = make_state(1)
+    save_steps(tmp_path, [1])
+    for name in ("a", "b"):
+        claim(tmp_path / "1", f"opt/1/0/mu/layers/q_proj/{name}", shape=HUGE, chunks=HUGE)
+
+    def change(record):
+        record["arrays"]["opt/1/0/mu/layers/q_proj/a"][1] = HUGE
+        record["arrays"]["more"] = ["float32", HUGE, "0" * 64]
+
+    rewrite_record(tmp_path / "1", change)
+    like = {"lora": state["lora"]}
+    assert_same(Checkpoints(tmp_path, 1).restore(like, {}, partly=True).state, like)
+    with pytest.raises(ValueError, match=r"of another run: more is float32\[60000, 60000\] there"):
+        Checkpoints(tmp_path, 1).restore(state, FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(arrays={"a": 3}),
+        lambda record: record.update(arrays={"a": ["float32", [1e9], "0"]}),
+        lambda record: record.update(arrays={"a": ["float32", [-1], "0"]}),
+        lambda record: record.update(arrays=[]),
+        lambda record: record.update(metadata=[]),
+        lambda record: record["metadata"].pop("fingerprint"),
+        lambda record: record["metadata"].update(fingerprint={"model": ["x"]}),
+        lambda record: record.update(eval_loss="low"),
+        lambda record: record.update(step="1"),
+    ],
+)
+def test_a_sealed_record_of_another_form_is_damage(tmp_path, change):
+    save_steps(tmp_path, [1])
+    rewrite_record(tmp_path / "1", change)
+    with pytest.raises(ValueError, match=r"no usable checkpoint \(step 1: its metadata can't be"):
+        Checkpoints(tmp_path, 1).restore(make_state(), FINGERPRINT)
+    assert Checkpoints(tmp_path, 1).best is None
+
+
+def test_a_long_list_of_differences_is_short(tmp_path):
+    save_steps(tmp_path, [1])
+    with pytest.raises(ValueError) as caught:
+        Checkpoints(tmp_path, 1).restore(make_state(), {"\x1b[2J" + "x" * 5000: "y" * 5000})
+    line = str(caught.value)
+    assert len(line) < 600 and line.isprintable() and " and 4 more; use the settings" in line
 
 
 def test_changed_metadata_is_damage(tmp_path):
