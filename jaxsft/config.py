@@ -101,9 +101,9 @@ class DataOptions:
     """How often an epoch uses the samples of each file: 2 is twice, 0.5 is one half of them, the
     same half each time. By default once."""
     min_completion_tokens: int = 8
-    """Leave out samples whose last answer, tags included, has fewer tokens."""
+    """Leave out samples whose trained answers, tags included, have fewer tokens together."""
     drop_degenerate: bool = True
-    """Leave out texts that end in a loop, and answers such as "I hope this helps!"."""
+    """Leave out answers that end in a loop, and those such as "I hope this helps!" alone."""
     drop_duplicates: bool = True
     """Leave out conversations with the same text as an earlier one."""
     drop_contaminated: bool = True

@@ -6,25 +6,21 @@ A filter looks at the text only. It returns why a conversation is left out, or N
     contaminated  the prompt is a held-out prompt, or shares runs of 8 words or marks with one: at
                   least half of those that no other held-out prompt has (GPT-3, arXiv 2005.14165,
                   appendix C, compares runs of words too)
-    degenerate    the reasoning or the answer ends in a loop: its last 1,000 characters compress
-                  more than 6-fold (natural text: about 2-fold); or the answer is only a phrase
-                  such as "I hope this helps!"
+    degenerate    a trained reasoning or answer ends in a loop (loops.py); or every trained answer
+                  is only a phrase such as "I hope this helps!"
 """
 
 import hashlib
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from jaxsft.data.loops import find_loop
 from jaxsft.data.rows import Conversation, Rejected
 
 Filter = Callable[[Conversation], Rejected | None]
 
 _RUN_WORDS = 8
-_TAIL_CHARS = 1000
-_MIN_LOOP_CHARS = 200  # a shorter text is too short to be called a loop
-_MAX_COMPRESSION = 6.0
 _FILLERS = frozenset(
     {
         "i hope this helps",
@@ -46,21 +42,25 @@ _FILLERS = frozenset(
         "thank you",
     }
 )
+_TAG = re.compile(r"</?\w+>")
 _WORD = re.compile(r"\w+")
 _WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 
 
 def degenerate(conversation: Conversation) -> Rejected | None:
-    """Rejects texts that end in a loop, and answers that say nothing."""
-    answer = conversation.answer or conversation.turns[-1].content
-    if " ".join(_words(answer)) in _FILLERS:
+    """Rejects trained texts that end in a loop, and conversations whose answers say nothing."""
+    *earlier, last = [
+        turn.content for turn in conversation.turns if turn.role == "assistant" and turn.is_trained
+    ]
+    answer = conversation.answer or last
+    if all(" ".join(_words(text)) in _FILLERS for text in (answer, *earlier)):
         return Rejected("degenerate", f'the answer is only "{answer.strip()}"')
-    for name, text in (("reasoning", conversation.reasoning or ""), ("answer", answer)):
-        tail = text[-_TAIL_CHARS:].encode()
-        if len(tail) >= _MIN_LOOP_CHARS:
-            ratio = len(tail) / len(zlib.compress(tail))
-            if ratio > _MAX_COMPRESSION:
-                return Rejected("degenerate", f"the {name} ends in a loop, {ratio:.0f}-fold zlib")
+    texts = [("reasoning", conversation.reasoning or ""), ("answer", answer)]
+    texts += [("earlier answer", part) for text in earlier for part in _TAG.split(text)]
+    for name, text in texts:
+        if loop := find_loop(text):
+            unit = loop.unit.strip()[:60]
+            return Rejected("degenerate", f'the {name} ends in a loop: {loop.times} x "{unit}"')
     return None
 
 

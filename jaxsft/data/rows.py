@@ -39,10 +39,10 @@ from jaxsft.data.replies import (
 )
 
 # Raise it with every change of what becomes of a row, here or in fields, messages, replies,
-# answer_template, sources, filters, chat, tokenizer, vocabulary, samples, packing, bins or
+# answer_template, sources, filters, loops, chat, tokenizer, vocabulary, samples, packing, bins or
 # prepared: rows prepared before are then prepared again. A test in tests/data/test_prepared.py
 # fails when the outcome changes and this number does not.
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 
 ACCEPTED_ROWS = (
     "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, response}, "

@@ -304,9 +304,9 @@ def _encode(tokenizer: Tokenizer, chunk: Sequence[_Row], options: DataOptions) -
     for i, (sample, _) in enumerate(outcomes):
         if not isinstance(sample, Sample):
             continue
-        num_last = len(sample.ids) - sample.completion_start
-        if num_last < options.min_completion_tokens:
-            detail = f"{num_last} tokens of completion, {options.min_completion_tokens} at least"
+        num_trained = int(sample.loss_mask.sum())
+        if num_trained < options.min_completion_tokens:
+            detail = f"{num_trained} tokens of completion, {options.min_completion_tokens} at least"
             outcomes[i] = _Outcome(Rejected("too_short", detail))
         elif options.loss_on_prompt:
             # In the shortened one only the end differs, which is a label in both.

@@ -43,3 +43,16 @@ def test_loops_and_filler():
     numbers = " ".join(str(number * number) for number in range(300))
     assert degenerate(chat("p", reasoning=numbers, answer=numbers)) is None
     assert degenerate(chat("p", answer="-" * 100)) is None  # short: a line, not a loop
+
+
+def test_every_trained_answer_of_a_chat_is_judged():
+    def judged(*answers: str, trained: bool = True):
+        turns = [t for a in answers for t in (Turn("user", "p"), Turn("assistant", a, trained))]
+        return degenerate(Conversation((*turns[:-1], Turn("assistant", answers[-1])), None, None))
+
+    loop, thought = "Wait, no. " * 100, "<reasoning>" + "Wait, no. " * 100 + "</reasoning>4"
+    assert judged("Four.", "Thank you.") is None and judged("Sure.", "Thank you.") is not None
+    assert judged("Four.", "Five.", loop).detail == ('the answer ends in a loop: 100 x "Wait, no."')
+    for text in (loop, thought):
+        assert judged(text, "Five.").detail.startswith("the earlier answer ends in a loop")
+        assert judged(text, "Five.", trained=False) is None

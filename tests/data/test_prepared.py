@@ -68,7 +68,7 @@ FIXED_ROWS = [
     {"prompt": "p", "response": "<think>One and one.</think>Two"},
     {"prompt": "q <end_of_turn>", "response": "never opened</think>Two"},
     {"prompt": "r", "response": "no thought"},
-    {"prompt": "s", "response": f"<think>{'Wir zählen. ' * 30}Then ten.</think>10"},
+    {"prompt": "s", "response": f"<think>Ten. {'Wir zählen. ' * 30}</think>10"},
     {"prompt": "t", "response": f"<think>{' '.join(f'{n}: {n * n}.' for n in range(99))}</think>9"},
     {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
     {"text": "Add.", "code": "def f():\r\n    return 1", "test_list": ["assert f() == 1"]},
@@ -109,7 +109,7 @@ def test_rows_change_with_their_version_alone(tmp_path, tokenizer):
     others = prepare(path, tokenizer, other, tmp_path / "sets", heldout_files=[heldout])
     assert others.report.rejected.keys() == {"no_thought", "degenerate", "too_long", "contaminated"}
     digests = [found.rows.digest()[:16], others.rows.digest()[:16]]
-    assert (ROWS_VERSION, digests) == (2, ["2d41a3b43d0b7084", "dd8b9eb4ea717d91"]), (
+    assert (ROWS_VERSION, digests) == (3, ["2d41a3b43d0b7084", "dd8b9eb4ea717d91"]), (
         "prepared rows have changed: raise ROWS_VERSION in jaxsft/data/rows.py, then put its new "
         "value and the new digests here"
     )

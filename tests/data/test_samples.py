@@ -172,6 +172,21 @@ def test_filters_are_counted_with_their_places(write, fake):
     assert report.samples == 5
 
 
+def test_all_trained_answers_count_as_completion(write, fake):
+    turns = [
+        ("user", "u"),
+        ("assistant", "one two three four"),
+        ("user", "u"),
+        ("assistant", "Yes"),
+    ]
+    untrained = [{"role": r, "content": c, "weight": int(c == "Yes")} for r, c in turns]
+    trained = [{"role": r, "content": c} for r, c in turns]
+    path = write({"messages": trained}, {"messages": untrained})
+    options = {"without_thought": "keep_plain", "min_completion_tokens": 5}
+    _, report = load(path, fake, 500, "raise", None, **options)
+    assert (report.samples, report.rejected) == (1, {"too_short": 1})
+
+
 def test_too_short_and_too_many_lost(write, fake):
     path = write(GOOD, {"prompt": "p", "completion": "No."})
     keep = {"without_thought": "keep_plain"}
