@@ -6,11 +6,14 @@ no such locks. There every command works as well, but nothing keeps a second pro
 said once, on stderr.
 
 What a killed process leaves is removed by the next command that works in the directory. The name of
-a scratch file or directory says whose it is: the machine since it was started, the process and when
-that began. It is a leftover where
+a scratch file or directory says whose it is: the machine since it was started, the container, the
+process and when that began. It is a leftover where
 
-    this machine has no such process any more; or
-    it is of another machine or container, and can be locked or was not changed for a day.
+    this machine and container have no such process any more; or
+    it is another's, and its directory can be locked or was not changed for a day.
+
+Between machines that share a file system, only the day counts: NFS locks a directory within one
+machine, and some mounts lock files so too.
 """
 
 import contextlib
@@ -34,7 +37,10 @@ from filelock import lock_descriptor
 from jaxsft.common.text import visible_line
 
 _PARTIAL, _TMP = ".partial-", ".tmp"
-_OWNED = re.compile(r"([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{8}")
+_OWNED = re.compile(r"([0-9a-f]{8})-([0-9]+)-([0-9]+)-([0-9]+)-[0-9a-f]{8}")
+_SHARED = re.compile(
+    "nfs.*|fuse[.].*|fuse|lustre|cifs|smb.*|beegfs|gpfs|ceph|9p|virtiofs|afs|ocfs2|gfs2|wekafs|panfs"
+)
 _OLD_S = 86400.0
 _said: set[int] = set()  # file systems without locks
 
@@ -171,7 +177,7 @@ def scratch_name() -> str:
         _, began = _stat(os.getpid())
     except OSError:  # other systems than Linux
         began = 0
-    return f"{_machine()}-{os.getpid()}-{began}-{secrets.token_hex(4)}"
+    return "-".join(map(str, (*_machine(), os.getpid(), began, secrets.token_hex(4))))
 
 
 @contextlib.contextmanager
@@ -250,14 +256,33 @@ def remove_old(file: Path, lock: Path) -> None:
 def _is_leftover(handle: int | None, scratch: Path, owner: str, is_held: bool = False) -> bool:
     """`handle` is of a directory, which its process holds where there are locks."""
     found = _OWNED.fullmatch(owner)
-    if found and found[1] == _machine():
-        return not _is_alive(int(found[2]), int(found[3]))
-    if handle is None:
-        return is_held or _is_old(scratch)
-    try:
-        return lock_descriptor(handle, blocking=False)
-    except OSError:
-        return _is_old(scratch)
+    machine, container = _machine()
+    if found and (found[1], int(found[2])) == (machine, container):
+        return not _is_alive(int(found[3]), int(found[4]))
+    is_free = is_held
+    if handle is not None:
+        try:
+            is_free = lock_descriptor(handle, blocking=False)
+        except OSError:
+            is_free = False
+        else:
+            if not is_free:
+                return False
+    is_here = (found and found[1] == machine) or not _is_shared(scratch.parent)
+    return (is_free and is_here) or _is_old(scratch)
+
+
+def _is_shared(directory: Path) -> bool:
+    """Can other machines write there as well? False where the system does not tell."""
+    device = directory.stat().st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        # https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+            mount, _, about = line.partition(" - ")
+            if mount.split()[2] == name:
+                return _SHARED.fullmatch(about.split()[0]) is not None
+    return False
 
 
 def _is_old(path: Path) -> bool:
@@ -267,15 +292,13 @@ def _is_old(path: Path) -> bool:
 
 
 @functools.cache
-def _machine() -> str:
-    """Names this machine since it was started, and the container where process ids mean this."""
-    said = [platform.node()]
+def _machine() -> tuple[str, int]:
+    """Names this machine since it was started, and the container, in which process ids count."""
+    said, container = platform.node(), 0
     with contextlib.suppress(OSError):  # other systems than Linux
-        said = [
-            Path("/proc/sys/kernel/random/boot_id").read_text(),
-            os.readlink("/proc/self/ns/pid"),
-        ]
-    return hashlib.sha256("".join(said).encode()).hexdigest()[:8]
+        said = Path("/proc/sys/kernel/random/boot_id").read_text()
+        container = os.stat("/proc/self/ns/pid").st_ino
+    return hashlib.sha256(said.encode()).hexdigest()[:8], container
 
 
 def _is_alive(pid: int, began: int) -> bool:

@@ -117,14 +117,32 @@ def test_what_kills_leave_is_removed_by_the_next_command(flock: str, tmp_path: P
     assert said.stderr.count("has no locks") == (flock == "without") * (len(counts) + 1)
 
 
-def other_machine(name: str) -> str:
-    return f"{'0' * 8}-{name.partition('-')[2]}"
+def renamed(name: str, **parts: object) -> str:
+    """The name of a scratch with other parts."""
+    named = dict(
+        zip(("machine", "container", "pid", "began", "unique"), name.split("-"), strict=True)
+    )
+    return "-".join(str(each) for each in (named | parts).values())
+
+
+def mine(name: str) -> str:
+    return name
 
 
 def ended(name: str) -> str:
-    """The name of a process that began at another time, under the same number."""
-    machine, pid, began, unique = name.split("-")
-    return f"{machine}-{pid}-{int(began) - 1}-{unique}"
+    return renamed(name, began=int(name.split("-")[3]) - 1)  # another got its number
+
+
+def container(name: str) -> str:
+    return renamed(name, container=7, pid=1)
+
+
+def machine(name: str) -> str:
+    return renamed(name, machine="0" * 8)
+
+
+def nameless(name: str) -> str:
+    return "killed"
 
 
 def make_old(path: Path) -> None:
@@ -132,40 +150,51 @@ def make_old(path: Path) -> None:
         os.utime(each, (time.time() - 90_000,) * 2)
 
 
-@pytest.mark.parametrize("flock_works", [True, False])
 @pytest.mark.parametrize(
-    ("change", "is_old", "file_goes", "directory_goes"),
+    ("change", "goes_if"),
     [
-        (lambda name: name, True, False, (False, False)),  # of this process
-        (ended, False, True, (True, True)),
-        (other_machine, False, False, (True, False)),  # whose lock is free, if there are locks
-        (other_machine, True, True, (True, True)),
-        (lambda name: "killed", False, False, (True, False)),  # of an earlier version
+        (mine, ""),
+        (ended, "always"),
+        (container, "old or has locks"),
+        (machine, "old or has locks of its own"),
+        (nameless, "old or has locks of its own"),  # of an earlier version
     ],
 )
+@pytest.mark.parametrize("is_old", [False, True], ids=["young", "old"])
+@pytest.mark.parametrize("place", ["local", "shared", "without locks"])
 def test_whose_a_scratch_is(
     change: Callable[[str], str],
+    goes_if: str,
     is_old: bool,
-    file_goes: bool,
-    directory_goes: tuple[bool, bool],
-    flock_works: bool,
+    place: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not flock_works:
+    if place == "without locks":
         monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    monkeypatch.setattr(locks, "_is_shared", lambda directory: place == "shared")
     name = change(scratch_name())
     directory, file = tmp_path / f".out.partial-{name}", tmp_path / f"out.json.{name}.tmp"
     (directory / "inner").mkdir(parents=True)
-    file.touch()
-    mine = tmp_path / "my.tmp"  # a file of the user's
-    mine.touch()
+    users = tmp_path / "my.tmp"
+    for each in (file, users):
+        each.touch()
     if is_old:
         make_old(tmp_path)
     removed = remove_leftovers(tmp_path)
-    assert directory.exists() != directory_goes[not flock_works]
-    assert file.exists() != file_goes and mine.exists()
-    assert len(removed) == file_goes + directory_goes[not flock_works]
+    always, old = goes_if == "always", is_old and "old" in goes_if
+    has_locks = "locks" in goes_if and place != "without locks"
+    is_free = has_locks and ("own" not in goes_if or place == "local")
+    assert directory.exists() != (always or old or is_free)
+    assert file.exists() != (always or (old and change != nameless)) and users.exists()
+    assert len(removed) == (not directory.exists()) + (not file.exists())
+
+
+def test_what_is_locked_stays_however_old(tmp_path: Path) -> None:
+    scratch = tmp_path / f".out.partial-{machine(scratch_name())}"
+    with DirectoryLock(scratch):
+        make_old(tmp_path)
+        assert remove_leftovers(tmp_path) == []
 
 
 def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
@@ -176,9 +205,8 @@ def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
         with RunDir(tmp_path):
             assert partial.exists() and scratch.exists()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    name = scratch_name().split("-")
-    name[1:3] = str(child.pid), str(locks._stat(child.pid)[1])
-    (tmp_path / f"out.{'-'.join(name)}.tmp").touch()
+    name = renamed(scratch_name(), pid=child.pid, began=locks._stat(child.pid)[1])
+    (tmp_path / f"out.{name}.tmp").touch()
     assert remove_leftovers(tmp_path) == []
     child.send_signal(signal.SIGKILL)
     while locks._stat(child.pid)[0] != "Z":  # nobody has asked how it ended, as in many containers
@@ -190,7 +218,7 @@ def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
 def test_a_held_directory_has_no_files_of_another_machine(tmp_path: Path) -> None:
     file = scratch_file(tmp_path / "adapter" / "weights")
     file.parent.mkdir()
-    file = file.with_name(f"weights.{other_machine(scratch_name())}.tmp")
+    file = file.with_name(f"weights.{machine(scratch_name())}.tmp")
     file.touch()
     with RunDir(tmp_path):
         assert not file.exists()
