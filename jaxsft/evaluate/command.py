@@ -21,6 +21,7 @@ from jaxsft.data.bins import pack
 from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.data.samples import DataReport, as_list, read_samples
 from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.download.names import find_rows
 from jaxsft.evaluate.heldout import (
     NEXT_QUESTION,
     Prompt,
@@ -56,7 +57,7 @@ from jaxsft.gemma.sharding import make_mesh
 from jaxsft.prepare.rows import all_samples, load_heldout
 from jaxsft.step.score import ModelSpec
 from jaxsft.weights.adapter_config import WEIGHTS_NAME
-from jaxsft.weights.find import check_tokenizer, load
+from jaxsft.weights.find import check_tokenizer, load, say_on_stderr
 from jaxsft.weights.load import open_weights, without_weights
 from jaxsft.weights.merged import MergedWeights
 from jaxsft.weights.peft import load_adapter
@@ -136,11 +137,11 @@ def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
         max_length=options.max_length,
         overlong=options.overlong,
     )
-    files, shots = as_list(options.files), options.few_shot
+    files, shots = find_rows(as_list(options.files), say_on_stderr), options.few_shot
     heldout = load_heldout(files, tokenizer, data, cache_dir("prepared"))
     examples: list[Sample] = []
     if shots:
-        example_files = as_list(options.few_shot_files)
+        example_files = find_rows(as_list(options.few_shot_files), say_on_stderr)
         # Only the first turn has the system text.
         examples = first_samples(example_files, tokenizer, options.system_prompt, 1)
         examples += first_samples(example_files, tokenizer, None, shots)[1:]

@@ -10,6 +10,7 @@ from typing import Any
 from jaxsft.common.files import file_sha256, read_json
 from jaxsft.common.text import visible_line
 from jaxsft.config import TrainConfig
+from jaxsft.download.names import parse_hub_name
 from jaxsft.evaluate.heldout import METRICS
 from jaxsft.evaluate.table import metric_cell
 from jaxsft.gemma.architecture import GemmaConfig
@@ -134,8 +135,9 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
 
 
 def _file_names(files: str | Sequence[str]) -> str:
-    """The names without their directories, which the reader does not have."""
-    return ", ".join(_quoted(Path(f).name) for f in ([files] if isinstance(files, str) else files))
+    """The names; of files without their directories, which the reader does not have."""
+    names = [files] if isinstance(files, str) else files
+    return ", ".join(_quoted(n if parse_hub_name(n) else Path(n).name) for n in names)
 
 
 def _result(run_dir: Path) -> dict[str, Any]:

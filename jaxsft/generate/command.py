@@ -17,13 +17,14 @@ from jaxsft.common.text import plural, visible_line
 from jaxsft.config import SYSTEM_PROMPT, ModelOptions
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.rows import Turn
+from jaxsft.download.names import find_rows
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import Generation, SamplingOptions, generate, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.generate.chat import ChatSession, Voice, answer, chat, encode, show
 from jaxsft.generate.options import GenerateOptions
 from jaxsft.generate.prompts import FilePrompt, read_prompt_file
-from jaxsft.weights.find import find_model, load, run_config, system_text
+from jaxsft.weights.find import find_model, load, run_config, say_on_stderr, system_text
 
 
 def generate_answers(options: GenerateOptions) -> int:
@@ -39,7 +40,8 @@ def generate_answers(options: GenerateOptions) -> int:
     system = system if options.system is None else options.system
     prompts: list[FilePrompt] = []
     if options.prompts is not None:
-        prompts, left_out = read_prompt_file(Path(options.prompts), system)
+        (file,) = find_rows([Path(options.prompts)], say_on_stderr)
+        prompts, left_out = read_prompt_file(file, system)
         if left_out:
             examples = visible_line("; ".join(left_out[:2]))
             note = f"{plural(len(left_out), 'row')} left out: {examples}"

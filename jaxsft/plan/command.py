@@ -123,7 +123,7 @@ def read_workloads(config: TrainConfig, options: PlanOptions) -> dict[str, Workl
     """Packed and unpacked, from --lengths; {} without either."""
     if options.lengths == DATA:
         tokenizer = open_tokenizer(run_model(config.model).tokenizer)
-        rows = load_data(config.data, tokenizer).train.rows
+        rows = load_data(config.data, tokenizer, may_download=False).train.rows
         lengths = np.diff(rows.sample_offsets)[np.sort(rows.row_samples)].tolist()
         return count_workloads(config, lengths, rows.num_loss_tokens)
     if options.lengths is not None:

@@ -13,6 +13,7 @@ from jaxsft.data.prepared import Prepared, prepare
 from jaxsft.data.samples import DataReport, as_list
 from jaxsft.data.sources import count_rows
 from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.download.names import find_rows
 from jaxsft.prepare.report import preparing
 from jaxsft.weights.find import Origin, find_base
 
@@ -40,22 +41,42 @@ def load_data(
     tokenizer: Tokenizer,
     console: Console | None = None,
     on_progress: Callable[[], None] = lambda: None,
+    *,
+    may_download: bool = True,
 ) -> Data:
     """All rows that the options name, prepared unless they are already; see `prepared.prepare`.
 
-    `console` shows the progress; `on_progress` is called now and then. ValueError names the file
-    and line.
+    Files and names of the hub's data sets are found first; see `names.find_rows`.
+
+    Args:
+      console: shows the progress.
+      on_progress: called now and then.
+      may_download: if not, data sets of the hub must be in the cache.
+
+    Raises:
+      ValueError: names the file and line. ConnectionError: the hub fails.
     """
     root = Path(options.prepared_dir) if options.prepared_dir else cache_dir("prepared")
-    heldout_files = as_list(options.eval_files)
-    with preparing(console or Console(quiet=True), _num_rows(options)) as show:
+    console = console or Console(quiet=True)
+
+    def find(files: list[str] | str) -> list[Path]:
+        return find_rows(
+            as_list(files),
+            console.print,
+            columns=options.columns,
+            on_progress=on_progress,
+            may_download=may_download,
+        )
+
+    train_files, heldout_files = find(options.train_files), find(options.eval_files)
+    with preparing(console, _num_rows(train_files, options)) as show:
 
         def progress(report: DataReport) -> None:
             on_progress()
             show(report)
 
         train = prepare(
-            options.train_files,
+            train_files,
             tokenizer,
             options,
             root,
@@ -110,9 +131,9 @@ def all_samples(prepared: Prepared) -> list[Sample]:
     return [prepared.rows.sample(i) for i in range(prepared.rows.num_samples)]
 
 
-def _num_rows(options: DataOptions) -> int | None:
+def _num_rows(files: Sequence[Path], options: DataOptions) -> int | None:
     """Rows that will be read, where that is known beforehand."""
-    counts = [count_rows(file) for file in as_list(options.train_files)]
+    counts = [count_rows(file) for file in files]
     if None in counts:
         return None if options.stop is None else options.stop - options.start
     stop = sum(filter(None, counts)) if options.stop is None else options.stop
