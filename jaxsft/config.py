@@ -64,10 +64,11 @@ class DataOptions:
     """Training and held-out rows."""
 
     train_files: list[str] | str = dataclasses.field(default_factory=list)
-    """Training rows: JSONL or Parquet files (prompt/response with <think>, messages, …), or
-    directories that the download or `datasets` saved."""
+    """Training rows: JSONL or Parquet files (prompt/response with <think>, messages, …),
+    directories that the download or `datasets` saved, or data sets of the hub:
+    owner/name[:config][/split][slice], as openai/gsm8k:main/train[:500]."""
     eval_files: list[str] | str = dataclasses.field(default_factory=list)
-    """Held-out rows, for the held-out loss and the generated answers; may be empty."""
+    """Held-out rows, for the held-out loss; the first are asked for answers. May be empty."""
     start: int = 0
     """Number of the first training row to use, counted from 0 over all files."""
     stop: int | None = None

@@ -91,7 +91,8 @@ def test_single_session_is_the_run_it_reimplements() -> None:
     assert (config.eval.temperature, config.eval.seed) == (0, 42)
     assert config.eval.max_new_tokens == 768
     # Nine measurements on the way, each of 64 answers, four rows a chip at once.
-    assert config.data.eval_files == ["data/gsm8k/test"] and config.eval_steps == 2500
+    heldout = ["data/gsm8k/test", "data/glaive/train-280000-280512"]
+    assert config.data.eval_files == heldout and config.eval_steps == 2500
     assert (config.eval.num_prompts, config.eval.batch_size) == (64, 32)
 
 
@@ -101,6 +102,7 @@ def test_unrestricted_continues_it() -> None:
     assert config.max_steps == 100_000 * 2 / 32 == 6_250
     assert config.fork_from == f"{first.output_dir}/{first.name}"
     assert config.model == first.model
+    assert config.data == dataclasses.replace(first.data, train_files=config.data.train_files)
     rate = schedule(config, 6_250)
     assert rate(100) == pytest.approx(5e-6) and rate(6_250) == pytest.approx(1e-7)
 

@@ -58,7 +58,7 @@ def parse_hub_name(name: str) -> HubRows | None:
     return HubRows(repo, revision, config, (split or "train") + (part or ""))
 
 
-def find_rows(
+def find_row_files(
     names: Sequence[Path],
     say: Callable[[str], None],
     *,

@@ -21,7 +21,7 @@ from jaxsft.data.bins import pack
 from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.data.samples import DataReport, as_list, read_samples
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.download.names import find_rows
+from jaxsft.download.names import find_row_files
 from jaxsft.evaluate.heldout import (
     NEXT_QUESTION,
     Prompt,
@@ -137,11 +137,11 @@ def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
         max_length=options.max_length,
         overlong=options.overlong,
     )
-    files, shots = find_rows(as_list(options.files), say_on_stderr), options.few_shot
+    files, shots = find_row_files(as_list(options.files), say_on_stderr), options.few_shot
     heldout = load_heldout(files, tokenizer, data, cache_dir("prepared"))
     examples: list[Sample] = []
     if shots:
-        example_files = find_rows(as_list(options.few_shot_files), say_on_stderr)
+        example_files = find_row_files(as_list(options.few_shot_files), say_on_stderr)
         # Only the first turn has the system text.
         examples = first_samples(example_files, tokenizer, options.system_prompt, 1)
         examples += first_samples(example_files, tokenizer, None, shots)[1:]

@@ -19,7 +19,7 @@ class EvaluateOptions:
     tokenizer: str | None = None
     """tokenizer.model or .gguf file; by default the one that comes with the model."""
     files: list[str] | str = dataclasses.field(default_factory=list)
-    """Rows to measure on, JSONL or Parquet, as train's data.eval_files."""
+    """Rows to measure on, files or data sets of the hub, as train's data.eval_files."""
     few_shot: int = 0
     """Solved examples in front of each prompt; the loss is without them."""
     few_shot_style: Literal["turns", "text"] = "turns"

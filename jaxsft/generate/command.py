@@ -17,7 +17,7 @@ from jaxsft.common.text import plural, visible_line
 from jaxsft.config import SYSTEM_PROMPT, ModelOptions
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.rows import Turn
-from jaxsft.download.names import find_rows
+from jaxsft.download.names import find_row_files
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import Generation, SamplingOptions, generate, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
@@ -40,7 +40,7 @@ def generate_answers(options: GenerateOptions) -> int:
     system = system if options.system is None else options.system
     prompts: list[FilePrompt] = []
     if options.prompts is not None:
-        (file,) = find_rows([Path(options.prompts)], say_on_stderr)
+        (file,) = find_row_files([Path(options.prompts)], say_on_stderr)
         prompts, left_out = read_prompt_file(file, system)
         if left_out:
             examples = visible_line("; ".join(left_out[:2]))

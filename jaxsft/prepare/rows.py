@@ -13,7 +13,7 @@ from jaxsft.data.prepared import Prepared, prepare
 from jaxsft.data.samples import DataReport, as_list
 from jaxsft.data.sources import count_rows
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.download.names import find_rows
+from jaxsft.download.names import find_row_files
 from jaxsft.prepare.report import preparing
 from jaxsft.weights.find import Origin, find_base
 
@@ -46,7 +46,7 @@ def load_data(
 ) -> Data:
     """All rows that the options name, prepared unless they are already; see `prepared.prepare`.
 
-    Files and names of the hub's data sets are found first; see `names.find_rows`.
+    Files and names of the hub's data sets are found first; see `names.find_row_files`.
 
     Args:
       console: shows the progress.
@@ -60,7 +60,7 @@ def load_data(
     console = console or Console(quiet=True)
 
     def find(files: list[str] | str) -> list[Path]:
-        return find_rows(
+        return find_row_files(
             as_list(files),
             console.print,
             columns=options.columns,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.fake_hub import FakeHub, parquet_bytes, running_hub
 
-from jaxsft.download.names import HubRows, find_rows, parse_hub_name
+from jaxsft.download.names import HubRows, find_row_files, parse_hub_name
 
 SUMS = [
     {"question": f"What is {n} + 1?", "answer": f"I count on from {n}.\n#### {n + 1}"}
@@ -26,11 +26,11 @@ NAMED = [{"task": f"Do the job {n}.", "note": f"The job {n} is done now."} for n
 FIND = """
 import sys
 from pathlib import Path
-from jaxsft.download.names import find_rows
+from jaxsft.download.names import find_row_files
 for name in sys.argv[1:]:
     columns = {"prompt": "task", "response": "note"} if name == "me/named" else None
     try:
-        print(*find_rows([Path(name)], lambda line: None, columns=columns))
+        print(*find_row_files([Path(name)], lambda line: None, columns=columns))
     except (ValueError, OSError) as error:
         print(type(error).__name__, error)
 """
@@ -166,6 +166,6 @@ def test_names_and_paths(name: str, meant: HubRows | None, here: Path) -> None:
 
 def test_a_path_stays_as_it_is(here: Path) -> None:
     paths = [Path("/no/such"), Path("rows.jsonl"), Path("a*/b")]
-    assert find_rows(paths, say=print, may_download=False) == paths
+    assert find_row_files(paths, say=print, may_download=False) == paths
     with pytest.raises(ValueError, match="is not in the cache"):
-        find_rows([Path("no/such")], say=print, may_download=False)
+        find_row_files([Path("no/such")], say=print, may_download=False)
