@@ -155,6 +155,9 @@ header .path { font-size: 12px; }
 .tile b { display: block; font-size: 26px; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { font-weight: 600; font-size: 13px; }
 .tile i { display: block; font-style: normal; font-size: 12.5px; color: var(--soft); }
+.lessons th, .lessons td { padding: 3px 0; text-align: left; vertical-align: top;
+  overflow-wrap: anywhere; }
+.lessons th { width: 14em; padding-right: 14px; font-size: 13px; }
 .checks, .checks ul { list-style: none; margin: 0; padding: 0; }
 .checks > li { padding: 3px 0 3px 26px; position: relative; }
 .checks > li::before { position: absolute; left: 2px; font-weight: 700; }

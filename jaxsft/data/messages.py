@@ -24,7 +24,7 @@ _NAMES = (("role", "content"), ("from", "value"))
 _WEIGHTS = ("weight", "loss_weight")  # 0 or 1
 _SWITCHES = ("train", "trainable", "training", "should_train", "learn", "loss")  # true or false
 _THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "reasoning"}  # type -> the part's field
-_TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Message(NamedTuple):
@@ -100,11 +100,11 @@ def _read_content(message: Mapping[str, Any], name: str, where: str) -> tuple[st
         if not isinstance(part, Mapping):
             raise RejectedError("wrong_field", f"{place} must be a part with type and text")
         kind = part.get("type", "text")
-        if kind not in _TEXT_PARTS and kind not in _THOUGHT_PARTS:
+        if kind not in TEXT_PARTS and kind not in _THOUGHT_PARTS:
             raise RejectedError("not_text", f'{place} is of the type "{str(kind)[:40]}"')
-        field = "text" if kind in _TEXT_PARTS else _THOUGHT_PARTS[kind]
+        field = "text" if kind in TEXT_PARTS else _THOUGHT_PARTS[kind]
         text = read_text(part, field, place)
-        (texts if kind in _TEXT_PARTS else thoughts).append(text)
+        (texts if kind in TEXT_PARTS else thoughts).append(text)
         other = next((k for k, v in part.items() if k not in ("type", field) and has_text(v)), None)
         if other is not None and not is_harmless(other):
             raise RejectedError(

@@ -177,7 +177,7 @@ def _check_tags(text: str, where: str, template: AnswerTemplate) -> None:
             raise RejectedError("unknown_tags", f"{tag} is left {where}")
 
 
-def has_other_tags(text: str, template: AnswerTemplate) -> bool:
-    """Whether a system text names thought tags that are not the template's."""
-    tags = (tag for pair in _THOUGHT_TAGS for tag in pair)
-    return any(tag in text for tag in tags if tag not in template.markers)
+def other_tag(text: str, template: AnswerTemplate) -> str | None:
+    """The first tag for a thought or an answer in a system text that is not the template's."""
+    tags = (tag for pair in (*_THOUGHT_TAGS, *_ANSWER_TAGS) for tag in pair)
+    return next((tag for tag in tags if tag in text and tag not in template.markers), None)

@@ -35,7 +35,7 @@ from jaxsft.data.replies import (
     RejectedError,
     Role,
     convert_reply,
-    has_other_tags,
+    other_tag,
 )
 
 # Raise it with every change of what becomes of a row, here or in fields, messages, replies,
@@ -309,7 +309,7 @@ def _converse(messages: Sequence[Message], options: RowOptions) -> Conversation:
         notes.add("plain_completion")
     if any(_CONTROL.search(turn.content) for turn in turns):
         notes.add("control_look_alike")
-    if turns[0].role == "system" and has_other_tags(turns[0].content, options.template):
+    if turns[0].role == "system" and other_tag(turns[0].content, options.template):
         notes.add("system_has_other_tags")
     last = replies[-1]
     return Conversation(

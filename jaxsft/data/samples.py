@@ -6,7 +6,6 @@ step.
 """
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +22,11 @@ from jaxsft.data.chat import encode_chats, shorten
 from jaxsft.data.fields import PARTS
 from jaxsft.data.filters import Filter, contaminated, degenerate, duplicates
 from jaxsft.data.packing import Sample, StepBatches
-from jaxsft.data.replies import Rejected
+from jaxsft.data.replies import Rejected, other_tag
 from jaxsft.data.rows import Conversation, RowFields, RowOptions, Turn, convert_row
 from jaxsft.data.sources import read_rows
 from jaxsft.data.tokenizer import Tokenizer
 
-_TAG = re.compile(r"</?[a-z_]+>")
 _CHUNK_ROWS = 512  # conversations that are tokenised together
 _CHUNK_CHARS = 16 * 2**20
 _NUM_REASONS = 3  # in an error
@@ -142,8 +140,7 @@ def answer_template(text: str, system_prompt: str | None) -> AnswerTemplate:
         template = AnswerTemplate(text)
     except ValueError as error:
         raise ValueError(f"data.answer_template {text!r}: {error}") from None
-    other = next((tag for tag in _TAG.findall(system_prompt or "") if tag not in text), None)
-    if other is not None:
+    if other := other_tag(system_prompt or "", template):
         raise ValueError(
             f"data.system_prompt asks for {other}, which data.answer_template does not have: "
             "give both, or data.system_prompt null"
@@ -184,7 +181,8 @@ def read_samples(
     if options.drop_degenerate:
         filters.append(degenerate)
     if options.drop_contaminated and heldout_files:
-        heldout = DataOptions(columns=options.columns, system_prompt=None)
+        form = options.answer_template
+        heldout = DataOptions(columns=options.columns, answer_template=form, system_prompt=None)
         rows = _convert(_numbered_rows(heldout_files, heldout), heldout, [], DataReport())
         filters.append(contaminated([row.conversation for row in rows]))
     if options.drop_duplicates:

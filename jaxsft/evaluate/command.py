@@ -1,5 +1,6 @@
 """Measures one or two models on held-out rows and writes the results."""
 
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import cache_dir, file_sha256
 from jaxsft.common.text import visible_line
 from jaxsft.config import DataOptions
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.bins import pack
 from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.data.samples import DataReport, as_list, read_samples
@@ -43,10 +45,12 @@ from jaxsft.evaluate.results import (
 from jaxsft.evaluate.scoring import compare_answers
 from jaxsft.evaluate.sides import (
     Side,
+    check_alike,
     check_evaluate_options,
     defaults_of,
     find_side,
     names_of,
+    row_data,
     shared_tokenizer,
     sides_of,
 )
@@ -96,13 +100,14 @@ def evaluate(parse: Parse) -> int:
     for side in sides:  # both, before the first one takes an hour
         check_model(side, rows, tokenizer, options)
     measured: list[Measured] = []
+    template = AnswerTemplate(options.answer_template)
     for side in sides:
         gc.collect()  # frees the other model's weights
         found = measure_model(side, rows, tokenizer, options=options, console=console)
         measured.append(found)
         lines = compare_losses(*(each.losses for each in measured))
         if options.eval.num_prompts:
-            lines += compare_answers(*(each.answers for each in measured))
+            lines += compare_answers(template, *(each.answers for each in measured))
         lines = with_perplexity(lines)
         write_evaluation(output, options, rows.about, measured, lines)
     console.print(show_comparison(rows.about, [each.name for each in measured], lines))
@@ -113,18 +118,14 @@ def evaluate(parse: Parse) -> int:
 def resolve(parse: Parse) -> tuple[EvaluateOptions, list[Side]]:
     """The options, with those of a run among the models as defaults, and the models.
 
-    ValueError where the two were trained with different system texts and the options give none.
+    ValueError where the two were trained to answer differently, see `check_alike`.
     """
     options = parse({})
     # A run is a local directory. Models of the hub are found after the options are checked.
     here = [name for name in names_of(options) if Path(name).parent.is_dir()]
     found = {name: find_side(name, options) for name in here}
     defaults = [each for each in map(defaults_of, found.values()) if each]
-    if len({parse(each).system_prompt or None for each in defaults}) > 1:
-        raise ValueError(
-            f"compare: {options.model} and {options.compare} were trained with different system "
-            "texts; give --system_prompt TEXT (null for none), which both are then measured with"
-        )
+    check_alike([parse(each) for each in defaults])
     options = parse(max(defaults, key=len, default={}))  # a run has more of them than an export
     check_evaluate_options(options)
     return options, sides_of(options, found)
@@ -132,23 +133,21 @@ def resolve(parse: Parse) -> tuple[EvaluateOptions, list[Side]]:
 
 def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
     """The rows to measure on and their prompts, with the solved examples in front."""
-    data = DataOptions(
-        system_prompt=options.system_prompt,
-        max_length=options.max_length,
-        overlong=options.overlong,
-    )
+    data = row_data(options)
     files, shots = find_row_files(as_list(options.files), say_on_stderr), options.few_shot
     heldout = load_heldout(files, tokenizer, data, cache_dir("prepared"))
     examples: list[Sample] = []
     if shots:
         example_files = find_row_files(as_list(options.few_shot_files), say_on_stderr)
         # Only the first turn has the system text.
-        examples = first_samples(example_files, tokenizer, options.system_prompt, 1)
-        examples += first_samples(example_files, tokenizer, None, shots)[1:]
+        examples = first_samples(example_files, tokenizer, data, 1)
+        without = dataclasses.replace(data, system_prompt=None)
+        examples += first_samples(example_files, tokenizer, without, shots)[1:]
         if len(examples) < shots:
             raise ValueError(f"few_shot_files: {len(examples)} rows, few_shot {shots}")
     system_prompt = None if shots else options.system_prompt
-    found = first_samples(files, tokenizer, system_prompt, options.eval.num_prompts)
+    asked = dataclasses.replace(data, system_prompt=system_prompt)
+    found = first_samples(files, tokenizer, asked, options.eval.num_prompts)
     prompts = read_prompts(found, tokenizer, system_prompt)
     solved = read_prompts(examples, tokenizer, options.system_prompt)
     seen = {each.text for each in solved}
@@ -171,12 +170,13 @@ def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
 
 
 def first_samples(
-    files: Sequence[Path], tokenizer: Tokenizer, system_prompt: str | None, num: int
+    files: Sequence[Path], tokenizer: Tokenizer, data: DataOptions, num: int
 ) -> list[Sample]:
     """The first rows, unfiltered and of any length: the length limit is not for prompts."""
-    options = DataOptions(
-        system_prompt=system_prompt,
+    options = dataclasses.replace(
+        data,
         max_length=_ANY_LENGTH,
+        without_thought="keep_plain",  # as the rows of the loss
         min_completion_tokens=0,
         drop_degenerate=False,
         drop_duplicates=False,
@@ -228,7 +228,7 @@ def measure_model(
             adapter,
             frozen,
             rows.heldout,
-            answer_mask(rows.heldout, tokenizer),
+            answer_mask(rows.heldout, tokenizer, AnswerTemplate(options.answer_template)),
             spec=spec,
             batch_size=batch_size,
             on_batch=on_batch,

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxsft.common.hosts import on_host
 from jaxsft.config import EvalOptions
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.intervals import difference, ratio
@@ -20,7 +21,6 @@ from jaxsft.gemma.sharding import named
 from jaxsft.step.score import ModelSpec, token_log_probs
 
 NEXT_QUESTION = "\n\nQuestion:"  # ends an answer to a prompt of `as_text`
-_ANSWER = "<answer>"
 
 
 class SampleLosses(NamedTuple):
@@ -87,29 +87,33 @@ def held_out_losses(
     return found
 
 
-def answer_mask(rows: PackedRows, tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
-    """bool [N]: the tokens of a completion from <answer> to its end; all tokens of a completion
-    without that tag."""
+def answer_mask(
+    rows: PackedRows, tokenizer: Tokenizer, template: AnswerTemplate
+) -> npt.NDArray[np.bool_]:
+    """bool [N]: the tokens of a completion after the end of its reasoning and the white space
+    there, from <answer> with the default template; all tokens of a completion without reasoning.
+    """
     is_answer_N = np.zeros(len(rows.tokens_N), bool)
     for first, end in zip(rows.sample_offsets[:-1], rows.sample_offsets[1:], strict=True):
         labels = rows.loss_mask_N[first:end]
         edges = np.flatnonzero(np.diff(labels, prepend=False, append=False)) + first
         for start, stop in edges.reshape(-1, 2):  # a conversation may have several completions
-            is_answer_N[
-                _answer_start(rows.tokens_N[start:stop].tolist(), tokenizer) + start : stop
-            ] = True
+            ids = rows.tokens_N[start:stop].tolist()
+            is_answer_N[start + _answer_start(ids, tokenizer, template) : stop] = True
     return is_answer_N
 
 
-def _answer_start(ids: list[int], tokenizer: Tokenizer) -> int:
-    """Index of the token in which <answer> begins, 0 without the tag.
+def _answer_start(ids: list[int], tokenizer: Tokenizer, template: AnswerTemplate) -> int:
+    """Index of the token in which the answer begins, 0 without reasoning.
 
-    The tag is searched for in the text: its token ids depend on the text before it.
+    The place is searched for in the text: the ids of a tag depend on the text before it.
     """
-    at = tokenizer.decode(ids).find(_ANSWER)
-    if at <= 0:
+    text, end = tokenizer.decode(ids), template.end_of_reasoning
+    at = text.find(end)
+    if at < 0:
         return 0
-    # The longest beginning whose text ends before the tag.
+    at = len(text) - len(text[at + len(end) :].lstrip())
+    # The longest beginning whose text ends before the answer.
     return bisect_right(range(len(ids)), at, key=lambda num: len(tokenizer.decode(ids[:num]))) - 1
 
 

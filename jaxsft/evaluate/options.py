@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxsft.config import SYSTEM_PROMPT, Dtype, EvalOptions
+from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT, Dtype, EvalOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,12 @@ class EvaluateOptions:
     system_prompt: str | None = SYSTEM_PROMPT
     """Put in front of the first user turn of rows that have no system turn; null for none. By
     default the one that the run or the export was trained with, or else the recipe's."""
+    answer_template: str = ANSWER_TEMPLATE
+    """The form of an answer, as train's data.answer_template; the default as for system_prompt."""
+    earlier_reasoning: Literal["keep", "strip"] = "keep"
+    """As train's data.earlier_reasoning; the default as for system_prompt."""
+    columns: dict[str, str] | None = None
+    """As train's data.columns; by default the run's."""
     max_length: int = 2048
     """The most tokens of a row that the loss is measured on."""
     overlong: Literal["shorten", "drop", "raise"] = "shorten"

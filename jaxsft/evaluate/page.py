@@ -4,7 +4,6 @@ Every text of a model, of data or of a file name goes through `html.escape`.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 from html import escape
@@ -16,7 +15,6 @@ from jaxsft.common.text import visible_line, visible_text
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.intervals import Estimate, PairedDifference
 from jaxsft.evaluate.scoring import (
-    TAGS,
     AnswerScores,
     Comparison,
     GeneratedAnswer,
@@ -28,7 +26,6 @@ from jaxsft.evaluate.scoring import (
 )
 from jaxsft.evaluate.table import show_interval, show_p_value, show_value
 
-_TAG = re.compile("(" + "|".join(TAGS) + ")")
 _NOTE = "In brackets: 95% intervals (of rates Wilson's, else the percentile bootstrap)."
 _PAIRED_NOTE = (
     " p: paired permutation test by sign flips, for rates the exact McNemar test; not corrected "
@@ -60,6 +57,7 @@ def compare_page(
     names: Sequence[str],
     answers: Sequence[Sequence[GeneratedAnswer]],
     table: Sequence[Comparison],
+    template: AnswerTemplate,
     *,
     about: str = "",
 ) -> str:
@@ -70,11 +68,12 @@ def compare_page(
       names: of the one or two models.
       answers: each model's, to the same prompts in the same order.
       table: the lines of the summary: losses, and those of `compare_answers`.
+      template: the form that the answers should have.
       about: a line below the title, such as the data and the decoding options.
     """
     assert 1 <= len(names) <= 2 and len(names) == len(answers)
     title, about, *names = map(visible_line, (title, about, *names))
-    rows = [_row(each) for each in zip(*answers, strict=True)]
+    rows = [_row(each, template) for each in zip(*answers, strict=True)]
     common = _common_beginning([row.answers[0].prompt for row in rows])
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>",
@@ -87,28 +86,33 @@ def compare_page(
             f'{len(common.split()):,} words</summary><div class="text">{_shown(common)}</div>'
             "</details>"
         )
-    body += [_article(number, row, names, len(common)) for number, row in enumerate(rows, 1)]
+    body += [
+        _article(number, row, names, len(common), template) for number, row in enumerate(rows, 1)
+    ]
     return html_page(title, body, script=_SCRIPT)
 
 
-def _row(answers: Sequence[GeneratedAnswer]) -> _Row:
-    scores = [score_answer(answer) for answer in answers]
+def _row(answers: Sequence[GeneratedAnswer], template: AnswerTemplate) -> _Row:
+    scores = [score_answer(answer, template) for answer in answers]
     correct = tuple(score.correct for score in scores)
     kinds = {_KINDS[correct]} if correct in _KINDS else set()
-    if len({_said(answer, score) for answer, score in zip(answers, scores, strict=True)}) > 1:
+    pairs = zip(answers, scores, strict=True)
+    if len({_said(answer, score, template) for answer, score in pairs}) > 1:
         kinds.add("differ")
-    if any(format_fault(answer.text) for answer in answers):
+    if any(format_fault(answer.text, template) for answer in answers):
         kinds.add("format-broken")
     if any(score.truncated for score in scores):
         kinds.add("cut-off")
     return _Row(answers, scores, frozenset(kinds))
 
 
-def _said(answer: GeneratedAnswer, score: AnswerScores) -> Fraction | str | None:
+def _said(
+    answer: GeneratedAnswer, score: AnswerScores, template: AnswerTemplate
+) -> Fraction | str | None:
     """What is compared to tell whether two answers differ: the number if it counts, or the text."""
     if score.correct is not None:
-        return final_number(answer.text)
-    part = answer_part(answer.text)
+        return final_number(answer.text, template)
+    part = answer_part(answer.text, template)
     return answer.text if part is None else part.strip()
 
 
@@ -204,13 +208,16 @@ def _difference(metric: Metric, difference: PairedDifference | None) -> list[str
     ]
 
 
-def _article(number: int, row: _Row, names: Sequence[str], num_common: int) -> str:
+def _article(
+    number: int, row: _Row, names: Sequence[str], num_common: int, template: AnswerTemplate
+) -> str:
     first = row.answers[0]
-    parts = AnswerTemplate().split(first.reference)
+    parts = template.split(first.reference)
     expected = "The row's own answer"
     if row.scores[0].correct is not None:
         expected = f"Expected <b>{_shown(parts[1] if parts else first.reference)}</b>"
-    sides = "".join(map(_side, names, row.answers, row.scores))
+    shown = zip(names, row.answers, row.scores, strict=True)
+    sides = "".join(_side(*each, template) for each in shown)
     kinds = " ".join(sorted(row.kinds))
     return (
         f'<article class="card" id="prompt-{number}" tabindex="-1" aria-label="Prompt {number}" '
@@ -218,15 +225,15 @@ def _article(number: int, row: _Row, names: Sequence[str], num_common: int) -> s
         f'<h2>{number}</h2><div class="prompt">'
         f'<div class="text">{_shown(first.prompt[num_common:])}</div>'
         f"<details><summary>{expected}</summary>"
-        f'<div class="text">{_coloured(first.reference)}</div></details></div>'
+        f'<div class="text">{_coloured(first.reference, template)}</div></details></div>'
         f'<div class="sides">{sides}</div></article>'
     )
 
 
-def _side(name: str, answer: GeneratedAnswer, score: AnswerScores) -> str:
+def _side(name: str, answer: GeneratedAnswer, score: AnswerScores, template: AnswerTemplate) -> str:
     badges = []
     if score.correct is not None:
-        number = final_number(answer.text)
+        number = final_number(answer.text, template)
         given = "no number" if number is None else _number(number)
         badges.append(
             _badge("good", f"✓ {given}") if score.correct else _badge("bad", f"✗ {given}")
@@ -235,7 +242,7 @@ def _side(name: str, answer: GeneratedAnswer, score: AnswerScores) -> str:
             badges.append(_badge("near", "within 10%"))
         if not score.correct and score.last_number_correct:
             badges.append(_badge("near", "last number is right"))
-    fault = format_fault(answer.text)
+    fault = format_fault(answer.text, template)
     badges.append(_badge("bad", f"✗ format: {fault}") if fault else _badge("good", "✓ format"))
     if score.truncated:
         badges.append(_badge("bad", "✂ cut off"))
@@ -244,7 +251,7 @@ def _side(name: str, answer: GeneratedAnswer, score: AnswerScores) -> str:
         facts += f", {show_value(score.repetition, 'share')} repeated"
     return (
         f'<section><h3>{escape(name)}</h3><p class="badges">{"".join(badges)}<small>{facts}</small>'
-        f'</p><div class="text">{_coloured(answer.text)}</div></section>'
+        f'</p><div class="text">{_coloured(answer.text, template)}</div></section>'
     )
 
 
@@ -258,17 +265,17 @@ def _number(number: Fraction) -> str:
     return decimal if Fraction(decimal) == number else str(number)
 
 
-def _coloured(text: str) -> str:
+def _coloured(text: str, template: AnswerTemplate) -> str:
     """The text as HTML, its tags, reasoning, answer and the rest each in a class of its own."""
-    parts = _TAG.split(text)
-    inside, shown = "outside" if len(parts) > 1 else "untagged", []
-    for part in parts:
-        if part in TAGS:
-            name = part.strip("</>")
-            inside = "outside" if part.startswith("</") else name
-            shown.append(f'<span class="tag {name}">{escape(part)}</span>')
-        elif part:
-            shown.append(f'<span class="{inside}">{_shown(part)}</span>')
+    pieces = list(template.pieces([text]))
+    has_tags, shown = any(piece.is_marker for piece in pieces), []
+    for piece in pieces:
+        if piece.is_marker:
+            shown.append(f'<span class="tag {piece.part}">{escape(piece.text)}</span>')
+        else:
+            outside = "outside" if has_tags else "untagged"
+            kind = outside if piece.part == "text" else piece.part
+            shown.append(f'<span class="{kind}">{_shown(piece.text)}</span>')
     return "".join(shown) or "<em>nothing</em>"
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from jaxsft.common.files import write_json, write_text
 from jaxsft.common.text import plural
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.samples import DataReport, as_list
 from jaxsft.evaluate.heldout import SampleLosses
 from jaxsft.evaluate.options import EvaluateOptions
@@ -79,10 +80,10 @@ def write_evaluation(
 ) -> None:
     """Writes the three files, each whole or not at all; makes the directory if necessary."""
     directory.mkdir(parents=True, exist_ok=True)
-    names = [each.name for each in measured]
+    names, template = [each.name for each in measured], AnswerTemplate(options.answer_template)
     text = ""
     for each in zip(*(each.answers for each in measured), strict=True):
-        scores = [dataclasses.asdict(score_answer(answer)) for answer in each]
+        scores = [dataclasses.asdict(score_answer(answer, template)) for answer in each]
         line = {
             "prompt": each[0].prompt,
             "reference": each[0].reference,
@@ -92,7 +93,8 @@ def write_evaluation(
         text += json.dumps(line, ensure_ascii=False) + "\n"
     write_text(directory / ANSWERS, text)
     title = " and ".join(names)
-    page = compare_page(title, names, [each.answers for each in measured], lines, about=about)
+    answers = [each.answers for each in measured]
+    page = compare_page(title, names, answers, lines, template, about=about)
     write_text(directory / PAGE, page)
     metrics = {
         line.metric.name: {

@@ -1,5 +1,6 @@
 r"""Scores of generated answers, and the comparison of two models' answers.
 
+The form of an answer is that of the model's `AnswerTemplate`; its tags are the template's markers.
 A number is read in two ways. `final_number` is the first number inside the answer's tags, as in the
 field's GRPO demonstrations, or the first in the last `\boxed{}` there. `last_number` is the last
 number of the whole text, with or without tags, as GSM8K is scored without a format: this is fair to
@@ -8,7 +9,6 @@ a base model, which has never seen the tags.
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -17,9 +17,6 @@ from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.intervals import Estimate, PairedDifference, difference, mean, share
 from jaxsft.evaluate.number_text import find_numbers, parse_number
 
-TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-# The first <answer> that no other <answer> follows before it is closed, or before the text ends.
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", re.DOTALL)
 _NEAR = (Fraction(9, 10), Fraction(11, 10))
 _REPEATED_WORDS = 4
 
@@ -105,62 +102,105 @@ ANSWER_METRICS = (*_METRICS.values(), _DISTINCT)  # in the order of a table
 _ACCURACIES = [_METRICS[field] for field in ("correct", "partial", "last_number_correct")]
 
 
-def exact_parts(text: str) -> tuple[str, str] | None:
+def exact_parts(text: str, template: AnswerTemplate) -> tuple[str, str] | None:
     r"""(reasoning, answer) of a text in the exact format, None for another.
 
-    The format is that of the field's GRPO demonstrations (the dot matches newlines):
+    With the default template the format is that of the field's GRPO demonstrations (the dot matches
+    newlines):
 
         ^\s*<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>\s*$
 
-    This is code because the pattern takes cubic time over many tags. The pattern allows tags inside
-    the parts: `has_each_tag_once` finds those.
+    In general the template's literals stand in its order, with any text among those between the two
+    parts, and nothing but white space elsewhere. This is code because the pattern takes cubic time
+    over many tags. The pattern allows tags inside the parts: `has_each_tag_once` finds those.
     """
     text = text.strip()
-    opened, closed, begin, end = TAGS
-    stop = text.find(closed, len(opened) + 1)  # a part has one character at least
-    start = text.find(begin, stop)
-    answer = text[start + len(begin) : -len(end)]
-    is_exact = text.startswith(opened) and text.endswith(end) and -1 not in (stop, start)
-    return (text[len(opened) : stop], answer) if is_exact and answer else None
-
-
-def has_each_tag_once(text: str) -> bool:
-    """Whether each of the four tags stands in the text once, anywhere."""
-    return all(text.count(tag) == 1 for tag in TAGS)
-
-
-def format_fault(text: str) -> str | None:
-    """Why the text isn't in the exact format with each tag once, in a few words; None if it is."""
-    if has_each_tag_once(text) and exact_parts(text):
+    opening, middle, closing = template.literals
+    start = _after(text, 0, opening)
+    if start is None:
         return None
-    missing = [tag for tag in TAGS if tag not in text]
+    stop, at = -1, start + 1  # a part has one character at least
+    for literal in middle:
+        at = text.find(literal, at)
+        if at < 0:
+            return None
+        stop = at if stop < 0 else stop
+        at += len(literal)
+    end = _before(text, closing)
+    if end is None or not text[at:end]:
+        return None
+    return text[start:stop], text[at:end]
+
+
+def _after(text: str, at: int, literals: Sequence[str]) -> int | None:
+    """The end of these literals, which stand at `at` with only white space between them."""
+    for number, literal in enumerate(literals):
+        while number and text[at : at + 1].isspace():
+            at += 1
+        if not text.startswith(literal, at):
+            return None
+        at += len(literal)
+    return at
+
+
+def _before(text: str, literals: Sequence[str]) -> int | None:
+    """The start of these literals, which end the text with only white space between them."""
+    for number, literal in enumerate(reversed(literals)):
+        text = text.rstrip() if number else text
+        if not text.endswith(literal):
+            return None
+        text = text.removesuffix(literal)
+    return len(text)
+
+
+def has_each_tag_once(text: str, template: AnswerTemplate) -> bool:
+    """Whether each marker of the template stands in the text once, anywhere."""
+    return all(text.count(marker) == 1 for marker in template.markers)
+
+
+def format_fault(text: str, template: AnswerTemplate) -> str | None:
+    """Why the text isn't in the exact format with each tag once, in a few words; None if it is."""
+    if has_each_tag_once(text, template) and exact_parts(text, template):
+        return None
+    tags = template.markers
+    missing = [tag for tag in tags if tag not in text]
     if missing:
-        return "no tags" if len(missing) == len(TAGS) else f"no {', '.join(missing)}"
-    for tag in TAGS:
+        return "no tags" if len(missing) == len(tags) else f"no {', '.join(missing)}"
+    for tag in tags:
         if (num := text.count(tag)) > 1:
             return f"{num} × {tag}"
-    if sorted(TAGS, key=text.index) != list(TAGS):
+    if sorted(tags, key=text.index) != list(tags):
         return "tags out of order"
-    if not text.lstrip().startswith(TAGS[0]):
-        return f"text before {TAGS[0]}"
-    if not text.rstrip().endswith(TAGS[-1]):
-        return f"text after {TAGS[-1]}"
-    return "nothing between two tags"
+    opening, middle, closing = template.literals
+    if not text.lstrip().startswith(opening[0]):
+        return f"text before {opening[0]}"
+    if closing and not text.rstrip().endswith(closing[-1]):
+        return f"text after {closing[-1]}"
+    words = [each for each in (*opening, *middle, *closing) if each not in text]
+    if words:
+        return f"no {words[0]}"
+    return "nothing between two tags" if closing else f"nothing around {middle[0]}"
 
 
-def answer_part(text: str) -> str | None:
-    """The text between the answer's tags, whatever stands around them; None without <answer>.
+def answer_part(text: str, template: AnswerTemplate) -> str | None:
+    """The text between the answer's tags, whatever stands around them; None without the first.
 
     An answer that is never closed ends with the text. Of several answers the first one after the
-    reasoning counts, as the reasoning may quote the tags.
+    reasoning counts, as the reasoning may quote the tags; of several first tags in a row the last.
     """
-    match = _ANSWER.search(text, text.find("</reasoning>") + 1) or _ANSWER.search(text)
-    return match[1] if match else None
+    begin, end = template.start_of_answer, template.end_of_answer
+    first = text.find(begin, text.find(template.end_of_reasoning) + 1)
+    first = text.find(begin) if first < 0 else first
+    if first < 0:
+        return None
+    stop = -1 if end is None else text.find(end, first + len(begin))
+    text = text if stop < 0 else text[:stop]
+    return text[text.rindex(begin) + len(begin) :]
 
 
-def final_number(text: str) -> Fraction | None:
+def final_number(text: str, template: AnswerTemplate) -> Fraction | None:
     r"""The first number of the answer part, of its last `\boxed{}` if any; None without one."""
-    part = answer_part(text) or ""
+    part = answer_part(text, template) or ""
     numbers = find_numbers(part.rpartition("\\boxed")[2]) or find_numbers(part)
     return numbers[0] if numbers else None
 
@@ -171,9 +211,9 @@ def last_number(text: str) -> Fraction | None:
     return numbers[-1] if numbers else None
 
 
-def reference_number(reference: str) -> Fraction | None:
+def reference_number(reference: str, template: AnswerTemplate) -> Fraction | None:
     """The number that is the whole answer of a row's own completion (GSM8K); None elsewhere."""
-    parts = AnswerTemplate().split(reference)
+    parts = template.split(reference)
     return parse_number(parts[1] if parts else reference)
 
 
@@ -191,13 +231,14 @@ def repeated_share(text: str) -> float | None:
     return 1 - len(runs) / num_runs
 
 
-def score_answer(answer: GeneratedAnswer) -> AnswerScores:
-    """The scores of one answer."""
-    parts = exact_parts(answer.text)
-    wanted, given = reference_number(answer.reference), final_number(answer.text)
+def score_answer(answer: GeneratedAnswer, template: AnswerTemplate) -> AnswerScores:
+    """The scores of one answer, which should have the template's form, as its reference has."""
+    parts = exact_parts(answer.text, template)
+    wanted = reference_number(answer.reference, template)
+    given = final_number(answer.text, template)
     return AnswerScores(
         exact_format=parts is not None,
-        each_tag_once=has_each_tag_once(answer.text),
+        each_tag_once=has_each_tag_once(answer.text, template),
         stopped=answer.stopped,
         truncated=answer.truncated,
         num_tokens=answer.num_tokens,
@@ -217,7 +258,9 @@ def _is_near(given: Fraction | None, wanted: Fraction) -> bool:
 
 
 def compare_answers(
-    left: Sequence[GeneratedAnswer], right: Sequence[GeneratedAnswer] | None = None
+    template: AnswerTemplate,
+    left: Sequence[GeneratedAnswer],
+    right: Sequence[GeneratedAnswer] | None = None,
 ) -> list[Comparison]:
     """Every metric of one model's answers, or of two models' answers to the same prompts.
 
@@ -232,7 +275,7 @@ def compare_answers(
         raise ValueError("no answers to score")
     if len({tuple(answer.prompt for answer in side) for side in sides}) > 1:
         raise ValueError("the two models answered different prompts; evaluate both on the same set")
-    scores = [[score_answer(answer) for answer in side] for side in sides]
+    scores = [[score_answer(answer, template) for answer in side] for side in sides]
     lines = []
     for field, metric in _METRICS.items():
         columns = [[getattr(score, field) for score in side] for side in scores]
@@ -245,6 +288,7 @@ def compare_answers(
         lines.append(Comparison(metric, estimates, gain))
     distinct = []  # the number of different answer parts among the answers in the exact format
     for side in sides:
-        found = {parts[1].strip() for each in side if (parts := exact_parts(each.text))}
+        exact = [exact_parts(each.text, template) for each in side]
+        found = {parts[1].strip() for parts in exact if parts}
         distinct.append(Estimate(len(found), math.nan, math.nan, len(side)))
     return [*lines, Comparison(_DISTINCT, distinct)]

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.config import MIN_LENGTH, validate_eval
-from jaxsft.data.samples import as_list
+from jaxsft.config import MIN_LENGTH, DataOptions, validate_eval
+from jaxsft.data.samples import as_list, row_options
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.options import EvaluateOptions
 from jaxsft.weights.find import (
@@ -19,11 +19,16 @@ from jaxsft.weights.find import (
     find_model,
     open_tokenizer,
     run_config,
-    system_text,
+    taught_by,
 )
 from jaxsft.weights.peft import holds_adapter
 
 BASE = "base"
+_ALIKE = {
+    "system_prompt": "system texts",
+    "answer_template": "answer templates",
+    "earlier_reasoning": "data.earlier_reasoning",
+}
 
 
 class Side(NamedTuple):
@@ -34,21 +39,32 @@ class Side(NamedTuple):
 
 
 def defaults_of(origin: Origin) -> dict[str, Any]:
-    """Defaults by option: a run's own options, an export's system text, {} for other models."""
+    """Defaults by option: a run's own options, what an export was taught, {} for other models."""
+    taught = taught_by(origin)
+    if taught is None:
+        return {}
+    same = {
+        "system_prompt": taught.system_prompt or None,
+        "answer_template": taught.template.text,
+        "earlier_reasoning": taught.earlier_reasoning,
+    }
     if origin.run_dir is None:
-        text = system_text(origin)
-        return {} if text is None else {"system_prompt": text or None}
+        return same
     config = run_config(origin.run_dir)
     dtype, param_dtype = config.model.dtype, config.model.param_dtype
-    return {
-        "files": config.data.eval_files,
-        "few_shot_files": config.data.train_files,
-        "system_prompt": config.data.system_prompt,
-        "max_length": config.data.max_length,
-        "overlong": config.data.overlong,
-        "dtype": dtype,
-        "param_dtype": None if param_dtype == dtype else param_dtype,  # --dtype is for both
-    } | {f"eval.{name}": value for name, value in dataclasses.asdict(config.eval).items()}
+    return (
+        same
+        | {
+            "files": config.data.eval_files,
+            "few_shot_files": config.data.train_files,
+            "columns": config.data.columns,
+            "max_length": config.data.max_length,
+            "overlong": config.data.overlong,
+            "dtype": dtype,
+            "param_dtype": None if param_dtype == dtype else param_dtype,  # --dtype is for both
+        }
+        | {f"eval.{name}": value for name, value in dataclasses.asdict(config.eval).items()}
+    )
 
 
 def check_evaluate_options(options: EvaluateOptions) -> None:
@@ -71,7 +87,40 @@ def check_evaluate_options(options: EvaluateOptions) -> None:
             raise ValueError(f"{name} names {twice[0]} twice; name it once")
     if options.max_length < MIN_LENGTH:
         raise ValueError(f"max_length is {options.max_length}, but must be at least {MIN_LENGTH}")
+    try:
+        row_options(row_data(options))
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.", "")) from None
     validate_eval(options.eval)
+
+
+def row_data(options: EvaluateOptions) -> DataOptions:
+    """How the rows to measure on are converted and encoded."""
+    return DataOptions(
+        system_prompt=options.system_prompt,
+        answer_template=options.answer_template,
+        earlier_reasoning=options.earlier_reasoning,
+        columns=options.columns,
+        max_length=options.max_length,
+        overlong=options.overlong,
+    )
+
+
+def check_alike(sides: Sequence[EvaluateOptions]) -> None:
+    """ValueError where two models were trained to answer differently and the options name no one
+    way: losses of other texts, and answers to other prompts, do not compare.
+
+    `sides` are the options with the defaults of either model.
+    """
+    for name, what in _ALIKE.items():
+        values = [getattr(side, name) or None for side in sides]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"compare: {sides[0].model} and {sides[0].compare} were trained with different "
+                f"{what}; evaluate each by itself, or give --{name} VALUE"
+                f"{' (null for none)' if name == 'system_prompt' else ''}, which both are then "
+                "measured with"
+            )
 
 
 def names_of(options: EvaluateOptions) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from jaxsft.common.files import file_sha256, read_json
 from jaxsft.common.text import visible_line
 from jaxsft.config import TrainConfig
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.download.names import parse_hub_name
 from jaxsft.evaluate.heldout import METRICS
 from jaxsft.evaluate.table import metric_cell
@@ -26,6 +27,11 @@ _TITLES = {
     "peft": "a LoRA adapter in PEFT's format",
     "merged": "a whole model for transformers",
     "flax": "Flax checkpoints",
+}
+_WITHOUT_THOUGHT = {
+    "reject": "left out",
+    "keep_plain": "trained with the system prompt",
+    "drop_system": "trained without the system prompt",
 }
 _LICENSE = (
     "Gemma's terms of use (https://ai.google.dev/gemma/terms) hold for this model as for its base."
@@ -69,7 +75,8 @@ def model_card(
     else:
         use = _use_in_torch(origin, manifest["format"], base, config, name)
     licence = f"## Licence\n\n{_LICENSE}"
-    return "\n\n".join([front, title, *training, use, _check(manifest), licence]) + "\n"
+    answers = _answers(manifest)
+    return "\n\n".join([front, title, *training, use, *answers, _check(manifest), licence]) + "\n"
 
 
 def _front_matter(origin: Origin, format: str, has_adapter: bool) -> str:
@@ -126,6 +133,7 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
         f"- base weights in {config.model.param_dtype}, activations in {config.model.dtype}, "
         "adapter in float32",
     ]
+    lines.append(f"- rows whose answer has no reasoning: {_WITHOUT_THOUGHT[data.without_thought]}")
     if data.system_prompt:
         lines.append(
             "- system prompt, in front of the first user turn where a chat had none of its own: "
@@ -261,6 +269,28 @@ def _use_in_torch(origin: Origin, format: str, base: str, config: GemmaConfig, n
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
     ]
     return "\n".join(["## Use", "", *lead, "```python", *code, "```"])
+
+
+def _answers(manifest: Mapping[str, Any]) -> list[str]:
+    """How to take an answer apart, and what became of earlier reasoning; [] if unknown."""
+    if manifest["answer_template"] is None:
+        return []
+    template = AnswerTemplate(manifest["answer_template"])
+    pattern = _literal(template.pattern("(.+?)", "(.+)"))
+    earlier = {
+        "keep": "In a chat the reasoning of earlier turns stays in the history, as in training.",
+        "strip": "In a chat the reasoning of earlier turns is left out, as in training: all of an "
+        f"answer up to {_quoted(template.end_of_reasoning)}. The chat template does so.",
+    }
+    lines = [
+        *("## Answers", "", "The model was trained to answer in this form:", ""),
+        *(f"    {visible_line(line)}".rstrip() for line in template.text.splitlines()),
+        *("", "To take an answer, `text`, apart:", "", "```python", "import re", ""),
+        f"found = re.fullmatch({pattern}, text.strip(), re.DOTALL)",
+        "reasoning, answer = map(str.strip, found.groups()) if found else (None, text)",
+        *("```", "", earlier[manifest["earlier_reasoning"]]),
+    ]
+    return ["\n".join(lines)]
 
 
 def _check(manifest: Mapping[str, Any]) -> str:

@@ -93,6 +93,8 @@ def manifest_of(
         "peer_versions": {} if peer is None else peer.versions,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
         "system_prompt": made.system_prompt,
+        "answer_template": made.taught and made.taught.template.text,
+        "earlier_reasoning": made.taught and made.taught.earlier_reasoning,
         "base_name": origin.name,
         "base_revision": origin.revision,
         "run": None if origin.run_dir is None else origin.run_dir.name,

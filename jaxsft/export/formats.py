@@ -25,7 +25,7 @@ from jaxsft.export.tokenizer import write_tokenizer
 from jaxsft.gemma.architecture import PRESETS, GemmaConfig
 from jaxsft.gemma.model import Gemma
 from jaxsft.weights.adapter_config import AdapterConfig
-from jaxsft.weights.find import Origin, check_tokenizer, open_tokenizer, system_text
+from jaxsft.weights.find import Origin, Taught, check_tokenizer, open_tokenizer, taught_by
 from jaxsft.weights.flax import write_flax
 from jaxsft.weights.hf_config import to_hf_config
 from jaxsft.weights.load import TensorSource, WeightsInfo, open_weights, without_weights
@@ -41,8 +41,7 @@ _NUM_POSITIONS = 256  # about, in all probes; their logits come back in a file
 
 
 class Export(NamedTuple):
-    """The source of an export. `adapter` is None for a base model; `system_prompt` is that of
-    `system_text`."""
+    """The source of an export. `adapter` is None for a base model; `taught` is `taught_by`'s."""
 
     options: ExportOptions
     origin: Origin
@@ -52,7 +51,12 @@ class Export(NamedTuple):
     weights: MergedWeights
     adapter: AdapterConfig | None
     adapter_only: Gemma | None  # the adapter on `without_weights`
-    system_prompt: str | None
+    taught: Taught | None
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system text that the model was trained with, '' for none, None if unknown."""
+        return None if self.taught is None else self.taught.system_prompt
 
 
 def open_export(options: ExportOptions, origin: Origin) -> Export:
@@ -72,8 +76,8 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
             base_revision=origin.revision,
             base_digest=info.digest,
         )
-    text = system_text(origin)
-    return Export(options, origin, tokenizer, source, info, weights, adapter, model, text)
+    taught = taught_by(origin)
+    return Export(options, origin, tokenizer, source, info, weights, adapter, model, taught)
 
 
 def needed_bytes(made: Export, peer: Peer | None) -> int:
@@ -97,10 +101,10 @@ def write(directory: Path, made: Export) -> None:
     if options.format == "peft":
         assert made.adapter is not None and made.adapter_only is not None
         save_adapter(directory, made.adapter_only, made.adapter)
-        write_tokenizer(directory, made.tokenizer, config.max_positions, made.system_prompt)
+        write_tokenizer(directory, made.tokenizer, config.max_positions, made.taught)
     elif options.format == "merged":
         write_configs(directory, config, made.tokenizer, options.dtype)
-        write_tokenizer(directory, made.tokenizer, config.max_positions, made.system_prompt)
+        write_tokenizer(directory, made.tokenizer, config.max_positions, made.taught)
         write_weights(
             directory, made.weights, dtype=options.dtype, max_shard_bytes=options.max_shard_bytes
         )

@@ -1,4 +1,4 @@
-"""Writes a tokenizer with which transformers gives exactly our ids, and Gemma's chat template.
+"""Writes a tokenizer with which transformers gives exactly our ids, with the chat template.
 
 `tokenizer.model` alone is not enough: transformers 5 converts it (with sentencepiece and protobuf),
 and the result splits runs of more than 31 spaces differently. `tokenizer.json` is not converted.
@@ -13,38 +13,12 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from jaxsft.common.files import write_json
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.data.vocabulary import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-
-# The format of data/chat.py in Jinja. Texts are trimmed; the system text precedes the first user's.
-_CHAT_TEMPLATE = r"""{{- bos_token -}}
-{%- set system = SYSTEM -%}
-{%- set turns = messages -%}
-{%- if messages and messages[0]['role'] == 'system' -%}
-    {%- set turns = messages[1:] -%}
-    {%- set system = messages[0]['content'] | trim -%}
-{%- endif -%}
-{%- set preface = system + '\n\n' if system else '' -%}
-{%- for turn in turns -%}
-    {%- if turn['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
-        {{- raise_exception('the roles must be [system,] user, assistant, user, …') -}}
-    {%- endif -%}
-    {{- '<start_of_turn>' + ('user\n' if turn['role'] == 'user' else 'model\n') -}}
-    {{- (preface if loop.first else '') + turn['content'] | trim + '<end_of_turn>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<start_of_turn>model\n' -}}
-{%- endif -%}
-"""
-
-
-def chat_template(system_prompt: str | None) -> str:
-    """Gemma's template; a chat without a system turn gets `system_prompt`, as in training."""
-    # Jinja has JSON's escapes, except pairs of surrogates: those characters are not escaped.
-    literal = json.dumps((system_prompt or "").strip(), ensure_ascii=False)
-    return _CHAT_TEMPLATE.replace("SYSTEM", literal)
+from jaxsft.export.chat_template import chat_template
+from jaxsft.weights.find import Taught
 
 
 def write_tokenizer(
-    directory: Path, tokenizer: Tokenizer, max_positions: int, system_prompt: str | None
+    directory: Path, tokenizer: Tokenizer, max_positions: int, taught: Taught | None
 ) -> None:
     """Writes tokenizer.model, tokenizer.json and tokenizer_config.json with the chat template."""
     (directory / "tokenizer.model").write_bytes(tokenizer.model_bytes)
@@ -63,7 +37,7 @@ def write_tokenizer(
         "clean_up_tokenization_spaces": False,
         "spaces_between_special_tokens": False,
         "model_max_length": max_positions,
-        "chat_template": chat_template(system_prompt),
+        "chat_template": chat_template(taught),
     }
     write_json(directory / "tokenizer_config.json", settings)
 

@@ -1,7 +1,7 @@
 """Answers on a terminal or a pipe while they are generated: to one prompt, or in a chat.
 
-Neither a character of several tokens nor a tag is ever shown in part: text that may be the
-beginning of one is held back.
+Neither a character of several tokens nor a tag of the answer's template is ever shown in part: text
+that may be the beginning of one is held back.
 """
 
 import re
@@ -23,16 +23,11 @@ from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.gemma.decode import SamplingOptions, stream
+from jaxsft.weights.find import Taught
 
 CHAT_HELP = "/reset forgets what was said, Ctrl-C stops an answer, /quit or Ctrl-D ends."
-_STYLES = {  # by the kind of a piece of text
-    "text": "",
-    "tag": "bright_black",
-    "reasoning": "dim",
-    "answer": "bold",
-}
-_TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-_TAG = re.compile("|".join(_TAGS))
+_STYLES = {"text": "", "reasoning": "dim", "answer": "bold"}
+_TAG_STYLE = "bright_black"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how the vocabulary spells one byte of UTF-8
 _MAX_HELD_BYTES = 3  # of a character's four
 
@@ -47,9 +42,10 @@ class Voice(NamedTuple):
 
 
 class ChatSession(NamedTuple):
-    """The settings of all answers."""
+    """The settings of all answers; `taught` is the form that the model was trained with."""
 
     tokenizer: Tokenizer
+    taught: Taught
     max_positions: int
     decoding: SamplingOptions
     console: Console
@@ -118,7 +114,7 @@ def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> tuple[s
 
     Raises ValueError, as `encode` does, before anything is shown.
     """
-    prompt, (tokenizer, _, decoding, console) = encode(turns, session), session
+    prompt, (tokenizer, taught, _, decoding, console) = encode(turns, session), session
     if voice.heading:
         show(console, f"{voice.heading}\n", "underline")
     ids: list[int] = []
@@ -139,8 +135,9 @@ def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> tuple[s
                 ids.append(token)
                 yield token
 
-        for kind, text in parts_of_text(text_of_tokens(tokenizer, tokens())):
-            show(console, printable(text), _STYLES[kind])
+        for piece in taught.template.pieces(text_of_tokens(tokenizer, tokens())):
+            style = _TAG_STYLE if piece.is_marker else _STYLES[piece.part]
+            show(console, printable(piece.text), style)
         stopped = is_stopped()
     show(console, "\n")
     if stopped or len(ids) == decoding.max_new_tokens:
@@ -150,7 +147,18 @@ def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> tuple[s
 
 
 def encode(turns: Sequence[Turn], session: ChatSession) -> list[int]:
-    """The prompt's ids; ValueError where they leave no room for an answer."""
+    """The prompt's ids; ValueError where they leave no room for an answer.
+
+    Earlier answers are without their reasoning if the model was trained so.
+    """
+    if session.taught.earlier_reasoning == "strip":
+        template = session.taught.template
+        turns = [
+            turn._replace(content=template.without_reasoning(turn.content))
+            if turn.role == "assistant"
+            else turn
+            for turn in turns
+        ]
     ids, longest = encode_prompt(session.tokenizer, turns), session.decoding.max_new_tokens
     if len(ids) + longest > session.max_positions:
         raise ValueError(
@@ -177,31 +185,6 @@ def text_of_tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         held = held[whole:]
     if held:
         yield tokenizer.decode(held)
-
-
-def parts_of_text(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Cuts a text, which comes in pieces, at its tags; together the parts are the text.
-
-    Yields (kind, part); the kind is "tag", "reasoning" or "answer" inside the tags, else "text".
-    """
-    kind = "text"
-    held = ""
-    for text in texts:
-        held += text
-        while tag := _TAG.search(held):
-            if tag.start():
-                yield kind, held[: tag.start()]
-            yield "tag", tag[0]
-            kind = "text" if tag[0].startswith("</") else tag[0].strip("<>")
-            held = held[tag.end() :]
-        start = held.rfind("<")
-        if start < 0 or not any(name.startswith(held[start:]) for name in _TAGS):
-            start = len(held)
-        if start:
-            yield kind, held[:start]
-        held = held[start:]
-    if held:
-        yield kind, held
 
 
 def printable(text: str) -> str:

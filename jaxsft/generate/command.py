@@ -14,9 +14,9 @@ from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_text
 from jaxsft.common.text import plural, visible_line
-from jaxsft.config import SYSTEM_PROMPT, ModelOptions
+from jaxsft.config import ModelOptions
 from jaxsft.data.answer_template import AnswerTemplate
-from jaxsft.data.rows import Turn
+from jaxsft.data.rows import RowOptions, Turn
 from jaxsft.download.names import find_row_files
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import Generation, SamplingOptions, generate, generation_batch_size
@@ -24,7 +24,14 @@ from jaxsft.gemma.sharding import make_mesh
 from jaxsft.generate.chat import ChatSession, Voice, answer, chat, encode, show
 from jaxsft.generate.options import GenerateOptions
 from jaxsft.generate.prompts import FilePrompt, read_prompt_file
-from jaxsft.weights.find import find_model, load, run_config, say_on_stderr, system_text
+from jaxsft.weights.find import (
+    DEFAULT_TAUGHT,
+    find_model,
+    load,
+    run_config,
+    say_on_stderr,
+    taught_by,
+)
 
 
 def generate_answers(options: GenerateOptions) -> int:
@@ -35,13 +42,17 @@ def generate_answers(options: GenerateOptions) -> int:
     if options.base and origin.adapter is None:
         raise ValueError(f"--base: {options.model} has no adapter, it is a base model itself")
     config = None if origin.run_dir is None else run_config(origin.run_dir)
-    trained_with = system_text(origin)
-    system = SYSTEM_PROMPT if trained_with is None else trained_with
-    system = system if options.system is None else options.system
+    taught = taught_by(origin) or DEFAULT_TAUGHT
+    system = taught.system_prompt if options.system is None else options.system
     prompts: list[FilePrompt] = []
     if options.prompts is not None:
         (file,) = find_row_files([Path(options.prompts)], say_on_stderr)
-        prompts, left_out = read_prompt_file(file, system)
+        how = RowOptions(
+            None if config is None else config.data.columns,
+            earlier_reasoning=taught.earlier_reasoning,
+            template=taught.template,
+        )
+        prompts, left_out = read_prompt_file(file, system, how)
         if left_out:
             examples = visible_line("; ".join(left_out[:2]))
             note = f"{plural(len(left_out), 'row')} left out: {examples}"
@@ -63,7 +74,7 @@ def generate_answers(options: GenerateOptions) -> int:
     console = make_console(strict=True)  # when the reader has gone, the work ends
     positions = loaded.info.config.max_positions
     sampling = SamplingOptions.from_fields(options.decoding)
-    session = ChatSession(loaded.tokenizer, positions, sampling, console)
+    session = ChatSession(loaded.tokenizer, taught, positions, sampling, console)
     if options.prompts is not None:
         rows = answer_file(prompts, voices, session, mesh)
         # ASCII for a terminal: no control characters.
@@ -117,16 +128,19 @@ def answer_file(
                 on_batch=on_batch,
                 mesh=mesh,
             )
-            by_voice.append([answer_row(tokenizer.decode(each.ids), each) for each in generations])
+            template = session.taught.template
+            by_voice.append(
+                [answer_row(tokenizer.decode(each.ids), each, template) for each in generations]
+            )
     return [
         {"prompt": prompt.turns[-1].content} | own | ({"base": others[0]} if others else {})
         for prompt, own, *others in zip(prompts, *by_voice, strict=True)
     ]
 
 
-def answer_row(text: str, generation: Generation) -> dict[str, Any]:
+def answer_row(text: str, generation: Generation, template: AnswerTemplate) -> dict[str, Any]:
     """An answer for JSON; reasoning and answer are null where it is not in the format."""
-    reasoning, final = AnswerTemplate().split(text) or (None, None)
+    reasoning, final = template.split(text) or (None, None)
     return {
         "text": text,
         "reasoning": reasoning,

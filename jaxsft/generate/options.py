@@ -19,7 +19,8 @@ class GenerateOptions:
     """One prompt to answer."""
     prompts: str | None = None
     """A file of prompts: .txt, one a line, or JSONL or Parquet with prompt, question, instruction
-    or messages, of which what follows the last user turn is left out."""
+    or messages, of which what follows the last user turn is left out. A run's data.columns are
+    looked for first."""
     output: str | None = None
     """Where the answers to --prompts go as JSONL, a new file; by default to the terminal."""
     base: bool = False

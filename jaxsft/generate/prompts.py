@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsft.data.replies import Rejected
-from jaxsft.data.rows import Turn, convert_prompt
+from jaxsft.data.rows import RowOptions, Turn, convert_prompt
 from jaxsft.data.sources import read_rows
 
 
@@ -27,8 +27,8 @@ class PromptFile(NamedTuple):
     left_out: list[str]
 
 
-def read_prompt_file(path: Path, system: str) -> PromptFile:
-    """Reads a .txt file, or a file that `read_rows` reads.
+def read_prompt_file(path: Path, system: str, how: RowOptions) -> PromptFile:
+    """Reads a .txt file, or a file that `read_rows` reads, and converts its rows as `how` says.
 
     Prompts without a system turn get `system`. ValueError names the file, and where no row is a
     prompt the first row.
@@ -36,7 +36,7 @@ def read_prompt_file(path: Path, system: str) -> PromptFile:
     rows = _read_lines(path) if path.suffix.lower() == ".txt" else read_rows(path)
     found = PromptFile([], [])
     for where, row in rows:
-        turns = convert_prompt(row)
+        turns = convert_prompt(row, how)
         if isinstance(turns, Rejected):
             found.left_out.append(f"{where} ({turns.detail})")
             continue

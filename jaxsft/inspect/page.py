@@ -14,7 +14,7 @@ import numpy.typing as npt
 from jaxsft.common.page_style import html_page
 from jaxsft.common.text import plural, visible_text
 from jaxsft.data.prepared import Prepared
-from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates
+from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, lessons
 from jaxsft.inspect.tokens import RowView, Segment, Token
 
 _NUM_BINS = 40
@@ -48,6 +48,7 @@ def inspection_page(
         f'<p class="path">{escape(str(prepared.directory))}</p>',
         "</header>",
         _tiles(prepared, survey),
+        _lessons(prepared),
         '<div class="columns">',
         f"<div>{_checks(survey.checks, prepared.rows.num_samples)}{_quantiles(survey)}</div>",
         _fates(prepared),
@@ -72,6 +73,18 @@ def _tiles(prepared: Prepared, survey: Survey) -> str:
             f"<i>{escape(rest.strip('()'))}</i></div>"
         )
     return f'<section class="tiles">{"".join(tiles)}</section>'
+
+
+def _lessons(prepared: Prepared) -> str:
+    """The system text, the form of the answers, the policies and the columns."""
+    lines = (
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in lessons(prepared).items()
+    )
+    return (
+        '<section class="card"><h2>What is taught</h2>'
+        f'<table class="lessons">{"".join(lines)}</table></section>'
+    )
 
 
 def _checks(checks: Sequence[SampleCheck], num_samples: int) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jaxsft.common.text import plural, visible_text
 from jaxsft.data.prepared import Prepared
-from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates
+from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, lessons
 from jaxsft.inspect.tokens import RowView, Segment, Token
 
 # Two alternating shades show where a token ends and the next one begins.
@@ -77,7 +77,13 @@ def _append_token(text: Text, token: Token, shade: int, show_ids: bool) -> None:
 
 
 def show_counts(prepared: Prepared, survey: Survey) -> Iterator[RenderableType]:
-    """The counts of the set, and of the rows that were read."""
+    """What is taught, the counts of the set, and of the rows that were read."""
+    yield Text("What is taught:", "bold")
+    table = Table.grid(padding=(0, 2))
+    for name, value in lessons(prepared).items():
+        table.add_row(Text(name), Text(value))
+    yield table
+    yield Text()
     table = Table.grid(padding=(0, 2))
     for name, value in facts(prepared, survey).items():
         table.add_row(Text(name, "bold"), Text(value))

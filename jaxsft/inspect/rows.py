@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsft.common.batch import BoolArray, Int32Array
-from jaxsft.common.text import plural, visible_line
+from jaxsft.common.text import plural, visible_line, visible_text
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.tokenizer import Tokenizer
 
@@ -22,6 +23,17 @@ PERCENTILES = (1, 5, 10, 50, 90, 95, 99)
 _SLICE_TOKENS = 1 << 22  # 21 MB of tokens and mask, and three times that during the checks
 _NUM_EXAMPLES = 5  # kept of each check
 _CONTROLS_PER_EXCHANGE = 4  # a user turn and a model turn, each with its begin and its end
+_POLICIES = {
+    "without_thought": {
+        "reject": "rows with such an answer are left out",
+        "keep_plain": "such answers are trained with the system text",
+        "drop_system": "such answers are trained without the system text",
+    },
+    "earlier_reasoning": {
+        "keep": "every turn is trained, and later ones see its reasoning",
+        "strip": "only the last turn is trained, and sees no earlier reasoning",
+    },
+}
 _FILTERS = {"duplicate": "drop_duplicates", "contaminated": "drop_contaminated"}
 
 IndexArray = npt.NDArray[np.int64]
@@ -158,10 +170,12 @@ class _Part(NamedTuple):
         incomplete = (counts == 0) | (counts % _CONTROLS_PER_EXCHANGE != 0)
 
         is_model_end = number % _CONTROLS_PER_EXCHANGE == _CONTROLS_PER_EXCHANGE - 1
-        untrained = is_model_end & ~self.mask[turns] & ~(out_of_order | incomplete)[whose]
+        # A turn that is not to be learnt has no loss at all.
+        untrained = is_model_end & ~self.mask[turns] & self.mask[turns - 1]
+        untrained &= ~(out_of_order | incomplete)[whose]
         has_untrained = np.bincount(whose[untrained], minlength=num) > 0
         yield (
-            "ends in a trained <end_of_turn>, as every model turn does",
+            "ends in a trained <end_of_turn>, as every trained turn does",
             (self.tokens[self.last] != end) | ~self.mask[self.last] | has_untrained,
             self._describe_end,
         )
@@ -231,6 +245,33 @@ def fates(prepared: Prepared) -> list[Fate]:
     if len(report.by_source) > 1:
         for name, counts in report.by_source.items():
             found.append(Fate(f"kept of {name.rpartition('/')[2]}", counts["samples"], [name]))
+    return found
+
+
+def lessons(prepared: Prepared) -> dict[str, str]:
+    """What becomes of the rows by the recipe, by name, as text: the system text, the form of the
+    answers, the policies, and the columns of each file."""
+    options, report = prepared.manifest["made_from"]["options"], prepared.report
+    template = AnswerTemplate(options["answer_template"])
+    opening, end = template.literals[0][-1], template.end_of_answer or "the end"
+    plain = plural(report.noted.get("plain_completion", 0), "sample")
+    found = {
+        "system text": visible_line(options["system_prompt"] or "") or "none",
+        "answers": visible_text(template.text).replace("\n", ""),
+        "{reasoning}": visible_line(f"from {opening} to {template.end_of_reasoning}"),
+        "{answer}": visible_line(f"from {template.start_of_answer} to {end}"),
+    }
+    for name, policies in _POLICIES.items():
+        found[name] = f"{options[name]}: {policies[options[name]]}"
+    found["without_thought"] += f" ({plain})"
+    named = options.get("columns") or {}
+    if named:
+        found["columns"] = ", ".join(
+            f"{part}: {visible_line(name)}" for part, name in named.items()
+        )
+    for file, columns in report.columns.items():
+        used, unused = (", ".join(map(visible_line, columns[kind])) for kind in ("used", "unused"))
+        found[visible_line(file)] = f"columns used: {used}; not used: {unused or 'none'}"
     return found
 
 

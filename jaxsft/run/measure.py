@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jaxsft.common.files import write_json
 from jaxsft.config import TrainConfig
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.heldout import (
     answer_mask,
     answer_prompts,
@@ -88,13 +89,14 @@ def measure(
     if data.heldout is None:
         return {}
     step, samples, rows = int(setup.state.step), data.heldout_samples, data.heldout.rows
+    template = AnswerTemplate(config.data.answer_template)
     num_devices = setup.spec.model.mesh.size
     console.print(f"Measuring at step {step} on {len(samples)} held-out rows …")
     losses = held_out_losses(
         setup.state.adapter,
         setup.frozen,
         rows,
-        answer_mask(rows, data.tokenizer),
+        answer_mask(rows, data.tokenizer, template),
         spec=setup.spec.model,
         batch_size=-(-config.eval.batch_size // num_devices) * num_devices,
         on_batch=on_batch,
@@ -114,9 +116,9 @@ def measure(
             options=config.eval,
             on_batch=on_batch,
         )
-        lines += compare_answers(generated)
+        lines += compare_answers(template, generated)
         for i, answer in enumerate(generated):
-            flags = {"exact_format": exact_parts(answer.text) is not None}
+            flags = {"exact_format": exact_parts(answer.text, template) is not None}
             answers.append(dataclasses.asdict(answer) | flags)
             writer.sample(step, i, answers[-1])
     scores = {metric.name: estimates[0].value for metric, estimates, _ in lines}

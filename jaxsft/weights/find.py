@@ -20,13 +20,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
 from jaxsft.cli import parse_config
 from jaxsft.common.files import read_json
-from jaxsft.config import TrainConfig
+from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT, TrainConfig
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.formats.safetensors import holds_model
@@ -329,8 +330,20 @@ def _check_base(path: Path) -> None:
     )
 
 
-def system_text(origin: Origin) -> str | None:
-    """The system text that the model was trained with, '' for none, None if unknown.
+class Taught(NamedTuple):
+    """What a model was taught, as config.DataOptions names it; `system_prompt` is '' for none."""
+
+    system_prompt: str
+    template: AnswerTemplate
+    earlier_reasoning: Literal["keep", "strip"]
+
+
+# What is asked of a model that says nothing.
+DEFAULT_TAUGHT = Taught(SYSTEM_PROMPT, AnswerTemplate(), "keep")
+
+
+def taught_by(origin: Origin) -> Taught | None:
+    """What the model was trained with; None if unknown.
 
     It is read from the run's options, or from the manifest of an export. A base model and a foreign
     adapter have neither. A manifest that is damaged or another program's counts as none.
@@ -338,7 +351,13 @@ def system_text(origin: Origin) -> str | None:
     Raises ValueError for a run whose config.yaml cannot be read.
     """
     if origin.run_dir is not None:
-        return run_config(origin.run_dir).data.system_prompt or ""
+        data = run_config(origin.run_dir).data
+        try:
+            template = AnswerTemplate(data.answer_template)
+        except ValueError as error:
+            path = origin.run_dir / RUN_CONFIG
+            raise ValueError(f"{path}: data.answer_template {error}") from None
+        return Taught(data.system_prompt or "", template, data.earlier_reasoning)
     directory, format = origin.base, "merged"
     if origin.adapter is not None:
         directory, format = origin.adapter, "peft"
@@ -348,9 +367,18 @@ def system_text(origin: Origin) -> str | None:
             directory = directory.parent
     try:
         manifest = read_json(directory / EXPORT_MANIFEST)
+        return None if manifest.get("format") != format else _taught_of(manifest)
     except ValueError:
         return None
+
+
+def _taught_of(manifest: dict[str, Any]) -> Taught | None:
+    """Of an export's manifest; earlier versions only noted the system text."""
     text = manifest.get("system_prompt")
-    if manifest.get("format") != format or not isinstance(text, str):
+    form = manifest.get("answer_template", ANSWER_TEMPLATE)
+    earlier = manifest.get("earlier_reasoning", "keep")
+    if not isinstance(text, str) or not isinstance(form, str) or earlier not in ("keep", "strip"):
         return None
-    return None if re.search("[\ud800-\udfff]", text) else text  # lone surrogates are no text
+    if re.search("[\ud800-\udfff]", text + form):  # lone surrogates are no text
+        return None
+    return Taught(text, AnswerTemplate(form), earlier)

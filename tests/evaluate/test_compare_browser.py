@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 from support.browser import Browser
 
-from jaxsft.data.rows import completion_text
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.page import compare_page
 from jaxsft.evaluate.scoring import GeneratedAnswer, compare_answers
 
 pytestmark = pytest.mark.browser
 
+FORM = AnswerTemplate()
 EVIL = "</div></script><script>document.title='evil'</script><img src=http://evil.invalid/a.png>"
-GOOD, BAD = completion_text("So.", "7"), completion_text("Hm.", "8")
+GOOD, BAD = FORM.join("So.", "7"), FORM.join("Hm.", "8")
 # What the two models answered, each to "Question <number>?" with the expected answer 7.
 ANSWERS = [
     (GOOD, GOOD),
@@ -28,7 +29,7 @@ VISIBLE = "rows.filter(row => !row.hidden).map(row => Number(row.id.slice(7)))"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    reference = completion_text("Because.", "7")
+    reference = FORM.join("Because.", "7")
     sides = [
         [
             GeneratedAnswer(
@@ -39,7 +40,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for side in (0, 1)
     ]
     page = tmp_path_factory.mktemp("page") / "compare.html"
-    html = compare_page(f"Two models {EVIL}", ["base", "tuned"], sides, compare_answers(*sides))
+    table = compare_answers(FORM, *sides)
+    html = compare_page(f"Two models {EVIL}", ["base", "tuned"], sides, table, FORM)
     page.write_text(html, encoding="utf-8")
     return page
 
@@ -105,7 +107,7 @@ def test_text_of_models_does_nothing(browser: Browser, page: Path) -> None:
 
 def test_page_without_answers_has_a_table_alone(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    page.write_text(compare_page("Losses", ["base"], [[]], []), encoding="utf-8")
+    page.write_text(compare_page("Losses", ["base"], [[]], [], FORM), encoding="utf-8")
     browser.show(page)
     assert browser.heard("Runtime.exceptionThrown") == []
     assert browser.evaluate("getComputedStyle(form).display") == "none"

@@ -5,10 +5,11 @@ import hashlib
 import re
 from html.parser import HTMLParser
 
-from jaxsft.data.rows import completion_text
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.page import compare_page
 from jaxsft.evaluate.scoring import GeneratedAnswer, compare_answers
 
+FORM = AnswerTemplate()
 EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(1)>\" onclick='x' &amp;"
 SYSTEM = "Think.\n\nThen answer.\n\n"
 VOID = {"meta", "input"}
@@ -48,7 +49,7 @@ class Tree(HTMLParser):
         ]
 
 
-def answers(*texts: str, reference: str = completion_text("So.", "7")) -> list[GeneratedAnswer]:
+def answers(*texts: str, reference: str = FORM.join("So.", "7")) -> list[GeneratedAnswer]:
     return [
         GeneratedAnswer(
             f"{SYSTEM}Question {number}?", reference, text, 5, bool(text), text == "cut"
@@ -57,14 +58,14 @@ def answers(*texts: str, reference: str = completion_text("So.", "7")) -> list[G
     ]
 
 
-GOOD, BAD = completion_text("So.", "7"), completion_text("Hm.", "7.5")
+GOOD, BAD = FORM.join("So.", "7"), FORM.join("Hm.", "7.5")
 LEFT = answers("The last is 7", GOOD, EVIL, "a\rb\x1b[31m\u202e\x00c")
 RIGHT = answers(GOOD, BAD, "cut", "")
 
 
 def page(*sides: list[GeneratedAnswer]) -> str:
     names = ["base", "tuned"][: len(sides)]
-    return compare_page("Title", names, sides, compare_answers(*sides), about="greedy")
+    return compare_page("Title", names, sides, compare_answers(FORM, *sides), FORM, about="greedy")
 
 
 def test_each_prompt_has_a_row_with_both_answers() -> None:
@@ -112,9 +113,22 @@ def test_tags_are_marked_and_parts_too() -> None:
     assert set(tree.texts("span", class_="tag answer")) == {"<answer>", "</answer>"}
 
 
+def test_a_template_without_a_closing_tag_is_coloured_too() -> None:
+    form = AnswerTemplate("<think>{reasoning}</think>{answer}")
+    side = answers("<think>So.</think>\n\n7", GOOD, reference=form.join("So.", "7"))
+    html = compare_page("Title", ["tuned"], [side], compare_answers(form, side), form)
+    tree = Tree(html)
+    assert tree.texts("span", class_="answer") == ["7", "\n\n7", "7"]
+    assert tree.texts("span", class_="reasoning") == ["So.", "So.", "So."]
+    assert tree.texts("span", class_="untagged") == [GOOD]
+    badges = tree.texts("p", class_="badges")
+    assert badges[0] == "✓ 7✓ format5 tokens" and "format: no tags" in badges[1]
+
+
 def test_foreign_text_is_inert() -> None:
     evil = [GeneratedAnswer(EVIL, EVIL, EVIL, 5, stopped=True, truncated=False)]
-    html = compare_page(EVIL, [EVIL, EVIL], [evil, evil], compare_answers(evil, evil), about=EVIL)
+    table = compare_answers(FORM, evil, evil)
+    html = compare_page(EVIL, [EVIL, EVIL], [evil, evil], table, FORM, about=EVIL)
     tree = Tree(html)
     plain = Tree(page(answers("7"), answers("7")))
     assert {tag for tag, _, _ in tree.elements} == {tag for tag, _, _ in plain.elements}
@@ -128,7 +142,8 @@ def test_foreign_text_is_inert() -> None:
 def test_what_has_no_shape_is_visible() -> None:
     texts = Tree(page(LEFT, RIGHT)).texts("div", class_="text")
     assert "a\\u{d}b\\u{1b}[31m\\u{202e}\\u{0}c" in texts
-    named = compare_page("a\u202eb", ["\ud800"], [LEFT], compare_answers(LEFT), about="\u2028")
+    table = compare_answers(FORM, LEFT)
+    named = compare_page("a\u202eb", ["\ud800"], [LEFT], table, FORM, about="\u2028")
     assert named.encode() and "\u202e" not in named and "\u2028" not in named
     html = page(answers("one\ntwo\tthree"))
     assert "one\ntwo⇥\tthree" in Tree(html).texts("div", class_="text")
@@ -150,7 +165,7 @@ def test_page_asks_for_nothing_and_runs_its_own_script_alone() -> None:
 
 
 def test_table_has_a_line_for_each_metric() -> None:
-    table = compare_answers(LEFT, RIGHT)
+    table = compare_answers(FORM, LEFT, RIGHT)
     tree = Tree(page(LEFT, RIGHT))
     assert tree.texts("th", scope="col") == ["base", "tuned", "difference", "p"]
     assert tree.texts("th", scope="row") == [line.metric.label for line in table]

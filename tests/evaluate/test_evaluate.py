@@ -15,8 +15,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxsft.config import SYSTEM_PROMPT
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chat
-from jaxsft.data.rows import Turn, completion_text
+from jaxsft.data.rows import Turn
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.__main__ import main
 from jaxsft.gemma import lora
@@ -58,7 +59,7 @@ def losses_of_transformers(model_dir: Path) -> dict[str, float]:
     tokenizer = Tokenizer.from_file(model_dir / "tokenizer.model")
     parts: dict[str, list[float]] = {"loss": [], "loss_reasoning": [], "loss_answer": []}
     for question, reasoning, answer in ROWS:
-        completion = completion_text(reasoning, answer)
+        completion = AnswerTemplate().join(reasoning, answer)
         turns = [Turn("system", SYSTEM_PROMPT), Turn("user", question)]
         sample = encode_chat(tokenizer, [*turns, Turn("assistant", completion)])
         ids = torch.tensor(sample.ids[None].astype(np.int64))
@@ -106,7 +107,7 @@ def test_two_models_side_by_side(
     assert right["value"] == pytest.approx(expected, rel=1e-4)
     answers = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == [question for question, _, _ in ROWS]
-    assert answers[0]["reference"] == completion_text("2 + 3 is 5.", "5")
+    assert answers[0]["reference"] == AnswerTemplate().join("2 + 3 is 5.", "5")
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     assert found["adapters"] == [hashlib.sha256(weights).hexdigest(), None]
     assert list(answers[0]["answers"]) == found["models"] == [str(adapter), str(tiny_model_dir)]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.tiny_run import make_run
 
 from jaxsft.cli import parse_options
-from jaxsft.config import SYSTEM_PROMPT
+from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT
 from jaxsft.evaluate import command
 from jaxsft.evaluate.__main__ import main
 from jaxsft.evaluate.options import EvaluateOptions
@@ -112,6 +113,55 @@ def test_two_runs_are_asked_with_one_system_text(
     options, _ = resolve([run_dir, "--compare", other, "--system_prompt", SYSTEM_PROMPT])
     assert options.system_prompt == SYSTEM_PROMPT
     assert resolve([run_dir, "--compare", f"{run_dir}/adapter-best"])[0].system_prompt == TEXT
+
+
+THINK = "<think>{reasoning}</think>{answer}"
+
+
+def test_two_runs_of_different_forms_do_not_compare(
+    run_dir: str, changed: Callable[[str, str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is measured with its own form; both with the same one if the options say so."""
+    other = changed("earlier_reasoning: keep", "earlier_reasoning: strip")
+    line = refused(capsys, run_dir, "--compare", other)
+    assert "with different data.earlier_reasoning; evaluate each by itself, or give" in line
+    config = Path(other, "config.yaml")
+    form = yaml.safe_load(config.read_text())
+    form["data"] |= {"answer_template": THINK, "earlier_reasoning": "keep"}
+    config.write_text(yaml.safe_dump(form, sort_keys=False))
+    assert resolve([other])[0].answer_template == THINK
+    assert resolve([run_dir])[0].answer_template == ANSWER_TEMPLATE
+    line = refused(capsys, run_dir, "--compare", other)
+    assert "with different answer templates; evaluate each by itself, or give" in line
+    options, _ = resolve([run_dir, "--compare", other, "--answer_template", THINK])
+    assert options.answer_template == THINK
+    for template, text, fault in (
+        ("<a>{answer}", "Be brief.", "answer_template '<a>{answer}': must have {reasoning}"),
+        (
+            THINK,
+            SYSTEM_PROMPT,
+            "system_prompt asks for <reasoning>, which answer_template does not",
+        ),
+    ):
+        given = ["--answer_template", template, "--system_prompt", text]
+        assert f"error: {fault}" in refused(capsys, run_dir, *given)
+
+
+def test_rows_are_read_and_shown_as_the_run_s_were(
+    run_dir: str, changed: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    run = changed("  columns: null", "  columns: {prompt: task, response: said, messages: chat}")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>x</think>A"}]
+    rows = [{"task": "Why?", "said": "<think>So.</think>Yes", "prompt": "no"}, {"chat": 2 * chat}]
+    files = tmp_path / "rows.jsonl"
+    files.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--files", str(files), "--answer_template", THINK, "--earlier_reasoning", "strip"]
+    options, sides = resolve([run, *given])
+    tokenizer = shared_tokenizer(sides)
+    first, second = command.load_rows(options, tokenizer).prompts
+    assert (first.text, first.reference) == ("Why?", "<think>So.</think>Yes")
+    assert "x" not in tokenizer.decode(second.ids)
+    assert second.reference == "<think>x</think>A"
 
 
 def test_an_export_is_asked_as_its_run_was(

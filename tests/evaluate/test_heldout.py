@@ -11,6 +11,7 @@ from support.fake_tokenizer import FakeTokenizer
 
 from jaxsft.common.batch import Batch
 from jaxsft.config import EvalOptions
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chat, encode_prompt
 from jaxsft.data.packing import PackedRows
 from jaxsft.data.rows import Turn
@@ -115,7 +116,7 @@ def packed(texts: list[str], bins: list[list[int]]) -> tuple[PackedRows, FakeTok
 
 def test_answer_begins_with_its_tag() -> None:
     rows, tokenizer = packed([GOOD, "No tags.", "<answer>4</answer>"], [[0], [1], [2]])
-    mask = answer_mask(rows, tokenizer)
+    mask = answer_mask(rows, tokenizer, AnswerTemplate())
     parts = []
     for sample in range(3):
         low, high = rows.sample_offsets[sample : sample + 2]
@@ -133,7 +134,7 @@ def test_losses_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(heldout, "token_log_probs", token_log_probs)
     rows, tokenizer = packed([GOOD, "No tags.", GOOD[1:], "x"], [[0, 2], [3], [1]])
-    mask, batches = answer_mask(rows, tokenizer), []
+    mask, batches = answer_mask(rows, tokenizer, AnswerTemplate()), []
     found = held_out_losses(
         None,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]

@@ -7,10 +7,11 @@ import re
 
 import pytest
 
-from jaxsft.data.rows import completion_text, convert_row
+from jaxsft.data.answer_template import AnswerTemplate
+from jaxsft.data.rows import convert_row
 from jaxsft.evaluate.scoring import (
-    TAGS,
     GeneratedAnswer,
+    answer_part,
     compare_answers,
     exact_parts,
     format_fault,
@@ -19,12 +20,20 @@ from jaxsft.evaluate.scoring import (
     score_answer,
 )
 
+FORM = AnswerTemplate()
+TAGS = FORM.markers
+THINK = AnswerTemplate("<think>{reasoning}</think>{answer}")
+WORDS = AnswerTemplate("Reasoning: {reasoning}\n\nFinal answer: {answer}")
+MIXED = AnswerTemplate("<think>{reasoning}</think>\n\nFinal answer: {answer}")
+FIVE = AnswerTemplate("<a> <b>{reasoning}</b>\n<c>{answer}</c> </a>")
 GOOD = "<reasoning>Two and two.</reasoning>\n<answer>Four.</answer>"
 
 
 def summarize(answers: list[GeneratedAnswer]) -> dict[str, float]:
     """The value of every metric, and the number of answers."""
-    values = {metric.name: estimates[0].value for metric, estimates, _ in compare_answers(answers)}
+    values = {
+        metric.name: estimates[0].value for metric, estimates, _ in compare_answers(FORM, answers)
+    }
     return values | {"num_answers": len(answers)}
 
 
@@ -82,7 +91,7 @@ HAND_MADE = [
 def test_hand_made_answers(
     expected: str, text: str, exact: bool, correct: bool, partial: bool, last: bool
 ) -> None:
-    scores = score_answer(answer(text, completion_text("Because.", expected)))
+    scores = score_answer(answer(text, FORM.join("Because.", expected)), FORM)
     found = (scores.exact_format, scores.correct, scores.partial, scores.last_number_correct)
     assert found == (exact, correct, partial, last)
 
@@ -90,17 +99,17 @@ def test_hand_made_answers(
 def test_reference_is_read_as_the_converter_writes_it() -> None:
     row = {"question": "How many?", "answer": "1000 + 80 = <<1000+80=1080>>1080\n#### 1,080"}
     conversation = convert_row(row)
-    assert reference_number(conversation.turns[-1].content) == 1080
-    assert reference_number(completion_text("So.", "There are 1,080.")) is None
-    assert reference_number("1,080") == 1080
-    assert reference_number("There are 1,080.") is None
+    assert reference_number(conversation.turns[-1].content, FORM) == 1080
+    assert reference_number(FORM.join("So.", "There are 1,080."), FORM) is None
+    assert reference_number("1,080", FORM) == 1080
+    assert reference_number("There are 1,080.", FORM) is None
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
         (GOOD, None),
-        (completion_text("Because.\nAnd so.", "Four."), None),  # what training teaches
+        (FORM.join("Because.\nAnd so.", "Four."), None),  # what training teaches
         ("<reasoning>x < y and y > z</reasoning>\nThus:\n<answer><b>4</b></answer>", None),
         (f"Sure! {GOOD}", "text before <reasoning>"),
         (f"{GOOD}<end_of_turn>", "text after </answer>"),
@@ -113,25 +122,65 @@ def test_reference_is_read_as_the_converter_writes_it() -> None:
     ],
 )
 def test_what_breaks_the_format_is_named(text: str, fault: str | None) -> None:
-    assert format_fault(text) == fault
+    assert format_fault(text, FORM) == fault
 
 
-def test_exact_format_is_the_pattern_of_the_field() -> None:
-    pattern = re.compile(
-        r"^\s*<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>\s*$", re.DOTALL
-    )
-    parts, rng, num_exact = [*TAGS, "a", " ", "\n"], random.Random(0), 0
-    for _ in range(20_000):
+PATTERNS = {
+    FORM: r"<reasoning>(.+?)</reasoning>.*?<answer>(.+?)</answer>",  # the field's
+    THINK: r"<think>(.+?)</think>(.+?)",
+    WORDS: r"Reasoning:(.+?)Final answer:(.+?)",
+    FIVE: r"<a>\s*<b>(.+?)</b>.*?<c>(.+?)</c>\s*</a>",
+}
+
+
+@pytest.mark.parametrize("form", PATTERNS, ids=lambda form: form.markers[0])
+def test_exact_format_is_the_pattern_of_the_field(form: AnswerTemplate) -> None:
+    pattern = re.compile(PATTERNS[form], re.DOTALL)
+    # The first of the openings of the answer that no other follows before the answer ends.
+    begin, ends = re.escape(form.start_of_answer), [*map(re.escape, form.literals[2][:1]), r"\Z"]
+    part = re.compile(f"{begin}((?:(?!{begin}).)*?)(?:{'|'.join(ends)})", re.DOTALL)
+    parts, rng, num_exact = [*form.markers, "a", " ", "\n"], random.Random(0), 0
+    for _ in range(6_000):
         text = "".join(rng.choices(parts, k=rng.randint(1, 8)))
         if rng.random() < 0.5:
-            text = f" <reasoning>{text}</answer>\n"
-        match = pattern.search(text)
-        assert exact_parts(text) == (match and match.groups()), text
-        is_good = bool(match) and all(text.count(tag) == 1 for tag in TAGS)
-        assert (format_fault(text) is None) is is_good, text
+            text = f" {' '.join(form.literals[0])}{text}{''.join(form.literals[2])}\n"
+        match = pattern.fullmatch(text.strip())
+        assert exact_parts(text, form) == (match and match.groups()), text
+        is_good = bool(match) and all(text.count(tag) == 1 for tag in form.markers)
+        assert (format_fault(text, form) is None) is is_good, text
         num_exact += bool(match)
-    assert num_exact > 200
-    assert exact_parts("".join(TAGS) * 20_000) is not None  # where the pattern takes cubic time
+        found = part.search(text, text.find(form.end_of_reasoning) + 1) or part.search(text)
+        assert answer_part(text, form) == (found and found[1]), text
+    assert num_exact > 60
+    long = "".join(form.markers) * 20_000  # where the pattern takes cubic time
+    assert format_fault(long, form) is not None and answer_part(long, form) is not None
+    assert form.split(long) is None and form.split(form.join("r", "a")) == ("r", "a")
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "fault", "number"),
+    [
+        (THINK, "<think>1 and 1</think>\n\nIt is **2**.", None, 2),
+        (MIXED, "<think>1 and 1</think>\nFinal answer: 2", None, 2),
+        (MIXED, "<think>1 and 1</think>\n2", "no Final answer:", 2),
+        (THINK, "<think>1 and 1</think>", "nothing around </think>", None),
+        (THINK, "<think>1 and 1", "no </think>", None),
+        (THINK, "It is 2.", "no tags", None),
+        (THINK, FORM.join("1", "2"), "no tags", None),  # a form, but not the model's
+        (WORDS, "Reasoning: 1 and 1.\n\nFinal answer: 2", None, 2),
+        (WORDS, "Finally: 1 answer. Final answer: 2", "no Reasoning:", 2),
+        (WORDS, "So: Reasoning: 1 Final answer: 2", "text before Reasoning:", 2),
+        (FIVE, "<a>\n<b>1</b> so <c>2</c> </a>", None, 2),
+        (FIVE, "<a>x<b>1</b><c>2</c></a>", "nothing between two tags", 2),
+    ],
+)
+def test_answers_of_other_templates(
+    form: AnswerTemplate, text: str, fault: str | None, number: int | None
+) -> None:
+    assert format_fault(text, form) == fault
+    scores = score_answer(answer(text, form.join("So.", "2")), form)
+    assert scores.exact_format is (fault is None)
+    assert scores.correct is (number == 2)
 
 
 def test_repetition_is_the_share_of_runs_seen_before() -> None:
@@ -168,7 +217,7 @@ def test_rates_means_and_counts() -> None:
 
 
 def test_accuracies_are_over_rows_with_a_number() -> None:
-    seven = completion_text("So.", "7")
+    seven = FORM.join("So.", "7")
     texts = [(seven, seven), (wrapped("7.5"), seven), ("It is 7", seven), ("7", "no number")]
     summary = summarize([answer(text, reference) for text, reference in texts])
     assert summary["accuracy"] == 1 / 3
@@ -184,7 +233,7 @@ def test_nothing_in_the_form_has_no_mean_length() -> None:
 
 def test_two_models_are_compared_on_what_both_have() -> None:
     other = [dataclasses.replace(each, text=GOOD, num_tokens=12, stopped=True) for each in ANSWERS]
-    lines = {line.metric.name: line for line in compare_answers(ANSWERS, other)}
+    lines = {line.metric.name: line for line in compare_answers(FORM, ANSWERS, other)}
     rate = lines["exact_format"]
     assert [each.value for each in rate.estimates] == [0.75, 1]
     assert rate.difference is not None
@@ -196,7 +245,7 @@ def test_two_models_are_compared_on_what_both_have() -> None:
     assert words.difference is not None and (words.difference.value, words.difference.num) == (0, 3)
     assert lines["distinct_answers"].difference is None
     assert "accuracy" not in lines
-    none = compare_answers([answer("no")], [answer(GOOD)])
+    none = compare_answers(FORM, [answer("no")], [answer(GOOD)])
     assert {line.metric.name: line.difference for line in none}["mean_answer_words"] is None
 
 
@@ -204,4 +253,4 @@ def test_what_cannot_be_scored() -> None:
     with pytest.raises(ValueError, match="no answers"):
         summarize([])
     with pytest.raises(ValueError, match="different prompts"):
-        compare_answers(ANSWERS, ANSWERS[:3])
+        compare_answers(FORM, ANSWERS, ANSWERS[:3])

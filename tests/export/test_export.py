@@ -19,13 +19,16 @@ import yaml
 from safetensors.numpy import load_file
 from support.lora_twins import inject_random
 
-from jaxsft.config import SYSTEM_PROMPT
+from jaxsft.common.files import read_json
+from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.export.__main__ import main
+from jaxsft.export.chat_template import chat_template
 from jaxsft.export.peers import TUNIX
 from jaxsft.export.verify import LOGIT_BOUND, flax_problem, tunix_lacks
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.weights.adapter_config import read_adapter_config
-from jaxsft.weights.find import find_model, open_tokenizer, system_text
+from jaxsft.weights.find import Taught, find_model, open_tokenizer, taught_by
 from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import load_model, without_weights
 from jaxsft.weights.peft import save_adapter
@@ -192,14 +195,22 @@ def test_flax_without_tunix_is_not_called_verified(
     assert found is not None and found.startswith("tunix-lora/ has another update for ")
 
 
-@pytest.mark.parametrize("text", [None, "Be brief."])
-def test_every_format_knows_the_system_text(
-    text: str | None, run_dir: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("text", "form", "earlier"),
+    [
+        (None, ANSWER_TEMPLATE, "keep"),
+        ("Be brief.", "<think>{reasoning}</think>{answer}", "strip"),
+    ],
+)
+def test_every_format_knows_what_was_taught(
+    text: str | None, form: str, earlier: Any, run_dir: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(run_dir, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"]["system_prompt"] = text
+    taught = {"system_prompt": text, "answer_template": form, "earlier_reasoning": earlier}
+    config["data"] |= taught
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    expected = Taught(text or "", AnswerTemplate(form), earlier)
     steps = [
         ("run", "peft", "peft"),
         ("run", "merged", "merged"),
@@ -212,8 +223,12 @@ def test_every_format_knows_the_system_text(
         output = tmp_path / place.removesuffix("/model")
         command = [str(tmp_path / model), "--format", format, "--output", str(output)]
         assert main([*command, "--no-verify"]) == 0
-        assert system_text(find_model(str(tmp_path / place))) == (text or ""), place
-    assert system_text(find_model(str(tmp_path / "again-flax" / "model"))) == (text or "")
+        assert taught_by(find_model(str(tmp_path / place))) == expected, place
+        assert "To take an answer, `text`, apart" in (output / "README.md").read_text()
+        if format != "flax":
+            settings = read_json(output / "tokenizer_config.json")
+            assert settings["chat_template"] == chat_template(expected)
+    assert taught_by(find_model(str(tmp_path / "again-flax" / "model"))) == expected
 
 
 def test_the_card_of_an_adapter_on_a_flax_base(

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from jaxsft.common.files import write_json
+from jaxsft.config import ANSWER_TEMPLATE
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.export.card import about_training, model_card
 from jaxsft.export.output import (
     check_replaceable,
@@ -20,7 +22,7 @@ from jaxsft.export.output import (
 from jaxsft.export.verify import max_difference
 from jaxsft.gemma.architecture import PRESETS
 from jaxsft.weights.adapter_config import WEIGHTS_NAME, AdapterConfig
-from jaxsft.weights.find import Origin, system_text
+from jaxsft.weights.find import Origin, Taught, taught_by
 
 
 def test_largest_difference() -> None:
@@ -129,11 +131,27 @@ def test_output_that_cannot_be(name: str, why: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+THINK = "<think>{reasoning}</think>{answer}"
+
+
 @pytest.mark.parametrize(
     ("manifest", "expected"),
     [
-        ('{"format": "merged", "system_prompt": " Think. "}', " Think. "),
-        ('{"format": "merged", "system_prompt": ""}', ""),
+        # Of an earlier version, which knew one form only.
+        ('{"format": "merged", "system_prompt": " Think. "}', (" Think. ", None, "keep")),
+        ('{"format": "merged", "system_prompt": ""}', ("", None, "keep")),
+        (
+            f'{{"format": "merged", "system_prompt": "", "answer_template": "{THINK}", '
+            '"earlier_reasoning": "strip"}',
+            ("", THINK, "strip"),
+        ),
+        (
+            '{"format": "merged", "system_prompt": null, "answer_template": null, '
+            '"earlier_reasoning": null}',
+            None,
+        ),
+        ('{"format": "merged", "system_prompt": "", "answer_template": "x"}', None),
+        ('{"format": "merged", "system_prompt": "", "earlier_reasoning": "x"}', None),
         ('{"format": "peft", "system_prompt": "an adapter\'s"}', None),
         ('{"format": "merged", "system_prompt": ["Think."]}', None),
         ('{"format": "merged", "system_prompt": "\\ud800"}', None),
@@ -141,12 +159,18 @@ def test_output_that_cannot_be(name: str, why: str, tmp_path: Path) -> None:
         (None, None),
     ],
 )
-def test_system_text_of_a_manifest(
-    manifest: str | None, expected: str | None, tmp_path: Path
+def test_what_a_manifest_says_of_the_training(
+    manifest: str | None, expected: tuple[str, str | None, Any] | None, tmp_path: Path
 ) -> None:
     if manifest is not None:
         (tmp_path / "manifest.json").write_bytes(manifest.encode("latin-1"))
-    assert system_text(Origin(tmp_path, None, None, tmp_path, "m", None)) == expected
+    found = taught_by(Origin(tmp_path, None, None, tmp_path, "m", None))
+    if expected is not None:
+        system, form, earlier = expected
+        template = AnswerTemplate() if form is None else AnswerTemplate(form)
+        assert found == Taught(system, template, earlier)
+    else:
+        assert found is None
 
 
 ADAPTER = AdapterConfig(8, 16.0, 0.0, True, ("q_proj", "v_proj"), None)
@@ -168,6 +192,8 @@ def card(
         "versions": {"jax": "0.10.2"},
         "peer_versions": {"transformers": "5.23.0"},
         "command": "python -m jaxsft.export adapter",
+        "answer_template": None,
+        "earlier_reasoning": None,
         "jaxsft": "0.1.0",
     }
     return model_card(origin, PRESETS[preset], training, manifest | changes, title)
@@ -199,6 +225,26 @@ def test_card() -> None:
     assert 'from_pretrained("gemma.gguf-merged", ' in text and "/home/me" not in text
     demo = card("peft", "google/gemma-3-270m", "gemma-3-270m", base="/demo/gemma.gguf")
     assert 'from_pretrained("google/gemma-3-270m", ' in demo and "First export" not in demo
+
+
+@pytest.mark.parametrize("form", [ANSWER_TEMPLATE, THINK, 'So "{reasoning}"\n\nIt is {answer}'])
+def test_a_card_says_how_to_take_an_answer_apart(form: str) -> None:
+    assert "## Answers" not in card("merged", "demo", "gemma-2b")
+    taught = {"answer_template": form, "earlier_reasoning": "strip"}
+    text = card("merged", "demo", "gemma-2b", **taught)
+    for line in filter(None, form.splitlines()):
+        assert f"    {line}\n" in text
+    code = next(part for part in text.split("```python\n")[1:] if "re.fullmatch" in part)
+    for answer, parts in (
+        (AnswerTemplate(form).join("r\nr", "a\na"), ("r\nr", "a\na")),
+        ("no form", (None, "no form")),
+    ):
+        names: dict[str, Any] = {"text": answer}
+        exec(code.split("```")[0], names)
+        assert (names["reasoning"], names["answer"]) == parts
+    assert "is left out, as in training" in text
+    kept = card("merged", "demo", "gemma-2b", **taught | {"earlier_reasoning": "keep"})
+    assert "stays in the history, as in training" in kept
 
 
 def test_card_of_a_run(tmp_path: Path) -> None:
@@ -242,6 +288,7 @@ def test_card_of_a_run(tmp_path: Path) -> None:
     assert "|  | `demo` | this model |\n|---|---|---|\n" in text
     assert "| exact format | 0.0% | 57.5% [50.6, 64.1] |" in text
     assert "- went on from the adapter of `first`" in text
+    assert "- rows whose answer has no reasoning: trained without the system prompt" in text
     numbers |= {"adapters": ["of another", digest]}  # trained further between the two
     write_json(run_dir / "evaluation" / "evaluation.json", numbers | {"models": ["tuned"] * 2})
     assert "|  | `tuned` | this model |" in about("adapter")

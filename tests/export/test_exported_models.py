@@ -15,12 +15,16 @@ from support.lora_twins import make_peft, twin
 from support.twins import TWINS, WINDOW
 
 from jaxsft.common.files import write_json
+from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chat, encode_prompt
-from jaxsft.data.rows import Turn
+from jaxsft.data.replies import Rejected
+from jaxsft.data.rows import RowOptions, Turn, convert_row
 from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.export.chat_template import chat_template
 from jaxsft.export.formats import write_weights
-from jaxsft.export.tokenizer import chat_template, write_tokenizer
+from jaxsft.export.tokenizer import write_tokenizer
 from jaxsft.weights.adapter_config import read_adapter_config
+from jaxsft.weights.find import Taught
 from jaxsft.weights.hf_config import to_hf_config
 from jaxsft.weights.load import load_model, open_weights
 from jaxsft.weights.merged import MergedWeights
@@ -143,7 +147,7 @@ def test_the_adapter_must_fit(tmp_path: Path) -> None:
 def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' tokenizer of the files that we write for the real vocabulary."""
     directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory, tokenizer, max_positions=32_768, system_prompt=None)
+    write_tokenizer(directory, tokenizer, max_positions=32_768, taught=None)
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
@@ -195,11 +199,117 @@ def test_a_chat_without_a_system_turn_has_the_training_s(
         default = [Turn("system", system)] if chat[0].role != "system" else []
         prompt = exported.apply_chat_template(
             [turn._asdict() for turn in chat],
-            chat_template=chat_template(system),
+            chat_template=chat_template(Taught(system, AnswerTemplate(), "keep")),
             add_generation_prompt=True,
             return_dict=False,
         )
         assert prompt == encode_prompt(tokenizer, [*default, *chat])
+
+
+FORMS = [
+    AnswerTemplate(),
+    AnswerTemplate("<think>{reasoning}</think>\n\n{answer}"),
+    AnswerTemplate("Why: {reasoning}\nSo <b>{answer}</b> it is"),
+]
+PARTS = [{"type": "text", "text": " One, "}, "two ", {"type": "input_text", "text": "three? "}]
+MESSAGES = [
+    {"role": "user", "content": PARTS},
+    {"role": "assistant", "content": [{"type": "text", "text": "Plain "}], "weight": 0},
+    {"role": "user", "content": " Again "},
+    {"role": "assistant", "content": " A ", "reasoning_content": " First.\n", "tool_calls": None},
+    {"role": "user", "content": "And\n\nthen?"},
+    {"role": "assistant", "content": [{"type": "output_text", "text": "B"}], "reasoning": "Then."},
+]
+
+
+@pytest.mark.parametrize("earlier", ["keep", "strip"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.markers[0])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": PARTS[:1]}]])
+def test_chat_template_gives_the_ids_of_training(
+    system: list[Any], form: AnswerTemplate, earlier: Any, exported: Any, tokenizer: Tokenizer
+) -> None:
+    """Parts, reasoning in a field, turns not to be learnt, earlier reasoning kept or stripped."""
+    template = chat_template(Taught("Think.", form, earlier))
+    chat = [*system, *MESSAGES]
+    row = convert_row({"messages": chat}, RowOptions(earlier_reasoning=earlier, template=form))
+    assert not isinstance(row, Rejected), row
+    turns = [*([] if system else [Turn("system", "Think.")]), *row.turns]
+
+    def rendered(messages: list[Any], **options: Any) -> list[int]:
+        return exported.apply_chat_template(
+            messages, chat_template=template, return_dict=False, **options
+        )
+
+    whole = encode_chat(tokenizer, turns).ids.tolist()
+    assert rendered(chat) == [*whole, *tokenizer.encode("\n")]
+    prompt = encode_prompt(tokenizer, turns[:-1])
+    assert rendered(chat[:-1], add_generation_prompt=True) == prompt
+    # An answer, or its reasoning, can be continued.
+    last = {"role": "assistant", "content": form.join("Then.", "B")[:-3]}
+    continued = rendered([*chat[:-1], last], continue_final_message=True)
+    assert continued == [*prompt, *tokenizer.encode(last["content"])]
+    last = {"role": "assistant", "content": None, "reasoning_content": "Then"}
+    continued = rendered([*chat[:-1], last], continue_final_message="reasoning_content")
+    assert continued == [*prompt, *tokenizer.encode(f"{form.opening}Then")]
+    # A server that cuts off the reasoning may leave the answer in its tags.
+    answer = form.closing("B").strip().removeprefix(form.end_of_reasoning)
+    last = {"role": "assistant", "content": answer, "reasoning": "Then."}
+    assert rendered([*chat[:-1], last])[: len(whole)] == whole
+
+
+def test_chat_template_of_texts_is_that_of_before(exported: Any) -> None:
+    """Byte for byte, for models of which nothing is known as well."""
+    texts = ["Hi", " a\n", "", "<reasoning>r</reasoning>\n<answer>a</answer>", "{{ x }}"]
+    chat = [
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
+    ]
+    expected = "<bos>" + "".join(
+        f"<start_of_turn>{'model' if i % 2 else 'user'}\n{text.strip()}<end_of_turn>\n"
+        for i, text in enumerate(texts)
+    )
+    for taught in (None, Taught("", AnswerTemplate(), "keep")):
+        template = chat_template(taught)
+        assert (
+            exported.apply_chat_template(chat, chat_template=template, tokenize=False) == expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ({"content": [{"type": "text", "text": "x"}, {"type": "image"}]}, "not text: image"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "not text: image_url"),
+        ({"content": [{"type": "input_audio", "text": "x"}]}, "not text: input_audio"),
+        ({"content": [{"type": "text", "text": None}]}, "not text: text"),
+        ({"content": [5]}, "not text"),
+        ({"content": {"type": "text", "text": "x"}}, "neither a text nor a list of parts"),
+        ({"content": 5}, "neither a text nor a list of parts"),
+        ({"content": None}, "null or missing"),
+        ({}, "null or missing"),
+        ({"content": "x", "tool_calls": [{"id": "1"}]}, "not trained to call tools"),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, "not trained to call tools"),
+    ],
+)
+def test_chat_template_refuses_what_is_no_text(
+    message: dict[str, Any], fault: str, exported: Any
+) -> None:
+    user = {"role": "user", "content": "x"}
+    chats = [[user, {"role": "assistant"} | message]]
+    if "tool_calls" not in message:
+        chats += [[{"role": "user"} | message], [{"role": "system"} | message, user]]
+    for chat in chats:
+        with pytest.raises(Exception, match=fault):
+            exported.apply_chat_template(chat)
+
+
+def test_chat_template_refuses_what_training_did_not_have(exported: Any) -> None:
+    user = {"role": "user", "content": "x"}
+    for options in ({"tools": [{"type": "function"}]}, {"documents": [{"text": "x"}]}):
+        with pytest.raises(Exception, match="not trained with tools or documents"):
+            exported.apply_chat_template([user], **options)
+    # Of a base model, or a foreign adapter, it is not known in which form.
+    with pytest.raises(Exception, match="it is not known how this model was trained to reason"):
+        exported.apply_chat_template([user, user | {"role": "assistant", "reasoning": "r"}])
 
 
 def test_chat_template_refuses_other_roles(exported: Any) -> None:

@@ -21,7 +21,7 @@ from support.child import HEARS_SIGNALS
 from support.other_devices import EIGHT_DEVICES
 from support.tiny_run import make_run
 
-from jaxsft.config import SYSTEM_PROMPT
+from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT
 from jaxsft.data.chat import encode_prompt
 from jaxsft.data.rows import Turn
 from jaxsft.gemma import lora
@@ -124,11 +124,13 @@ def test_a_file_of_prompts_and_the_base_model(
 def test_an_export_is_asked_as_its_run_is(
     run_dir: Path, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the system text of its manifest; the recipe's where that is another program's."""
+    """With what its manifest says; the recipe's where that is another program's."""
     asked_with: list[str] = []
+    taught: list[tuple[str, str]] = []
 
     def answer(voice: Voice, turns: Sequence[Turn], session: ChatSession) -> tuple[str, bool]:
         asked_with.append(turns[0].content)
+        taught.append((session.taught.template.text, session.taught.earlier_reasoning))
         return "", True
 
     monkeypatch.setattr("jaxsft.generate.command.answer", answer)
@@ -140,7 +142,13 @@ def test_an_export_is_asked_as_its_run_is(
         ask(export, "--prompt", "Why?")
     ask(run_dir, "--prompt", "Why?")
     ask(run_dir, "--prompt", "Why?", "--system", "")
-    assert asked_with == [SYSTEM_PROMPT, SYSTEM, "", SYSTEM_PROMPT, SYSTEM, ""]
+    form = "<think>{reasoning}</think>{answer}"
+    manifest = {"format": "peft", "system_prompt": ""}
+    manifest |= {"answer_template": form, "earlier_reasoning": "strip"}
+    (export / "manifest.json").write_text(json.dumps(manifest))
+    ask(export, "--prompt", "Why?")
+    assert asked_with == [SYSTEM_PROMPT, SYSTEM, "", SYSTEM_PROMPT, SYSTEM, "", ""]
+    assert taught == [(ANSWER_TEMPLATE, "keep")] * 6 + [(form, "strip")]
 
 
 def test_one_prompt_and_the_base_model(
@@ -179,11 +187,11 @@ def test_mistakes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    good, bad = write({"prompt": "a"}), write({"prompt": "a"}, {"prompt": 1}, name="bad.jsonl")
+    good, bad = write({"prompt": "a"}), write({"prompt": 1}, name="bad.jsonl")
     long = write({"prompt": "a"}, {"prompt": "a " * 500}, name="long.jsonl")
     for arguments, line in (
         ([tmp_path / "nothing"], "nothing: no such file or directory; give"),
-        ([run_dir, "--prompts", bad], 'bad.jsonl:2: "prompt" is a int'),
+        ([run_dir, "--prompts", bad], 'bad.jsonl:1 ("prompt" is a int'),
         ([run_dir, "--prompts", long, *SHORT], "long.jsonl:2: the prompt has 516 tokens, which"),
         ([run_dir, "--prompt", "a " * 500, *SHORT], "error: the prompt has 516 tokens, which"),
         ([run_dir, "--prompt", "a", "--prompts", good], "--prompt and --prompts: give one of"),

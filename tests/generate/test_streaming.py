@@ -1,6 +1,5 @@
 """Answers as they come in pieces: no character and no tag in halves, and files of prompts."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,24 +7,42 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
-from jaxsft.data.rows import Turn
+from jaxsft.data.answer_template import AnswerTemplate
+from jaxsft.data.chat import encode_prompt
+from jaxsft.data.rows import DEFAULTS, RowOptions, Turn
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.generate.chat import parts_of_text, printable, text_of_tokens
+from jaxsft.gemma.decode import SamplingOptions
+from jaxsft.generate.chat import ChatSession, encode, printable, text_of_tokens
 from jaxsft.generate.prompts import read_prompt_file
+from jaxsft.weights.find import Taught
 
 ANSWER = "so\n<reasoning>1 < 2 </b> é</reasoning>\n<answer>5</answer>!"
 
 
+FORMS = (
+    (AnswerTemplate(), ANSWER, ["so\n\n!", "1 < 2 </b> é", "5"]),
+    (AnswerTemplate("[T]{reasoning}[/T]{answer}"), "[T]a[b]c[/T] 5 [/", ["", "a[b]c", " 5 [/"]),
+    (
+        AnswerTemplate("Reasons: {reasoning}\nSo the answer: {answer}"),
+        "Hm. Reasons: So, so.\nSo the answer: 5. So",
+        ["Hm. ", " So, so.\n", " 5. So"],
+    ),
+)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 100])
-def test_tags_split_over_pieces(size: int) -> None:
-    parts = list(parts_of_text(ANSWER[i : i + size] for i in range(0, len(ANSWER), size)))
-    assert "".join(text for _, text in parts) == ANSWER
-    assert [text for kind, text in parts if kind == "tag"] == re.findall(
-        "</?(?:rea|ans).*?>", ANSWER
-    )
-    for kind, text in (("text", "so\n\n!"), ("reasoning", "1 < 2 </b> é"), ("answer", "5")):
-        assert "".join(part for each, part in parts if each == kind) == text
+@pytest.mark.parametrize(("form", "text", "parts"), FORMS)
+def test_tags_split_over_pieces(
+    form: AnswerTemplate, text: str, parts: list[str], size: int
+) -> None:
+    pieces = list(form.pieces(text[i : i + size] for i in range(0, len(text), size)))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.text for piece in pieces if piece.is_marker] == list(form.markers)
+    for name, expected in zip(("text", "reasoning", "answer"), parts, strict=True):
+        found = (piece.text for piece in pieces if piece.part == name and not piece.is_marker)
+        assert "".join(found) == expected
 
 
 def test_only_what_may_become_a_tag_is_held_back() -> None:
@@ -34,7 +51,19 @@ def test_only_what_may_become_a_tag_is_held_back() -> None:
         (["1 <", " 2"], ["1 ", "< 2"]),
         (["x<answ"], ["x", "<answ"]),  # what is still held at the end was text
     ):
-        assert list(parts_of_text(pieces)) == [("text", text) for text in expected]
+        found = list(AnswerTemplate().pieces(pieces))
+        assert found == [(text, "text", False) for text in expected]
+
+
+def test_a_chat_shows_a_model_what_training_showed_it(tokenizer: Tokenizer) -> None:
+    first, later = Turn("user", "a"), Turn("user", "b")
+    whole = Turn("assistant", "<reasoning>So.</reasoning>\n<answer>A</answer>")
+    seen = {"keep": whole, "strip": Turn("assistant", "<answer>A</answer>")}
+    for earlier, shown in seen.items():
+        taught = Taught("", AnswerTemplate(), earlier)
+        session = ChatSession(tokenizer, taught, 1000, SamplingOptions(1, 8), Console())
+        ids = encode([first, whole, later], session)
+        assert ids == encode_prompt(tokenizer, [first, shown, later])
 
 
 def test_a_character_of_several_tokens_comes_whole(tokenizer: Tokenizer) -> None:
@@ -75,7 +104,7 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
         {"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": ""}]},
         {"prompt": "d", "hint": "e"},
     )
-    prompts, left_out = read_prompt_file(path, "S")
+    prompts, left_out = read_prompt_file(path, "S", DEFAULTS)
     own, asked = Turn("system", "S"), [prompt.turns[-1].content for prompt in prompts]
     mbpp = "Write f.\nYour code should pass these tests:\n\nassert f() == 1"
     assert asked == ["a", "How many?", "Do.", mbpp, "b", "b", "c"]
@@ -87,10 +116,17 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
         f'{path}:8 ("hint" holds text that would not be used; name the columns to '
         "use with data.columns, or remove it)"
     ]
+    form = AnswerTemplate("<think>{reasoning}</think>{answer}")
+    how = RowOptions({"prompt": "answer"}, earlier_reasoning="keep", template=form)
+    taught = read_prompt_file(path, "S", how).prompts
+    assert taught[4].turns[2].content == "<think>So.</think>Hi!"
+    assert taught[1].turns[-1].content == "no mark"  # the column that the run's config names
+    stripped = read_prompt_file(path, "S", how._replace(earlier_reasoning="strip")).prompts
+    assert stripped[4].turns[2].content == "Hi!"
 
     lines = path.with_suffix(".TXT")
     lines.write_bytes(b"\xef\xbb\xbfone\r\n\r\n two \n")
-    assert [(p.where, p.turns) for p in read_prompt_file(lines, "S").prompts] == [
+    assert [(p.where, p.turns) for p in read_prompt_file(lines, "S", DEFAULTS).prompts] == [
         (f"{lines}:1", (own, Turn("user", "one"))),
         (f"{lines}:3", (own, Turn("user", "two"))),
     ]
@@ -109,7 +145,7 @@ def test_prompts_are_what_training_would_ask(write: Callable[..., Path]) -> None
 )
 def test_rows_that_are_no_prompts(row: Any, line: str, write: Callable[..., Path]) -> None:
     with pytest.raises(ValueError) as caught:
-        read_prompt_file(write(row), "")
+        read_prompt_file(write(row), "", DEFAULTS)
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -118,6 +154,6 @@ def test_texts_that_are_no_prompts(tmp_path: Path) -> None:
     for content, line in ((b"\xff", "is not UTF-8"), (b"\n \n", "holds no prompts")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=line):
-            read_prompt_file(path, "")
+            read_prompt_file(path, "", DEFAULTS)
     with pytest.raises(ValueError, match=r"none.txt: cannot be read \(No such file"):
-        read_prompt_file(tmp_path / "none.txt", "")
+        read_prompt_file(tmp_path / "none.txt", "", DEFAULTS)

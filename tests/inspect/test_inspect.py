@@ -46,6 +46,7 @@ def files(tmp_path: Path, tiny_model_dir: Path) -> Path:
             "max_length": T,
             "max_drop": 0.5,
             "system_prompt": None,
+            "without_thought": "reject",
         },
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -108,10 +109,18 @@ def test_counts_by_hand(inspect: Inspect, files: Path, tiny_tokenizer: Tokenizer
         "3 kept",
         "0 of these shortened",
         f"1 rejected: duplicate {files}/rows.jsonl:5 (the same conversation came before)",
-        f"1 rejected: no_thought {files}/rows.jsonl:2 (no <think> and no </think>)",
+        f"1 rejected: no_thought {files}/rows.jsonl:2 (an answer has no thought, or an empty one)",
         "– rejected: contaminated not looked for",
     ]
     assert out.count("  ok      ") == 5 and "FAILED" not in out
+    lessons = dict(line.split(maxsplit=1) for line in facts[facts.index("What is taught:") :][3:8])
+    assert lessons == {
+        "{reasoning}": "from <reasoning> to </reasoning>",
+        "{answer}": "from <answer> to </answer>",
+        "without_thought": "reject: rows with such an answer are left out (0 samples)",
+        "earlier_reasoning": "keep: every turn is trained, and later ones see its reasoning",
+        f"{files}/rows.jsonl": "columns used: prompt, response; not used: none",
+    }
     assert f"padding: {T - lengths[0]} tokens" in out
     assert out.count("━━ row") == 1
 
@@ -165,10 +174,50 @@ def test_page_escapes_what_comes_from_data(inspect: Inspect, files: Path) -> Non
     text = page.read_text("utf-8")
     assert "<script" not in text and "<b>at" not in text and "\x1b" not in text
     shown = html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<small>[\d ]+</small>", "", text)))
-    assert EVIL in shown and "(no <think> and no </think>)" in shown
+    assert EVIL in shown and "(an answer has no thought, or an empty one)" in shown
     assert text.count('<section class="card row"') == 3 and text.count("<svg") == 3
     assert "http:" not in text and "https:" not in text and "url(" not in text
     assert not list(files.glob("*.tmp"))
+
+
+def test_what_is_taught_is_shown(inspect: Inspect, files: Path) -> None:
+    """A recipe of one's own, and rows with turns that are not to be learnt."""
+    replies = [
+        {"role": "assistant", "content": "<think>hm hm hm hm</think>One"},
+        {"role": "assistant", "content": "Two, as one and one", "weight": 0},
+        {"role": "assistant", "content": "Three", "reasoning": "hm hm hm"},
+    ]
+    chat = [each for reply in replies for each in ({"role": "user", "content": "?"}, reply)]
+    rows = [
+        {"task": "Why?", "text": "So it is, and was, and will be."},
+        {"messages": chat, "id": 1},
+    ]
+    (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = files / "report.html"
+    code, out, err = inspect(
+        *("--data.answer_template", "[T]{reasoning}[/T]\n{answer}", "--data.system_prompt", EVIL),
+        *("--data.columns", "{prompt: task, response: text}", "--data.earlier_reasoning", "strip"),
+        *("--data.without_thought", "drop_system", "--data.max_length", "200"),
+        *("--html", str(page)),
+    )
+    assert (code, err) == (0, "")
+    shown = [" ".join(line.split()) for line in out.splitlines()]
+    lessons = [
+        f"system text {EVIL}",
+        "answers [T]{reasoning}[/T]↵{answer}",
+        "{reasoning} from [T] to [/T]",
+        "{answer} from [/T] to the end",
+        "without_thought drop_system: such answers are trained without the system text (1 sample)",
+        "earlier_reasoning strip: only the last turn is trained, and sees no earlier reasoning",
+        "columns prompt: task, response: text",
+        f"{files}/rows.jsonl columns used: messages, task, text; not used: id",
+    ]
+    assert shown[shown.index("What is taught:") + 1 :][: len(lessons)] == lessons
+    assert "⟦[T]hm hm hm[/T]↵\nThree⟨end_of_turn⟩⟧" in out and "hm hm hm hm" not in out
+    text = page.read_text("utf-8")
+    assert EVIL not in text and all(
+        html.escape(each.split(" ", 1)[1]) in text for each in lessons[1:]
+    )
 
 
 def test_a_doubled_bos_fails_and_is_named(
@@ -214,6 +263,7 @@ TWICE = [*GOOD, "\n", *USER, *MODEL]
         ([*GOOD, "\n"], [], {"trained": "ends in token {newline} '\\n'"}),
         (GOOD, [8], {"trained": "its last <end_of_turn> carries no loss"}),
         (TWICE, [8], {"trained": "an earlier <end_of_turn> carries no loss"}),
+        (TWICE, [7, 8], {}),  # a turn that is not to be learnt
         ([BOS, *USER, BEGIN, "m", PAD, END], [], {"control": "<pad> at token 7"}),
         ([BOS, *USER, *USER[:3], *MODEL], [], {"control": "3 whole turns"}),
         ([BOS, *USER, BEGIN, "m", *MODEL], [], {"control": "<start_of_turn> at token 7"}),

@@ -53,7 +53,15 @@ def test_rows_are_shown_and_nothing_of_the_data_runs(page: Path, browser: Browse
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_page_fits_and_can_be_read(width: int, scheme: str, page: Path, browser: Browser) -> None:
-    parts = [".verdict", ".path", ".tile i", ".checks li", ".fates small", ".quantiles th"]
+    parts = [
+        ".verdict",
+        ".path",
+        ".tile i",
+        ".checks li",
+        ".fates small",
+        ".quantiles th",
+        ".lessons td",
+    ]
     parts += ["h4 small", ".tokens .p", ".tokens .l", ".tokens .l:nth-child(even)"]
     browser.check_colours(page, width, scheme, parts)
     for part in (".tokens .p.c", ".tokens .l.c"):
