@@ -7,6 +7,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from jaxsft import __version__
 from jaxsft.cli import EXIT_BAD_INPUT, fail, run_process
@@ -49,5 +50,10 @@ def command(name: str) -> int:
     return fail(f"no command {name!r}; {hint}Commands: {', '.join(COMMANDS)}", EXIT_BAD_INPUT)
 
 
-if __name__ == "__main__":
+def console_script() -> NoReturn:
+    """`jaxsft`, as pyproject.toml installs it."""
     run_process(main)
+
+
+if __name__ == "__main__":
+    console_script()

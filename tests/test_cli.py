@@ -442,5 +442,5 @@ def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == EXIT_BAD_INPUT
     assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"jaxsft": "jaxsft.__main__:main"}
+    assert project["scripts"] == {"jaxsft": "jaxsft.__main__:console_script"}
     assert project["version"] == jaxsft.__version__
