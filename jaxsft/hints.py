@@ -72,6 +72,20 @@ _RENAMED = (
         "",
     ),
     (
+        "dataset_config dataset_config_name dataset_subset subset dataset_split split "
+        "dataset_train_split",
+        "data.train_files|files|prompts",
+        "It stands in the name: owner/name:config/split[:1000].",
+    ),
+    ("dataset_test_split dataset_eval_split", "data.eval_files|files", ""),
+    (
+        "dataset_text_field text_field text_column prompt_column prompt_field response_column "
+        "response_field completion_field input_column output_column messages_field field_messages "
+        "column_mapping dataset_columns",
+        "data.columns",
+        "For example {prompt: task, response: text}.",
+    ),
+    (
         "max_samples max_train_samples num_train_samples num_samples num_examples",
         "data.stop",
         "It is the number of the first row that is not used.",
@@ -283,7 +297,8 @@ _ABSENT = (
     ),
     (
         "chat_template template conversation_template prompt_template apply_chat_template",
-        "rows are rendered with Gemma's own chat template",
+        "rows are rendered with Gemma's own chat template; --data.answer_template is the form of "
+        "answers",
     ),
     (
         "group_by_length pad_to_sequence_len pad_to_multiple_of padding padding_side padding_free "

@@ -198,6 +198,11 @@ def test_a_run_leaves_everything(finished: tuple[Runs, str]) -> None:
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"20", "24"}
     (events,) = (run_dir / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes() and b"sample/0" in events.read_bytes()
+    result = runs.result("whole")
+    assert {"jaxsft", "python", "jax", "jaxlib", "flax", "optax"} < result["versions"].keys()
+    assert result["hardware"] == {"device": "cpu", "devices": 1, "hosts": 1}
+    assert (result["run_time"]["from_step"], result["run_time"]["to_step"]) == (0, NUM_STEPS)
+    assert result["run_time"]["seconds"] > 0 and "jaxsft.train" in result["command"]
     assert f"step {NUM_STEPS}/{NUM_STEPS}  loss " in out
     assert "held-out loss" in out and str(run_dir / "adapter") in out.replace("\n", "")
     assert set(runs.adapter_bytes("whole")) == {"adapter_config.json", "adapter_model.safetensors"}
