@@ -25,8 +25,9 @@ from typing import NamedTuple
 from jaxsft.common.files import cache_dir
 
 _NAME = r"\w[\w.-]*"
+_REVISION = rf"refs/convert/parquet|refs/pr/\d+|{_NAME}"
 _HUB_NAME = re.compile(
-    rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>{_NAME}))?(?::(?P<config>[\w.+-]+))?"
+    rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION}))?(?::(?P<config>[\w.+-]+))?"
     rf"(?:/(?P<split>\w+(?:[.-]\w+)*))?(?P<slice>\[[^\[\]]*[:%][^\[\]]*\])?",
     re.ASCII,
 )
@@ -113,7 +114,7 @@ def _find(
 ) -> Path:
     # They import huggingface_hub and pyarrow.
     from jaxsft.common.locks import LockedError
-    from jaxsft.download.datasets import Progress, Request, download_splits, finished
+    from jaxsft.download.datasets import Progress, Request, download_splits, finished, tidy_up
     from jaxsft.download.files import Hub, HubError, NoNetworkError, user_token
     from jaxsft.download.splits import parse_split
 
@@ -143,14 +144,9 @@ def _find(
         say(line)
 
     split = parse_split(rows.split)
-    directory = (
-        cache_dir("rows")
-        / rows.repo
-        / "".join(
-            (f"{rows.config}:" if rows.config else "", split.directory_name)
-            + ((f"@{rows.revision}",) if rows.revision else ())
-        )
-    )
+    folder = f"{rows.config}:{split.directory_name}" if rows.config else split.directory_name
+    folder += f"@{rows.revision}".replace("/", "-") if rows.revision else ""
+    directory = cache_dir("rows") / rows.repo / folder
     source = {"repo": rows.repo, "subset": rows.config, "revision": rows.revision or "main"}
     request = Request(directory, source, split, _ROWS_PER_FILE, columns)
     is_waiting = False
@@ -171,6 +167,7 @@ def _find(
             ) from None
         except HubError as error:
             raise ConnectionError(f"{error}; the same command goes on where it stopped") from None
+    tidy_up([request])
     say(f"{name}: {manifest['rows']:,} rows of commit {manifest['revision']}, in {directory}")
     return directory
 

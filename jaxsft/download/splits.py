@@ -18,6 +18,10 @@ _KINDS = ("parquet", "jsonl", "ndjson", "json", "csv", "tsv", "arrow")  # the fi
 ROW_FILE = re.compile(rf"\.({'|'.join(_KINDS)})(?:\.(?:gz|bz2|zst|zstd))?$")
 _ABOUT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 _NOT_READ = "not Parquet, JSON, CSV or Arrow"
+_COPY = (
+    "many data sets have a copy in Parquet: {0}@refs/convert/parquet, or --revision "
+    "refs/convert/parquet"
+)
 # Usual names of splits, for repositories with no list of splits on their card.
 _USUAL = re.compile(r"(?:^|[/._-])(train|test|validation|valid|val|dev|eval|prompt)(?=[/._-])")
 
@@ -135,8 +139,7 @@ def split_files(snapshot: Snapshot, subset: str | None, split: str) -> list[HubF
     files = listed(snapshot, subset, split)
     if others := [file.path for file in files if _kind(file) is None]:
         raise ValueError(
-            f"{snapshot.repo}: {others[0]} is {_NOT_READ}; many data sets have a Parquet copy: "
-            "data/download_sft_datasets.py --revision refs/convert/parquet"
+            f"{snapshot.repo}: {others[0]} is {_NOT_READ}; {_COPY.format(snapshot.repo)}"
         )
     return files
 
@@ -160,7 +163,11 @@ def _listed_on_card(snapshot: Snapshot, subset: str | None, split: str) -> list[
     name = subset or (usual[0] if usual else None)
     if name not in configs:
         raise ValueError(_no_such(snapshot, "subset", subset, list(configs)))
-    patterns = _patterns(configs[name].get("data_files"))
+    if not configs[name].get("data_files"):
+        folder = str(configs[name].get("data_dir") or "").strip("./")
+        inside = [f for f in snapshot.files if not folder or f.path.startswith(f"{folder}/")]
+        return _named_after(snapshot._replace(files=tuple(inside)), None, split)
+    patterns = _patterns(configs[name]["data_files"])
     if split not in patterns:
         raise ValueError(_no_such(snapshot, "split", split, list(patterns)))
     files = []
@@ -190,8 +197,8 @@ def _named_after(snapshot: Snapshot, subset: str | None, split: str) -> list[Hub
     files = by_kind["parquet"] or max(by_kind.values(), key=len)
     if not files:
         raise ValueError(
-            f"{snapshot.repo}: holds no file in Parquet, JSON, CSV or Arrow; many data sets have a "
-            "Parquet copy: data/download_sft_datasets.py --revision refs/convert/parquet"
+            f"{snapshot.repo}: holds no file of Parquet, JSON, CSV or Arrow; "
+            + _COPY.format(snapshot.repo)
         )
     if subset is not None:
         folders = sorted({folder for f in files for folder in PurePosixPath(f.path).parts[:-1]})

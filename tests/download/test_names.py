@@ -50,6 +50,11 @@ def hub() -> Iterator[FakeHub]:
         about = {"README.md": b"x", "dataset_infos.json": b"{}"}
         hub.add("me/lines", about | {f"{k}.jsonl": v.encode() for k, v in files.items()})
         hub.add("me/named", {"train.parquet": parquet_bytes(NAMED)})
+        hub.add(
+            "me/folders", {f"{d}/x.jsonl": b'{"prompt": "Ask.", "response": "Tell."}' for d in "ab"}
+        )
+        folders = [{"config_name": d, "data_dir": d} for d in "ab"]
+        hub.configs["me/folders"] = folders
         hub.add("me/sound", {"train-0.wav": b"RIFF"})
         yield hub
 
@@ -116,7 +121,9 @@ def test_what_is_found(here: Path, environment: dict[str, str], hub: FakeHub) ->
         "me/lines/train[20:]": str(home / "me/lines/train-20-end"),
         "me/named": str(home / "me/named/train"),
         "me/named/train[:3]": '"task", "note"; name them with data.columns',
-        "me/sound": "holds no file in Parquet, JSON, CSV or Arrow",
+        "me/folders:b": str(home / "me/folders/b:train"),
+        "me/folders:b/test": "has no split 'test' (it has train)",
+        "me/sound": "holds no file of Parquet, JSON, CSV or Arrow",
         "me/lines/train[31:]": "goes beyond its 30 rows",
         "me/lines/train[:10%]": "write it as train or train[180000:280000]",
         "openai/gsm8k@main": "choose one, as in openai/gsm8k:main",
@@ -147,6 +154,7 @@ def test_what_is_found(here: Path, environment: dict[str, str], hub: FakeHub) ->
         ("a/b", HubRows("a/b", None, None, "train")),
         ("a/b:c/d[3:4]", HubRows("a/b", None, "c", "d[3:4]")),
         ("a/b@v1/d", HubRows("a/b", "v1", None, "d")),
+        ("a/b@refs/convert/parquet:c/d", HubRows("a/b", "refs/convert/parquet", "c", "d")),
         ("a/b[:4]", HubRows("a/b", None, None, "train[:4]")),
         ("there/b", None),
         ("there/b@main", HubRows("there/b", "main", None, "train")),
