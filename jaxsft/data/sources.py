@@ -1,25 +1,36 @@
-"""Reads raw rows, one at a time, from JSONL, Parquet, and directories of rows.
+"""Reads raw rows, one at a time, from files, directories and patterns; containers.py has the kinds.
 
-A directory was made by the download, or by `Dataset.save_to_disk` of Hugging Face. Errors name
-file:line. Only a chunk of rows is in memory.
+Errors name file:line. Only a chunk of rows is in memory.
 """
 
-import json
-from collections import Counter
-from collections.abc import Iterator
+import glob
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsft.common.files import file_sha256, read_json
+from jaxsft.data.containers import Container, Lines, open_container
+from jaxsft.data.csv_rows import read_csv
+from jaxsft.data.json_rows import is_json, read_json_rows
 
 ROWS_MANIFEST = "manifest.json"
 ROWS_KIND = "jaxsft rows"  # `kind` in the manifest of a directory of rows
 _SAVED = "state.json"  # written by Dataset.save_to_disk; lists the Arrow files
 _SAVED_SPLITS = "dataset_dict.json"  # written by DatasetDict.save_to_disk
+UNFINISHED = "unfinished.json"  # in a directory whose download is not finished
 
-_CHUNK_ROWS = 256  # of Parquet, converted to Python objects together
-_UTF8_BOM = b"\xef\xbb\xbf"
-_MAX_LINE_BYTES = 64 * 2**20  # of JSONL; the longest published traces are under 1 MiB
+# Files beside rows that are none, and are passed over in directories and patterns.
+_NO_ROWS = re.compile(
+    r"[._].*|(readme|licen[cs]e|notice|citation|changelog)(\..*)?|.*\.(md|lock|crc|sha256|md5)"
+    r"|dataset_infos?\.json",
+    re.IGNORECASE,
+)
+_SPLIT_NAME = re.compile(
+    r"(?:^|[/._-])(train|test|validation|valid|val|dev|eval|heldout)(?=[/._-]|$)"
+)
+_LIST_FIRST_LINE = 2**20  # a longer line that begins with a bracket is a whole array
 
 
 class RowFile(NamedTuple):
@@ -30,25 +41,97 @@ class RowFile(NamedTuple):
 
 
 def row_files(path: str | Path) -> list[RowFile]:
-    """The files of rows at `path`: `path` itself, or the files listed in a directory's manifest.
+    """The files of rows at `path`: itself, those in a directory, or those that a pattern matches.
+
+    The manifest of a download, or what `datasets` saved, says which files a directory has, and in
+    which order. Otherwise it has all files at any depth, in natural order of their names (2 before
+    10); hidden files, licences and READMEs are passed over.
 
     Raises:
-      ValueError: the directory was neither downloaded nor saved by `datasets`, or one of its files
-        is missing or does not have the size in the manifest.
+      ValueError: there are no such files, or those of several data sets or splits; or a file of a
+        manifest is missing or does not have the size in it.
     """
     path = Path(path)
-    if not path.is_dir():
-        return [RowFile(path)]
+    if path.is_dir():
+        return _files_in(path)
+    if glob.has_magic(str(path)) and not path.exists():
+        found = [Path(each) for each in glob.iglob(str(path), recursive=True)]
+        files = {file for file in found if file.is_file() and not _NO_ROWS.fullmatch(file.name)}
+        if not files:  # the pattern of directories
+            return [file for each in sorted(found, key=_natural) for file in _files_in(each)] or (
+                _refuse(path, "matches no file of rows; check the pattern")
+            )
+        return _in_order(path, files)
+    return [RowFile(path)]
+
+
+def _refuse(path: Path, why: str) -> Any:
+    raise ValueError(f"{path}: {why}")
+
+
+def _files_in(path: Path) -> list[RowFile]:
     if (path / _SAVED).is_file():
         return _saved_files(path)
     if (path / _SAVED_SPLITS).is_file():
         splits = ", ".join(sorted(each.parent.name for each in path.glob(f"*/{_SAVED}")))
         raise ValueError(f"{path}: holds several splits; name one of them: {splits}")
-    if not (path / ROWS_MANIFEST).is_file():
+    if (path / ROWS_MANIFEST).is_file():
+        return _downloaded_files(path)
+    if (path / UNFINISHED).is_file():
         raise ValueError(
-            f"{path}: is a directory without {ROWS_MANIFEST} or {_SAVED}; name a .jsonl or "
-            ".parquet file in it, or let data/download_sft_datasets.py finish it"
+            f"{path}: its download is not finished; let data/download_sft_datasets.py finish it"
         )
+
+    def refuse_unreadable(error: OSError) -> None:
+        raise _unreadable(Path(error.filename), error)
+
+    files: set[Path] = set()
+    sets = []
+    for folder, folders, names in os.walk(path, onerror=refuse_unreadable):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        if not {ROWS_MANIFEST, _SAVED, _SAVED_SPLITS, UNFINISHED}.isdisjoint(names):
+            sets.append(folder)
+        files.update(Path(folder, name) for name in names if not _NO_ROWS.fullmatch(name))
+    if sets:
+        raise ValueError(
+            f"{path}: holds sets of rows of their own; name one of them: {_some(sorted(sets))}"
+        )
+    if not files:
+        raise ValueError(
+            f"{path}: is a directory without rows; name a file or directory of rows, or let "
+            "data/download_sft_datasets.py make it"
+        )
+    return _in_order(path, files)
+
+
+def _in_order(path: Path, files: set[Path]) -> list[RowFile]:
+    ordered = sorted(files, key=_natural)
+    common = os.path.commonpath([file.parent for file in ordered])
+    splits: dict[str, Path] = {}
+    for file in ordered:
+        for name in _SPLIT_NAME.findall(str(file).removeprefix(common))[-1:]:
+            splits.setdefault(name, file)
+    if "train" in splits and len(splits) > 1:
+        raise ValueError(
+            f"{path}: holds files of several splits ({_some(sorted(map(str, splits.values())))}); "
+            "name those of one, or give each a pattern of its own"
+        )
+    return [RowFile(file) for file in ordered]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by value."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part)
+        for part in re.split(r"(\d+)", str(path))
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
+
+
+def _downloaded_files(path: Path) -> list[RowFile]:
     manifest = read_json(path / ROWS_MANIFEST)
     if manifest.get("kind") != ROWS_KIND:
         raise ValueError(f"{path / ROWS_MANIFEST}: is not of downloaded rows; name a file of rows")
@@ -82,16 +165,19 @@ def _not_as_downloaded(file: Path) -> ValueError:
 
 
 def count_rows(path: str | Path) -> int | None:
-    """Number of rows in a Parquet file or a directory of them; None for JSONL."""
-    files = [file for file, _ in row_files(path)]
-    if any(file.suffix != ".parquet" for file in files):
-        return None
-    import pyarrow.parquet as parquet
+    """Number of rows if all files are Parquet, which says so; else None."""
+    total = 0
+    for file, _ in row_files(path):
+        try:
+            with open_container(file) as container:
+                if container.kind != "parquet":
+                    return None
+                from jaxsft.data.parquet_rows import num_parquet_rows
 
-    try:
-        return sum(parquet.read_metadata(file).num_rows for file in files)
-    except (OSError, ValueError):  # ArrowInvalid is one; `read_rows` will report it
-        return None
+                total += num_parquet_rows(container)
+        except (OSError, ValueError):  # ArrowInvalid is one; `read_rows` will report it
+            return None
+    return total
 
 
 def file_digest(file: RowFile, known: dict[str, Any]) -> str:
@@ -122,116 +208,63 @@ def _unreadable(path: Path, error: OSError) -> ValueError:
     return ValueError(f"{path}: cannot be read ({error.strerror or error}); check the path{made}")
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", row) from JSONL and ("file:row n", row) from others, of all `row_files`.
+def read_rows(
+    path: str | Path, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yields ("file:line", row) or ("file:row n", row) of all `row_files`.
 
-    JSONL is read line by line: UTF-8, with or without a byte order mark, LF or CRLF; blank lines
-    are skipped.
+    A row is a dict unless the file has something else in its place. A value may be `Repeated`,
+    UNREAD, NaN or infinite, and text may have lone surrogates. Nothing that a file holds is opened
+    or asked for.
+
+    Args:
+      path: a file, a directory or a pattern.
+      columns: `data.columns`, the columns that the user named for each part.
 
     Raises:
-      ValueError: there is no such file, a directory has no rows, or a file is empty; a line is over
-        64 MiB, not UTF-8, not one JSON object, or nested too deeply; a key is repeated; a number is
-        NaN or Infinity.
+      ValueError: there is no such file, there are no rows, or a file is of another kind, broken, or
+        has a row over 64 MiB.
     """
+    found = False
     for file, _ in row_files(path):
-        yield from _read_file(file)
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    readers = {".parquet": _read_parquet, ".arrow": _read_arrow}
-    rows = readers.get(path.suffix, _read_jsonl)(path)
-    empty = True
-    try:
-        for row in rows:
-            empty = False
+        for row in _read_file(file, columns):
+            found = True
             yield row
+    if not found:
+        raise ValueError(f"{path}: is empty; it must hold rows, such as one JSON object per line")
+
+
+def _read_file(path: Path, columns: Mapping[str, str] | None) -> Iterator[tuple[str, Any]]:
+    try:
+        with open_container(path) as container:
+            if container.kind == "parquet":
+                from jaxsft.data.parquet_rows import read_parquet  # pyarrow is slow to import
+
+                yield from read_parquet(container, columns)
+            elif container.kind == "arrow":
+                from jaxsft.data.ipc_rows import read_ipc
+
+                yield from read_ipc(container, columns)
+            else:
+                yield from _read_text(container, columns)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if empty:
-        raise ValueError(f"{path}: is empty; it must hold one JSON object per line")
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(_MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) > _MAX_LINE_BYTES:
-                raise ValueError(f"{where}: over 64 MiB; is this JSONL, one object a line?")
-            if number == 1:
-                line = line.removeprefix(_UTF8_BOM)
-            if line.strip():
-                try:
-                    yield where, _parse_line(line.rstrip(b"\r\n"))
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
-
-
-def _parse_line(line: bytes) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = line[error.start]
-        raise ValueError(
-            f"byte {error.start + 1} of the line (0x{bad:02x}) is not UTF-8; save the file as UTF-8"
-        ) from None
-    try:
-        row = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"broken or cut off at column {error.colno} ({error.msg}); "
-            "every line must be one complete JSON object"
-        ) from None
-    except RecursionError:
-        raise ValueError("nested too deeply; a row is a flat JSON object") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"is a JSON {type(row).__name__}; every line must be one JSON object")
-    return row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        name = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f'the key "{name}" is there more than once; keep one')
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON; write a number or null")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as arrow  # slow to import; only Parquet needs it
-    import pyarrow.parquet as parquet
-
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for records in file.iter_batches(batch_size=_CHUNK_ROWS):
-                for row in records.to_pylist():
-                    number += 1
-                    yield f"{path}:row {number}", row
-    except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: not a complete Parquet file after row {number} ({str(error).splitlines()[0]})"
-        ) from None
-
-
-def _read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets  # slow to import; only Arrow files need it
-
-    with path.open("rb") as file:
-        if file.read(6) == b"ARROW1":
-            raise ValueError(f"{path}: is in Arrow's file format (Feather); save it as Parquet")
-    number = 0
-    try:
-        for row in datasets.Dataset.from_file(str(path)):
-            number += 1
-            yield f"{path}:row {number}", row
-    except (ValueError, OSError, KeyError, TypeError) as error:  # of Arrow or metadata
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path}: not a complete Arrow file after row {number} ({reason}); save it again"
-        ) from None
+def _read_text(
+    container: Container, columns: Mapping[str, str] | None
+) -> Iterator[tuple[str, Any]]:
+    lines = Lines(container)
+    begins_list = container.file.peek(64).lstrip()[:1] == b"["
+    line = lines.read(_LIST_FIRST_LINE) if begins_list else lines.read()
+    while line and not line.strip():
+        line = lines.read()
+    first = line.lstrip()[:1]
+    if not first:
+        raise ValueError(f"{container.path}: is empty; it must hold one JSON object per line")
+    # Another value on a line of its own is a row among others, if others follow.
+    follows = container.file.peek(64).lstrip()[:1]
+    if first in (b"{", b"[") or (follows == b"{" and is_json(line)):
+        yield from read_json_rows(lines, line, columns)
+    else:
+        yield from read_csv(lines, line, columns)

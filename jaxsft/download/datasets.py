@@ -25,7 +25,7 @@ from jaxsft.common.files import read_json, write_json
 from jaxsft.common.locks import DirectoryLock, LockedError
 from jaxsft.common.pins import read_pins, write_pin
 from jaxsft.data.rows import ROWS_VERSION
-from jaxsft.data.sources import ROWS_KIND, ROWS_MANIFEST, read_rows, row_files
+from jaxsft.data.sources import ROWS_KIND, ROWS_MANIFEST, UNFINISHED, read_rows, row_files
 from jaxsft.download.files import Hub, HubFile, Snapshot, fetch, look_up, parquet_footer
 from jaxsft.download.parts import (
     Columns,
@@ -39,8 +39,6 @@ from jaxsft.download.parts import (
     write_parquet_part,
 )
 from jaxsft.download.splits import Slice, Split, check_end, is_parquet, plan_split, split_files
-
-UNFINISHED = "unfinished.json"
 
 _SOURCE = ".source"
 _UNFINISHED_KIND = "jaxsft unfinished rows"
