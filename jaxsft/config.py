@@ -7,6 +7,7 @@ import dataclasses
 import math
 import operator
 import os.path
+import re
 from collections import Counter
 from typing import Any, Literal
 
@@ -64,9 +65,10 @@ class DataOptions:
     """Training and held-out rows."""
 
     train_files: list[str] | str = dataclasses.field(default_factory=list)
-    """Training rows: JSONL or Parquet files (prompt/response with <think>, messages, …),
-    directories that the download or `datasets` saved, or data sets of the hub:
-    owner/name[:config][/split][slice], as openai/gsm8k:main/train[:500]."""
+    """Training rows (prompt/response with <think>, messages, …): files of JSON, CSV, Parquet or
+    Arrow, also in gzip or zstd; directories and quoted patterns (data/**/*.jsonl) of them; data
+    sets of the hub: owner/name[:config][/split][slice], as openai/gsm8k:main/train[:500]. Several
+    as a list, or with commas between them."""
     eval_files: list[str] | str = dataclasses.field(default_factory=list)
     """Held-out rows, for the held-out loss; the first are asked for answers. May be empty."""
     start: int = 0
@@ -220,6 +222,21 @@ class TrainConfig:
     one process stops all."""
 
 
+def split_files(files: list[str] | str) -> list[str]:
+    """The files that an option names: a list, or texts with commas between names.
+
+    A text stays whole if there is a file of this name; so does a comma in brackets.
+    """
+    texts = [files] if isinstance(files, str) else files
+    names: list[str] = []
+    for text in texts:
+        if "," in text and not os.path.exists(text):
+            names += filter(None, map(str.strip, re.split(r",(?![^\[]*\])", text)))
+        elif text:
+            names.append(text)
+    return names
+
+
 def validate(config: TrainConfig) -> None:
     """Raises ValueError that names every option with a wrong value and every contradiction."""
     problems = _out_of_range(config)
@@ -235,11 +252,10 @@ def validate(config: TrainConfig) -> None:
         )
     if config.data.stop is not None and config.data.stop <= config.data.start:
         problems.append(f"data.stop {config.data.stop} is not above data.start {config.data.start}")
-    if not config.data.train_files:
-        problems.append("data.train_files is empty: name at least one JSONL or Parquet file")
+    if not split_files(config.data.train_files):
+        problems.append("data.train_files is empty: name at least one file of rows")
     for name, advice in (("train_files", "give it a weight"), ("eval_files", "name it once")):
-        files = getattr(config.data, name)
-        counts = Counter(map(os.path.abspath, [] if isinstance(files, str) else files))
+        counts = Counter(map(os.path.abspath, split_files(getattr(config.data, name))))
         twice = [file for file, count in counts.items() if count > 1]
         problems += [f"data.{name} names {file} twice; {advice}" for file in twice]
     problems += _sampling_conflicts(config.eval)

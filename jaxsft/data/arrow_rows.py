@@ -191,6 +191,10 @@ def _size(array: Any) -> int:
 
 def _sizes(array: Any) -> npt.NDArray[np.int64]:
     """About the bytes of each value as a Python object, int64 [N]."""
+    if types.is_string_view(array.type) or types.is_binary_view(array.type):
+        views = np.frombuffer(array.buffers()[1] or b"", np.int32).reshape(-1, 4)
+        lengths = views[array.offset : array.offset + len(array), 0].astype(np.int64)
+        return np.where(array.is_valid().to_numpy(zero_copy_only=False), lengths, 0)
     if _is_string(array.type) or _is_binary(array.type):
         lengths = compute.binary_length(array).fill_null(0)
         return lengths.to_numpy(zero_copy_only=False).astype(np.int64)

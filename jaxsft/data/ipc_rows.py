@@ -44,7 +44,7 @@ def read_ipc(
             batch.validate(full=True)
             for start in range(0, batch.num_rows, CHUNK_ROWS):
                 yield from maker.rows(batch.slice(start, CHUNK_ROWS))
-    except (arrow.ArrowException, OSError, KeyError, TypeError, struct.error) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

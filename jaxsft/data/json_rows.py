@@ -80,7 +80,14 @@ def _rows_in(
     where, row = first
     if not isinstance(row, dict) or any(is_wanted(name, False, columns) for name in row):
         return None
-    lists = {k: v for k, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    lists = {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, list)
+        and value
+        and isinstance(value[0], dict)
+        and any(is_wanted(each, False, columns) for each in value[0])
+    }
     if len(lists) > 1:
         names = ", ".join(f'"{str(name)[:40]}"' for name in list(lists)[:8])
         raise ValueError(

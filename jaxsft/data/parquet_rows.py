@@ -15,14 +15,14 @@ from pyarrow import types
 
 from jaxsft.data.arrow_rows import CHUNK_ROWS, RowMaker, check_num_rows, slices
 from jaxsft.data.containers import Container, check_expansion
-from jaxsft.data.thrift import ThriftError, read_struct
+from jaxsft.data.thrift import ThriftError, get_int, get_struct, get_structs, read_struct
 
 _MOST_BATCH_BYTES = 256 * 2**20  # that a batch may have decoded
 _MOST_PAGE_BYTES = 256 * 2**20  # of the pages of all wanted columns that are open together
 _PROBE_ROWS = 4096  # of which only lengths are looked at
 _LARGE_DICTIONARY = 2**20  # the size at which writers stop to fill one
 _MOST_LIST_VALUES = 2**25  # in the lists of a row group
-_DICTIONARY_PAGE, _DATA_PAGE_V2 = 2, 3
+_DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
 _PLAIN_DICTIONARY, _DELTA_BYTE_ARRAY, _RLE_DICTIONARY = 2, 7, 8
 
 
@@ -74,8 +74,10 @@ def read_parquet(
             if not names:
                 yield from maker.unread_rows(file.metadata.num_rows)
                 return
-            for group in range(file.num_row_groups):
-                chunks = _chunks(data, file, group, maker.wanted)
+            for group, about in enumerate(_row_groups(data)):
+                if not about.num_rows:
+                    continue  # it may have no pages
+                chunks = _chunks(data, file, about, maker.wanted)
                 size = _batch_rows(container, data, group, chunks)
                 packed = [chunk.path for chunk in chunks if chunk.stays_packed]
                 reader = _open(data, packed) if packed else file
@@ -182,22 +184,40 @@ def _num_leaves(array: Any) -> int:
     return len(array)
 
 
+class _RowGroup(NamedTuple):
+    num_rows: int
+    columns: list[dict[int, Any]]  # of each leaf, its ColumnMetaData
+
+
+def _row_groups(data: mmap.mmap) -> list[_RowGroup]:
+    """Of each row group what the footer says (parquet.thrift of Apache Parquet).
+
+    pyarrow's own objects for this end the process where statistics are wrong.
+    """
+    size = int.from_bytes(data[-8:-4], "little")
+    footer, _ = read_struct(data, max(len(data) - 8 - size, 0))
+    return [
+        _RowGroup(get_int(group, 3), [get_struct(column, 3) for column in get_structs(group, 1)])
+        for group in get_structs(footer, 4)
+    ]
+
+
 def _chunks(
-    data: mmap.mmap, file: parquet.ParquetFile, group: int, wanted: list[bool]
+    data: mmap.mmap, file: parquet.ParquetFile, group: _RowGroup, wanted: list[bool]
 ) -> list[_Chunk]:
-    about = file.metadata.row_group(group)
     chunks, index = [], 0
     for field, is_wanted in zip(file.schema_arrow, wanted, strict=True):
         for _ in range(_count_leaves(field.type)):
             if is_wanted:
-                meta = about.column(index)
-                first = meta.data_page_offset
-                if meta.has_dictionary_page and 0 < (meta.dictionary_page_offset or 0) < first:
-                    first = meta.dictionary_page_offset
-                end = first + meta.total_compressed_size
-                chunk = _chunk(data, first, end, meta.path_in_schema)
-                if file.schema.column(index).max_repetition_level > 0:
-                    chunk = _of_lists(chunk, about.num_rows)
+                if index >= len(group.columns):
+                    raise ThriftError("a row group lacks a column")
+                meta, column = group.columns[index], file.schema.column(index)
+                first = get_int(meta, 9)
+                if 0 < get_int(meta, 11, 0) < first:  # with a dictionary
+                    first = get_int(meta, 11)
+                chunk = _chunk(data, first, first + get_int(meta, 7), column.path)
+                if column.max_repetition_level > 0:
+                    chunk = _of_lists(chunk, group.num_rows)
                 chunks.append(chunk)
             index += 1
     return chunks
@@ -223,18 +243,18 @@ def _chunk(data: mmap.mmap, at: int, end: int, path: str) -> _Chunk:
     packed_bytes = dictionary_bytes = delta_bytes = repeated_values = delta_values = 0
     while at < min(end, len(data)):
         header, size = read_struct(data, at)
-        page_type, unpacked, packed = (header.get(i, -1) for i in (1, 2, 3))
+        page_type, unpacked, packed = (get_int(header, i) for i in (1, 2, 3))
         if unpacked < 0 or packed < 0:
             raise ThriftError("a page has no size")
         at = size + packed
         packed_bytes += packed
         if page_type == _DICTIONARY_PAGE:
             dictionary_bytes = max(dictionary_bytes, unpacked)
+        if page_type not in (_DATA_PAGE, _DATA_PAGE_V2):
             continue
         is_v2 = page_type == _DATA_PAGE_V2
-        about = header.get(8 if is_v2 else 5, {})
-        num_values = about.get(1, 0)
-        encoding = about.get(4 if is_v2 else 2)
+        about = get_struct(header, 8 if is_v2 else 5)
+        num_values, encoding = get_int(about, 1), get_int(about, 4 if is_v2 else 2)
         if encoding in (_PLAIN_DICTIONARY, _RLE_DICTIONARY):
             repeated_values += num_values
         if encoding == _DELTA_BYTE_ARRAY:

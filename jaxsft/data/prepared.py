@@ -20,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import os.path
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,8 +81,9 @@ def prepare(
       progress: called now and then with the counts so far.
 
     Raises:
-      ValueError: as data.read_samples, no sample left or more than `options.max_drop` lost, or a
-        weight for each file is not given. OSError: `root` cannot be written.
+      ValueError: as data.read_samples, a file is named twice, no sample left or more than
+        `options.max_drop` lost, or a weight for each file is not given.
+      OSError: `root` cannot be written.
     """
     remove_leftovers(root)
     files = as_list(files)
@@ -90,6 +92,7 @@ def prepare(
         raise ValueError(
             f"data.weights has {len(options.weights)} numbers for {len(files)} files: give one each"
         )
+    _check_named_once(files)
     known = _known_digests(root)
     digests = dict(known)
     made_from = _made_from(files, heldout, tokenizer, options, digests)
@@ -106,11 +109,20 @@ def prepare(
         found = read_samples(files, tokenizer, options, report, heldout_files=heldout)
         about = _write_rows(found, files, options, report, partial, progress)
         for file, _ in itertools.chain.from_iterable(map(row_files, (*files, *heldout))):
-            if stamp(file) != digests[str(file.absolute())][:-1]:
+            if stamp(file) != digests.get(str(file.absolute()), [])[:-1]:
                 raise ValueError(f"{file}: was changed while it was read; run it again")
         start = {"kind": KIND, "fingerprint": fingerprint, "made_from": made_from}
         write_json(partial / ROWS_MANIFEST, sealed(start | about))
     return _map_prepared(directory)
+
+
+def _check_named_once(files: Sequence[Path]) -> None:
+    found: dict[str, int] = {}
+    for i, entry in enumerate(files):
+        for file, _ in row_files(entry):
+            other = found.setdefault(os.path.abspath(file), i)
+            if other != i:
+                raise ValueError(f"{file} is named by {files[other]} and by {entry}; name it once")
 
 
 def open_prepared(directory: Path) -> Prepared:

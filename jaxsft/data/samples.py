@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxsft.common.batch import Batch
 from jaxsft.common.text import plural, visible_line
-from jaxsft.config import DataOptions
+from jaxsft.config import DataOptions, split_files
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chats, shorten
 from jaxsft.data.fields import PARTS
@@ -149,8 +149,11 @@ def answer_template(text: str, system_prompt: str | None) -> AnswerTemplate:
 
 
 def as_list(files: str | Path | Sequence[str | Path]) -> list[Path]:
-    """One file or several, as paths."""
-    return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+    """The files, directories and patterns that an option names, see `config.split_files`."""
+    found: list[Path] = []
+    for each in [files] if isinstance(files, str | Path) else files:
+        found += [each] if isinstance(each, Path) else map(Path, split_files(each))
+    return found
 
 
 def read_samples(
@@ -220,7 +223,11 @@ def _numbered_rows(
     files: Sequence[Path], options: DataOptions
 ) -> Iterator[tuple[int, tuple[int, tuple[str, dict]]]]:
     """The rows asked for: (number over all files, (index of the file, (where, row)))."""
-    rows = ((source, row) for source, file in enumerate(files) for row in read_rows(file))
+    rows = (
+        (source, row)
+        for source, file in enumerate(files)
+        for row in read_rows(file, options.columns)
+    )
     return itertools.islice(enumerate(rows), options.start, options.stop)
 
 

@@ -153,7 +153,8 @@ def convert_file(file: Path, request: Request, progress: Progress) -> dict[str, 
     """
     with DirectoryLock(request.directory.parent):
         progress.plan(str(request.directory), 0, 0)
-        return _write_rows((row for _, row in read_rows(file)), str(file), request, None, progress)
+        rows = (row for _, row in read_rows(file, request.columns))
+        return _write_rows(rows, str(file), request, None, progress)
 
 
 class _Store(NamedTuple):
@@ -181,7 +182,7 @@ def _make_from_rows(
     store.keep_only(needed_later | {file.git_oid for file in files})
     num_bytes = sum(file.size for file in files)
     store.progress.plan(str(request.directory), num_bytes, 0)
-    rows = (row for file in files for _, row in read_rows(store.get(file)))
+    rows = (row for file in files for _, row in read_rows(store.get(file), request.columns))
     repo, commit, *_ = store.snapshot
     manifest = _write_rows(rows, repo, request, commit, store.progress)
     store.keep_only(needed_later)

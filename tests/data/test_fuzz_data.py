@@ -17,6 +17,7 @@ from support.fake_tokenizer import FakeTokenizer
 
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chat, encode_prompt
+from jaxsft.data.containers import object_of
 from jaxsft.data.fields import PARTS
 from jaxsft.data.replies import ConversionReason, Rejected
 from jaxsft.data.rows import (
@@ -164,31 +165,35 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_reader(file: Path, data: bytes) -> None:
     file.write_bytes(data)
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    read = []
+    read, error = [], None
     try:
-        for where, row in read_rows(file):
-            assert isinstance(row, dict)
-            number = int(where.removeprefix(f"{file}:"))
-            assert json.loads(lines[number - 1]) == row
-            read.append(number)
-        stop = len(lines) + 1
+        read += ((where, repr(row)) for where, row in read_rows(file))
         assert read
-    except ValueError as error:
-        match = re.fullmatch(rf"{re.escape(str(file))}(?::(\d+))?: (.+)", str(error), re.DOTALL)
-        assert match, error
-        # Without a number it is the file as a whole that is empty.
-        stop = int(match[1]) if match[1] else len(lines) + 1
-        assert match[1] or not read
-    # Nothing was passed over but blank lines.
-    assert read == [n for n, line in enumerate(lines, 1) if n < stop and line.strip()]
+    except ValueError as caught:
+        error = str(caught)
+        assert re.fullmatch(rf"{re.escape(str(file))}(:(row )?\d+)?: .+", error), error
+    # Objects on lines of their own are read up to the first other line, and nothing is passed over.
+    expected = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line.decode(), object_pairs_hook=object_of)
+            except (ValueError, RecursionError):
+                break
+            if not expected and not isinstance(row, dict):
+                break
+            expected.append((f"{file}:{number}", repr(row)))
+    else:
+        assert error is None or not expected
+    assert read[: len(expected)] == expected
 
 
 @fuzzed
 @given(row=ANY_ROWS | near_valid_rows() | GLAIVE_ROWS | st.builds(dict, messages=MESSAGES))
 def test_any_row_comes_back_from_its_ids(file: Path, row: dict[str, Any]) -> None:
-    file.write_text(json.dumps(row), encoding="utf-8")
-    [(_, read)] = read_rows(file)
-    assert read == row
+    # Twice: one object may be a list of rows with a name.
+    file.write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
+    assert [read for _, read in read_rows(file)] == [row, row]
     check_row(FakeTokenizer(), row)
 
 
