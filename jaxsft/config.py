@@ -222,7 +222,7 @@ class TrainConfig:
     one process stops all."""
 
 
-def split_files(files: list[str] | str) -> list[str]:
+def named_files(files: list[str] | str) -> list[str]:
     """The files that an option names: a list, or texts with commas between names.
 
     A text stays whole if there is a file of this name; so does a comma in brackets.
@@ -252,10 +252,10 @@ def validate(config: TrainConfig) -> None:
         )
     if config.data.stop is not None and config.data.stop <= config.data.start:
         problems.append(f"data.stop {config.data.stop} is not above data.start {config.data.start}")
-    if not split_files(config.data.train_files):
+    if not named_files(config.data.train_files):
         problems.append("data.train_files is empty: name at least one file of rows")
     for name, advice in (("train_files", "give it a weight"), ("eval_files", "name it once")):
-        counts = Counter(map(os.path.abspath, split_files(getattr(config.data, name))))
+        counts = Counter(map(os.path.abspath, named_files(getattr(config.data, name))))
         twice = [file for file, count in counts.items() if count > 1]
         problems += [f"data.{name} names {file} twice; {advice}" for file in twice]
     problems += _sampling_conflicts(config.eval)

@@ -28,7 +28,10 @@ def holds_text(kind: arrow.DataType) -> bool:
         return holds_text(kind.storage_type)
     if types.is_struct(kind):
         children = [kind.field(i) for i in range(kind.num_fields)]
-        media = any(child.name == "bytes" and _is_binary(child.type) for child in children)
+        media = any(
+            child.name == "bytes" and (_is_binary(child.type) or types.is_null(child.type))
+            for child in children
+        )
         return not media and any(holds_text(child.type) for child in children)
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return holds_text(kind.value_type)

@@ -240,8 +240,6 @@ class Lines:
             raise ValueError(f"{self.path}:{number}: {error}") from None
 
 
-def not_utf8(line: bytes, start: int) -> str:
-    """What to say of a line whose byte at `start` is not UTF-8."""
-    return (
-        f"byte {start + 1} of the line (0x{line[start]:02x}) is not UTF-8; save the file as UTF-8"
-    )
+def not_utf8(num_before: int, byte: int) -> str:
+    """What to say of a line that has a byte which is not UTF-8, and so many bytes before it."""
+    return f"byte {num_before + 1} of the line (0x{byte:02x}) is not UTF-8; save the file as UTF-8"

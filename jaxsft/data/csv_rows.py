@@ -69,7 +69,9 @@ class _Feed:
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.lines.where}: {not_utf8(line, error.start)}") from None
+            raise ValueError(
+                f"{self.lines.where}: {not_utf8(error.start, line[error.start])}"
+            ) from None
 
 
 def _checked(records: Any, feed: _Feed) -> Iterator[list[str]]:

@@ -23,6 +23,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "response": ("response", "completion", "output", "solution", "answer"),
 }
 _MBPP = ("text", "code", "test_list", "test_setup_code", "test_imports")
+# Values that say whether, or how much, a row is to be learnt.
+ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
+ROW_SWITCHES = ("label", "train")
 _READ = frozenset((*(name for names in PARTS.values() for name in names), *_MBPP))
 
 _HARMLESS_NAME = re.compile(
@@ -76,6 +79,8 @@ def is_wanted(name: str, holds_text: bool, columns: Mapping[str, str] | None = N
     """
     if columns is not None:
         return name in columns.values()
+    if name in ROW_WEIGHTS or name in ROW_SWITCHES:
+        return True
     return name in _READ or (holds_text and not is_harmless(name))
 
 

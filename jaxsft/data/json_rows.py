@@ -172,6 +172,7 @@ class _Values:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text, self._at = "", 0
         self._line, self._counted = line, 0
+        self._before = 0, 0  # characters and bytes of the line that are not in the text any more
         self._fault: str | None = None  # of the byte behind the text
         self._ended = False
         self._add(pending)
@@ -255,6 +256,11 @@ class _Values:
         if self._ended:
             return False
         self._line, self._counted = self.line, 0
+        dropped = self._text[: self._at]
+        start = dropped.rfind("\n") + 1
+        part = dropped[start:]
+        self._before = (0, 0) if start else self._before
+        self._before = self._before[0] + len(part), self._before[1] + len(part.encode())
         self._text, self._at = self._text[self._at :], 0
         with self.lines.broken_at(self._line + self._text.count("\n")):
             size = min(max(_CHUNK_CHARS, len(self._text)), MAX_ROW_BYTES + 1)
@@ -267,18 +273,25 @@ class _Values:
         except UnicodeDecodeError as error:
             self._ended = True
             self._text += error.object[: error.start].decode("utf-8")
-            line = self._text[self._text.rfind("\n") + 1 :].encode() + error.object[error.start :]
-            self._fault = not_utf8(line, len(line) - len(error.object) + error.start)
+            start = self._text.rfind("\n") + 1
+            num_before = len(self._text[start:].encode()) + (0 if start else self._before[1])
+            self._fault = not_utf8(num_before, error.object[error.start])
         self._ended = self._ended or not data
 
     def _broken(self, error: JSONDecodeError) -> ValueError:
+        if self._text[error.pos : error.pos + 1] in ("\r", "\n"):  # in a text, which no line ends
+            try:
+                _DECODER.raw_decode(self._text[: error.pos], self._at)
+            except JSONDecodeError as caught:
+                error = caught
         if self._fault and not self._is_certain(error):
             return self._error(self._text.count("\n"), self._fault)
         first = self.line
         at = len(self._text[: error.pos].rstrip(" \t\r\n"))  # what is missing is missing there
         at = error.pos if self._text.find("\n", at, error.pos) < 0 else max(at, self._at)
         line = first + self._text.count("\n", self._at, at)
-        column = at - self._text.rfind("\n", 0, at)
+        start = self._text.rfind("\n", 0, at) + 1
+        column = at - start + 1 + (0 if start else self._before[0])
         place = f"column {column}" if line == first else f"line {line}, column {column}"
         return ValueError(
             f"{self.lines.path}:{first}: broken or cut off at {place} ({error.msg}); every line "

@@ -26,7 +26,15 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from jaxsft.data.answer_template import AnswerTemplate
-from jaxsft.data.fields import PARTS, UNREAD, has_text, is_harmless, texts_in
+from jaxsft.data.fields import (
+    PARTS,
+    ROW_SWITCHES,
+    ROW_WEIGHTS,
+    UNREAD,
+    has_text,
+    is_harmless,
+    texts_in,
+)
 from jaxsft.data.messages import ROLES, Message, Messages, read_messages, read_text
 from jaxsft.data.replies import (
     ConvertedReply,
@@ -55,7 +63,6 @@ _CONTROL = re.compile(
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _GSM8K_ANSWER = re.compile(r"(?:^|\n)####(?!#)([^\n]*)\s*$")
-_WEIGHTS = ("weight", "sample_weight", "loss_weight")
 
 
 class Turn(NamedTuple):
@@ -342,9 +349,9 @@ def _check_unused(row: Mapping[str, Any], used: Sequence[str], messages: Sequenc
     for name, value in row.items():
         if value is None or value is UNREAD or name in used:
             continue
-        if name in _WEIGHTS and value != 1 and isinstance(value, int | float):
+        if name in ROW_WEIGHTS and value != 1 and isinstance(value, int | float):
             raise RejectedError("weight", f'"{name}" is {value}; rows are trained alike')
-        if name in ("label", "train") and value is False:
+        if name in ROW_SWITCHES and value is False:
             raise RejectedError("weight", f'"{name}" is false: an answer not to be learnt')
         if is_harmless(name) or not has_text(value):
             continue

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxsft.common.batch import Batch
 from jaxsft.common.text import plural, visible_line
-from jaxsft.config import DataOptions, split_files
+from jaxsft.config import DataOptions, named_files
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chats, shorten
 from jaxsft.data.fields import PARTS
@@ -149,10 +149,10 @@ def answer_template(text: str, system_prompt: str | None) -> AnswerTemplate:
 
 
 def as_list(files: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files, directories and patterns that an option names, see `config.split_files`."""
+    """The files, directories and patterns that an option names, see `config.named_files`."""
     found: list[Path] = []
     for each in [files] if isinstance(files, str | Path) else files:
-        found += [each] if isinstance(each, Path) else map(Path, split_files(each))
+        found += [each] if isinstance(each, Path) else map(Path, named_files(each))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxsft.common.files import file_sha256, read_json
 from jaxsft.common.text import visible_line
-from jaxsft.config import TrainConfig, split_files
+from jaxsft.config import TrainConfig, named_files
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.download.names import parse_hub_name
 from jaxsft.evaluate.heldout import METRICS
@@ -144,7 +144,7 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
 
 def _file_names(files: list[str] | str) -> str:
     """The names; of files without their directories, which the reader does not have."""
-    names = split_files(files)
+    names = named_files(files)
     return ", ".join(_quoted(n if parse_hub_name(n) else Path(n).name) for n in names)
 
 

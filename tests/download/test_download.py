@@ -22,6 +22,7 @@ import pytest
 from support.fake_hub import FakeHub, glaive_rows, parquet_bytes, running_hub
 
 from jaxsft.common.locks import DirectoryLock
+from jaxsft.data.fields import UNREAD
 from jaxsft.data.sources import read_rows
 from jaxsft.download import parts
 from jaxsft.download.files import Hub, HubFile, Snapshot, fetch
@@ -282,7 +283,7 @@ def test_kill_and_resume(download: Download, hub: FakeHub, undisturbed: dict[str
         assert "another process works in it" in download.refused(*MIDDLE)
         process.kill()
     hub.release.set()
-    message = f"{MIDDLE_NAME}: is a directory without manifest.json"
+    message = f"{MIDDLE_NAME}: its download is not finished"
     with pytest.raises(ValueError, match=message):
         next(read_rows(download.home / MIDDLE_NAME))
 
@@ -567,7 +568,7 @@ def test_columns_that_are_kept(download: Download, hub: FakeHub) -> None:
     # Rows with text in other columns stay, for `data.columns`.
     assert "cannot be used as they are: not_utf8 1, unused_text 3" in outcome.out
     made = [row for _, row in read_rows(download.directory / "some--alpaca" / "train")]
-    assert made == [row] * 3
+    assert made == [row | {"source": UNREAD}] * 3
 
 
 def test_a_file_whose_name_would_leave_the_directory(in_process: InProcess, tmp_path: Path) -> None:

@@ -96,11 +96,8 @@ def test_config_files_that_are_none(text: str, files: Path, refuse: Refuse) -> N
     ("lines", "complaint"),
     [
         (['{"prompt": "Why?", "resp'], "rows.jsonl:2: broken or cut off at column 20"),
-        (["[1, 2]"], "rows.jsonl:2: is a JSON list"),
         (['{"prompt": "Why?"}'], r"rows.jsonl:2: no accepted set of fields \(found: prompt\)"),
         (['{"prompt": null, "response": "<think>a</think>b"}'], 'rows.jsonl:2: "prompt" is null'),
-        (['{"prompt": "a", "prompt": "b"}'], 'rows.jsonl:2: the key "prompt" is there more than'),
-        (['{"prompt": "Why?", "response": NaN}'], "rows.jsonl:2: NaN is not JSON"),
         (['{"messages": [{"role": "user", "content": "a"}]}'], "rows.jsonl:2: the roles are user"),
     ],
 )
@@ -115,7 +112,8 @@ def test_data_files(files: Path, refuse: Refuse) -> None:
     assert "missing.jsonl: cannot be read" in refuse(
         "--data.train_files", str(files / "missing.jsonl")
     )
-    assert "is a directory without" in refuse("--data.train_files", str(files))
+    (files / "none").mkdir()
+    assert "is a directory without" in refuse("--data.train_files", str(files / "none"))
     assert "missing.jsonl: cannot be read" in refuse(
         "--data.eval_files", str(files / "missing.jsonl")
     )
