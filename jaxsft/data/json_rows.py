@@ -12,7 +12,7 @@ from json.decoder import JSONDecodeError
 from typing import Any
 
 from jaxsft.data.containers import MAX_ROW_BYTES, Lines, not_utf8, object_of
-from jaxsft.data.fields import is_wanted
+from jaxsft.data.fields import ROW_SWITCHES, is_wanted
 
 _SPACES = re.compile(r"[ \t\r\n]*")
 _MARKS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
@@ -78,7 +78,11 @@ def _rows_in(
 ) -> list[dict[str, Any]] | None:
     """The rows of an object such as {"data": [rows]}; None for an object that is a row itself."""
     where, row = first
-    if not isinstance(row, dict) or any(is_wanted(name, False, columns) for name in row):
+
+    def is_part(name: str) -> bool:
+        return name not in ROW_SWITCHES and is_wanted(name, False, columns)
+
+    if not isinstance(row, dict) or any(map(is_part, row)):
         return None
     lists = {
         name: value
@@ -86,7 +90,7 @@ def _rows_in(
         if isinstance(value, list)
         and value
         and isinstance(value[0], dict)
-        and any(is_wanted(each, False, columns) for each in value[0])
+        and any(map(is_part, value[0]))
     }
     if len(lists) > 1:
         names = ", ".join(f'"{str(name)[:40]}"' for name in list(lists)[:8])
