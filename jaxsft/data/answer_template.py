@@ -34,7 +34,8 @@ class AnswerTemplate:
 
     Raises:
       ValueError: it does not have {reasoning} and then {answer}, each once; there is no marker
-        before the reasoning or between the two; or a marker is, or holds, another one.
+        before the reasoning or between the two; a marker is, or holds, another one; or it has a
+        line end spelt out.
     """
 
     text: str = ANSWER_TEMPLATE
@@ -46,6 +47,11 @@ class AnswerTemplate:
         opening, middle, _ = self._around
         if not opening.strip() or not middle.strip():
             raise ValueError("must have a tag before {reasoning} and one before {answer}")
+        if "\\n" in self.text:
+            raise ValueError(
+                "has a backslash and an n, which are no line end; write $'…\\n…' in a shell, or "
+                "double quotes in YAML"
+            )
         if any(one in other for one, other in permutations(self.markers, 2)):
             raise ValueError("has a tag or word twice, or inside another one; all must differ")
 

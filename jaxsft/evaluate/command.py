@@ -17,7 +17,7 @@ from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import cache_dir, file_sha256
 from jaxsft.common.text import visible_line
-from jaxsft.config import DataOptions
+from jaxsft.config import ANSWER_TEMPLATE, DataOptions
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.bins import pack
 from jaxsft.data.packing import PackedRows, Sample
@@ -161,6 +161,8 @@ def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
     if options.system_prompt:
         text = visible_line(options.system_prompt)
         about += f'; system text "{text[:_SHOWN]}{"…" if len(text) > _SHOWN else ""}"'
+    if options.answer_template != ANSWER_TEMPLATE:
+        about += f"; answers as {visible_line(options.answer_template)}"
     # Rows as short as possible: a token of padding costs as much as any other.
     samples = all_samples(heldout)
     lengths = [len(sample.ids) for sample in samples]

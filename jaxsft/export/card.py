@@ -133,7 +133,10 @@ def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
         f"- base weights in {config.model.param_dtype}, activations in {config.model.dtype}, "
         "adapter in float32",
     ]
-    lines.append(f"- rows whose answer has no reasoning: {_WITHOUT_THOUGHT[data.without_thought]}")
+    without = _WITHOUT_THOUGHT[data.without_thought]
+    if data.system_prompt and data.without_thought == "drop_system":
+        without += " (in a chat, a system turn without text leaves it out)"
+    lines.append(f"- rows whose answer has no reasoning: {without}")
     if data.system_prompt:
         lines.append(
             "- system prompt, in front of the first user turn where a chat had none of its own: "

@@ -354,6 +354,7 @@ def _write_result(run: Run, setup: Setup, after: dict[str, Any], first_step: int
     data = {
         "rows_read": report.rows_read,
         "samples": report.samples,
+        "samples_without_reasoning": report.noted.get("plain_completion", 0),
         "tokens": report.num_tokens,
         "loss_tokens": report.num_loss_tokens,
         "heldout_samples": 0 if heldout is None else heldout.report.samples,

@@ -241,6 +241,8 @@ def test_columns_are_reported_and_contradictions_refused(write, fake):
     for options, words in (
         ({"columns": {"promt": "task"}}, "'promt' is no part of a row; use messages, system"),
         ({"answer_template": "{answer}"}, "must have {reasoning} and then {answer}"),
+        ({"answer_template": "<a>{reasoning}</a>\\n{answer}"}, "backslash and an n"),
+        ({"answer_template": "So: {reasoning} And So: {answer}"}, "or inside another one"),
         ({"answer_template": "<a>{reasoning}</a>{answer}"}, "asks for <reasoning>, which data.ans"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
