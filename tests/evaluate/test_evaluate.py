@@ -185,4 +185,4 @@ def test_the_second_model_is_checked_before_the_first_is_measured(
     (base / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "lacks model-00001-of-00002.safetensors" in refused()
+    assert "missing model-00001-of-00002.safetensors" in refused()
