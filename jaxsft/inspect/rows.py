@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from jaxsft.common.batch import BoolArray, Int32Array
 from jaxsft.common.text import plural, visible_line, visible_text
+from jaxsft.config import ANSWER_TEMPLATE
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.tokenizer import Tokenizer
@@ -250,9 +251,12 @@ def fates(prepared: Prepared) -> list[Fate]:
 
 def lessons(prepared: Prepared) -> dict[str, str]:
     """What becomes of the rows by the recipe, by name, as text: the system text, the form of the
-    answers, the policies, and the columns of each file."""
+    answers, the policies, and the columns of each file.
+
+    A set of an earlier version has the default form and knows no policies.
+    """
     options, report = prepared.manifest["made_from"]["options"], prepared.report
-    template = AnswerTemplate(options["answer_template"])
+    template = AnswerTemplate(options.get("answer_template", ANSWER_TEMPLATE))
     opening, end = template.literals[0][-1], template.end_of_answer or "the end"
     plain = plural(report.noted.get("plain_completion", 0), "sample")
     found = {
@@ -262,8 +266,10 @@ def lessons(prepared: Prepared) -> dict[str, str]:
         "{answer}": visible_line(f"from {template.start_of_answer} to {end}"),
     }
     for name, policies in _POLICIES.items():
-        found[name] = f"{options[name]}: {policies[options[name]]}"
-    found["without_thought"] += f" ({plain})"
+        if name in options:
+            found[name] = f"{options[name]}: {policies[options[name]]}"
+    if "without_thought" in found:
+        found["without_thought"] += f" ({plain})"
     named = options.get("columns") or {}
     if named:
         found["columns"] = ", ".join(

@@ -410,3 +410,10 @@ def test_a_prepared_directory_alone_shows_the_same(inspect: Inspect, files: Path
     shown = first.splitlines()[:-1]
     assert (code, again) == (0, (0, "\n".join([*shown, f"in {directory}", ""]), ""))
     assert "⟦<reasoning>Because.</reasoning>↵\n<answer>B</answer>⟨end_of_turn⟩⟧" in first
+    manifest = json.loads((directory / "manifest.json").read_text())
+    options = manifest["made_from"]["options"]
+    for name in ("answer_template", "without_thought", "earlier_reasoning", "columns"):
+        del options[name]  # as an earlier version left it
+    (directory / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    code, out, err = inspect("--prepared", str(directory))
+    assert (code, err) == (0, "") and "{answer}" in out and "earlier_reasoning" not in out
