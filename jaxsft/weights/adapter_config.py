@@ -113,8 +113,7 @@ def read_adapter_config(directory: Path | str) -> AdapterConfig:
     path = Path(directory) / CONFIG_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if "lora_parameters" in raw or "lora_layers" in raw:
-            raise _refused(path, ["lora_parameters"], _MLX)
+        _check_kind(path, raw)
         _check_settings(path, raw)
     except _UNREADABLE as error:
         if isinstance(error, _RefusedError):
@@ -166,15 +165,22 @@ def _refused(path: Path, problems: Sequence[str], advice: str) -> _RefusedError:
     return _RefusedError(f"{shortened(str(path), 200)}: not supported: {shown}{more}; {advice}")
 
 
+def _check_kind(path: Path, raw: dict[str, Any]) -> None:
+    """ValueError for an adapter that is no LoRA of PEFT: its settings are others."""
+    if "lora_parameters" in raw or "lora_layers" in raw:
+        raise _refused(path, ["lora_parameters"], _MLX)
+    kind = raw.get("peft_type")
+    if kind is not None and kind != "LORA":
+        is_merged = not str(kind).startswith(_NEVER_MERGED)
+        line = f"peft_type={kind!r} (only LORA)"
+        raise _refused(path, [line], MERGE if is_merged else _NO_MERGE)
+
+
 def _check_settings(path: Path, raw: dict[str, Any]) -> None:
     """ValueError for settings of more than plain LoRA; the errors of odd types pass."""
-    raw["r"], raw["lora_alpha"], raw["target_modules"]  # a KeyError names what is missing
+    raw["peft_type"], raw["r"], raw["lora_alpha"]  # a KeyError names what is missing
+    raw["target_modules"]
     problems, advice = [], MERGE
-    kind = raw.get("peft_type")
-    if kind != "LORA":
-        problems.append(f"peft_type={kind!r} (only LORA)")
-        if str(kind).startswith(_NEVER_MERGED):
-            advice = _NO_MERGE
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         problems.append(f"init_lora_weights={init!r} (it changed the base's weights too)")
@@ -263,6 +269,8 @@ def _check_scope(path: Path, raw: dict[str, Any], layers: set[int], found: set[s
     if not isinstance(targets, list) or ends & {lora.ALL_LINEAR, "all"}:
         return
     absent = sorted(ends & {*lora.TARGETS, "lm_head", "embed_tokens"} - found)
+    if raw.get("exclude_modules"):  # PEFT writes "all-linear" out, and what it excludes too
+        absent = []
     if other := [name for name in absent if name not in lora.TARGETS]:
         line = f"target_modules: {other[0]!r} is not a linear layer of Gemma's blocks"
         raise _refused(path, [line], MERGE)

@@ -66,6 +66,7 @@ def refusal(directory: Path) -> str:
         {"target_modules": ["q_proj", "up_proj", "query_key_value", "w1"]},
         {"target_modules": r"(?:.*?(?:language|text).*?(?:q_proj|up_proj).*?)|(a+)+$"},
         {"target_modules": "all-linear", "exclude_modules": r".*(k|v|o|gate|down)_proj"},
+        {"target_modules": list(lora.TARGETS), "exclude_modules": ["k_proj", "v_proj"]},
         {"target_modules": None},
         {"layers_to_transform": [2, 0, 1], "layers_pattern": "layers"},
         {"rank_pattern": {"q_proj": RANK}, "alpha_pattern": {"(a+)+$": ALPHA}},
@@ -157,6 +158,9 @@ def test_what_is_no_plain_lora(
 def test_directories_without_an_adapter_s_weights(
     made: tuple[dict[str, Any], Tensors], tmp_path: Path
 ) -> None:
+    # Adapters of other kinds have neither r nor lora_alpha.
+    (tmp_path / CONFIG_NAME).write_text('{"peft_type": "IA3", "target_modules": ["k_proj"]}')
+    assert "peft_type='IA3' (only LORA); merge it" in refusal(tmp_path)
     (tmp_path / CONFIG_NAME).write_text(json.dumps(made[0]))
     for name, advice in {
         "adapter_model.bin": "is a pickle, which could run any code",
