@@ -1,6 +1,7 @@
-"""Reads rows of CSV and TSV: a header line, then a row for each record, all of them texts.
+"""Reads rows of CSV and TSV: a header line, then a row for each record.
 
-Quoted cells may hold the delimiter, quotes (doubled) and ends of lines. An empty cell is "".
+Quoted cells may hold the delimiter, quotes (doubled) and ends of lines. An empty cell is "". Cells
+are texts; only in columns that are no part of the conversation a number, true or false is one.
 """
 
 import csv
@@ -10,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxsft.data.containers import MAX_ROW_BYTES, Lines, not_utf8, object_of
-from jaxsft.data.fields import is_wanted
+from jaxsft.data.fields import ROW_SWITCHES, ROW_WEIGHTS, is_wanted
 
 _DELIMITERS = "\t,;"
 _QUOTED = re.compile(r'"(?:[^"]|"")*+"')
+_NUMBER = re.compile(r"[+-]?\d{1,18}(\.\d{0,18})?([eE][+-]?\d{1,3})?", re.ASCII)
 _NAME = re.compile(r"[^\W_][\w .:/()-]{0,63}|_\w{1,63}")
 
 
@@ -34,13 +36,29 @@ def read_csv(
     delimiter = next((each for each in _DELIMITERS if each in outside), ",")
     records = csv.reader(feed, delimiter=delimiter, strict=True)
     names = _names(feed, next(_checked(records, feed), []), columns)
+    others = [i for i, name in enumerate(names) if not _is_part(name, columns)]
     feed.start_record()
     for cells in _checked(records, feed):
         if cells:
-            is_whole = len(cells) <= len(names)
-            row = object_of(zip(names, cells, strict=False)) if is_whole else cells
-            yield f"{lines.path}:{feed.first}", row
+            if len(cells) > len(names):
+                yield f"{lines.path}:{feed.first}", cells
+            else:
+                for i in others:
+                    if i < len(cells):
+                        cells[i] = _scalar(cells[i])
+                yield f"{lines.path}:{feed.first}", object_of(zip(names, cells, strict=False))
         feed.start_record()
+
+
+def _is_part(name: str, columns: Mapping[str, str] | None) -> bool:
+    signals = (*ROW_WEIGHTS, *ROW_SWITCHES)
+    return name not in signals and is_wanted(name, False, columns)
+
+
+def _scalar(cell: str) -> Any:
+    if cell.lower() in ("true", "false"):
+        return cell.lower() == "true"
+    return float(cell) if _NUMBER.fullmatch(cell) else cell
 
 
 class _Feed:
@@ -74,7 +92,7 @@ class _Feed:
             ) from None
 
 
-def _checked(records: Any, feed: _Feed) -> Iterator[list[str]]:
+def _checked(records: Any, feed: _Feed) -> Iterator[list[Any]]:
     try:
         yield from records
     except csv.Error as error:
@@ -85,7 +103,7 @@ def _checked(records: Any, feed: _Feed) -> Iterator[list[str]]:
 
 
 def _names(feed: _Feed, cells: list[str], columns: Mapping[str, str] | None) -> list[str]:
-    names = [cell.strip() for cell in cells]
+    names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]
     known = any(is_wanted(name, False, columns) for name in names)
     if not known and (len(names) < 2 or not all(map(_NAME.fullmatch, names))):
         shown = json.dumps(", ".join(names)[:60], ensure_ascii=False)

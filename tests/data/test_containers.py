@@ -111,6 +111,7 @@ def test_long_arrays_are_read_piece_by_piece(tmp_path):
             "prompt,response\na,b,c\n\nd\n,",
             [list("abc"), {"prompt": "d"}, dict(ROWS[1], prompt="")],
         ),
+        (",prompt,train\n0,5,False", [{"": 0.0, "prompt": "5", "train": False}]),
         ("prompt,prompt\na,b", [{"prompt": Repeated("ab")}]),
         ("prompt\n" + "x" * 200_000, [{"prompt": "x" * 200_000}]),
     ],
