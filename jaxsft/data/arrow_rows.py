@@ -14,7 +14,7 @@ import pyarrow as arrow
 import pyarrow.compute as compute
 from pyarrow import types
 
-from jaxsft.data.containers import MAX_ROW_BYTES, Container, object_of
+from jaxsft.data.containers import MAX_ROW_BYTES, Container, columns_for, object_of
 from jaxsft.data.fields import UNREAD, is_wanted
 
 CHUNK_ROWS = 256  # converted to Python objects together, fewer if they are long
@@ -56,6 +56,7 @@ class RowMaker:
         self.where = f"{container.path}:row "
         self.number = 0  # of rows so far
         self.names = schema.names
+        columns = columns_for(self.names, columns)
         self.wanted = [is_wanted(each.name, holds_text(each.type), columns) for each in schema]
         self._make = dict if len(set(self.names)) == len(self.names) else object_of
         self._is_plain = (

@@ -12,7 +12,7 @@ import io
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -83,6 +83,13 @@ def object_of(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         values.setdefault(name, []).append(value)
     return {name: each[0] if len(each) == 1 else Repeated(each) for name, each in values.items()}
+
+
+def columns_for(
+    names: Collection[Any], columns: Mapping[str, str] | None
+) -> Mapping[str, str] | None:
+    """`data.columns` for a file or row that has one of them; None for others, as in rows.py."""
+    return columns if columns and not set(columns.values()).isdisjoint(names) else None
 
 
 def check_expansion(where: str, size: int, packed_bytes: int) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxsft.data.containers import MAX_ROW_BYTES, Lines, not_utf8, object_of
+from jaxsft.data.containers import MAX_ROW_BYTES, Lines, columns_for, not_utf8, object_of
 from jaxsft.data.fields import ROW_SWITCHES, ROW_WEIGHTS, is_wanted
 
 _DELIMITERS = "\t,;"
@@ -36,6 +36,7 @@ def read_csv(
     delimiter = next((each for each in _DELIMITERS if each in outside), ",")
     records = csv.reader(feed, delimiter=delimiter, strict=True)
     names = _names(feed, next(_checked(records, feed), []), columns)
+    columns = columns_for(names, columns)
     others = [i for i, name in enumerate(names) if not _is_part(name, columns)]
     feed.start_record()
     for cells in _checked(records, feed):
@@ -104,6 +105,7 @@ def _checked(records: Any, feed: _Feed) -> Iterator[list[Any]]:
 
 def _names(feed: _Feed, cells: list[str], columns: Mapping[str, str] | None) -> list[str]:
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]
+    columns = columns_for(names, columns)
     known = any(is_wanted(name, False, columns) for name in names)
     if not known and (len(names) < 2 or not all(map(_NAME.fullmatch, names))):
         shown = json.dumps(", ".join(names)[:60], ensure_ascii=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from json.decoder import JSONDecodeError
 from typing import Any
 
-from jaxsft.data.containers import MAX_ROW_BYTES, Lines, not_utf8, object_of
+from jaxsft.data.containers import MAX_ROW_BYTES, Lines, columns_for, not_utf8, object_of
 from jaxsft.data.fields import ROW_SWITCHES, is_wanted
 
 _SPACES = re.compile(r"[ \t\r\n]*")
@@ -79,18 +79,16 @@ def _rows_in(
     """The rows of an object such as {"data": [rows]}; None for an object that is a row itself."""
     where, row = first
 
-    def is_part(name: str) -> bool:
-        return name not in ROW_SWITCHES and is_wanted(name, False, columns)
+    def has_part(row: dict[str, Any]) -> bool:
+        named = columns_for(row, columns)
+        return any(name not in ROW_SWITCHES and is_wanted(name, False, named) for name in row)
 
-    if not isinstance(row, dict) or any(map(is_part, row)):
+    if not isinstance(row, dict) or has_part(row):
         return None
     lists = {
         name: value
         for name, value in row.items()
-        if isinstance(value, list)
-        and value
-        and isinstance(value[0], dict)
-        and any(map(is_part, value[0]))
+        if isinstance(value, list) and value and isinstance(value[0], dict) and has_part(value[0])
     }
     if len(lists) > 1:
         names = ", ".join(f'"{str(name)[:40]}"' for name in list(lists)[:8])

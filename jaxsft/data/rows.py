@@ -153,6 +153,8 @@ def convert_row(row: Any, options: RowOptions = DEFAULTS) -> Conversation | Reje
         return conversation._replace(fields=_row_fields(_names(row), used, unused))
     except RejectedError as error:
         return error.rejected
+    except RecursionError:
+        return Rejected("wrong_field", "a field is nested too deeply")
 
 
 def convert_prompt(row: Any, options: RowOptions = DEFAULTS) -> tuple[Turn, ...] | Rejected:
@@ -171,6 +173,8 @@ def convert_prompt(row: Any, options: RowOptions = DEFAULTS) -> tuple[Turn, ...]
         return tuple(turn for turn, _ in _turns(messages, options))
     except RejectedError as error:
         return error.rejected
+    except RecursionError:
+        return Rejected("wrong_field", "a field is nested too deeply")
 
 
 def _names(row: Mapping[str, Any]) -> tuple[str, ...]:

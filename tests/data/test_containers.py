@@ -111,7 +111,7 @@ def test_long_arrays_are_read_piece_by_piece(tmp_path):
             "prompt,response\na,b,c\n\nd\n,",
             [list("abc"), {"prompt": "d"}, dict(ROWS[1], prompt="")],
         ),
-        (",prompt,train\n0,5,False", [{"": 0.0, "prompt": "5", "train": False}]),
+        (",prompt,train\n0,5,False", [{"column 1": 0.0, "prompt": "5", "train": False}]),
         ("prompt,prompt\na,b", [{"prompt": Repeated("ab")}]),
         ("prompt\n" + "x" * 200_000, [{"prompt": "x" * 200_000}]),
     ],
@@ -202,6 +202,8 @@ def test_columns_of_every_type(tmp_path, write):
     }
     [(_, row)] = read_rows(path, {"prompt": "number"})
     assert row == dict.fromkeys(row, UNREAD) | {"number": 1}
+    [(_, row)] = read_rows(path, {"prompt": "a column of another file"})
+    assert row["prompt"] == "p"
 
 
 def test_types_of_arrow_alone(tmp_path):
