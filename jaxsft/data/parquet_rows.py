@@ -6,7 +6,8 @@ are not looked at.
 """
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as arrow
@@ -14,7 +15,7 @@ import pyarrow.parquet as parquet
 from pyarrow import types
 
 from jaxsft.data.arrow_rows import CHUNK_ROWS, RowMaker, check_num_rows, slices
-from jaxsft.data.containers import Container, check_expansion
+from jaxsft.data.containers import Container, check_expansion, open_container
 from jaxsft.data.thrift import ThriftError, get_int, get_struct, get_structs, read_struct
 
 _MOST_BATCH_BYTES = 256 * 2**20  # that a batch may have decoded
@@ -43,6 +44,7 @@ class _Chunk(NamedTuple):
     repeated_bytes: int
     repeated_values: int
     has_deltas: bool
+    may_stay_packed: bool = True
 
     @property
     def stays_packed(self) -> bool:
@@ -52,7 +54,8 @@ class _Chunk(NamedTuple):
         """
         num_values = sum(page.num_values for page in self.pages)
         is_packed = self.repeated_values == num_values and not self.has_deltas
-        return is_packed and not self.is_list and self.repeated_bytes > _LARGE_DICTIONARY
+        is_large = self.repeated_bytes > _LARGE_DICTIONARY
+        return self.may_stay_packed and is_packed and is_large and not self.is_list
 
 
 def read_parquet(
@@ -78,7 +81,7 @@ def read_parquet(
                 if not about.num_rows:
                     continue  # it may have no pages
                 chunks = _chunks(data, file, about, maker.wanted)
-                size = _batch_rows(container, data, group, chunks)
+                size = _batch_rows(container.path, data, group, chunks, CHUNK_ROWS)
                 packed = [chunk.path for chunk in chunks if chunk.stays_packed]
                 reader = _open(data, packed) if packed else file
                 for batch in reader.iter_batches(size, row_groups=[group], columns=names):
@@ -106,9 +109,55 @@ def _open(data: mmap.mmap, dictionaries: list[str] | None = None) -> parquet.Par
     )
 
 
-def _batch_rows(container: Container, data: mmap.mmap, group: int, chunks: list[_Chunk]) -> int:
+def bounded_batches(
+    path: Path, start: int, stop: int, *, keeps: Callable[[arrow.DataType], bool], most_rows: int
+) -> Iterator[arrow.RecordBatch]:
+    """Rows [start, stop) of a Parquet file as batches, for what copies columns.
+
+    Args:
+      path: of the file.
+      start: number of the first row, from 0.
+      stop: number of the first row not to read.
+      keeps: whether columns of a type are read.
+      most_rows: in a batch.
+
+    Raises:
+      ValueError: it is no complete Parquet file, or it expands too much.
+      OSError: it cannot be read.
+    """
+    offset = 0
+    try:
+        with open_container(path) as container:
+            if container.kind != "parquet":
+                raise arrow.ArrowInvalid("it begins otherwise")
+            data = mmap.mmap(container.file.fileno(), 0, access=mmap.ACCESS_READ)
+            file = _open(data)
+            wanted = [keeps(field.type) for field in file.schema_arrow]
+            names = [field.name for field in file.schema_arrow if keeps(field.type)]
+            for group, about in enumerate(_row_groups(data)):
+                if offset + about.num_rows <= start or offset >= stop or not about.num_rows:
+                    offset += about.num_rows
+                    continue
+                chunks = [
+                    chunk._replace(may_stay_packed=False)
+                    for chunk in _chunks(data, file, about, wanted)
+                ]
+                size = _batch_rows(path, data, group, chunks, most_rows)
+                for batch in file.iter_batches(size, row_groups=[group], columns=names):
+                    begin = max(start - offset, 0)
+                    if part := batch.slice(begin, max(stop - offset - begin, 0)):
+                        yield part
+                    offset += batch.num_rows
+    except (arrow.ArrowException, ThriftError) as error:
+        why = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path}: not a complete Parquet file ({why})") from None
+
+
+def _batch_rows(
+    path: Path, data: mmap.mmap, group: int, chunks: list[_Chunk], most_rows: int
+) -> int:
     """Rows of the row group that may be decoded together; ValueError if its pages are too large."""
-    where = f"{container.path}: row group {group}"
+    where = f"{path}: row group {group}"
     unpacked_bytes = sum(c.repeated_bytes + sum(p.num_bytes for p in c.pages) for c in chunks)
     check_expansion(where, unpacked_bytes, sum(chunk.packed_bytes for chunk in chunks))
     open_bytes = sum(_two_largest(chunk) for chunk in chunks)
@@ -119,7 +168,7 @@ def _batch_rows(container: Container, data: mmap.mmap, group: int, chunks: list[
             f"open together, {num_values:,} values in lists); write it again with smaller row "
             "groups and pages, or save it as JSONL"
         )
-    rows = CHUNK_ROWS
+    rows = most_rows
     repeated = sum(c.repeated_bytes for c in chunks if not c.is_list and not c.stays_packed)
     if repeated:
         rows = max(1, min(rows, _MOST_BATCH_BYTES // repeated))

@@ -22,6 +22,7 @@ import pyarrow.parquet as parquet
 
 from jaxsft.common.files import file_sha256, whole_file, write_json
 from jaxsft.data.fields import UNREAD
+from jaxsft.data.parquet_rows import bounded_batches
 from jaxsft.data.rows import Rejected, RowOptions, convert_row
 from jaxsft.data.sources import ROWS_MANIFEST
 
@@ -121,26 +122,7 @@ def parquet_batches(file: Path, start: int, stop: int) -> Iterator[arrow.RecordB
     Raises:
       ValueError: it is not a complete Parquet file.
     """
-    groups: list[int] = []
-    first = offset = 0
-    try:
-        with parquet.ParquetFile(file) as source:
-            columns = [field.name for field in source.schema_arrow if _is_kept(field.type)]
-            for index in range(source.num_row_groups):
-                num_rows = source.metadata.row_group(index).num_rows
-                if first < stop and first + num_rows > start:
-                    offset = offset if groups else first
-                    groups.append(index)
-                first += num_rows
-            for batch in source.iter_batches(_CHUNK_ROWS, row_groups=groups, columns=columns):
-                end = offset + batch.num_rows
-                if end > start and offset < stop:
-                    begin = max(start - offset, 0)
-                    yield batch.slice(begin, min(end, stop) - offset - begin)
-                offset = end
-    except arrow.ArrowException as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{file}: not a complete Parquet file ({why})") from None
+    return bounded_batches(file, start, stop, keeps=_is_kept, most_rows=_CHUNK_ROWS)
 
 
 def write_parquet_part(
