@@ -23,25 +23,34 @@ PARTS: dict[str, tuple[str, ...]] = {
     "response": ("response", "completion", "output", "solution", "answer"),
 }
 _MBPP = ("text", "code", "test_list", "test_setup_code", "test_imports")
-# Values that say whether, or how much, a row is to be learnt.
-ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
-ROW_SWITCHES = ("label", "train")
+# Whether something is to be learnt: 1 or true in LEARN, 0 or false in SKIP; also of a message.
+LEARN = (
+    *("weight", "loss_weight", "sample_weight", "loss_scale", "loss_mask", "train", "trainable"),
+    *("training", "should_train", "is_trained", "train_on_turn", "learn", "loss", "desirable"),
+    *("kto_tag", "weights", "train_detail", "training_detail"),
+)
+SKIP = ("mask", "masked", "ignore", "ignored", "skip", "rejected")
 _READ = frozenset((*(name for names in PARTS.values() for name in names), *_MBPP))
+_WEIGHTS = frozenset((*LEARN, *SKIP, "label"))
 
 _HARMLESS_NAME = re.compile(
     r"(.*_)?(id|ids|idx|index|uid|uuid|guid|hash|md5|sha|sha1|sha256|digest|fingerprint)"
-    r"|(.*_)?(source|sources|origin|dataset|data_source|subset|split|repo|file|filename)"
-    r"|(.*_)?(config|configs|quality_explanation|knowledge)"
+    r"|(.*_)?(source|sources|origin|dataset|data_source|subset|split|repo|filename)"
     r"|(.*_)?(url|urls|link|links|license|licence|author|annotator|worker|creator)"
-    r"|(.*_)?(lang|language|languages|locale|country|region|script)"
+    r"|(.*_)?(lang|language|languages|locale)|turn_identifier|hashed_ip|toxic|redacted|signature"
     r"|(.*_)?(date|time|timestamp|created|created_at|updated_at|version|revision|seed)"
     r"|(.*_)?(model|model_name|generator|teacher|engine|tokenizer|finish_reasons?|stop_reason)"
     r"|(.*_)?(score|scores|rating|ratings|quality|difficulty|level|reward|rewards|logprob|logprobs)"
     r"|(.*_)?(perplexity|ppl|loss|similarity|distance|confidence|agreement|votes|likes|rank)"
-    r"|(.*_)?(count|counts|length|lengths|tokens|token_count|num_tokens|chars|words|size|cost)"
-    r"|(.*_)?(category|categories|topic|topics|subject|domain|tag|tags|label|labels|type|types)"
-    r"|(.*_)?(keyword|keywords|intent|skill|skills|status|flag|flags|metadata|meta)"
-    r"|(num|n|is|has)_.*|llama_guard_2|challenge_test_list"
+    r"|(.*_)?(count|counts|length|lengths|tokens|token_count|num_tokens|chars|size|cost)"
+    r"|(.*_)?(category|categories|topic|domain|tag|tags|label|labels|type|types)"
+    r"|(.*_)?(intent|skill|skills|status|flag|flags|metadata|meta)|llama_guard_2"
+    r"|challenge_test_list"
+)
+_NO_TEXT = frozenset(("[]", "{}", "null", "none", "nan", "n/a"))
+# Values of a field such as "reasoning" that switch thinking on or off; no thoughts.
+_FLAGS = frozenset(
+    (*_NO_TEXT, "on", "off", "yes", "no", "true", "false", "enabled", "disabled", "auto")
 )
 
 
@@ -77,11 +86,28 @@ def is_wanted(name: str, holds_text: bool, columns: Mapping[str, str] | None = N
         times, bytes, and media (a struct with bytes in it) cannot.
       columns: `data.columns`, the columns that the user named for each part.
     """
+    if name in _WEIGHTS:
+        return True
     if columns is not None:
         return name in columns.values()
-    if name in ROW_WEIGHTS or name in ROW_SWITCHES:
-        return True
     return name in _READ or (holds_text and not is_harmless(name))
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value is null: None, NaN (pandas' null) or a column that was not read."""
+    return value is None or value is UNREAD or (isinstance(value, float) and value != value)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value is an empty list or object, or a text without anything but white space."""
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, list | dict) and not value
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a value only switches thinking on or off, and is no thought."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _FLAGS)
 
 
 def has_text(value: Any) -> bool:
@@ -92,8 +118,8 @@ def has_text(value: Any) -> bool:
 def texts_in(value: Any) -> Iterator[str]:
     """The strings in the value that are not blank, at any depth; no names of roles and types."""
     if isinstance(value, str):
-        if value.strip():
-            yield value
+        if value.strip() and value.strip().lower() not in _NO_TEXT:
+            yield value.strip()
     elif isinstance(value, Mapping):
         for name, each in value.items():
             if name not in ("role", "from", "type"):
@@ -101,3 +127,10 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for each in value:
             yield from texts_in(each)
+
+
+def holds_parts(value: Any) -> bool:
+    """Whether an object inside the value has a field with the name of a part."""
+    if isinstance(value, Mapping):
+        return any(name in _READ or holds_parts(each) for name, each in value.items())
+    return isinstance(value, list | tuple) and any(map(holds_parts, value))

@@ -71,7 +71,7 @@ def duplicates() -> Filter:
     def filter_(conversation: Conversation) -> Rejected | None:
         digest = hashlib.blake2b(digest_size=16)
         for turn in conversation.turns:
-            digest.update(f"{turn.role}\0{turn.content}\0".encode())
+            digest.update(f"{turn.role}\0{turn.content}\0{turn.is_trained}\0".encode())
         key = digest.digest()
         if key in seen:
             return Rejected("duplicate", "the same conversation came before")

@@ -45,18 +45,27 @@ _THOUGHT_TAGS = (
 # Tags around the whole answer after a thought; they are removed.
 _ANSWER_TAGS = (
     ("<answer>", "</answer>"),
+    ("<Answer>", "</Answer>"),
+    ("<solution>", "</solution>"),
+    ("<final_answer>", "</final_answer>"),
     ("<|begin_of_solution|>", "<|end_of_solution|>"),
 )
-_NAME = r"(?:think|thought|reason|reflect|scratchpad|monologue|rationale|analysis|channel|cot\b)"
+_NAME = (
+    r"(?:think|thought|reasoning|reflect|scratchpad|monologue|rationale|analysis|planning|internal)"
+)
+# A tag, perhaps with attributes, that begins a text.
 _UNKNOWN_TAG = re.compile(
-    rf"<\|?[\w:. -]{{0,30}}{_NAME}[\w:. -]{{0,30}}\|?>|\[[A-Z_ ]{{0,30}}(?:THINK|THOUGHT|REASON)"
-    rf"[A-Z_ ]{{0,30}}\]|◁[^▷\n]{{1,30}}▷",
+    rf"</?[\w:. -]{{0,30}}{_NAME}[^<>\n]{{0,60}}>|<\|(?:[\w ]*{_NAME}[\w ]*|channel|cot)\|?>"
+    rf"|\[/?\w{{0,30}}(?:think|thought|reasoning)\w{{0,30}}\](?!\()|◁/?\w{{1,30}}▷"
+    r"|&lt;/?think(?:ing)?&gt;",
     re.IGNORECASE,
 )
+# The end of such an element anywhere: what stands before it is a thought.
+_UNKNOWN_END = re.compile(rf"</\w{{0,30}}{_NAME}\w{{0,30}}>|&lt;/think(?:ing)?&gt;", re.IGNORECASE)
 # Tags that no ordinary text has: one that is left over would be taught.
 _SPECIAL_TAGS = (
     *(tag for pair in _THOUGHT_TAGS[4:] for tag in pair),
-    *_ANSWER_TAGS[1],
+    *_ANSWER_TAGS[-1],
 )
 
 
@@ -92,32 +101,58 @@ def convert_reply(text: str, thought: str | None, template: AnswerTemplate) -> C
       thought: of the field for it, if the row has one; blank is none.
       template: the form to teach.
     """
-    text = text.strip()
+    text = _trimmed(text)
     if not text:
         raise RejectedError("empty_answer", "the response is empty")
-    if thought is not None and thought.strip():
-        inside = next((tag for tag in THINK if tag in text or tag in thought), None)
-        if inside:
-            raise RejectedError("several_thoughts", f"a field for the thought and {inside} as well")
-        return _formatted(thought, text, template)
+    if thought is not None and _trimmed(thought):
+        return _with_field(text, _trimmed(thought), template)
     parts = template.split(text)
     if parts is not None:
         return _formatted(*parts, template)
     tags = _tags_of(text)
     if tags is not None:
         return _split_at_tags(text, tags, template)
-    if tag := _UNKNOWN_TAG.match(text):
+    if tag := _UNKNOWN_TAG.match(text) or ("/" in text and _UNKNOWN_END.search(text)):
         raise RejectedError("unknown_tags", f"{tag[0]} is no thought tag that is converted")
     return _plain(text, template)
 
 
+def _trimmed(text: str) -> str:
+    """Without white space at its ends, and the invisible marks that editors leave there."""
+    return text.strip().strip("\ufeff\u200b").strip()
+
+
+def _with_field(text: str, thought: str, template: AnswerTemplate) -> ConvertedReply:
+    """A reply whose thought has a field of its own; the text may repeat the same thought."""
+    for opening, closing in _THOUGHT_TAGS:
+        thought = _inside(thought, opening, closing)
+        before, end, answer = text.partition(closing)
+        if end and before.startswith(opening):
+            if before.removeprefix(opening).strip() in ("", thought):
+                text = answer.strip()
+            break
+    for part in (text, thought):
+        unknown = _UNKNOWN_TAG.match(part)
+        tag = next((tag for tag in THINK if tag in part), unknown and unknown[0])
+        if tag:
+            raise RejectedError("several_thoughts", f"a field for the thought and {tag} as well")
+    return _formatted(thought, text, template)
+
+
+def _inside(text: str, opening: str, closing: str) -> str:
+    """What stands between the tags, if they are around the whole text; else the text."""
+    inside = text.removeprefix(opening).removesuffix(closing)
+    is_around = len(inside) == len(text) - len(opening) - len(closing)
+    return inside.strip() if is_around and opening not in inside else text
+
+
 def _tags_of(text: str) -> tuple[str, str] | None:
-    """The thought tags of a text. Words in <> other than think count as a pair or in front only."""
+    """The thought tags of a text: <think> anywhere, other words as a pair, in front, or closed."""
     if THINK[0] in text or THINK[1] in text:
         return THINK
     for opening, closing in _THOUGHT_TAGS:
-        is_special = closing in _SPECIAL_TAGS
-        if text.startswith(opening) or (closing in text and (is_special or opening in text)):
+        may_open_before = closing != "</reasoning>"  # which is the marker of a broken answer
+        if text.startswith(opening) or (closing in text and (may_open_before or opening in text)):
             return opening, closing
     return None
 
@@ -147,11 +182,9 @@ def _split_at_tags(text: str, tags: tuple[str, str], template: AnswerTemplate) -
 def _formatted(
     thought: str, answer: str, template: AnswerTemplate, note: Note | None = None
 ) -> ConvertedReply:
-    reasoning, answer = thought.strip(), answer.strip()
+    reasoning, answer = _trimmed(thought), _trimmed(answer)
     for opening, closing in _ANSWER_TAGS:
-        inside = answer.removeprefix(opening).removesuffix(closing)
-        if len(inside) == len(answer) - len(opening) - len(closing) and opening not in inside:
-            answer = inside.strip()
+        answer = _inside(answer, opening, closing)
     if not answer:
         raise RejectedError("empty_answer", "nothing follows the reasoning")
     if not reasoning:
@@ -160,6 +193,8 @@ def _formatted(
         return _plain(answer, template)
     _check_tags(reasoning, "inside the reasoning", template)
     _check_tags(answer, "inside the answer", template)
+    if tag := _UNKNOWN_TAG.match(reasoning) or _UNKNOWN_TAG.match(answer):
+        raise RejectedError("unknown_tags", f"{tag[0]} is left in front of a part")
     return ConvertedReply(template.join(reasoning, answer), reasoning, answer, note)
 
 

@@ -28,14 +28,22 @@ from typing import Any, Literal, NamedTuple
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.fields import (
     PARTS,
-    ROW_SWITCHES,
-    ROW_WEIGHTS,
-    UNREAD,
     has_text,
+    holds_parts,
+    is_absent,
+    is_blank,
+    is_flag,
     is_harmless,
     texts_in,
 )
-from jaxsft.data.messages import ROLES, Message, Messages, read_messages, read_text
+from jaxsft.data.messages import (
+    ROLES,
+    Message,
+    Messages,
+    field_against_learning,
+    read_messages,
+    read_text,
+)
 from jaxsft.data.replies import (
     ConvertedReply,
     Note,
@@ -62,7 +70,14 @@ _CONTROL = re.compile(
     r"|/?s|\|\w+\|)>"  # the last two are of other models
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_GSM8K_ANSWER = re.compile(r"(?:^|\n)####(?!#)([^\n]*)\s*$")
+_GSM8K_ANSWER = re.compile(r"(?:^|\n)####(?!#)([^\n]*\d[^\n]*|[ \t]*\S*[ \t]*)\s*$")
+_OPTIONAL = ("system", "input", "reasoning")  # parts that count as absent if they are blank
+# Magpie's own fields about a row, harmless beside its others.
+_MAGPIE = frozenset(("knowledge", "quality_explanation", "gen_input_configs"))
+_PART_NAMES = frozenset(name for names in PARTS.values() for name in names)
+_SCALAR = re.compile(r"[-+]?\d[\d.,eE+-]*%?|true|false", re.IGNORECASE)  # a value of a CSV file
+_MIN_COMMON_CHARS = 40  # a shorter text may stand in another by chance
+_MAX_FRAME_CHARS = 400  # that a written-out conversation adds: Alpaca's has about 170
 
 
 class Turn(NamedTuple):
@@ -142,14 +157,17 @@ def check_roles(turns: Sequence[Turn], last: Role) -> None:
 def convert_row(row: Any, options: RowOptions = DEFAULTS) -> Conversation | Rejected:
     """Converts one row; the module's docstring lists what is accepted. Raises nothing."""
     try:
-        parts = _find_parts(row, options.columns, needs_answer=True)
-        messages, unused = _read_prompt(row, parts)
+        parts, is_named = _find_parts(row, options.columns, needs_answer=True)
+        messages, unused = _read_prompt(row, parts, is_named)
         if "messages" not in parts:
-            messages += _read_answer(row, parts)
+            answers = _read_answer(row, parts, is_named)
+            messages, unused = messages + answers.messages, unused | answers.unused
         conversation = _converse(messages, options)
         used = tuple(parts.values())
-        if not any(name in used for name in (options.columns or {}).values()):
-            _check_unused(row, used, messages)
+        if len(used) < len(row):
+            _check_weight(row)
+            if not is_named:
+                _check_unused(row, used, messages)
         return conversation._replace(fields=_row_fields(_names(row), used, unused))
     except RejectedError as error:
         return error.rejected
@@ -160,15 +178,15 @@ def convert_row(row: Any, options: RowOptions = DEFAULTS) -> Conversation | Reje
 def convert_prompt(row: Any, options: RowOptions = DEFAULTS) -> tuple[Turn, ...] | Rejected:
     """The turns of a row up to its last user turn; fields for the answer are not looked at."""
     try:
-        parts = _find_parts(row, options.columns, needs_answer=False)
+        parts, is_named = _find_parts(row, options.columns, needs_answer=False)
         chat = parts.get("messages")
         if chat is not None and isinstance(row[chat], list):
             users = [i for i, each in enumerate(row[chat]) if _is_of_user(each)]
             row = {**row, chat: row[chat][: users[-1] + 1] if users else row[chat]}
-        messages, _ = _read_prompt(row, parts)
+        messages, _ = _read_prompt(row, parts, is_named)
         _check_order(messages, last="user")
-        used = (*parts.values(), *PARTS["response"], *PARTS["reasoning"], "code")
-        if not any(name in used for name in (options.columns or {}).values()):
+        if not is_named:
+            used = (*parts.values(), *PARTS["response"], *PARTS["reasoning"], "code")
             _check_unused(row, used, messages)
         return tuple(turn for turn, _ in _turns(messages, options))
     except RejectedError as error:
@@ -181,28 +199,51 @@ def _names(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in row.items() if value is not None)
 
 
-def _find_parts(row: Any, columns: Mapping[str, str] | None, needs_answer: bool) -> dict[str, str]:
-    """The name of the field that holds each part of the row."""
+def _find_parts(
+    row: Any, columns: Mapping[str, str] | None, needs_answer: bool
+) -> tuple[dict[str, str], bool]:
+    """(the name of the field that holds each part, whether they are columns that the user named)"""
     if not isinstance(row, Mapping):
-        raise RejectedError(
-            "unknown_fields", f"is a {type(row).__name__}, not an object with fields"
-        )
-    parts = {part: name for part, name in (columns or {}).items() if row.get(name) is not None}
+        kind = type(row).__name__
+        raise RejectedError("unknown_fields", f"is a {kind}, not an object with fields")
+    parts = {part: name for part, name in (columns or {}).items() if not is_absent(row.get(name))}
     if parts:
-        return parts
-    names = tuple(name for name, value in row.items() if value is not None and value is not UNREAD)
-    parts = dict(_layout(names, needs_answer))
+        if "messages" in parts and "response" in parts:
+            parts["prompt"] = parts.pop("messages")
+        return parts, True
+    present = [name for name, value in row.items() if not is_absent(value)]
+    thoughts = PARTS["reasoning"]
+    names = tuple(
+        name
+        for name in present
+        if not is_blank(row[name]) and not (name in thoughts and is_flag(row[name]))
+    )
+    blank = () if len(names) == len(present) else tuple(n for n in present if n not in names)
+    parts = dict(_layout(names, blank, needs_answer))
     if "messages" in parts and needs_answer and _ends_with_user(row[parts["messages"]]):
-        flat = _parts_by_name(names)  # the answer may have a column of its own
+        flat = _parts_by_name(names, ())  # the answer may have a column of its own
         if "response" in flat:
             own = ("response", "reasoning", "system")
-            return {"prompt": parts["messages"]} | {p: flat[p] for p in own if p in flat}
-    return parts
+            return {"prompt": parts["messages"]} | {p: flat[p] for p in own if p in flat}, False
+    written_out = parts.get("prompt") == "prompt" and "instruction" in names
+    if written_out and _holds_both(row, parts.get("response")):
+        parts["prompt"] = "instruction"
+    return parts, False
+
+
+def _holds_both(row: Mapping[str, Any], response: str | None) -> bool:
+    """Whether the prompt is the instruction and its answer, written out."""
+    texts = (row["prompt"], row["instruction"], row[response] if response else None)
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    prompt, instruction, answer = map(str, texts)
+    return instruction.strip() in prompt and answer.strip() in prompt
 
 
 @lru_cache(maxsize=1024)
-def _layout(names: tuple[str, ...], needs_answer: bool) -> dict[str, str]:
-    parts = _parts_by_name(names)
+def _layout(names: tuple[str, ...], blank: tuple[str, ...], needs_answer: bool) -> dict[str, str]:
+    parts = _parts_by_name(names, blank)
+    names += blank
     if "messages" in parts:
         return {part: parts[part] for part in ("messages", "system") if part in parts}
     task = next((name for name in ("text", "prompt") if name in names), None)
@@ -214,10 +255,11 @@ def _layout(names: tuple[str, ...], needs_answer: bool) -> dict[str, str]:
     if "prompt" in parts and ("response" in parts or not needs_answer):
         return parts
     if {"chosen", "rejected"} <= set(names):
+        columns = "prompt: prompt, response: chosen" if "prompt" in names else "messages: chosen"
         raise RejectedError(
             "unknown_fields",
             'a pair of "chosen" and "rejected" is for preference training; to train on the chosen '
-            "ones, name them: --data.columns '{messages: chosen}'",
+            f"ones, name them: --data.columns '{{{columns}}}'",
         )
     if "text" in names:
         raise RejectedError(
@@ -232,16 +274,22 @@ def _layout(names: tuple[str, ...], needs_answer: bool) -> dict[str, str]:
     )
 
 
-def _parts_by_name(names: tuple[str, ...]) -> dict[str, str]:
-    found = {
-        part: next((name for name in accepted if name in names), None)
-        for part, accepted in PARTS.items()
-    }
-    return {part: name for part, name in found.items() if name is not None}
+def _parts_by_name(names: tuple[str, ...], blank: tuple[str, ...]) -> dict[str, str]:
+    """The first name of each part that has a value; else, if it must be there, a blank one."""
+    parts = {}
+    for part, accepted in PARTS.items():
+        found = names if part in _OPTIONAL else (*names, *blank)
+        order = [name for name in accepted if name in names] + list(accepted)
+        name = next((name for name in order if name in found), None)
+        if name is not None:
+            parts[part] = name
+    if parts.get("messages") in blank and "prompt" in parts and "response" in parts:
+        del parts["messages"]
+    return parts
 
 
-def _read_prompt(row: Mapping[str, Any], parts: dict[str, str]) -> Messages:
-    """The messages up to the answer; of a chat, all. Removes from `parts` what was not used."""
+def _read_prompt(row: Mapping[str, Any], parts: Mapping[str, str], is_named: bool) -> Messages:
+    """The messages up to the answer; of a chat, all."""
     unused: frozenset[str] = frozenset()
     messages: list[Message]
     if "task" in parts:
@@ -249,36 +297,44 @@ def _read_prompt(row: Mapping[str, Any], parts: dict[str, str]) -> Messages:
         return Messages([Message("user", text)], unused)
     chat = "messages" if "messages" in parts else "prompt"
     if chat not in parts:
-        raise RejectedError("wrong_field", "there is no prompt")
+        found = ", ".join(f'"{name}"' for name in parts.values())
+        raise RejectedError("wrong_field", f"there is no prompt beside {found}")
     if chat == "messages" or isinstance(row[parts["prompt"]], list):
-        found = read_messages(row[parts[chat]], parts[chat])
-        messages, unused = found
+        messages, unused = read_messages(row[parts[chat]], parts[chat], is_named)
         if chat == "prompt":  # only the response is trained, as the row says by its form
             messages = [message._replace(is_trained=False) for message in messages]
-            parts.pop("input", None)
+        if "input" in parts:
+            raise RejectedError(
+                "unused_text", f'"{parts["input"]}" has no place beside a list of messages'
+            )
     else:
         texts = [read_text(row, parts[part]) for part in ("prompt", "input") if part in parts]
         messages = [Message("user", "\n\n".join(t.strip() for t in texts if t.strip()))]
     if "system" in parts:
-        if messages and messages[0].role == "system":
-            del parts["system"]
-        else:
-            system = read_text(row, parts["system"])
-            if system.strip():
-                messages.insert(0, Message("system", system))
+        system = read_text(row, parts["system"])
+        if not messages or messages[0].role != "system":
+            messages = [Message("system", system), *messages] if system.strip() else messages
+        elif messages[0].text.strip() != system.strip():
+            raise RejectedError(
+                "unused_text", f'"{parts["system"]}" differs from the system text of the messages'
+            )
     return Messages(messages, unused)
 
 
-def _read_answer(row: Mapping[str, Any], parts: dict[str, str]) -> Sequence[Message]:
+def _read_answer(row: Mapping[str, Any], parts: Mapping[str, str], is_named: bool) -> Messages:
     name = parts.get("code") or parts.get("response")
     if name is None:
-        raise RejectedError("wrong_field", "there is no response")
+        found = ", ".join(f'"{name}"' for name in parts.values())
+        raise RejectedError("wrong_field", f"there is no response beside {found}")
     if isinstance(row[name], list):
-        parts.pop("reasoning", None)
-        return read_messages(row[name], name).messages
-    text = read_text(row, name)
+        if "reasoning" in parts:
+            raise RejectedError(
+                "unused_text", f'"{parts["reasoning"]}" has no place beside a list of messages'
+            )
+        return read_messages(row[name], name, is_named)
+    text, unused = read_text(row, name), frozenset[str]()
     if "code" in parts:
-        return [Message("assistant", text.replace("\r\n", "\n"))]
+        return Messages([Message("assistant", text.replace("\r\n", "\n"))], unused)
     thought: str | None = None
     if "reasoning" in parts:
         thought = read_text(row, parts["reasoning"])
@@ -286,7 +342,7 @@ def _read_answer(row: Mapping[str, Any], parts: dict[str, str]) -> Sequence[Mess
         final := _GSM8K_ANSWER.search(text)
     ):
         thought, text = _CALCULATOR.sub("", text[: final.start()]), final[1]
-    return [Message("assistant", text, thought)]
+    return Messages([Message("assistant", text, thought)], unused)
 
 
 def _mbpp_prompt(row: Mapping[str, Any], parts: Mapping[str, str]) -> str:
@@ -347,23 +403,31 @@ def _turns(
     return found
 
 
+def _check_weight(row: Mapping[str, Any]) -> None:
+    """Rejects a row that says that it is not to be learnt; rows have no other weights."""
+    name = field_against_learning(row, "the row")
+    if name is None and str(row.get("label")).strip().lower() in ("false", "0", "0.0"):
+        name = "label"
+    if name is not None:
+        raise RejectedError("weight", f'"{name}" says that the row is not to be learnt')
+
+
 def _check_unused(row: Mapping[str, Any], used: Sequence[str], messages: Sequence[Message]) -> None:
     """Rejects a row with text that is not used, not harmless, and not in the conversation."""
-    said: str | None = None
     for name, value in row.items():
-        if value is None or value is UNREAD or name in used:
+        if name in used or not has_text(value):
             continue
-        if name in ROW_WEIGHTS and value != 1 and isinstance(value, int | float):
-            raise RejectedError("weight", f'"{name}" is {value}; rows are trained alike')
-        if name in ROW_SWITCHES and value is False:
-            raise RejectedError("weight", f'"{name}" is false: an answer not to be learnt')
-        if is_harmless(name) or not has_text(value):
+        if is_harmless(name) and not holds_parts(value):
             continue
-        if said is None:
-            said = "\n".join(f"{each.thought or ''}\n{each.text}" for each in messages)
-        if all(text.strip() in said for text in texts_in(value)):
+        if name in PARTS["reasoning"] and is_flag(value):
             continue
-        if name == "text" and isinstance(value, str) and _renders(value, messages):
+        if name not in _PART_NAMES and isinstance(value, str) and _SCALAR.fullmatch(value.strip()):
+            continue
+        if name in _MAGPIE and "task_category" in row:
+            continue
+        if all(_is_said(text, messages) for text in texts_in(value)):
+            continue
+        if name in ("text", "prompt") and isinstance(value, str) and _renders(value, messages):
             continue
         raise RejectedError(
             "unused_text",
@@ -372,15 +436,27 @@ def _check_unused(row: Mapping[str, Any], used: Sequence[str], messages: Sequenc
         )
 
 
+def _is_said(text: str, messages: Sequence[Message]) -> bool:
+    """Whether the text is one of the conversation's, or a long enough piece of one."""
+    is_long = len(text) >= _MIN_COMMON_CHARS
+    texts = (said for each in messages for said in (each.text, each.thought or ""))
+    return any(text == said.strip() or (is_long and text in said) for said in texts)
+
+
 def _renders(text: str, messages: Sequence[Message]) -> bool:
     """Whether the text is the whole conversation written out, as Alpaca's column "text" is."""
-    return all(each.text.strip() in text for each in messages)
+    said = [each.text.strip() for each in messages]
+    is_all = all(each in text for each in said)
+    return is_all and len(text) <= sum(map(len, said)) + _MAX_FRAME_CHARS
 
 
 @lru_cache(maxsize=1024)
 def _row_fields(names: tuple[str, ...], used: tuple[str, ...], others: frozenset[str]) -> RowFields:
-    unused = [str(name) for name in names if name not in used]
-    return RowFields(used, (*unused, *sorted(others)))
+    unused = [name for name in names if name not in used]
+    # A name with a lone surrogate cannot be written.
+    both = (used, (*unused, *sorted(others)))
+    shown = ((str(name).encode("utf-8", "replace").decode() for name in each) for each in both)
+    return RowFields(*map(tuple, shown))
 
 
 def _ends_with_user(messages: Any) -> bool:

@@ -7,7 +7,7 @@ step.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -128,10 +128,26 @@ class _Row(NamedTuple):
 def row_options(options: DataOptions) -> RowOptions:
     """How `convert_row` converts; ValueError if the options for it contradict each other."""
     template = answer_template(options.answer_template, options.system_prompt)
-    for part in options.columns or {}:
-        if part not in PARTS:
-            raise ValueError(f"data.columns: {part!r} is no part of a row; use {', '.join(PARTS)}")
+    if options.columns:
+        _check_columns(options.columns)
     return RowOptions(options.columns, options.without_thought, options.earlier_reasoning, template)
+
+
+def _check_columns(columns: Mapping[str, str]) -> None:
+    parts, fault = set(columns), None
+    unknown = next((part for part in columns if part not in PARTS), None)
+    if unknown is not None:
+        fault = f"{unknown!r} is no part of a row; use {', '.join(PARTS)}"
+    elif len(set(columns.values())) < len(columns):
+        fault = "two parts have the same column"
+    elif "messages" in parts and parts & {"prompt", "input"}:
+        fault = "messages hold the prompt; name either messages, or prompt and response"
+    elif "reasoning" in parts and "response" not in parts:
+        fault = "the reasoning's response is missing"
+    elif "messages" not in parts and not {"prompt", "response"} <= parts:
+        fault = "name the prompt and the response, or messages"
+    if fault is not None:
+        raise ValueError(f"data.columns: {fault}")
 
 
 def answer_template(text: str, system_prompt: str | None) -> AnswerTemplate:
@@ -253,8 +269,6 @@ def _convert(
         if rejected is not None:
             report.reject(where, rejected)
             continue
-        for note in conversation.notes:
-            report.noted[note] = report.noted.get(note, 0) + 1
         if counts and (source, conversation.fields) not in seen:
             seen.add((source, conversation.fields))
             report.add_columns(names[source], conversation.fields)
@@ -329,6 +343,8 @@ def _count(
             report.reject(row.where, sample)
             continue
         report.samples += 1
+        for note in row.conversation.notes:
+            report.noted[note] = report.noted.get(note, 0) + 1
         report.by_source[names[row.source]]["samples"] += 1
         report.num_tokens += len(sample.ids)
         report.num_loss_tokens += int(sample.loss_mask.sum())

@@ -84,6 +84,14 @@ def load_data(
             progress=progress,
         )
     _check_columns(options, train.report)
+    num_plain = train.report.noted.get("plain_completion", 0)
+    drops = options.system_prompt is not None and options.without_thought == "drop_system"
+    if drops and console is not None and 2 * num_plain > train.report.samples:
+        console.print(
+            f"{num_plain:,} of {train.report.samples:,} samples have no thought: they are trained "
+            "without data.system_prompt, which held-out rows and generate have; give "
+            "--data.system_prompt null for data without thoughts"
+        )
     if not heldout_files:
         return Data(tokenizer, train, None, [])
     heldout = load_heldout(
@@ -93,13 +101,14 @@ def load_data(
 
 
 def _check_columns(options: DataOptions, report: DataReport) -> None:
-    """ValueError if no training row has the columns that the user named."""
-    named = set((options.columns or {}).values())
+    """ValueError if no training row has a column that the user named."""
     used = {name for columns in report.columns.values() for name in columns["used"]}
-    if named and not named & used:
+    missing = sorted(set((options.columns or {}).values()) - used)
+    if missing:
+        others = {name for columns in report.columns.values() for name in columns["unused"]}
         raise ValueError(
-            f"data.columns names {', '.join(sorted(named))}, which no training row has; their "
-            f"columns are {', '.join(sorted(used))}"
+            f"data.columns names {', '.join(missing)}, which no training row has; their columns "
+            f"are {', '.join(sorted(used | others)[:20])}"
         )
 
 

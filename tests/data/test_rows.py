@@ -74,6 +74,15 @@ FORMS = {
     },
     "the same text twice": {**chat("p", THOUGHT), "instruction": "p", "response": THOUGHT},
     "the answer in a column": {**chat("p"), "reasoning": "r", "answer": "a", "model": "m"},
+    "the thought twice": {"prompt": "p", "completion": THOUGHT, "reasoning": "r"},
+    "tags around a field": {"prompt": "p", "completion": "a", "thinking": "<think>r</think>"},
+    "a switch": {"prompt": "p", "response": THOUGHT, "reasoning": "on", "thinking": True},
+    "blank before the real one": {"prompt": "", "instruction": "p", "response": " ",
+                                  "output": THOUGHT, "messages": [], "reasoning_content": ""},
+    "GSM8K with a blank reasoning": {"question": "p", "answer": "r\n#### a", "reasoning": ""},
+    "prompt written out": {"instruction": "p", "output": THOUGHT, "prompt": f"Q: p A: {THOUGHT}"},
+    "a mark of an editor": {"prompt": "p", "response": "\ufeff" + THOUGHT},
+    "two names, one thought": chat("p", "a", reasoning="r", reasoning_content="r"),
     "written out as text": {"instruction": "p", "output": THOUGHT, "text": f"Q: p A: {THOUGHT}"},
     "harmless fields": {"prompt": "p", "response": THOUGHT, "source": "x", "score": float("nan"),
                         "meta": Repeated(({}, {})), "other": UNREAD, "loss": [], "verified": True},
@@ -83,6 +92,13 @@ FORMS = {
     **{
         f"{opening} tags": {"prompt": "p", "response": f"{opening}r{closing} a"}
         for opening, closing in replies._THOUGHT_TAGS
+    },
+    **{
+        f"{opening} around the answer": {
+            "prompt": "p",
+            "response": f"<think>r</think>{opening}a{closing}",
+        }
+        for opening, closing in replies._ANSWER_TAGS
     },
 }  # fmt: skip
 
@@ -119,16 +135,21 @@ def test_every_form_gives_the_same_conversation(form: str) -> None:
             "unknown_tags",
             "<|begin_of_solution|> is left",
         ),
-        ({"prompt": "p", "completion": THOUGHT, "reasoning": "r"}, "several_thoughts", "field"),
+        ({"prompt": "p", "completion": THOUGHT, "reasoning": "s"}, "several_thoughts", "field"),
         ({"prompt": "p", "completion": "a", "thinking": "<think>r"}, "several_thoughts", "field"),
-        ({"prompt": "p", "completion": FORMATTED, "reasoning": "r"}, "literal_tags", "<reasoning>"),
+        ({"prompt": "p", "completion": FORMATTED, "reasoning": "s"}, "several_thoughts", "<rea"),
+        ("<think>r</think><thinking>s</thinking>a", "unknown_tags", "<thinking> is left"),
+        ("<think time='3'>r</think>a", "unknown_tags", "<think time='3'>"),
+        ("Hm.\n<THINKING>r</THINKING>a", "unknown_tags", "</THINKING>"),
+        ("&lt;think&gt;r&lt;/think&gt;a", "unknown_tags", "&lt;think&gt;"),
         # Fields.
         ({}, "unknown_fields", "no field"),
         ("{text}", "unknown_fields", "is a str"),
         ([], "unknown_fields", "is a list"),
         ({"prompt": "p"}, "unknown_fields", '"prompt"; name them with data.columns'),
         ({"text": "t"}, "unknown_fields", "what is prompt and what is answer"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "unknown_fields", "{messages: chosen}"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "unknown_fields", "{prompt: prompt"),
+        ({"chosen": [], "rejected": []}, "unknown_fields", "{messages: chosen}"),
         ({"prompt": "p", "response": None}, "unknown_fields", '"prompt"'),
         ({"question": "q", "answer": 72}, "wrong_field", '"answer" is a int'),
         ({"prompt": Repeated("pq"), "response": "a"}, "wrong_field", "more than once"),
@@ -161,13 +182,17 @@ def test_every_form_gives_the_same_conversation(form: str) -> None:
         (chat("p", "a", role="tool"), "tools", "messages[1] has the role tool"),
         (chat("p", "a", content=[{"type": "image", "url": "x"}]), "not_text", '"image"'),
         (chat("p", "a", weight=0.5), "weight", '"weight" 0.5, not 0 or 1'),
-        (chat("p", "a", weight="0"), "weight", '"weight" 0'),
+        (chat("p", "a", weight="0"), "weight", "no turn"),
+        (chat("p", "a", train_detail=[{"train": True}]), "weight", '"train_detail"'),
+        (chat("p", "a", masked=True), "weight", "no turn"),
         (chat("p", "a", weight=0), "weight", "no turn"),
         (chat("p", "a", train=False), "weight", "no turn"),
         (chat("p", "a", loss=False), "weight", "no turn"),
         (chat("p", "a", train="no"), "weight", '"train"'),
-        ({"prompt": "p", "response": "a", "weight": 0}, "weight", '"weight" is 0'),
-        ({"prompt": "p", "completion": "a", "label": False}, "weight", '"label" is false'),
+        ({"prompt": "p", "response": "a", "weight": 0}, "weight", '"weight" says'),
+        ({"prompt": "p", "response": "a", "loss_mask": [0, 1]}, "weight", '"loss_mask" [0, 1]'),
+        ({"prompt": "p", "response": "a", "kto_tag": "false"}, "weight", '"kto_tag" says'),
+        ({"prompt": "p", "completion": "a", "label": False}, "weight", '"label" says'),
     ],
 )  # fmt: skip
 def test_rejected(row: Any, reason: str, detail: str) -> None:
@@ -276,6 +301,19 @@ def test_earlier_reasoning_is_kept_or_stripped() -> None:
     assert stripped.turns[-1] == A
 
 
+def test_only_numbers_and_lone_words_are_final_answers_of_gsm8k() -> None:
+    text = "Do this.\n#### Conclusion: so it is"
+    assert accepted({"question": "q", "answer": text}).turns[-1].content == text
+
+
+def test_chance_makes_no_text_known() -> None:
+    """A short text that stands inside another one by chance is no part of the conversation."""
+    row = {"prompt": "p", "response": "Because once is enough.", "answer": "once"}
+    assert rejected(row).reason == "unused_text"
+    long = "This sentence stands in the response, and it is a long one."
+    assert accepted({"prompt": "p", "response": f"So. {long}", "summary": long})
+
+
 def test_columns_of_the_user() -> None:
     columns = {"prompt": "task", "response": "text", "reasoning": "why"}
     row = {"task": "p", "text": "a", "why": "r", "hint": "not used, as the user knows"}
@@ -283,7 +321,7 @@ def test_columns_of_the_user() -> None:
     assert conversation.turns == (P, A)
     assert conversation.fields == (("task", "text", "why"), ("hint",))
     assert accepted({"task": "p", "text": "a"}, columns=columns).reasoning is None
-    assert rejected({"task": "p"}, columns=columns).detail == "there is no response"
+    assert rejected({"task": "p"}, columns=columns).detail == 'there is no response beside "task"'
     assert accepted(FORMS["GSM8K"], columns=columns).turns == (P, A)  # has none of the columns
     assert accepted({"chosen": chat("p", THOUGHT)["messages"], "rejected": "x"},
                     columns={"messages": "chosen"}).turns == (P, A)  # fmt: skip
@@ -380,7 +418,7 @@ def test_no_text_is_dropped_without_a_word(
 
 def test_names_of_harmless_fields() -> None:
     harmless = ["id", "uuid", "task_id", "source", "data_source", "score", "quality_score", "lang"]
-    harmless += ["num_tokens", "is_correct", "category", "url", "difficulty", "model", "created_at"]
+    harmless += ["num_tokens", "category", "url", "difficulty", "model", "created_at"]
     assert all(map(is_harmless, harmless))
     text = ["prompt", "hint", "explanation", "body", "text", "reasoning", "valid", "widget"]
     assert not any(map(is_harmless, text))

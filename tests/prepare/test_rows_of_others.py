@@ -143,10 +143,16 @@ def test_columns_template_and_earlier_reasoning(prepare: Prepare) -> None:
     columns = "{prompt: task, response: text, reasoning: why}"
     done = prepare([row], "--data.columns", columns)
     assert done.taught == [TAUGHT] and "columns used: task, text, why; not used: hint" in done.said
-    done = prepare([row], "--data.columns", "{prompt: tusk}")
-    assert done.code == 2 and "no sample is left" in done.said
-    done = prepare([GOOD], "--data.columns", "{prompt: tusk}")
-    assert done.code == 2 and "data.columns names tusk, which no training row has" in done.said
+    for columns, fault in (
+        ("{prompt: task, response: text, reasoning: wy}", "names wy, which no training row has"),
+        ("{prompt: task}", "name the prompt and the response, or messages"),
+        ("{prompt: task, response: task}", "two parts have the same column"),
+        ("{messages: task, input: text}", "messages hold the prompt"),
+    ):
+        done = prepare([row], "--data.columns", columns)
+        assert (
+            done.code == 2 and f"data.columns{'' if 'wy' in columns else ':'} {fault}" in done.said
+        )
     template = "<think>{reasoning}</think>\n{answer}"
     done = prepare([GOOD], "--data.answer_template", template, "--data.system_prompt", "Think.")
     assert done.taught == ["<think>One and one make two.</think>\nTwo.<end_of_turn>"]
