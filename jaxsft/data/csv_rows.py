@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxsft.data.containers import MAX_ROW_BYTES, Lines, columns_for, not_utf8, object_of
-from jaxsft.data.fields import ROW_SWITCHES, ROW_WEIGHTS, is_wanted
+from jaxsft.data.fields import is_part
 
 _DELIMITERS = "\t,;"
 _QUOTED = re.compile(r'"(?:[^"]|"")*+"')
@@ -37,7 +37,7 @@ def read_csv(
     records = csv.reader(feed, delimiter=delimiter, strict=True)
     names = _names(feed, next(_checked(records, feed), []), columns)
     columns = columns_for(names, columns)
-    others = [i for i, name in enumerate(names) if not _is_part(name, columns)]
+    others = [i for i, name in enumerate(names) if not is_part(name, columns)]
     feed.start_record()
     for cells in _checked(records, feed):
         if cells:
@@ -49,11 +49,6 @@ def read_csv(
                         cells[i] = _scalar(cells[i])
                 yield f"{lines.path}:{feed.first}", object_of(zip(names, cells, strict=False))
         feed.start_record()
-
-
-def _is_part(name: str, columns: Mapping[str, str] | None) -> bool:
-    signals = (*ROW_WEIGHTS, *ROW_SWITCHES)
-    return name not in signals and is_wanted(name, False, columns)
 
 
 def _scalar(cell: str) -> Any:
@@ -106,7 +101,7 @@ def _checked(records: Any, feed: _Feed) -> Iterator[list[Any]]:
 def _names(feed: _Feed, cells: list[str], columns: Mapping[str, str] | None) -> list[str]:
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]
     columns = columns_for(names, columns)
-    known = any(is_wanted(name, False, columns) for name in names)
+    known = any(is_part(name, columns) for name in names)
     if not known and (len(names) < 2 or not all(map(_NAME.fullmatch, names))):
         shown = json.dumps(", ".join(names)[:60], ensure_ascii=False)
         raise ValueError(

@@ -86,11 +86,14 @@ def is_wanted(name: str, holds_text: bool, columns: Mapping[str, str] | None = N
         times, bytes, and media (a struct with bytes in it) cannot.
       columns: `data.columns`, the columns that the user named for each part.
     """
-    if name in _WEIGHTS:
+    if name in _WEIGHTS or is_part(name, columns):
         return True
-    if columns is not None:
-        return name in columns.values()
-    return name in _READ or (holds_text and not is_harmless(name))
+    return columns is None and holds_text and not is_harmless(name)
+
+
+def is_part(name: str, columns: Mapping[str, str] | None = None) -> bool:
+    """Whether a column may be a part of the conversation; arguments as for `is_wanted`."""
+    return name in _READ if columns is None else name in columns.values()
 
 
 def is_absent(value: Any) -> bool:

@@ -12,7 +12,7 @@ from json.decoder import JSONDecodeError
 from typing import Any
 
 from jaxsft.data.containers import MAX_ROW_BYTES, Lines, columns_for, not_utf8, object_of
-from jaxsft.data.fields import ROW_SWITCHES, is_wanted
+from jaxsft.data.fields import is_part
 
 _SPACES = re.compile(r"[ \t\r\n]*")
 _MARKS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
@@ -81,7 +81,7 @@ def _rows_in(
 
     def has_part(row: dict[str, Any]) -> bool:
         named = columns_for(row, columns)
-        return any(name not in ROW_SWITCHES and is_wanted(name, False, named) for name in row)
+        return any(is_part(name, named) for name in row)
 
     if not isinstance(row, dict) or has_part(row):
         return None

@@ -74,8 +74,6 @@ _GSM8K_ANSWER = re.compile(r"(?:^|\n)####(?!#)([^\n]*\d[^\n]*|[ \t]*\S*[ \t]*)\s
 _OPTIONAL = ("system", "input", "reasoning")  # parts that count as absent if they are blank
 # Magpie's own fields about a row, harmless beside its others.
 _MAGPIE = frozenset(("knowledge", "quality_explanation", "gen_input_configs"))
-_PART_NAMES = frozenset(name for names in PARTS.values() for name in names)
-_SCALAR = re.compile(r"[-+]?\d[\d.,eE+-]*%?|true|false", re.IGNORECASE)  # a value of a CSV file
 _MIN_COMMON_CHARS = 40  # a shorter text may stand in another by chance
 _MAX_FRAME_CHARS = 400  # that a written-out conversation adds: Alpaca's has about 170
 
@@ -420,8 +418,6 @@ def _check_unused(row: Mapping[str, Any], used: Sequence[str], messages: Sequenc
         if is_harmless(name) and not holds_parts(value):
             continue
         if name in PARTS["reasoning"] and is_flag(value):
-            continue
-        if name not in _PART_NAMES and isinstance(value, str) and _SCALAR.fullmatch(value.strip()):
             continue
         if name in _MAGPIE and "task_category" in row:
             continue

@@ -403,7 +403,7 @@ def test_no_text_is_dropped_without_a_word(
         where = [str(path[0] if path else name), str(name)]
     else:
         target = row
-        if in_message and "messages" in row:
+        if in_message and row.get("messages"):
             target = row["messages"][place % len(row["messages"])]
         target[extra[0]] = extra[1]
         where = [extra[0]]

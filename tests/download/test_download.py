@@ -556,7 +556,7 @@ def test_columns_that_are_kept(download: Download, hub: FakeHub) -> None:
         "output": "o",
         "system": "s",
         "tools": [{"name": "f", "calls": [{"text": "deep"}]}],
-        "weight": 0.5,
+        "weight": 1.0,
         "source": "web",
     }
     left_out = {"image": {"bytes": b"x", "path": "p"}, "raw": b"x", "embedding": [0.5]}
