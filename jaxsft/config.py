@@ -32,7 +32,7 @@ class ModelOptions:
     owner/name@revision), a .gguf file, a Flax checkpoint, or "demo" (Gemma 3 270M of the `demo`
     extra)."""
     tokenizer: str | None = None
-    """A tokenizer.model or .gguf file; by default the tokenizer of the model."""
+    """A tokenizer.json, tokenizer.model or .gguf file; by default the tokenizer of the model."""
     dtype: Dtype = "float32"
     """Type of activations and matmuls. Adapters and their Adam moments are always float32."""
     param_dtype: Dtype = "float32"

@@ -63,7 +63,7 @@ def read_gguf(path: Path) -> Vocabulary:
 
 def read_model(path: Path) -> Vocabulary:
     """The vocabulary in a `tokenizer.model`; ValueError if it does not work as Gemma's does."""
-    if _read_head(path).startswith(b"GGUF"):
+    if check_head(path).startswith(b"GGUF"):
         raise ValueError(f"{path}: a GGUF file, not a tokenizer.model; load it as GGUF")
     if path.stat().st_size > _MAX_MODEL_BYTES:
         raise ValueError(f"{path}: too large for a tokenizer.model; is it the model's weights?")
@@ -94,6 +94,11 @@ def read_model(path: Path) -> Vocabulary:
     return Vocabulary(pieces, scores, types)
 
 
+def is_reserved(piece: str) -> bool:
+    """Is it the name of a token that Gemma 1, 2 or 3 reserves, such as `<end_of_turn>`?"""
+    return _RESERVED.fullmatch(piece) is not None
+
+
 def canonical_types(vocabulary: Vocabulary, where: str) -> list[int]:
     """Types of the pieces [vocab_size]; reserved tokens are CONTROL, whatever the source says.
 
@@ -112,8 +117,7 @@ def canonical_types(vocabulary: Vocabulary, where: str) -> list[int]:
     if not all(pieces) or not set(types) <= set(range(NORMAL, BYTE + 1)):
         raise ValueError(f"{where}: the vocabulary has an empty or untyped piece: damaged file")
     canonical = [
-        CONTROL if _RESERVED.fullmatch(piece) else kind
-        for piece, kind in zip(pieces, types, strict=True)
+        CONTROL if is_reserved(piece) else kind for piece, kind in zip(pieces, types, strict=True)
     ]
     canonical[pieces.index("<unk>")] = UNKNOWN  # a GGUF types it CONTROL
     return canonical
@@ -141,7 +145,7 @@ def serialize(vocabulary: Vocabulary, types: Sequence[int]) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def _read_head(path: Path) -> bytes:
+def check_head(path: Path) -> bytes:
     """The first bytes of a file; ValueError if it is empty, unreadable or a Git LFS pointer."""
     try:
         with path.open("rb") as file:

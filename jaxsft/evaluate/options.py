@@ -17,7 +17,7 @@ class EvaluateOptions:
     base_model: str | None = None
     """The model that an adapter belongs to, where it isn't the one that it names."""
     tokenizer: str | None = None
-    """tokenizer.model or .gguf file; by default the one that comes with the model."""
+    """tokenizer.json, tokenizer.model or .gguf file; by default the tokenizer of the model."""
     files: list[str] | str = dataclasses.field(default_factory=list)
     """Rows to measure on, files or data sets of the hub, as train's data.eval_files."""
     few_shot: int = 0

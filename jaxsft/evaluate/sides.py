@@ -165,7 +165,7 @@ def shared_tokenizer(sides: Sequence[Side]) -> Tokenizer:
     """The tokenizer of both models; ValueError where they have different ones."""
     places = [side.origin.tokenizer for side in sides]  # mostly the same file
     tokenizers = [open_tokenizer(place) for place in dict.fromkeys(places)]
-    if len({tokenizer.digest for tokenizer in tokenizers}) > 1:
+    if len({tokenizer.vocabulary_digest for tokenizer in tokenizers}) > 1:
         raise ValueError(
             f"{sides[1].name}: has another tokenizer than {sides[0].name}: losses per token would "
             "not compare; evaluate each by itself"

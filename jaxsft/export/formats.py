@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxsft.common.files import write_json
 from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.export.hostile import check_sentencepiece
 from jaxsft.export.options import ExportOptions
 from jaxsft.export.peers import Peer
 from jaxsft.export.tokenizer import write_tokenizer
@@ -64,6 +65,8 @@ def open_export(options: ExportOptions, origin: Origin) -> Export:
     tokenizer = open_tokenizer(origin.tokenizer)
     source, info = open_weights(origin.base)
     check_tokenizer(tokenizer, info.config)
+    if options.format == "flax" and tokenizer.bpe is not None:
+        check_sentencepiece(tokenizer.bpe, tokenizer)
     weights = MergedWeights(source, info, origin.adapter, origin.adapter_config)
     adapter = model = None
     if origin.adapter is not None:

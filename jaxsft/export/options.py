@@ -25,7 +25,7 @@ class ExportOptions:
     base_model: str | None = None
     """The model that the adapter belongs to, in place of the one that it names."""
     tokenizer: str | None = None
-    """tokenizer.model or .gguf file, in place of the model's own."""
+    """tokenizer.json, tokenizer.model or .gguf file, in place of the model's own."""
     peer_python: str | None = None
     """The Python in whose environment the library is that checks: transformers and PEFT, for flax
     Tunix. By default this one."""

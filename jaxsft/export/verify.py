@@ -18,7 +18,7 @@ import gc
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from jaxsft.export.formats import (
     Export,
     base_for_peer,
 )
+from jaxsft.export.hostile import hostile_texts
 from jaxsft.export.options import ExportOptions
 from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
 from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
@@ -118,7 +119,14 @@ def verify_export(
     dtype = "float32" if made.options.format == "peft" else made.options.dtype
     ours = reference_logits(made.origin, dtype, probes)
     give_memory_back()
-    settings = {"chats": [[turn._asdict() for turn in chat] for chat in CHATS]}
+    hostile = hostile_texts(made.tokenizer)
+    pieces = [made.tokenizer.piece(i) for i in range(made.tokenizer.vocab_size)]
+    settings = {
+        "chats": [[turn._asdict() for turn in chat] for chat in CHATS],
+        "texts": hostile.plain,
+        "lookalikes": hostile.lookalikes,
+        "pieces": pieces,
+    }
     if made.options.format == "merged":
         name = peer.library.name
         found = ask(peer, directory, probes, scratch=scratch, settings=settings)
@@ -131,7 +139,10 @@ def verify_export(
     system = [Turn("system", made.system_prompt)] if made.system_prompt else []
     chats = [[*(system if chat[0].role != "system" else ()), *chat] for chat in CHATS]
     ids = [encode_prompt(made.tokenizer, chat) for chat in chats]
-    problem = _ids_problem([chat[-1].content for chat in CHATS], ids, found.ids)
+    texts = [*hostile.plain, *hostile.lookalikes]
+    ids += made.tokenizer.encode_many(texts)
+    shown = [*(chat[-1].content for chat in CHATS), *texts]
+    problem = ids_problem(shown, ids, found.ids[:-1]) or pieces_problem(pieces, found.ids[-1])
     return ExportCheck(name, difference, drift(name, difference) or problem, None)
 
 
@@ -141,14 +152,15 @@ def _verify_flax(
     """Has Tunix load model/ and then, as its notebooks do, the base with tunix-lora/."""
     name, options = peer.library.name, made.options
     settings = {"config": dataclasses.asdict(made.info.config), "texts": []}
-    texts = [turn.content for chat in CHATS for turn in chat]
+    plain, lookalikes = hostile_texts(made.tokenizer)
+    texts = [*(turn.content for chat in CHATS for turn in chat), *plain, *lookalikes]
     ours = reference_logits(made.origin, options.dtype, probes)
     give_memory_back()
     model = directory / FLAX_MODEL
     found = ask(peer, model, probes, scratch=scratch, settings=settings | {"texts": texts})
     difference = max_difference(ours, found.logits)
     problem = drift(f"{name}, from {FLAX_MODEL}/,", difference)
-    problem = problem or _ids_problem(texts, made.tokenizer.encode_many(texts), found.ids)
+    problem = problem or ids_problem(texts, made.tokenizer.encode_many(texts), found.ids)
     if made.adapter is not None and problem is None:
         if options.dtype != "float32":
             ours = reference_logits(made.origin, "float32", probes)
@@ -261,13 +273,26 @@ def summary(check: ExportCheck) -> str:
     return f"; logits of {check.peer} are the same within {found}{gap}"
 
 
-def _ids_problem(
+def ids_problem(
     texts: Sequence[str], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
 ) -> str | None:
     """The first text for which the export's own tokenizer gave other ids, as a problem."""
     for text, expected, ids in zip(texts, ours, theirs, strict=True):
         if list(ids) != list(expected):
-            return f"the exported tokenizer has other ids for {text[:40]!r}"
+            pairs = zip_longest(expected, ids)
+            at = next(at for at, pair in enumerate(pairs) if pair[0] != pair[1])
+            return (
+                f"the exported tokenizer has other ids for {text[:40]!r}: at {at} "
+                f"{list(ids[at : at + 4])}, and not {list(expected[at : at + 4])}"
+            )
+    return None
+
+
+def pieces_problem(pieces: Sequence[str], ids: Sequence[int]) -> str | None:
+    """The first token that the export's own tokenizer lacks or has moved, as a problem."""
+    for i, (piece, found) in enumerate(zip(pieces, ids, strict=True)):
+        if found != i:
+            return f"the exported tokenizer has {piece[:40]!r} at {found}, and not at {i}"
     return None
 
 

@@ -28,7 +28,7 @@ class GenerateOptions:
     base_model: str | None = None
     """The base model of an adapter or a run, in place of the one that it names."""
     tokenizer: str | None = None
-    """tokenizer.model or .gguf file; by default the one that comes with the model."""
+    """tokenizer.json, tokenizer.model or .gguf file; by default the tokenizer of the model."""
     system: str | None = None
     """System text, '' for none; by default the one that the run or the export was trained with, or
     else the recipe's."""

@@ -68,7 +68,7 @@ class Origin:
       base: the weights.
       adapter: directory of the adapter, if there is one; `adapter_config` are its settings.
       run_dir: the run that the adapter belongs to, if any.
-      tokenizer: a tokenizer.model or .gguf file.
+      tokenizer: a tokenizer.json, tokenizer.model or .gguf file.
       name: the base model's name, for people and for PEFT's base_model_name_or_path.
       revision: the base model's commit on the hub.
       is_named_base: the user named this base, so an adapter trained on other weights is accepted.
@@ -115,7 +115,8 @@ def find_model(
 
     Args:
       name: one of the kinds above.
-      tokenizer: a tokenizer.model or .gguf file, or a directory with one, instead of the model's.
+      tokenizer: a tokenizer.json, tokenizer.model or .gguf file, or a directory with one, instead
+        of the model's.
       base: the base model of an adapter or a run, instead of the one that it names.
 
     Raises:
@@ -209,35 +210,44 @@ def load(origin: Origin, *, dtype: Any, param_dtype: Any, mesh: Mesh | None = No
 
 
 def find_tokenizer(model: Path, tokenizer: str | None) -> Path:
-    """The tokenizer.model or .gguf file that the user named, otherwise the one at `model`."""
+    """The file that the user named, otherwise the tokenizer at `model`: its tokenizer.json, which
+    is what other users of the model have, or its tokenizer.model."""
     source = model if tokenizer is None else Path(tokenizer)
     if not source.is_dir():
         if not source.is_file():
-            raise ValueError(f"tokenizer {source}: no such file; give a tokenizer.model or .gguf")
+            raise ValueError(
+                f"tokenizer {source}: no such file; give a tokenizer.json, tokenizer.model or .gguf"
+            )
         return source
-    if (source / "tokenizer.model").is_file():
-        return source / "tokenizer.model"
     # Kaggle puts it beside the directory of a Flax checkpoint.
-    if (source.parent / "tokenizer.model").is_file() and is_flax_checkpoint(source):
-        return source.parent / "tokenizer.model"
+    places = [source, source.parent] if is_flax_checkpoint(source) else [source]
+    for file in (
+        place / name for place in places for name in ("tokenizer.json", "tokenizer.model")
+    ):
+        if file.is_file():
+            return file
     raise ValueError(
-        f"{source}: has no tokenizer.model; name one, or a .gguf file, with --tokenizer "
-        "(--model.tokenizer of train): a tokenizer.json is not read"
+        f"{source}: has no tokenizer.json and no tokenizer.model; name one, or a .gguf file, "
+        "with --tokenizer (--model.tokenizer of train)"
     )
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.model or .gguf file; ValueError if it is not Gemma's."""
+    """The tokenizer in a tokenizer.json, tokenizer.model or .gguf file; ValueError if it is not
+    Gemma's."""
     return Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_file(path)
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> None:
-    """ValueError unless the tokenizer fits the model's vocabulary."""
-    # Some tens of rows may be padding; the tokenizer of another Gemma differs by 6,144 ids.
-    if not 0 <= config.vocab_size - tokenizer.vocab_size < 1024:
+    """ValueError unless the embedding has a row for each id that a text gives, and few more."""
+    # A resized embedding may have thousands of rows of padding; other Gemmas differ by 6,144 ids.
+    # Control tokens may lie beyond it: <image_soft_token> of Gemma 3 270M and 1B does.
+    num_rows = config.vocab_size
+    is_near = -64 < num_rows - tokenizer.vocab_size < 4096
+    if not is_near or num_rows < tokenizer.num_text_ids:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding "
-            f"{config.vocab_size} rows; use the tokenizer that belongs to the model"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {num_rows} rows; "
+            "use the tokenizer that belongs to the model"
         )
 
 

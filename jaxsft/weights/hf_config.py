@@ -61,18 +61,48 @@ def _unsupported(raw: dict[str, Any], model_type: str) -> list[str]:
         ("tie_word_embeddings", True),
         ("use_bidirectional_attention", False),
         ("quantization_config", None),
-        ("rope_scaling", None),
     ):
         value = raw.get(key, wanted)
         if value != wanted and not (value is None and wanted is False):
             problems.append(f"{key}={value!r} (only {wanted!r})")
+    scaling = raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict) or _is_scaled(scaling):
+        return [*problems, f"rope_scaling={scaling!r} (only 'default')"]
     for key, parameters in _rope_parameters(raw).items():
-        if parameters.get("rope_type", "default") != "default":
-            problems.append(f"rope_parameters[{key}].rope_type={parameters['rope_type']!r}")
+        if _is_scaled(parameters):
+            problems.append(f"rope_parameters[{key}].rope_type={_rope_type(parameters)!r}")
+    for key, thetas in zip(("rope_theta", "rope_local_base_freq"), _rope_thetas(raw), strict=True):
+        if len(set(thetas)) > 1:
+            problems.append(f"{key} given as {' and as '.join(map(str, thetas))}")
     for kind in raw.get("layer_types") or ():
         if kind not in _HF_LAYER_TYPES:
             problems.append(f"layer_types entry {kind!r} (only {', '.join(_HF_LAYER_TYPES)})")
     return problems
+
+
+def _rope_type(parameters: dict[str, Any]) -> Any:
+    return parameters.get("rope_type") or parameters.get("type") or "default"
+
+
+def _is_scaled(parameters: dict[str, Any]) -> bool:
+    """Do the rotary parameters change positions? "default" and a factor of 1 do not."""
+    kind = _rope_type(parameters)
+    return kind != "default" and not (kind == "linear" and parameters.get("factor") == 1)
+
+
+def _rope_thetas(raw: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """The rotary base of global and that of local layers, from each place that gives it.
+
+    transformers 4 and 5 have other places.
+    """
+    rope = {"scaling": raw.get("rope_scaling") or {}} | _rope_parameters(raw)
+    globals_ = [raw, *(rope.get(key, {}) for key in ("scaling", "all", "full_attention"))]
+    found = [place.get("rope_theta") for place in globals_]
+    locals_ = [
+        raw.get("rope_local_base_freq"),
+        rope.get("sliding_attention", {}).get("rope_theta"),
+    ]
+    return [theta for theta in found if theta], [theta for theta in locals_ if theta]
 
 
 def _impossible(config: GemmaConfig) -> list[str]:
@@ -119,14 +149,10 @@ def _parse(raw: dict[str, Any], model_type: str) -> GemmaConfig:
     else:
         period = 2 if model_type == "gemma2" else raw.get("sliding_window_pattern", 6)
         layer_types = tuple(LOCAL if (i + 1) % period else GLOBAL for i in range(num_layers))
-    rope = _rope_parameters(raw)
-    theta = raw.get("rope_theta", rope.get("all", {}).get("rope_theta"))
     gemma1, gemma3 = model_type == "gemma", model_type == "gemma3_text"
-    theta_global = rope.get("full_attention", {}).get("rope_theta", theta)
-    theta_local = rope.get("sliding_attention", {}).get("rope_theta", None if gemma3 else theta)
-    if gemma3:
-        theta_local = raw.get("rope_local_base_freq", theta_local)
-        theta_global = 1_000_000.0 if theta_global is None else theta_global
+    thetas, local_thetas = _rope_thetas(raw)
+    theta_global = thetas[0] if thetas else 1e6 if gemma3 else 1e4
+    theta_local = local_thetas[0] if local_thetas else 1e4 if gemma3 else theta_global
     # transformers' defaults for missing keys.
     attn_cap, final_cap = (50.0, 30.0) if model_type == "gemma2" else (None, None)
     head_dim = raw["head_dim"]
@@ -145,8 +171,8 @@ def _parse(raw: dict[str, Any], model_type: str) -> GemmaConfig:
         sliding_window=None if gemma1 else raw["sliding_window"],
         attn_softcap=None if gemma1 else raw.get("attn_logit_softcapping", attn_cap),
         final_softcap=None if gemma1 else raw.get("final_logit_softcapping", final_cap),
-        rope_theta_local=10_000.0 if theta_local is None else float(theta_local),
-        rope_theta_global=10_000.0 if theta_global is None else float(theta_global),
+        rope_theta_local=float(theta_local),
+        rope_theta_global=float(theta_global),
         post_norms=not gemma1,
         qk_norm=gemma3,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),

@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxsft.common.files import cache_dir, check_free_space, file_sha256, read_json
 from jaxsft.common.pins import COMMIT, read_pins, write_pin
+from jaxsft.data.added_tokens import ADDED_NAME, ROLES_NAME, SETTINGS_NAME
 from jaxsft.formats.safetensors import (
     INDEX_NAME,
     MODEL_NAME,
@@ -33,7 +34,8 @@ from jaxsft.weights.hub_files import (
     not_a_hub,
 )
 
-_TOKENIZER_NAME = "tokenizer.model"
+_TOKENIZERS = {"tokenizer.json", "tokenizer.model"}
+_TOKENIZER_FILES = _TOKENIZERS | {SETTINGS_NAME, ADDED_NAME, ROLES_NAME}
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _GET_ACCESS = (
     "Gemma's models are gated: accept the terms on the model's page, then set HF_TOKEN or run "
@@ -49,7 +51,7 @@ def fetch_model(
     Args:
       revision: branch, tag or commit. A branch or tag is looked up once; its commit is kept.
       say: gets a line when a download begins, and about retries and progress.
-      needs_tokenizer: refuse a model without tokenizer.model before the download.
+      needs_tokenizer: refuse a model without a tokenizer before the download.
 
     Raises:
       ValueError: unknown repository or revision, no access, a malformed token, neither a model nor
@@ -71,14 +73,14 @@ def fetch_model(
         return _download(repo, revision, known, home, say, needs_tokenizer)
     except (NotDeliveredError, httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         failure, why = _failure(repo, revision, error)
-    # The cache notes which commit a branch was when another program downloaded it.
-    if (
-        isinstance(failure, ValueError | ConnectionError)
-        and revision not in read_pins(home, repo)
-        and (directory := _cached(repo, revision, needs_tokenizer))
+    # The cache notes which commit a branch was when another program downloaded it. That program,
+    # or an earlier version, may have left one of two tokenizer files.
+    if isinstance(failure, ValueError | ConnectionError) and (
+        directory := _cached(repo, known, needs_tokenizer, must_be_complete=False)
     ):
         say(f"{repo}: {why}; {directory.name}, which the cache holds, is taken")
-        _pin(home, repo, revision, directory.name)
+        if revision not in read_pins(home, repo):
+            _pin(home, repo, revision, directory.name)
         return directory, directory.name
     raise failure
 
@@ -155,8 +157,12 @@ def _look_up(
     return info.sha, files
 
 
-def _cached(repo: str, revision: str, needs_tokenizer: bool) -> Path | None:
+def _cached(
+    repo: str, revision: str, needs_tokenizer: bool, *, must_be_complete: bool = True
+) -> Path | None:
     """The directory in the user's cache, None if a needed file is missing.
+
+    If it need not be complete, one of two tokenizer files is enough.
 
     Raises ValueError if a file is damaged.
     """
@@ -170,6 +176,9 @@ def _cached(repo: str, revision: str, needs_tokenizer: bool) -> Path | None:
             listed = {file.path for file in get_cached_repo_tree(repo, revision=directory.name)}
         except CachedRepoTreeNotFoundError:  # file by file, as transformers downloads
             listed = {path.name for path in directory.iterdir()}
+        if not must_be_complete:
+            here = {name for name in _TOKENIZER_FILES if (directory / name).is_file()}
+            listed = (listed - _TOKENIZER_FILES) | here
         names = _needed(listed, needs_tokenizer)
         if not all((directory / name).is_file() for name in names):
             return None
@@ -204,7 +213,7 @@ def _needed(listed: Iterable[str], needs_tokenizer: bool) -> list[str]:
     is_adapter = CONFIG_NAME in files and (WEIGHTS_NAME in files or not is_model)
     names = [CONFIG_NAME, WEIGHTS_NAME] if is_adapter else []
     if is_model or not is_adapter:
-        names += ["config.json", *({_TOKENIZER_NAME} & files if needs_tokenizer else ())]
+        names += ["config.json", *(sorted(_TOKENIZER_FILES & files) if needs_tokenizer else ())]
         if INDEX_NAME in files and MODEL_NAME not in files:
             # huggingface_hub takes names as patterns, so only plain names are allowed.
             shards = {name for name in files if _SHARD_NAME.fullmatch(name)} - {WEIGHTS_NAME}
@@ -216,8 +225,11 @@ def _needed(listed: Iterable[str], needs_tokenizer: bool) -> list[str]:
             f"holds no {missing[0]}; it must be a Hugging Face model or a PEFT adapter, in "
             f"safetensors{other_weights_hint(files)}"
         )
-    if needs_tokenizer and not is_adapter and _TOKENIZER_NAME not in files:
-        raise ValueError("has no tokenizer.model; name one, or a .gguf file, with --tokenizer")
+    if needs_tokenizer and not is_adapter and not _TOKENIZERS & files:
+        raise ValueError(
+            "has no tokenizer.json and no tokenizer.model; name one, or a .gguf file, with "
+            "--tokenizer"
+        )
     return names
 
 

@@ -11,24 +11,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support.lora_twins import inject_random
 
 from jaxsft.common.files import read_json
 from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT
+from jaxsft.data.added_tokens import AddedToken
 from jaxsft.data.answer_template import AnswerTemplate
+from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.export.__main__ import main
 from jaxsft.export.chat_template import chat_template
 from jaxsft.export.peers import TUNIX
-from jaxsft.export.verify import LOGIT_BOUND, flax_problem, tunix_lacks
+from jaxsft.export.tokenizer import tokenizer_json
+from jaxsft.export.verify import (
+    LOGIT_BOUND,
+    flax_problem,
+    ids_problem,
+    pieces_problem,
+    tunix_lacks,
+)
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.weights.adapter_config import read_adapter_config
-from jaxsft.weights.find import Taught, find_model, open_tokenizer, taught_by
+from jaxsft.weights.find import Taught, find_model, find_tokenizer, open_tokenizer, taught_by
 from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import load_model, without_weights
 from jaxsft.weights.peft import save_adapter
@@ -136,24 +146,60 @@ def test_merged(
     assert prompt_of_card(output, monkeypatch).startswith(asked)
 
 
+@pytest.fixture
+def grown_base(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """As transformers 5 saves a model with added tokens: a padded embedding, no tokenizer.model."""
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    raw = tokenizer_json(Tokenizer.from_file(base / "tokenizer.model"))
+    num = len(raw["model"]["vocab"])
+    added = (AddedToken(num + i, name) for i, name in enumerate(("<think>", "</think>")))
+    raw["added_tokens"] += [token._asdict() for token in added]
+    (base / "tokenizer.json").write_text(json.dumps(raw))
+    (base / "tokenizer.model").unlink()
+    config, weights = base / "config.json", base / "model.safetensors"
+    rows = -(-(num + 2) // 64) * 64
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": rows}))
+    tensors = load_file(weights)
+    old = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = np.concatenate([old, old[: rows - num]])
+    save_file(tensors, weights, {"format": "pt"})
+    return base
+
+
 def test_peft(
-    run_dir: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, grown_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    assert main([str(run_dir), "--format=peft", "--output", str(output)]) == 0
+    command = [str(run_dir), "--format=peft", "--base-model", str(grown_base)]
+    assert main([*command, "--output", str(output)]) == 0
     manifest = manifest_of(output)
     assert manifest["verified"] and manifest["max_abs_logit_difference"] <= 1e-4
     assert manifest["peer"] == "transformers and PEFT"
     config = json.loads((output / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tiny_model_dir)
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert config["base_model_name_or_path"] == str(grown_base)
+    base = transformers.AutoModelForCausalLM.from_pretrained(grown_base)
     assert peft.PeftModel.from_pretrained(base, output).peft_config["default"].r == 4
     ours, theirs = (
         load_file(d / "adapter_model.safetensors") for d in (run_dir / "adapter", output)
     )
     assert all(theirs[name].tobytes() == array.tobytes() for name, array in ours.items())
-    (tmp_path / tiny_model_dir.name).symlink_to(tiny_model_dir)  # a card names no directory
     assert f"user\n{SYSTEM_PROMPT}\n\nWhy" in prompt_of_card(output, monkeypatch)
+    # Others get the tokens that were added, and we get them again.
+    theirs = transformers.AutoTokenizer.from_pretrained(output)
+    ours, before = (open_tokenizer(find_tokenizer(d, None)) for d in (output, grown_base))
+    ids = ours.encode("a<think>b")
+    assert theirs("a<think>b", add_special_tokens=False).input_ids == ids and len(ids) == 3
+    assert ours.digest == before.digest and not (output / "tokenizer.model").exists()
+
+
+def test_other_ids_are_a_problem() -> None:
+    texts, ours = ["one", "two"], [[1, 2], [3, 4, 5]]
+    assert ids_problem(texts, ours, ours) is None
+    found = ids_problem(texts, ours, [[1, 2], [3, 4]])
+    assert found == "the exported tokenizer has other ids for 'two': at 2 [], and not [5]"
+    assert pieces_problem(["a", "<x>"], [0, 1]) is None
+    found = pieces_problem(["a", "<x>"], [0, 3])
+    assert found == "the exported tokenizer has '<x>' at 3, and not at 1"
 
 
 def test_flax_without_tunix_is_not_called_verified(
@@ -394,6 +440,8 @@ PEAK = """
 import re
 import sys
 from pathlib import Path
+from jaxsft.data.added_tokens import AddedToken
+from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.export.__main__ import main
 code = main(sys.argv[1:])
 # Not getrusage: what the parent process had counts there too.

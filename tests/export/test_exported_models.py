@@ -22,7 +22,10 @@ from jaxsft.data.rows import RowOptions, Turn, convert_row
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.export.chat_template import chat_template
 from jaxsft.export.formats import write_weights
+from jaxsft.export.hostile import hostile_texts
 from jaxsft.export.tokenizer import write_tokenizer
+from jaxsft.export.transformers_worker import _token_ids
+from jaxsft.export.verify import ids_problem, pieces_problem
 from jaxsft.weights.adapter_config import read_adapter_config
 from jaxsft.weights.find import Taught
 from jaxsft.weights.hf_config import to_hf_config
@@ -167,6 +170,13 @@ def test_tokenizer_gives_our_ids(exported: Any, tokenizer: Tokenizer) -> None:
     assert [t for t, ids in zip(texts, found, strict=True) if ids != tokenizer.encode(t)] == []
     assert exported("Hello").input_ids == [tokenizer.bos_id, *tokenizer.encode("Hello")]
     assert (exported.eos_token_id, exported.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
+    hostile = hostile_texts(tokenizer)
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    settings = {"texts": hostile.plain, "lookalikes": hostile.lookalikes, "pieces": pieces}
+    *found, places = _token_ids(exported, settings | {"chats": []})
+    theirs = [*hostile.plain, *hostile.lookalikes]
+    assert ids_problem(theirs, tokenizer.encode_many(theirs), found) is None
+    assert pieces_problem(pieces, places) is None and len(theirs) > 400
     for text in texts[:40]:
         assert exported.decode(tokenizer.encode(text)) == text
 

@@ -171,7 +171,7 @@ def replace(path: Path, text: str | None) -> None:
         ("model.safetensors", "", "model.safetensors"),
         ("model.safetensors", None, "safetensors"),
         ("tokenizer.model", LFS_POINTER, "tokenizer.model: a Git LFS pointer"),
-        ("tokenizer.model", None, "has no tokenizer.model; name one"),
+        ("tokenizer.model", None, "has no tokenizer.json and no tokenizer.model; name one"),
         ("config.json", "{", "config.json"),
         ("config.json", None, "config.json"),
         ("config.json", '{"model_type": "llama"}', "llama"),

@@ -119,12 +119,12 @@ def test_a_flax_checkpoint_has_its_tokenizer_beside_it(
 ) -> None:
     (tmp_path / "2b").mkdir()
     monkeypatch.setattr(models, "is_flax_checkpoint", lambda path: Path(path).name == "2b")
-    assert "has no tokenizer.model" in refused(tmp_path / "2b")
+    assert "has no tokenizer.json and no tokenizer.model" in refused(tmp_path / "2b")
     shutil.copy(tiny_model_dir / "tokenizer.model", tmp_path)
     assert find_model(str(tmp_path / "2b")).tokenizer == tmp_path / "tokenizer.model"
     # Elsewhere what lies beside the model is none of its files.
     (tmp_path / "3b").mkdir()
-    with pytest.raises(ValueError, match=r"has no tokenizer\.model"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json and"):
         find_tokenizer(tmp_path / "2b", str(tmp_path / "3b"))
 
 
@@ -446,6 +446,23 @@ def test_a_disk_that_is_full(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> N
     assert [name for name, _ in hub.downloads()] == ["config.json"]
 
 
+def test_all_tokenizer_files_of_the_hub(
+    hub: FakeHub, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An offline machine does with one of two that another program left."""
+    beside = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+    files = {name: json.dumps(name).encode() for name in ("tokenizer.json", *beside)}
+    hub.add("some/new", repository(tiny_model_dir) | files)
+    found = find_model("some/new", say=lambda line: None)
+    assert found.tokenizer.name == "tokenizer.json"
+    assert {name for name, _ in hub.downloads()} > {"tokenizer.model", "tokenizer.json", *beside}
+    found.tokenizer.unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    said: list[str] = []
+    assert find_model("some/new", say=said.append).tokenizer.name == "tokenizer.model"
+    assert said[-1].endswith("which the cache holds, is taken")
+
+
 def test_weights_are_hashed_once(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     find_model(REPO, say=lambda line: None)
     hashed, digest = [], hashlib.file_digest
@@ -679,7 +696,9 @@ def test_what_the_hub_has_not(hub: FakeHub, tiny_model_dir: Path) -> None:
     del files["tokenizer.model"]
     hub.add("some/bare", files)
     hub.log.clear()
-    assert "some/bare: has no tokenizer.model; name one" in refused("some/bare")
+    assert "some/bare: has no tokenizer.json and no tokenizer.model; name one" in refused(
+        "some/bare"
+    )
     assert hub.downloads() == []
     bare = find_model("some/bare", tokenizer=str(tiny_model_dir), say=lambda line: None)
     assert bare.tokenizer == tiny_model_dir / "tokenizer.model"

@@ -172,6 +172,15 @@ def changed(name: str, **changes: Any) -> dict[str, Any]:
             ),
             "rope_parameters[full_attention].rope_type='linear'",
         ),
+        (
+            changed("gemma-2-2b", rope_scaling=["linear"]),
+            "rope_scaling=['linear'] (only 'default')",
+        ),
+        (changed("gemma-2b", rope_scaling={"type": "dynamic", "factor": 1.0}), "'dynamic'"),
+        (
+            changed("gemma-2b", rope_scaling={"type": "default", "rope_theta": 5e5}),
+            "rope_theta given as 10000.0 and as 500000.0",
+        ),
         (changed("gemma-2-2b", hidden_activation="gelu"), "hidden_activation='gelu'"),
         (changed("gemma-2b", hidden_act="silu"), "hidden_activation='silu'"),
         (
@@ -186,6 +195,24 @@ def test_unsupported_settings_are_named(raw: dict[str, Any], message: str) -> No
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         from_hf_config(raw)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"type": "default", "factor": 1.0},
+        {"rope_type": "linear", "factor": 1.0},
+        {},
+    ],
+)
+def test_scaling_that_changes_nothing(scaling: dict[str, Any], name: str) -> None:
+    raw = changed(name, rope_scaling=dict(scaling))  # transformers writes into it
+    assert unnamed(from_hf_config(raw)) == unnamed(PRESETS[name])
+    model_type = raw.pop("model_type")
+    theirs = CONFIG_CLASSES[model_type](**raw).to_dict()
+    assert unnamed(from_hf_config(theirs)) == unnamed(PRESETS[name])
 
 
 @pytest.mark.parametrize(
