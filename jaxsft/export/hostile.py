@@ -76,15 +76,19 @@ def hostile_texts(tokenizer: Tokenizer) -> HostileTexts:
     return HostileTexts(plain, names)
 
 
-def check_sentencepiece(vocabulary: BPEVocabulary, tokenizer: Tokenizer) -> None:
-    """ValueError unless a `tokenizer.model` can give the ids of a `tokenizer.json`.
+def sentencepiece_texts(tokenizer: Tokenizer) -> list[str]:
+    """The hostile texts for which a `tokenizer.model` must give our ids.
 
     Runs of more than 31 spaces or tabs are left out: the official files differ in them.
     """
-    where = "tokenizer.model"
-    other = Tokenizer(sentencepiece_vocabulary(vocabulary), where)
-    texts = [text for group in hostile_texts(tokenizer) for text in group]
-    texts = [text for text in texts if not re.search(r"[ \t]{32}", text)]
+    plain, lookalikes = hostile_texts(tokenizer)
+    return [text for text in (*plain, *lookalikes) if not re.search(r"[ \t]{32}", text)]
+
+
+def check_sentencepiece(vocabulary: BPEVocabulary, tokenizer: Tokenizer) -> None:
+    """ValueError unless a `tokenizer.model` can give the ids of a `tokenizer.json`."""
+    other = Tokenizer(sentencepiece_vocabulary(vocabulary), "tokenizer.model")
+    texts = sentencepiece_texts(tokenizer)
     found = zip(texts, tokenizer.encode_many(texts), other.encode_many(texts), strict=True)
     for text, ours, theirs in found:
         if ours != theirs:

@@ -38,7 +38,7 @@ from jaxsft.export.formats import (
     Export,
     base_for_peer,
 )
-from jaxsft.export.hostile import hostile_texts
+from jaxsft.export.hostile import hostile_texts, sentencepiece_texts
 from jaxsft.export.options import ExportOptions
 from jaxsft.export.peers import TRANSFORMERS, TUNIX, Peer, Probe, ask, find_peer
 from jaxsft.gemma.architecture import GLOBAL, LOCAL, GemmaConfig
@@ -152,8 +152,8 @@ def _verify_flax(
     """Has Tunix load model/ and then, as its notebooks do, the base with tunix-lora/."""
     name, options = peer.library.name, made.options
     settings = {"config": dataclasses.asdict(made.info.config), "texts": []}
-    plain, lookalikes = hostile_texts(made.tokenizer)
-    texts = [*(turn.content for chat in CHATS for turn in chat), *plain, *lookalikes]
+    texts = [turn.content for chat in CHATS for turn in chat]
+    texts += sentencepiece_texts(made.tokenizer)
     ours = reference_logits(made.origin, options.dtype, probes)
     give_memory_back()
     model = directory / FLAX_MODEL

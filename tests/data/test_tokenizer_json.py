@@ -18,6 +18,7 @@ from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.export.hostile import hostile_texts
 from jaxsft.export.tokenizer import tokenizer_json
 from jaxsft.gemma.architecture import PRESETS
+from jaxsft.generate.chat import text_of_tokens
 from jaxsft.weights.find import check_tokenizer, find_tokenizer
 
 Raw = dict[str, Any]
@@ -83,6 +84,10 @@ def test_ids_are_those_of_the_library(raw: Raw, tmp_path: Path) -> None:
     assert tokenizer.control_ids.isdisjoint(token for each in ids for token in each)
     for text, each in zip(texts, ids, strict=True):
         assert tokenizer.decode(each) == text.replace("\u2581", " ")
+    emoji = tokenizer.encode("x\U0001fae8\U00020000<think>")
+    parts = list(text_of_tokens(tokenizer, emoji))
+    assert parts == ["x", "\U0001fae8", "\U00020000", "<think>"]
+    assert tokenizer.decode(emoji[:-3]) == "x\U0001fae8" + "\ufffd" * 2
 
 
 @pytest.fixture(scope="module")
