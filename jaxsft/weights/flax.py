@@ -17,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxsft.common.files import write_json
+from jaxsft.common.listed import error_line
 from jaxsft.common.locks import scratch_beside
 from jaxsft.common.text import visible_line
 from jaxsft.gemma.architecture import PRESETS, GemmaConfig
@@ -174,15 +175,17 @@ class FlaxCheckpoint:
             raise _damaged(self.path, error, f"tensor {name}: ") from error
 
     def _check_sizes(self) -> None:
-        problems = []
+        dtypes: dict[str, str] = {}
+        chunks: dict[str, str] = {}
         for name, array in self._arrays.items():
             dtype, chunk = array.dtype.name, _chunk(array)
             if dtype not in _DTYPES:
-                problems.append(f"{name} has dtype {dtype} (only {', '.join(_DTYPES)})")
+                dtypes[name] = f"({dtype}, only {', '.join(_DTYPES)})"
             if any(side > max(1, dim) for side, dim in zip(chunk, array.shape, strict=True)):
-                problems.append(f"{name} of shape {list(array.shape)} has chunks of {list(chunk)}")
-        if problems:
-            raise ValueError(f"{self.path}: unusable arrays: {'; '.join(problems)}")
+                chunks[name] = f"({list(chunk)}, of {list(array.shape)})"
+        if dtypes or chunks:
+            kinds = {"of another dtype": dtypes, "in larger chunks": chunks}
+            raise ValueError(error_line(f"{self.path}: unusable arrays", kinds))
         num_bytes = sum(file.stat().st_size for file in self.files)
         declared = sum(
             math.prod(array.shape) * array.dtype.numpy_dtype.itemsize
