@@ -31,6 +31,7 @@ Role = Literal["system", "user", "assistant"]
 LaterReason = Literal["duplicate", "contaminated", "degenerate", "too_short", "too_long"]
 Note = Literal["implicit_open", "plain_completion", "control_look_alike", "system_has_other_tags"]
 
+_MARKS = ("\ufeff", "\u200b")  # byte order mark, zero-width space
 THINK = ("<think>", "</think>")
 _THOUGHT_TAGS = (
     THINK,
@@ -42,6 +43,7 @@ _THOUGHT_TAGS = (
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("◁think▷", "◁/think▷"),  # Kimi
 )
+_OPENINGS = tuple(opening for opening, _ in _THOUGHT_TAGS)
 # Tags around the whole answer after a thought; they are removed.
 _ANSWER_TAGS = (
     ("<answer>", "</answer>"),
@@ -112,28 +114,32 @@ def convert_reply(text: str, thought: str | None, template: AnswerTemplate) -> C
     tags = _tags_of(text)
     if tags is not None:
         return _split_at_tags(text, tags, template)
-    if tag := _UNKNOWN_TAG.match(text) or ("/" in text and _UNKNOWN_END.search(text)):
-        raise RejectedError("unknown_tags", f"{tag[0]} is no thought tag that is converted")
+    tag = _unknown_tag(text)
+    if tag is None and (end := _UNKNOWN_END.search(text)):
+        tag = end[0]
+    if tag is not None:
+        raise RejectedError("unknown_tags", f"{tag} is no thought tag that is converted")
     return _plain(text, template)
 
 
 def _trimmed(text: str) -> str:
     """Without white space at its ends, and the invisible marks that editors leave there."""
-    return text.strip().strip("\ufeff\u200b").strip()
+    text = text.strip()
+    if text.startswith(_MARKS) or text.endswith(_MARKS):
+        text = text.strip("".join(_MARKS)).strip()
+    return text
 
 
 def _with_field(text: str, thought: str, template: AnswerTemplate) -> ConvertedReply:
     """A reply whose thought has a field of its own; the text may repeat the same thought."""
-    for opening, closing in _THOUGHT_TAGS:
+    is_tagged = thought.startswith(_OPENINGS) or text.startswith(_OPENINGS)
+    for opening, closing in _THOUGHT_TAGS if is_tagged else ():
         thought = _inside(thought, opening, closing)
-        before, end, answer = text.partition(closing)
-        if end and before.startswith(opening):
-            if before.removeprefix(opening).strip() in ("", thought):
-                text = answer.strip()
-            break
+        if text.startswith(opening):
+            repeated, _, answer = text.removeprefix(opening).partition(closing)
+            text = answer.strip() if repeated.strip() in ("", thought) else text
     for part in (text, thought):
-        unknown = _UNKNOWN_TAG.match(part)
-        tag = next((tag for tag in THINK if tag in part), unknown and unknown[0])
+        tag = next((tag for tag in THINK if tag in part), _unknown_tag(part))
         if tag:
             raise RejectedError("several_thoughts", f"a field for the thought and {tag} as well")
     return _formatted(thought, text, template)
@@ -141,9 +147,16 @@ def _with_field(text: str, thought: str, template: AnswerTemplate) -> ConvertedR
 
 def _inside(text: str, opening: str, closing: str) -> str:
     """What stands between the tags, if they are around the whole text; else the text."""
-    inside = text.removeprefix(opening).removesuffix(closing)
-    is_around = len(inside) == len(text) - len(opening) - len(closing)
-    return inside.strip() if is_around and opening not in inside else text
+    if not (text.startswith(opening) and text.endswith(closing)):
+        return text
+    inside = text[len(opening) : -len(closing)]
+    return text if opening in inside else inside.strip()
+
+
+def _unknown_tag(text: str) -> str | None:
+    """The tag that begins the text and has a name like a thought's."""
+    match = _UNKNOWN_TAG.match(text) if text[:1] in "<[◁&" else None
+    return match[0] if match else None
 
 
 def _tags_of(text: str) -> tuple[str, str] | None:
@@ -183,18 +196,19 @@ def _formatted(
     thought: str, answer: str, template: AnswerTemplate, note: Note | None = None
 ) -> ConvertedReply:
     reasoning, answer = _trimmed(thought), _trimmed(answer)
-    for opening, closing in _ANSWER_TAGS:
-        answer = _inside(answer, opening, closing)
+    if answer.startswith("<"):
+        for opening, closing in _ANSWER_TAGS:
+            answer = _inside(answer, opening, closing)
     if not answer:
         raise RejectedError("empty_answer", "nothing follows the reasoning")
     if not reasoning:
-        if _tags_of(answer) or _UNKNOWN_TAG.match(answer):
+        if _tags_of(answer) or _unknown_tag(answer):
             raise RejectedError("several_thoughts", "an empty thought, then another")
         return _plain(answer, template)
     _check_tags(reasoning, "inside the reasoning", template)
     _check_tags(answer, "inside the answer", template)
-    if tag := _UNKNOWN_TAG.match(reasoning) or _UNKNOWN_TAG.match(answer):
-        raise RejectedError("unknown_tags", f"{tag[0]} is left in front of a part")
+    if tag := _unknown_tag(reasoning) or _unknown_tag(answer):
+        raise RejectedError("unknown_tags", f"{tag} is left in front of a part")
     return ConvertedReply(template.join(reasoning, answer), reasoning, answer, note)
 
 

@@ -70,7 +70,6 @@ _CONTROL = re.compile(
     r"|/?s|\|\w+\|)>"  # the last two are of other models
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_GSM8K_ANSWER = re.compile(r"(?:^|\n)####(?!#)([^\n]*\d[^\n]*|[ \t]*\S*[ \t]*)\s*$")
 _OPTIONAL = ("system", "input", "reasoning")  # parts that count as absent if they are blank
 # Magpie's own fields about a row, harmless beside its others.
 _MAGPIE = frozenset(("knowledge", "quality_explanation", "gen_input_configs"))
@@ -209,14 +208,7 @@ def _find_parts(
         if "messages" in parts and "response" in parts:
             parts["prompt"] = parts.pop("messages")
         return parts, True
-    present = [name for name, value in row.items() if not is_absent(value)]
-    thoughts = PARTS["reasoning"]
-    names = tuple(
-        name
-        for name in present
-        if not is_blank(row[name]) and not (name in thoughts and is_flag(row[name]))
-    )
-    blank = () if len(names) == len(present) else tuple(n for n in present if n not in names)
+    names, blank = _present_names(row)
     parts = dict(_layout(names, blank, needs_answer))
     if "messages" in parts and needs_answer and _ends_with_user(row[parts["messages"]]):
         flat = _parts_by_name(names, ())  # the answer may have a column of its own
@@ -227,6 +219,21 @@ def _find_parts(
     if written_out and _holds_both(row, parts.get("response")):
         parts["prompt"] = "instruction"
     return parts, False
+
+
+def _present_names(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the names of fields with a value, the names of blank ones); null fields are in neither."""
+    names: list[str] = []
+    blank: list[str] = []
+    for name, value in row.items():
+        if isinstance(value, str) and value[:1] > " ":  # the usual case, at once
+            is_empty = name in PARTS["reasoning"] and is_flag(value)
+        elif is_absent(value):
+            continue
+        else:
+            is_empty = is_blank(value) or (name in PARTS["reasoning"] and is_flag(value))
+        (blank if is_empty else names).append(name)
+    return tuple(names), tuple(blank)
 
 
 def _holds_both(row: Mapping[str, Any], response: str | None) -> bool:
@@ -336,11 +343,20 @@ def _read_answer(row: Mapping[str, Any], parts: Mapping[str, str], is_named: boo
     thought: str | None = None
     if "reasoning" in parts:
         thought = read_text(row, parts["reasoning"])
-    elif (parts["prompt"], name) == ("question", "answer") and (
-        final := _GSM8K_ANSWER.search(text)
-    ):
-        thought, text = _CALCULATOR.sub("", text[: final.start()]), final[1]
+    elif (parts["prompt"], name) == ("question", "answer"):
+        thought, text = _split_gsm8k(text)
     return Messages([Message("assistant", text, thought)], unused)
+
+
+def _split_gsm8k(text: str) -> tuple[str | None, str]:
+    """(reasoning, answer) if the last line is "####" and a number or a word; else (None, text)."""
+    text = text.rstrip()
+    start = text.rfind("\n") + 1
+    mark, answer = text[start : start + 4], text[start + 4 :].strip()
+    is_final = len(answer.split()) < 2 or any(map(str.isdigit, answer))
+    if mark != "####" or answer.startswith("#") or not is_final:
+        return None, text
+    return _CALCULATOR.sub("", text[:start]), answer
 
 
 def _mbpp_prompt(row: Mapping[str, Any], parts: Mapping[str, str]) -> str:
@@ -372,7 +388,7 @@ def _converse(messages: Sequence[Message], options: RowOptions) -> Conversation:
         if options.without_thought == "reject":
             raise RejectedError("no_thought", "an answer has no thought, or an empty one")
         notes.add("plain_completion")
-    if any(_CONTROL.search(turn.content) for turn in turns):
+    if any("<" in turn.content and _CONTROL.search(turn.content) for turn in turns):
         notes.add("control_look_alike")
     if turns[0].role == "system" and other_tag(turns[0].content, options.template):
         notes.add("system_has_other_tags")
