@@ -109,6 +109,15 @@ def test_drop_and_raise(write, fake):
         load(path, fake, 120, "raise", None)
 
 
+def test_hopeless_lengths_are_not_tokenised(write, fake):
+    huge = {"prompt": "p", "response": f"<think>{'We add. ' * 4000}</think>Two"}
+    path = write(GOOD, huge)
+    _, report = load(path, fake, 120, "shorten", None)
+    assert report.examples == {"too_long": [f"{path}:2 (32,063 characters, limit 120 tokens)"]}
+    with pytest.raises(ValueError, match=r"rows.jsonl:2 \(32,063 characters.*: too long"):
+        load(path, fake, 120, "raise", None)
+
+
 def test_no_sample_left(write, fake):
     path = write({"prompt": "p", "response": "no"}, LONG)
     with pytest.raises(ValueError, match=r"no sample is left of 2 rows: ") as caught:
