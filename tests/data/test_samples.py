@@ -113,8 +113,8 @@ def test_hopeless_lengths_are_not_tokenised(write, fake):
     huge = {"prompt": "p", "response": f"<think>{'We add. ' * 4000}</think>Two"}
     path = write(GOOD, huge)
     _, report = load(path, fake, 120, "shorten", None)
-    assert report.examples == {"too_long": [f"{path}:2 (32,063 characters, limit 120 tokens)"]}
-    with pytest.raises(ValueError, match=r"rows.jsonl:2 \(32,063 characters.*: too long"):
+    assert report.examples == {"too_long": [f"{path}:2 (32,044 characters, limit 120 tokens)"]}
+    with pytest.raises(ValueError, match=r"rows.jsonl:2 \(32,044 characters.*: too long"):
         load(path, fake, 120, "raise", None)
 
 
