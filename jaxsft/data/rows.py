@@ -205,6 +205,9 @@ def _find_parts(
         raise RejectedError("unknown_fields", f"is a {kind}, not an object with fields")
     parts = {part: name for part, name in (columns or {}).items() if not is_absent(row.get(name))}
     if parts:
+        if "messages" in parts and "prompt" in parts:
+            both = f'"{parts["messages"]}" and "{parts["prompt"]}"'
+            raise RejectedError("unused_text", f"{both} both hold the prompt")
         if "messages" in parts and "response" in parts:
             parts["prompt"] = parts.pop("messages")
         return parts, True

@@ -141,8 +141,6 @@ def _check_columns(columns: Mapping[str, str]) -> None:
         fault = f"{unknown!r} is no part of a row; use {', '.join(PARTS)}"
     elif len(set(columns.values())) < len(columns):
         fault = "two parts have the same column"
-    elif "messages" in parts and parts & {"prompt", "input"}:
-        fault = "messages hold the prompt; name either messages, or prompt and response"
     elif "reasoning" in parts and "response" not in parts:
         fault = "the reasoning's response is missing"
     elif "messages" not in parts and not {"prompt", "response"} <= parts:

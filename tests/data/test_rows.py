@@ -322,6 +322,11 @@ def test_columns_of_the_user() -> None:
     assert conversation.fields == (("task", "text", "why"), ("hint",))
     assert accepted({"task": "p", "text": "a"}, columns=columns).reasoning is None
     assert rejected({"task": "p"}, columns=columns).detail == 'there is no response beside "task"'
+    both = {"messages": "chat", **columns}  # for files of either kind
+    assert accepted(row, columns=both).turns == (P, A)
+    assert rejected({"chat": [], **row}, columns=both).reason == "unused_text"
+    asked = {"chat": chat("p")["messages"], "text": "a", "why": "r"}
+    assert accepted(asked, columns=both).turns == (P, A)
     assert accepted(FORMS["GSM8K"], columns=columns).turns == (P, A)  # has none of the columns
     assert accepted({"chosen": chat("p", THOUGHT)["messages"], "rejected": "x"},
                     columns={"messages": "chosen"}).turns == (P, A)  # fmt: skip

@@ -147,7 +147,6 @@ def test_columns_template_and_earlier_reasoning(prepare: Prepare) -> None:
         ("{prompt: task, response: text, reasoning: wy}", "names wy, which no training row has"),
         ("{prompt: task}", "name the prompt and the response, or messages"),
         ("{prompt: task, response: task}", "two parts have the same column"),
-        ("{messages: task, input: text}", "messages hold the prompt"),
     ):
         done = prepare([row], "--data.columns", columns)
         assert (
