@@ -73,6 +73,7 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _OPTIONAL = ("system", "input", "reasoning")  # parts that count as absent if they are blank
 # Magpie's own fields about a row, harmless beside its others.
 _MAGPIE = frozenset(("knowledge", "quality_explanation", "gen_input_configs"))
+_CACHED_FIELDS = 100  # of more no cache is kept: they may be other ones in each row
 _MIN_COMMON_CHARS = 40  # a shorter text may stand in another by chance
 _MAX_FRAME_CHARS = 400  # that a written-out conversation adds: Alpaca's has about 170
 
@@ -165,7 +166,8 @@ def convert_row(row: Any, options: RowOptions = DEFAULTS) -> Conversation | Reje
             _check_weight(row)
             if not is_named:
                 _check_unused(row, used, messages)
-        return conversation._replace(fields=_row_fields(_names(row), used, unused))
+        row_fields = _row_fields if len(row) <= _CACHED_FIELDS else _row_fields.__wrapped__
+        return conversation._replace(fields=row_fields(_names(row), used, unused))
     except RejectedError as error:
         return error.rejected
     except RecursionError:
@@ -212,7 +214,8 @@ def _find_parts(
             parts["prompt"] = parts.pop("messages")
         return parts, True
     names, blank = _present_names(row)
-    parts = dict(_layout(names, blank, needs_answer))
+    layout = _layout if len(row) <= _CACHED_FIELDS else _layout.__wrapped__
+    parts = dict(layout(names, blank, needs_answer))
     if "messages" in parts and needs_answer and _ends_with_user(row[parts["messages"]]):
         flat = _parts_by_name(names, ())  # the answer may have a column of its own
         if "response" in flat:

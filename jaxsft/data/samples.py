@@ -30,6 +30,8 @@ from jaxsft.data.tokenizer import Tokenizer
 _CHUNK_ROWS = 512  # conversations that are tokenised together
 _MOST_CHARS_PER_TOKEN = 256
 _CHUNK_CHARS = 16 * 2**20
+_MOST_COLUMNS = 100  # of a file that are named
+_SHOWN_COLUMNS = 30
 _NUM_REASONS = 3  # in an error
 _NUM_EXAMPLES = 2  # of each reason, kept for the report
 
@@ -70,7 +72,8 @@ class DataReport:
         """Notes which columns of a row were used."""
         columns = self.columns.setdefault(file, {"used": [], "unused": []})
         for kind, names in (("used", fields.used), ("unused", fields.unused)):
-            columns[kind] = sorted({*columns[kind], *names})
+            if len(columns[kind]) < _MOST_COLUMNS:
+                columns[kind] = sorted({*columns[kind], *names})[:_MOST_COLUMNS]
 
     @property
     def num_rejected(self) -> int:
@@ -102,9 +105,7 @@ class DataReport:
             ]
         for name, columns in self.columns.items():
             prefix = f"{name}: " if len(self.columns) > 1 else ""
-            used, unused = (
-                ", ".join(map(visible_line, columns[kind])) for kind in ("used", "unused")
-            )
+            used, unused = (_listed_columns(columns[kind]) for kind in ("used", "unused"))
             lines.append(f"{prefix}columns used: {used}; not used: {unused or 'none'}")
         if self.shortened:
             lines.append(f"{self.shortened:,} shortened by {self.num_tokens_cut:,} tokens in all")
@@ -113,6 +114,12 @@ class DataReport:
         for note, count in Counter(self.noted).most_common():
             lines.append(f"{count:,} noted: {note}")
         return lines
+
+
+def _listed_columns(names: Sequence[str]) -> str:
+    shown = [visible_line(name)[:60] for name in names[:_SHOWN_COLUMNS]]
+    others = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {others} more" if others else "")
 
 
 def _end_of(text: str, limit: int) -> str:
@@ -273,7 +280,8 @@ def _convert(
             report.reject(where, rejected)
             continue
         if counts and (source, conversation.fields) not in seen:
-            seen.add((source, conversation.fields))
+            if len(seen) < _MOST_COLUMNS:
+                seen.add((source, conversation.fields))
             report.add_columns(names[source], conversation.fields)
         drops_system = conversation.has_plain_reply and options.without_thought == "drop_system"
         has_system = conversation.turns[0].role == "system"
