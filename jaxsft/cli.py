@@ -262,13 +262,13 @@ def _names_in(options: Mapping[str, Any], kinds: Collection[str], prefix: str = 
 def _about_unknown(names: Sequence[str], options: Collection[str]) -> str:
     """What to use in place of options that there are not, in one line."""
     parts = []
-    for name in names:
+    for name in names[:_MOST_UNKNOWN]:
         hint = hint_for(name, options)
         parts.append(f"unknown option {name!r}" + (f"; {hint}" if hint else ""))
     parts = [part if part.endswith(("?", ".")) else f"{part};" for part in parts]
-    rest = len(parts) - _MOST_UNKNOWN
+    rest = len(names) - len(parts)
     more = [f"and {rest} more;"] if rest > 0 else []
-    return " ".join([*parts[:_MOST_UNKNOWN], *more, "--help lists all"])
+    return " ".join([*parts, *more, "--help lists all"])
 
 
 _OPTION = re.compile(r"--\w[\w.-]*(?:=|$)")

@@ -321,6 +321,7 @@ def check_devices(config: TrainConfig, num_devices: int) -> None:
         )
 
 
+_MEANT_AS_NULL = ("None", "none", "no", "No", "false", "False", "off")
 _POSITIVE = (lambda x: x > 0, "above 0")
 _NOT_NEGATIVE = (lambda x: x >= 0, "0 or above")
 _POSITIVE_OR_NULL = (lambda x: x is None or x > 0, "above 0, or null")
@@ -361,7 +362,12 @@ _CHECKS = (
     ("data.start", *_NOT_NEGATIVE),
     ("data.min_completion_tokens", *_NOT_NEGATIVE),
     ("data.max_drop", lambda x: 0 <= x <= 1, "a share from 0 to 1"),
-    ("data.weights", lambda x: x is None or all(0 < w < math.inf for w in x), "above 0 for each"),
+    (
+        "data.weights",
+        lambda x: x is None or all(0 < w <= 1000 for w in x),
+        "above 0 for each, and at most 1,000",
+    ),
+    ("data.system_prompt", lambda x: x not in _MEANT_AS_NULL, "a text; write null for none"),
     ("eval.num_prompts", *_NOT_NEGATIVE),
     ("eval.batch_size", *_POSITIVE),
     ("eval.max_new_tokens", *_POSITIVE),

@@ -247,6 +247,10 @@ _RENAMED = (
 # names of others; why there is no such option here.
 _ABSENT = (
     (
+        "model_type tokenizer_type architecture",
+        "the model's own config.json says what it is",
+    ),
+    (
         "cache_dir dataset_cache_dir",
         "HF_HOME in the environment is where the hub's files are kept, and --data.prepared_dir "
         "where prepared rows are",

@@ -19,6 +19,7 @@ from jaxsft.data.fields import (
     has_text,
     holds_parts,
     is_absent,
+    is_blank,
     is_flag,
     is_harmless,
     texts_in,
@@ -166,7 +167,7 @@ def field_against_learning(given: Mapping[str, Any], where: str) -> str | None:
     """The first field that says that a message, or a row, is not to be learnt."""
     found = None
     for name, value in given.items():
-        if name not in _WEIGHT_FIELDS or is_absent(value):
+        if name not in _WEIGHT_FIELDS or is_absent(value) or is_blank(value):
             continue
         if name in _MAY_BE_OTHER and not isinstance(value, bool):
             continue

@@ -62,7 +62,13 @@ def row_files(path: str | Path) -> list[RowFile]:
                 _refuse(path, "matches no file of rows; check the pattern")
             )
         return _in_order(path, files)
+    _check_ordinary(path)
     return [RowFile(path)]
+
+
+def _check_ordinary(path: Path) -> None:
+    if path.exists() and not path.is_file():  # it would be read twice, and may never end
+        raise ValueError(f"{path}: is a pipe or a device; write its rows to a file, and name that")
 
 
 def _refuse(path: Path, why: str) -> Any:
@@ -87,11 +93,18 @@ def _files_in(path: Path) -> list[RowFile]:
 
     files: set[Path] = set()
     sets = []
-    for folder, folders, names in os.walk(path, onerror=refuse_unreadable):
+    walked: set[str] = set()  # real paths: a link may lead back
+    for folder, folders, names in os.walk(path, onerror=refuse_unreadable, followlinks=True):
+        if os.path.realpath(folder) in walked:
+            folders.clear()
+            continue
+        walked.add(os.path.realpath(folder))
         folders[:] = [each for each in folders if not each.startswith(".")]
         if not {ROWS_MANIFEST, _SAVED, _SAVED_SPLITS, UNFINISHED}.isdisjoint(names):
             sets.append(folder)
         files.update(Path(folder, name) for name in names if not _NO_ROWS.fullmatch(name))
+    for file in files:
+        _check_ordinary(file)
     if sets:
         raise ValueError(
             f"{path}: holds sets of rows of their own; name one of them: {_some(sorted(sets))}"

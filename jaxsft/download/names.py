@@ -31,7 +31,10 @@ _HUB_NAME = re.compile(
     rf"(?:/(?P<split>\w+(?:[.-]\w+)*))?(?P<slice>\[[^\[\]]*[:%][^\[\]]*\])?",
     re.ASCII,
 )
-_FILE = re.compile(r"\.(jsonl?|ndjson|parquet|arrow|[ct]sv|txt|gz|bz2|zst)$")
+_FILE = re.compile(
+    r"\.(jsonl?|ndjson|parquet|arrow|feather|[ct]sv|txt|gz|bz2|zst|zstd|xz|zip|tar|xlsx?)$",
+    re.IGNORECASE,
+)
 _OURS = Path("data")  # where data/download_sft_datasets.py puts what the recipes name
 _ROWS_PER_FILE = 20_000
 _LINE_EVERY_S = 15.0

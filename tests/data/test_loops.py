@@ -36,7 +36,7 @@ UNITS: dict[str, tuple[Callable[[random.Random], str], int, int]] = {
     "sentence": (lambda words: sentences(words, 1), 20, 8),
     "line": (lambda words: sentences(words, 1, "\n"), 50, 8),
     "paragraph": (lambda words: sentences(words, words.randint(4, 7)) + "\n\n", 10, 7),
-    "counter": (lambda words: f"Step {{}}: {re.sub('[0-9]', 'n', sentences(words, 1))}\n", 70, 30),
+    "counter": (lambda words: f"Step {{}}: {re.sub('[0-9]', 'n', sentences(words, 1))}\n", 400, 30),
 }
 
 
@@ -85,10 +85,10 @@ def test_the_numbers_of_the_table() -> None:
         (f"{sentence}\n\n", 0, 10),
         ("Wait, not this one: ", 0, 12),
         ("Wait, no more? ", 0, 20),
-        ("Wait, no more\n", 0, 50),
+        ("Wait, no more\n", 0, 100),
         ("Wait, no more\n", 7, 14),  # 200 characters
         ("alright ", 0, 100),
-        ("0 0 0 0 0 0\n", 0, 100),
+        ("0 0 0 0 0 0\n", 0, 1000),
     ]:
         for times in (fewest, fewest - 1):
             text = "So it is done;\n\n" + unit * times + unit[:num_more]

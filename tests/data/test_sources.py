@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -169,3 +170,18 @@ def test_a_changed_shard_is_not_as_downloaded(downloaded):
     file.path.write_bytes(data)  # of the same size
     with pytest.raises(ValueError, match=r"part-00001.parquet: missing or not as downloaded"):
         file_digest(file, {})
+
+
+def test_links_are_followed_once_and_pipes_refused(tmp_path: Path) -> None:
+    rows, other = tmp_path / "rows", tmp_path / "other"
+    rows.mkdir()
+    other.mkdir()
+    for path in (rows / "a.jsonl", other / "b.jsonl"):
+        path.write_text('{"prompt": "p", "response": "r"}\n')
+    (rows / "linked").symlink_to(other)
+    (other / "back").symlink_to(rows)
+    assert [file.path.name for file in row_files(rows)] == ["a.jsonl", "b.jsonl"]
+    os.mkfifo(rows / "pipe")
+    for path in (rows, rows / "pipe", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="is a pipe or a device"):
+            row_files(path)
