@@ -196,9 +196,10 @@ def _check_settings(path: Path, raw: dict[str, Any]) -> None:
         if not is_off and (key == "modules_to_save" or key not in (*_UNDERSTOOD, *_HARMLESS)):
             problems.append(f"{key}={value!r}")
     rank, alpha, dropout = raw["r"], raw["lora_alpha"], float(raw.get("lora_dropout") or 0.0)
-    if int(rank) < 1 or int(rank) != rank or not 0 <= dropout < 1:
+    is_null = isinstance(rank, bool | None)
+    if is_null or int(rank) < 1 or int(rank) != rank or not 0 <= dropout < 1:
         problems.append(f"r={rank!r} with lora_dropout={dropout!r}")
-    if not 0 < float(alpha) < math.inf or float(alpha) != alpha:
+    if isinstance(alpha, bool | None) or not 0 < float(alpha) < math.inf or float(alpha) != alpha:
         problems.append(f"lora_alpha={alpha!r} (only a finite number above 0)")
     if not isinstance(raw.get("use_rslora", False), bool | None):
         problems.append(f"use_rslora={raw['use_rslora']!r} (only true or false)")
@@ -232,18 +233,18 @@ def _rank_and_alpha(
 def _alpha(path: Path, raw: dict[str, Any], module: str) -> float:
     """Alpha of a module, as PEFT looks it up: by the first key that its name ends in.
 
-    A key that is no plain name is refused unless it changes nothing: matching a foreign regular
-    expression could take forever.
+    Keys are regular expressions to PEFT, for names as the base's class has them. Matching foreign
+    ones could take forever, so only names from the layer on are looked up; where all values equal
+    lora_alpha none matters.
     """
     pattern = _pattern(path, raw, "alpha_pattern")
-    for key, value in pattern.items():
-        plain = key.removeprefix("^").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", plain):
-            if value != raw["lora_alpha"]:
-                raise _refused(path, [f"alpha_pattern={pattern!r}"], MERGE)
-        elif f".{module}".endswith(f".{plain}"):
-            return float(value)
-    return float(raw["lora_alpha"])
+    if all(value == raw["lora_alpha"] for value in pattern.values()):
+        return float(raw["lora_alpha"])
+    keys = {key: key.replace("\\.", ".") for key in pattern}
+    if not all(re.fullmatch(r"(layers\.\d+\.)?(\w+\.)?\w+_proj", key) for key in keys.values()):
+        raise _refused(path, [f"alpha_pattern={pattern!r}"], MERGE)
+    found = (key for key, plain in keys.items() if f".{module}".endswith(f".{plain}"))
+    return float(pattern[key] if (key := next(found, None)) else raw["lora_alpha"])
 
 
 def _pattern(path: Path, raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -284,6 +285,10 @@ def _check_scope(path: Path, raw: dict[str, Any], layers: set[int], found: set[s
         )
 
 
+# Of a model with several parts; alone they would pass for the text model's.
+_OTHER_PART = re.compile(r"(vision|visual|audio|image)\w*\.|\.(encoder|decoder)\.")
+
+
 def _halves(path: Path, names: Iterable[str]) -> dict[str, _Half]:
     """The tensors of one LoRA adapter by the names in the file.
 
@@ -299,6 +304,7 @@ def _halves(path: Path, names: Iterable[str]) -> dict[str, _Half]:
         else:
             others[name] = ""
     _check_others(path, others)
+    _check_others(path, {name: "" for name in halves if _OTHER_PART.search(name)})
     prefixes = Counter(half.prefix for half in halves.values())
     if len(prefixes) > 1:
         usual = max(prefixes, key=lambda prefix: prefixes[prefix])

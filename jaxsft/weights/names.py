@@ -140,7 +140,7 @@ def canonical_names(path: Path, found: Iterable[str], expected: Iterable[str]) -
     What remains without wrappers decides. All that is renamed has one prefix, that of most of the
     expected tensors: a model that sees images has layers of its own. Other names stay as they are.
 
-    Raises ValueError where two tensors of the file are the same one.
+    Raises ValueError where two tensors of the file are the same one, or of two models.
     """
     found, wanted = list(found), set(expected)
     if wanted.issuperset(found):
@@ -152,9 +152,19 @@ def canonical_names(path: Path, found: Iterable[str], expected: Iterable[str]) -
         if each is not None and each.tail in by_tail:
             groups.setdefault(each.prefix, {})[name] = by_tail[each.tail]
     chosen = max(groups.values(), key=len, default={})
+    names = {name: chosen.get(name, name) for name in found}
     first: dict[str, str] = {}
-    twice = {name: "" for name in chosen if first.setdefault(chosen[name], name) != name}
+    twice = {
+        name: ""
+        for name in found
+        if names[name] in wanted and first.setdefault(names[name], name) != name
+    }
     if twice:
         line = error_line(f"{path}: tensors are there twice under other names", {"extra": twice})
         raise ValueError(line)
-    return {name: chosen.get(name, name) for name in found}
+    # Otherwise a lone tensor of the model beside a copy (ema., teacher.) would be taken with it.
+    mixed = {name: "" for name in found if chosen and name in wanted and name not in chosen}
+    if mixed:
+        line = error_line(f"{path}: holds tensors of several models", {"extra": mixed})
+        raise ValueError(f"{line}; save the one that is meant")
+    return names

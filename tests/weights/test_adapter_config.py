@@ -127,6 +127,11 @@ VISION = "base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A
         ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save=['lm_head']"),
         ({"alpha_pattern": {"mlp.up_proj": 1}}, {}, "alpha_pattern: layers have alpha 1, 7"),
         ({"alpha_pattern": {r".*q_(a+)+$": 1}}, {}, "alpha_pattern={"),
+        ({"alpha_pattern": {"^q_proj": 1}}, {}, "alpha_pattern={"),  # PEFT matches the whole name
+        ({"alpha_pattern": {"q_pro.": 1}}, {}, "alpha_pattern={"),
+        ({"alpha_pattern": {"model.layers.0.mlp.up_proj": 1}}, {}, "alpha_pattern={"),
+        ({"lora_alpha": None}, {}, "lora_alpha=None"),
+        ({"r": True}, {}, "r=True"),
         ({"rank_pattern": "deep"}, {}, "rank_pattern='deep'"),
         ({"layer_replication": [[0, 2], [1, 3]]}, {}, "layer_replication=[[0, 2], [1, 3]]"),
         ({"trainable_token_indices": 0}, {}, "trainable_token_indices=0"),
