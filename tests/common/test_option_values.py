@@ -145,6 +145,9 @@ def test_the_same_on_the_command_line(
 
 
 def test_a_text_on_the_command_line_is_never_yaml(tmp_path: Path) -> None:
-    for text in (BOMB, "[x", "a: *b", "12:30:00", "no", "# 1", "~", "010"):
+    for text in (BOMB, "[x", "a: *b", "12:30:00", "# 1", "~", "010"):
         config = read(tmp_path / "mine.yaml", DATA, ["--data.system_prompt", text])
         assert config.data.system_prompt == text
+    for text in ("no", "None", "false"):  # nobody means these words
+        with pytest.raises(ValueError, match=f"is '{text}', but must be a text; write null for"):
+            read(tmp_path / "mine.yaml", DATA, ["--data.system_prompt", text])
