@@ -88,6 +88,8 @@ class SafetensorsDirectory:
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (first row, [rows, in]) of a tensor in order, in its own dtype; [n] is one row."""
         shape, tensor = self.shapes[name], self._slices[name]
+        if 0 in shape:  # the library slices no empty tensor
+            return
         if len(shape) < 2:
             yield 0, tensor[...].reshape(1, -1)
             return

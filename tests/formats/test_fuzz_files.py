@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from support.fake_tokenizer import FakeTokenizer
@@ -159,6 +159,7 @@ def read_safetensors(directory: Path) -> dict[str, tuple[int, ...]]:
 
 @fuzzed
 @given(data=safetensors_files() | damaged(WHOLE_SAFETENSORS, len(WHOLE_SAFETENSORS)))
+@example(data=safetensors(b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}', b""))
 def test_safetensors(directory: Path, data: bytes) -> None:
     (directory / "model.safetensors").write_bytes(data)
     outcome(lambda: read_safetensors(directory), directory)
