@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.fields import (
+    LEARN,
     PARTS,
     has_text,
     holds_parts,
@@ -60,11 +61,6 @@ from jaxsft.data.replies import (
 # fails when the outcome changes and this number does not.
 ROWS_VERSION = 3
 
-ACCEPTED_ROWS = (
-    "{messages: [{role, content}]}, {conversations: [{from, value}]}, {prompt, response}, "
-    "{prompt, completion}, {instruction, input, output}, {question, answer}, {problem, solution}, "
-    "{query, response}, each with reasoning and system if they like, and {text, code, test_list}"
-)
 _CONTROL = re.compile(
     r"<(?:pad|eos|bos|unk|mask|(?:start|end)_of_(?:turn|image)|image_soft_token|unused\d+"
     r"|/?s|\|\w+\|)>"  # the last two are of other models
@@ -96,15 +92,14 @@ class RowFields(NamedTuple):
 class Conversation(NamedTuple):
     """A conversation that ends with a trained assistant turn.
 
-    `reasoning` and `answer` are that turn's, None where it is a plain text. `has_plain_reply` says
-    that a trained turn has no reasoning; the recipe's system text must then not ask for one.
+    `reasoning` and `answer` are that turn's, None where it is a plain text. The note
+    "plain_completion" says that some trained turn is one.
     """
 
     turns: tuple[Turn, ...]
     reasoning: str | None
     answer: str | None
     notes: tuple[Note, ...] = ()
-    has_plain_reply: bool = False
     fields: RowFields = RowFields()
 
 
@@ -389,8 +384,7 @@ def _converse(messages: Sequence[Message], options: RowOptions) -> Conversation:
     turns = tuple(turn for turn, _ in found)
     replies = [reply for turn, reply in found if reply is not None and turn.is_trained]
     notes = {reply.note for reply in replies if reply.note}
-    has_plain_reply = any(reply.reasoning is None for reply in replies)
-    if has_plain_reply:
+    if any(reply.reasoning is None for reply in replies):
         if options.without_thought == "reject":
             raise RejectedError("no_thought", "an answer has no thought, or an empty one")
         notes.add("plain_completion")
@@ -399,9 +393,7 @@ def _converse(messages: Sequence[Message], options: RowOptions) -> Conversation:
     if turns[0].role == "system" and other_tag(turns[0].content, options.template):
         notes.add("system_has_other_tags")
     last = replies[-1]
-    return Conversation(
-        turns, last.reasoning, last.answer, tuple(sorted(notes)), has_plain_reply=has_plain_reply
-    )
+    return Conversation(turns, last.reasoning, last.answer, tuple(sorted(notes)))
 
 
 def _turns(
@@ -435,7 +427,7 @@ def _check_weight(row: Mapping[str, Any]) -> None:
 def _check_unused(row: Mapping[str, Any], used: Sequence[str], messages: Sequence[Message]) -> None:
     """Rejects a row with text that is not used, not harmless, and not in the conversation."""
     for name, value in row.items():
-        if name in used or not has_text(value):
+        if name in used or name in LEARN or not has_text(value):  # _check_weight read LEARN
             continue
         if is_harmless(name) and not holds_parts(value):
             continue

@@ -283,7 +283,8 @@ def _convert(
             if len(seen) < _MOST_COLUMNS:
                 seen.add((source, conversation.fields))
             report.add_columns(names[source], conversation.fields)
-        drops_system = conversation.has_plain_reply and options.without_thought == "drop_system"
+        is_plain = "plain_completion" in conversation.notes
+        drops_system = is_plain and options.without_thought == "drop_system"
         has_system = conversation.turns[0].role == "system"
         if options.system_prompt and not has_system and not drops_system:
             system = Turn("system", options.system_prompt)

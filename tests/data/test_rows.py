@@ -85,7 +85,8 @@ FORMS = {
     "two names, one thought": chat("p", "a", reasoning="r", reasoning_content="r"),
     "written out as text": {"instruction": "p", "output": THOUGHT, "text": f"Q: p A: {THOUGHT}"},
     "harmless fields": {"prompt": "p", "response": THOUGHT, "source": "x", "score": float("nan"),
-                        "meta": Repeated(({}, {})), "other": UNREAD, "loss": [], "verified": True},
+                        "meta": Repeated(({}, {})), "other": UNREAD, "loss": [], "verified": True,
+                        "weight": "1", "train": "true"},
     "begin_of_thought": {"prompt": "p", "response": "<|begin_of_thought|>\nr<|end_of_thought|>\n\n"
                          "<|begin_of_solution|>a<|end_of_solution|>"},
     "R1's answer tags": {"prompt": "p", "response": "<think>r</think>\n<answer>a</answer>"},
@@ -221,8 +222,8 @@ def test_every_reason_and_note_is_documented() -> None:
     ],
 )
 def test_rows_without_a_thought_follow_the_policy(row: dict[str, Any]) -> None:
-    plain = (P, Turn("assistant", "a")), None, None, ("plain_completion",), True
-    assert accepted(row)[:5] == accepted(row, without_thought="keep_plain")[:5] == plain
+    plain = (P, Turn("assistant", "a")), None, None, ("plain_completion",)
+    assert accepted(row)[:4] == accepted(row, without_thought="keep_plain")[:4] == plain
     assert rejected(row, without_thought="reject").reason == "no_thought"
 
 
