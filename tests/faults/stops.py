@@ -134,38 +134,43 @@ def fit_deadline(bench: Bench, row: Row) -> None:
 
 
 def hang(bench: Bench, row: Row) -> None:
-    """Rows that never come, and a stdout that takes nothing any more: stuck in set-up and a step.
+    """A stdout that takes nothing any more, from set-up on and from a step on.
 
     Both at once, as each takes hang_seconds.
     """
-    pipe, names = bench.runs.directory / "pipe", [bench.new_name() for _ in range(2)]
-    os.mkfifo(pipe)
+    names = [bench.new_name() for _ in range(2)]
     marked = {"XDG_CACHE_HOME": str(bench.runs.directory / names[0])}
     limit, memory = ("--hang-seconds", str(bench.patience_s)), set(os.listdir("/dev/shm"))
-    keep_open = os.open(pipe, os.O_RDWR)
-    fcntl.fcntl(keep_open, fcntl.F_SETPIPE_SZ, 4096)
-    os.write(keep_open, bytes(2400))  # what is free are about the lines of 15 steps
-    rows = bench.runs.directory / "rows"
-    os.mkfifo(rows)
-    no_rows = ("--data.train_files", str(rows))
+    pipes = [bench.runs.directory / f"{name}-pipe" for name in names]
+    # Of a pipe's 4096 bytes: no room for a single line, and for about the lines of 15 steps.
+    kept_open = [_pipe(*each) for each in zip(pipes, (4096, 2400), strict=True)]
     with (
-        bench.start(row, names[0], *limit, *no_rows, **marked) as in_setup,
-        bench.runs.start(names[1], *limit, *STEPS, stdout=pipe, **marked) as in_step,
+        bench.start(row, names[0], *limit, stdout=pipes[0], **marked) as in_setup,
+        bench.runs.start(names[1], *limit, *STEPS, stdout=pipes[1], **marked) as in_step,
     ):
-        for child, where in ((in_setup, "reading rows"), (in_step, "step ")):
+        for child, where in ((in_setup, "(?!step )"), (in_step, "step ")):
             code = child.wait()
             said = child.err.partition("\n")[0]
             row.expect(code == 1, f"exit code {code} instead of 1")
             is_named = re.match(rf"error: stuck for \d+ (seconds|minutes) in {where}", said)
             row.expect(is_named is not None, f"said {said!r}")
             row.expect("most recent call first" in child.err, "no stacks")
-    os.close(keep_open)
-    for each in (pipe, rows):
-        each.unlink()
+    for each, path in zip(kept_open, pipes, strict=True):
+        os.close(each)
+        path.unlink()
     row.saw = said
     row.expect(not _processes(marked["XDG_CACHE_HOME"]), "processes are left")
     row.expect(set(os.listdir("/dev/shm")) <= memory, "shared memory is left")
     bench.finish(row, names[1])
+
+
+def _pipe(path: Path, num_bytes: int) -> int:
+    """A named pipe that holds so many of its 4096 bytes already; its open end."""
+    os.mkfifo(path)
+    end = os.open(path, os.O_RDWR)
+    fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(end, bytes(num_bytes))
+    return end
 
 
 def second_trainer(bench: Bench, row: Row) -> None:
