@@ -19,12 +19,11 @@ from jaxsft.evaluate.scoring import (
     Comparison,
     GeneratedAnswer,
     Metric,
-    answer_part,
     final_number,
-    format_fault,
     score_answer,
 )
 from jaxsft.evaluate.table import show_interval, show_p_value, show_value
+from jaxsft.rewards.answer_form import answer_part, format_fault
 
 _NOTE = "In brackets: 95% intervals (of rates Wilson's, else the percentile bootstrap)."
 _PAIRED_NOTE = (

@@ -18,7 +18,8 @@ from jaxsft.evaluate.heldout import (
     held_out_losses,
     read_prompts,
 )
-from jaxsft.evaluate.scoring import compare_answers, exact_parts
+from jaxsft.evaluate.scoring import compare_answers
+from jaxsft.rewards.answer_form import exact_parts
 from jaxsft.run.metrics import MetricsWriter
 from jaxsft.run.setup import Data, Setup
 

@@ -11,14 +11,12 @@ from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.rows import convert_row
 from jaxsft.evaluate.scoring import (
     GeneratedAnswer,
-    answer_part,
     compare_answers,
-    exact_parts,
-    format_fault,
     reference_number,
     repeated_share,
     score_answer,
 )
+from jaxsft.rewards.answer_form import answer_part, exact_parts, format_fault
 
 FORM = AnswerTemplate()
 TAGS = FORM.markers

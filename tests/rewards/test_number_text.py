@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from jaxsft.evaluate.number_text import find_numbers, parse_number
+from jaxsft.rewards.number_text import find_numbers, parse_number
 
 
 @pytest.mark.parametrize(

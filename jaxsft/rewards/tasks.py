@@ -1,0 +1,37 @@
+"""A row as a task: the prompt that is shown, and what a right answer is held against."""
+
+from typing import Any, NamedTuple
+
+
+class Task(NamedTuple):
+    """What one row asks, and how its answers are told right from wrong.
+
+    Attributes:
+      prompt: the user's turn, without the system text.
+      kind: "number", "text", "code", or the name in the row's `kind`.
+      answer: the right answer as a text; None for code.
+      tests: assert statements; the first is shown in the prompt. Empty but for code.
+      setup: code that runs before the solution.
+      row: the row as it was read, for a user's own reward.
+    """
+
+    prompt: str
+    kind: str
+    answer: str | None
+    tests: tuple[str, ...]
+    setup: str
+    row: dict[str, Any]
+
+
+class Completion(NamedTuple):
+    """A generated text without its stop token, and whether that token ended it."""
+
+    text: str
+    stopped: bool
+
+
+class Reward(NamedTuple):
+    """What a completion earns before the reward's weight, and why, in a few words."""
+
+    value: float
+    reason: str
