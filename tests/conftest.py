@@ -28,6 +28,7 @@ QUICK = {
     "formats": "fuzz_files",
     "gemma": "gemma_architecture loss sharding",
     "generate": "streaming",
+    "grpo": "batches",
     "plan": "pricing",
     "run": "metrics preflight_report run_dir saver",
     "step": "row_kernels optimizer",

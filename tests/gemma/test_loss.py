@@ -9,18 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.plain_loss import (
-    HIGH,
-    LOW,
-    Rollouts,
-    clipped,
-    clipped_token_loss,
-    plain_log_probs,
-)
+from support.plain_loss import OBJECTIVE, plain_log_probs, plain_objective
 
 from jaxsft.common.batch import Batch
 from jaxsft.gemma.loss import chunked_log_probs, chunked_loss, cross_entropy
 from jaxsft.gemma.sharding import make_mesh
+from jaxsft.grpo.objective import RolloutBatch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -158,23 +152,24 @@ def test_the_head_takes_another_objective(cap: float | None) -> None:
     now = plain_log_probs(hidden, table, targets, logit_cap=cap)
     old, reference, advantages = np.random.default_rng(5).normal(0, 0.3, (3, B, T))
     advantages = 3 * advantages.astype(np.float32)
-    batch = Rollouts(
+    batch = RolloutBatch(
         *batch_of(targets, WEIGHTS["fractions"]),
         (now + old).astype(jnp.float32),
         (now + reference).astype(jnp.float32),
         advantages,
     )
-    outside = (old < -np.log1p(HIGH)) & (advantages > 0) | (old > -np.log1p(-LOW)) & (
-        advantages < 0
-    )
+    above = old < -np.log1p(OBJECTIVE.epsilon_high)
+    below = old > -np.log1p(-OBJECTIVE.epsilon)
+    outside = above & (advantages > 0) | below & (advantages < 0)
     assert 0 < (outside & SOME).sum() < SOME.sum()  # some are clipped, others not
 
     def objective(hidden: jax.Array) -> jax.Array:
-        return jnp.sum(clipped(plain_log_probs(hidden, table, targets, logit_cap=cap), batch))
+        log_probs = plain_log_probs(hidden, table, targets, logit_cap=cap)
+        return jnp.sum(plain_objective(log_probs, batch, OBJECTIVE))
 
     expected_loss, expected_gradient = jax.value_and_grad(objective)(hidden)
     for chunk in (4, 1000):
-        loss, gradient = chunked(hidden, table, batch, cap, chunk, clipped_token_loss)
+        loss, gradient = chunked(hidden, table, batch, cap, chunk, OBJECTIVE)
         assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
         assert relative(gradient, expected_gradient) <= 1e-5
         assert not np.asarray(gradient)[~SOME].any()

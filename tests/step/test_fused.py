@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from support.lora_twins import make_peft, random_samples, twin, with_adapter
-from support.plain_loss import Rollouts, clipped, clipped_token_loss
+from support.plain_loss import OBJECTIVE, plain_objective
 
 from jaxsft.common.batch import Batch
 from jaxsft.data.bins import best_fit_decreasing
@@ -20,6 +20,7 @@ from jaxsft.gemma import lora
 from jaxsft.gemma.lora import TARGETS
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import make_mesh
+from jaxsft.grpo.objective import RolloutBatch
 from jaxsft.step.fused import FusedSpec, loss_and_gradients
 from jaxsft.step.fused_weights import (
     FusedLayout,
@@ -129,7 +130,7 @@ def test_another_objective_in_both_steps() -> None:
     and the plain objective of the log-probabilities."""
     hf_model, model = twin("gemma2", num_hidden_layers=2)
     model = with_adapter(model, make_peft(hf_model, random_b=True))
-    settings: Any = {"token_loss": clipped_token_loss, "accumulation_steps": 2}
+    settings: Any = {"token_loss": OBJECTIVE, "accumulation_steps": 2}
     results: list[Any] = []
     for state, frozen, spec in both(model, layout_of(model), **settings):
         batch = batch_of(4)
@@ -138,13 +139,14 @@ def test_another_objective_in_both_steps() -> None:
         log_probs_BT = token_log_probs(state.adapter, frozen, batch, spec=spec.model)
         old, reference, advantages = rng.normal(0, 0.3, (3, *shape)).astype(np.float32)
         weights = batch.loss_weights_BT * rng.uniform(0.1, 3.0, shape).astype(np.float32)
-        rollouts: Any = Rollouts(
+        rollouts: Any = RolloutBatch(
             *batch._replace(loss_weights_BT=weights),
             log_probs_BT + old,
             log_probs_BT + reference,
             jnp.asarray(3 * advantages),
         )
-        expected = float(jnp.sum(clipped(log_probs_BT, rollouts)) / jnp.sum(weights))
+        losses_BT = plain_objective(log_probs_BT, rollouts, OBJECTIVE)
+        expected = float(jnp.sum(losses_BT) / jnp.sum(weights))
         state, _, metrics = train_step(state, frozen, rollouts, spec=spec)
         assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert int(metrics["num_loss_tokens"]) == int((weights != 0).sum())

@@ -1,11 +1,10 @@
 """What the loss head is compared with: log-probabilities by their definition, GRPO's objective."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from jaxsft.gemma.attention import soft_cap
+from jaxsft.grpo.objective import Objective, RolloutBatch
 
 
 def plain_log_probs(
@@ -22,34 +21,23 @@ def plain_log_probs(
     return jnp.take_along_axis(log_probs, targets_BT[..., None], axis=-1)[..., 0]
 
 
-class Rollouts(NamedTuple):
-    """`Batch` with what GRPO knows of every token."""
-
-    tokens_BT: Any
-    targets_BT: Any
-    loss_weights_BT: Any
-    segment_ids_BT: Any
-    positions_BT: Any
-    old_BT: Any
-    reference_BT: Any
-    advantages_BT: Any
+OBJECTIVE = Objective(
+    loss_type="dapo",
+    epsilon=0.2,
+    epsilon_high=0.28,
+    beta=0.1,
+    use_bias_correction_kl=False,
+    num_iterations=3,
+)
 
 
-LOW, HIGH, BETA = 0.2, 0.28, 0.1
-
-
-def clipped(log_probs: jax.Array, batch: Rollouts) -> jax.Array:
-    """-min(r A, clip(r) A) + beta k3, times the weight (arXiv:2402.03300, arXiv:2503.14476)."""
-    ratio, advantages = jnp.exp(log_probs - batch.old_BT), batch.advantages_BT
-    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - LOW, 1 + HIGH) * advantages)
+def plain_objective(log_probs: jax.Array, batch: RolloutBatch, objective: Objective) -> jax.Array:
+    """The objective's losses, to be differentiated by JAX: TRL's lines of it."""
+    old = batch.old_BT if objective.num_iterations > 1 else jax.lax.stop_gradient(log_probs)
+    ratio, advantages = jnp.exp(log_probs - old), batch.advantages_BT
+    kept = jnp.clip(ratio, 1 - objective.epsilon, 1 + objective.epsilon_high)
+    losses = -jnp.minimum(ratio * advantages, kept * advantages)
     apart = batch.reference_BT - log_probs
-    return (BETA * (jnp.expm1(apart) - apart) - gain) * batch.loss_weights_BT
-
-
-def clipped_token_loss(log_probs: jax.Array, batch: Rollouts) -> tuple[jax.Array, jax.Array]:
-    """`clipped` as the head takes it: c = A r [not clipped] - beta (1 - e^(reference - log p))."""
-    ratio, advantages = jnp.exp(log_probs - batch.old_BT), batch.advantages_BT
-    is_clipped = jnp.where(advantages > 0, ratio > 1 + HIGH, ratio < 1 - LOW)
-    coefficient = jnp.where(is_clipped, 0.0, advantages * ratio)
-    coefficient += BETA * jnp.expm1(batch.reference_BT - log_probs)
-    return clipped(log_probs, batch), coefficient * batch.loss_weights_BT
+    k3 = jnp.exp(apart) - apart - 1
+    losses += objective.beta * (k3 * ratio if objective.use_bias_correction_kl else k3)
+    return losses if objective.loss_type == "dr_grpo" else losses * batch.loss_weights_BT
