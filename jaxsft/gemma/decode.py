@@ -5,6 +5,7 @@ slots of the cache. They are padded to few lengths, so that batches share progra
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsft.gemma.attention import Tokens
-from jaxsft.gemma.model import Gemma, KVCache
+from jaxsft.gemma.model import Gemma, KVCache, repeat_rows
 from jaxsft.gemma.sharding import constrain
 
 MIN_PADDED_LENGTH = 32
@@ -84,11 +85,11 @@ class _Program(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A batch's prompts: their lengths in tokens, and what their draws depend on."""
+    """A batch's rows: the lengths of their prompts in tokens, and what their draws depend on."""
 
     lengths_B: jax.Array  # int32
-    numbers_B: jax.Array  # int32, each prompt's index among all prompts
-    seed_key: jax.Array  # the data of a key: an argument, so that a new seed compiles nothing
+    numbers_B: jax.Array  # int32, each row's number among all rows
+    key_data: jax.Array  # an argument, so that another key compiles nothing
 
 
 class _Drawn(NamedTuple):
@@ -115,22 +116,28 @@ def generate(
     options: SamplingOptions,
     stop_ids: Sequence[int],
     num_ids: int | None = None,
+    group_size: int = 1,
+    key: jax.Array | None = None,
     on_batch: Callable[[], None] = lambda: None,
     mesh: Mesh | None = None,
 ) -> list[Generation]:
-    """Answers `prompts` (token ids, BOS included), in their order.
+    """Answers `prompts` (token ids, BOS included), in their order, each `group_size` times.
 
-    The rows of a batch are split over the devices of `mesh`. With several processes all must call,
+    A prompt's answers share one prefill and stand side by side: answer g of prompt i has the row
+    number i · group_size + g. A batch holds whole groups, at least
+    one, and its rows are split over the devices of `mesh`. With several processes all must call,
     and all get all answers. Prefill is compiled for each length that the longest prompts of the
     batches are padded to (32, 48, 64, 96, 128 … tokens), decoding for each power of two: 2 programs
     for prompts of up to 32 tokens, at most 14 for up to 512.
 
-    The draw for prompt i depends on (options.seed, i) and the position alone, so neither batch size
-    nor the other prompts change it.
+    The noise of a draw depends on the key, the row number and the position alone, so neither batch
+    size nor the other prompts change it. Batches of other shapes may round logits otherwise: it
+    takes two tokens whose scores with the noise are equal to the last bits to make that seen.
 
     Args:
       builder: the model's graphdef, or as `ModelBuilder` says.
       num_ids: the tokenizer's. Higher ids, whose rows pad the embedding, are not drawn.
+      key: of the draws; without it `jax.random.key(options.seed)`. No key compiles anything anew.
       on_batch: is called before each batch and may raise.
 
     Raises:
@@ -140,38 +147,47 @@ def generate(
     limit = _max_positions(builder, adapter, frozen)
     for i, prompt in enumerate(prompts):
         _check_length(f"prompt {i}", prompt, options, limit)
+    key = jax.random.key(options.seed) if key is None else key
     # Neighbours in length share a batch, which saves padding. The longest come first: if memory
     # does not suffice for them, no work is lost.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batch_size = generation_batch_size(options, len(order), mesh)
+    batch_size = generation_batch_size(options, len(order), mesh, group_size)
+    num_groups = batch_size // group_size
     stops = np.array(stop_ids, np.int32)
     answers: dict[int, Generation] = {}
-    for low in range(0, len(order), batch_size):
+    for low in range(0, len(order), num_groups):
         on_batch()
-        indices = order[low : low + batch_size]
+        indices = order[low : low + num_groups]
         # A short last batch repeats its first prompt, so that it has the shape of the others.
-        padded_BT, rows = _pad(
-            prompts, indices + [indices[0]] * (batch_size - len(indices)), options.seed
-        )
-        drawn, cache = _prefill(adapter, frozen, padded_BT, rows, program)
+        filled = indices + [indices[0]] * (num_groups - len(indices))
+        padded_PT, rows = _pad(prompts, filled, key, group_size, mesh)
+        drawn, cache = _prefill(adapter, frozen, padded_PT, rows, program)
         end = _decode(adapter, frozen, cache, drawn, rows, stops, program)
         num_drawn, done_B = int(end.num_drawn), np.asarray(end.done_B)
         out_BT, log_probs_BT = np.asarray(end.out_BT), np.asarray(end.log_probs_BT)
-        for row, i in enumerate(indices):
+        for row, number in enumerate(rows.numbers_B[: len(indices) * group_size].tolist()):
             ids, log_probs = out_BT[row, :num_drawn], log_probs_BT[row, :num_drawn]
             stop_id = None
             if done_B[row]:
                 length = int(np.argmax(np.isin(ids, stop_ids)))
                 stop_id, log_probs, ids = int(ids[length]), log_probs[: length + 1], ids[:length]
-            answers[i] = Generation(ids.tolist(), stop_id, log_probs.tolist())
-    return [answers[i] for i in range(len(prompts))]
+            answers[number] = Generation(ids.tolist(), stop_id, log_probs.tolist())
+    return [answers[number] for number in range(len(prompts) * group_size)]
 
 
-def generation_batch_size(options: SamplingOptions, num_prompts: int, mesh: Mesh | None) -> int:
-    """Rows of a batch: equally many for each device, and at least two for each TPU."""
+def generation_batch_size(
+    options: SamplingOptions, num_prompts: int, mesh: Mesh | None, group_size: int = 1
+) -> int:
+    """Rows of a batch: whole groups, equally many rows for each device, at least two for each TPU.
+
+    `options.batch_size` is exceeded where these ask for more.
+    """
     num_devices = 1 if mesh is None else mesh.size
-    rows_per_device = -(-min(options.batch_size, max(num_prompts, 1)) // num_devices)
-    return num_devices * max(rows_per_device, MIN_ROWS_PER_TPU if _on_tpu(mesh) else 1)
+    min_rows = num_devices * (MIN_ROWS_PER_TPU if _on_tpu(mesh) else 1)
+    num_groups = min(max(options.batch_size // group_size, 1), max(num_prompts, 1))
+    num_groups = max(num_groups, -(-min_rows // group_size))
+    multiple = num_devices // math.gcd(num_devices, group_size)
+    return -(-num_groups // multiple) * multiple * group_size
 
 
 def _on_tpu(mesh: Mesh | None) -> bool:
@@ -196,9 +212,9 @@ def stream(
     limit = _max_positions(builder, adapter, frozen)
     _check_length("the prompt", prompt, options, limit)
     program = _program(builder, options, None, num_ids)
-    numbers = [0] * generation_batch_size(options, 1, None)
-    padded_BT, rows = _pad([prompt], numbers, options.seed)
-    drawn, cache = _prefill(adapter, frozen, padded_BT, rows, program)
+    indices = [0] * generation_batch_size(options, 1, None)
+    padded_PT, rows = _pad([prompt], indices, jax.random.key(options.seed))
+    drawn, cache = _prefill(adapter, frozen, padded_PT, rows, program)
     for n in range(1, options.max_new_tokens + 1):
         token = int(drawn.token_B[0])
         if token in stop_ids:
@@ -235,15 +251,28 @@ def _check_length(what: str, prompt: Sequence[int], options: SamplingOptions, li
         )
 
 
-def _pad(prompts: Sequence[Sequence[int]], numbers: Sequence[int], seed: int) -> tuple[Any, _Rows]:
-    """(the prompts with these numbers, padded on their left: int32 [B, T], their rows)."""
-    lengths = [len(prompts[i]) for i in numbers]
+def _pad(
+    prompts: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    key: jax.Array,
+    group_size: int = 1,
+    mesh: Mesh | None = None,
+) -> tuple[Any, _Rows]:
+    """(the prompts with these indices, padded on their left: int32 [P, T], the rows of their
+    groups).
+
+    A group that several devices share has its prompt once for each of them: every device
+    repeats what it has prefilled itself.
+    """
+    num_copies = 1 if mesh is None else mesh.size // math.gcd(mesh.size, len(indices))
+    lengths = [len(prompts[i]) for i in indices]
     length = _padded_length(max(lengths))
-    padded = [[0] * (length - len(prompts[i])) + list(prompts[i]) for i in numbers]
+    padded = [[0] * (length - len(prompts[i])) + list(prompts[i]) for i in indices]
+    numbers = [i * group_size + member for i in indices for member in range(group_size)]
     # NumPy arrays belong to no device, so several processes may share a mesh.
-    arrays: list[Any] = [np.array(each, np.int32) for each in (padded, lengths, numbers)]
-    arrays.append(np.asarray(jax.random.key_data(jax.random.key(seed))))
-    return arrays[0], _Rows(*arrays[1:])
+    arrays: list[Any] = [np.repeat(np.array(lengths, np.int32), group_size)]
+    arrays += [np.array(numbers, np.int32), np.asarray(jax.random.key_data(key))]
+    return np.repeat(np.array(padded, np.int32), num_copies, axis=0), _Rows(*arrays)
 
 
 def _padded_length(length: int) -> int:
@@ -259,19 +288,25 @@ def _power_of_two(length: int) -> int:
 
 @partial(jax.jit, static_argnames="program")
 def _prefill(
-    adapter: nnx.State, frozen: nnx.State, padded_BT: jax.Array, rows: _Rows, program: _Program
+    adapter: nnx.State, frozen: nnx.State, padded_PT: jax.Array, rows: _Rows, program: _Program
 ) -> tuple[_Drawn, KVCache]:
-    """The first token of each row's answer, and the cache with the prompts."""
+    """The first token of each row's answer, and the cache with the prompts.
+
+    Each of the P prompts is followed by B / P rows.
+    """
     model = _model(adapter, frozen, program)
-    batch, length = padded_BT.shape
-    positions_BT = jnp.arange(length) - length + rows.lengths_B[:, None]
-    where = Tokens(jnp.maximum(positions_BT, 0), (positions_BT >= 0).astype(jnp.int32))
+    num_prompts, length = padded_PT.shape
+    num_rows = len(rows.numbers_B) // num_prompts
+    positions_PT = jnp.arange(length) - length + rows.lengths_B[::num_rows, None]
+    where = Tokens(jnp.maximum(positions_PT, 0), (positions_PT >= 0).astype(jnp.int32))
     # A power of two: prompts padded to three quarters of it share the decoding program. The last
     # token is drawn, but never an input: hence - 1.
     num_slots = _power_of_two(length) + program.options.max_new_tokens - 1
-    cache = model.init_cache(batch, num_slots, mesh=program.mesh)
-    hidden_BTD, cache = model.with_cache(padded_BT, where, cache, mesh=program.mesh)
-    return _draw(model, hidden_BTD[:, -1], rows, 0, program), cache
+    cache = model.init_cache(num_prompts, num_slots, mesh=program.mesh)
+    hidden_PTD, cache = model.with_cache(padded_PT, where, cache, mesh=program.mesh)
+    hidden_BD = jnp.repeat(hidden_PTD[:, -1], num_rows, axis=0)
+    cache = repeat_rows(cache, num_rows, mesh=program.mesh)
+    return _draw(model, hidden_BD, rows, 0, program), cache
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="cache")
@@ -358,11 +393,11 @@ def _step(
 def _draw(
     model: Gemma, hidden_BD: jax.Array, rows: _Rows, n: jax.Array | int, program: _Program
 ) -> _Drawn:
-    def key(number: jax.Array) -> jax.Array:
-        seed_key = jax.random.wrap_key_data(rows.seed_key)
-        return jax.random.fold_in(jax.random.fold_in(seed_key, number), n)
+    def key_of(number: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(rows.key_data)
+        return jax.random.fold_in(jax.random.fold_in(key, number), n)
 
-    keys_B = jax.vmap(key)(rows.numbers_B)
+    keys_B = jax.vmap(key_of)(rows.numbers_B)
     logits_BV, options = model.logits(hidden_BD), program.options
     token_B = sample_token(logits_BV[:, : program.num_ids], keys_B, options)
     scaled_BV = logits_BV / (options.temperature or 1.0)

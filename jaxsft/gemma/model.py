@@ -55,6 +55,18 @@ def empty_cache(
     return KVCache(kv, Tokens(empty, empty), jnp.int32(0))
 
 
+def repeat_rows(cache: KVCache, times: int, *, mesh: Mesh | None = None) -> KVCache:
+    """The cache with each row `times` times, side by side; on devices that split the rows evenly
+    each repeats its own."""
+    if times == 1:
+        return cache
+    kv = jnp.repeat(cache.kv_L2BSKH, times, axis=2)
+    kv = constrain(kv, mesh, None, None, "batch", None, None, None)
+    return KVCache(
+        kv, Tokens(*(jnp.repeat(x, times, axis=0) for x in cache.tokens)), cache.num_filled
+    )
+
+
 def cached_attention(
     config: GemmaConfig, where: Tokens, cache: KVCache
 ) -> tuple[AttendFn, Callable[[KVCache], KVCache]]:

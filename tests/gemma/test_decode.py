@@ -210,6 +210,21 @@ def test_batch_size_and_company_change_nothing(one: Split, drawn: list[Generatio
     assert answers(3, [PROMPTS[0], other, PROMPTS[2]])[::2] == ids_of(drawn)[:3:2]
 
 
+def test_a_group_is_its_prompt_so_many_times(one: Split) -> None:
+    """With the same row numbers; in batches of one group, and of two with a short last one."""
+    options = dataclasses.replace(DRAWN, batch_size=4)
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    expected = generate(*one, repeated, options=options, stop_ids=NEVER)
+    assert len({tuple(answer.ids) for answer in expected}) == 9
+    for batch_size in (1, 8):
+        options = dataclasses.replace(DRAWN, batch_size=batch_size)
+        answers = generate(*one, prompts, options=options, stop_ids=NEVER, group_size=3)
+        assert ids_of(answers) == ids_of(expected)
+        for ours, theirs in zip(answers, expected, strict=True):
+            np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-5)
+
+
 @pytest.mark.parametrize("on_tpu", [False, True], ids=["", "on a TPU"])  # in two rows
 @pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_a_stream_is_generates_answer(
@@ -300,6 +315,36 @@ def test_rows_of_a_batch(
         for is_tpu, expected in ((False, on_cpu), (True, on_tpu)):
             monkeypatch.setattr(sample, "_on_tpu", lambda _, found=is_tpu: found)
             assert sample.generation_batch_size(options, num_prompts, mesh) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "batch_size", "num_prompts", "group_size", "num_rows"),
+    [
+        *[(1, 8, 16, 4, 8), (1, 11, 16, 4, 8), (1, 8, 1, 4, 4), (1, 4, 9, 64, 64)],
+        # A group may be split over devices, so that no prompt is added for them.
+        *[(8, 64, 99, 16, 64), (8, 8, 99, 16, 16), (8, 8, 99, 8, 8), (8, 8, 1, 4, 8)],
+        *[(8, 32, 99, 4, 32), (8, 16, 99, 3, 24), (8, 40, 99, 12, 48)],
+    ],
+)
+def test_rows_of_groups(
+    num_devices: int,
+    batch_size: int,
+    num_prompts: int,
+    group_size: int,
+    num_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sample, "_on_tpu", lambda mesh: False)
+    mesh: Any = AbstractMesh((num_devices, 1), MESH_AXES)
+    found = sample.generation_batch_size(
+        dataclasses.replace(GREEDY, batch_size=batch_size), num_prompts, mesh, group_size
+    )
+    assert found == num_rows
+    prompts = [[5]] * (num_rows // group_size)
+    indices = range(len(prompts))
+    padded, rows = sample._pad(prompts, indices, jax.random.key(0), group_size, mesh)
+    assert len(rows.numbers_B) == num_rows and not num_rows % len(padded)
+    assert not len(padded) % num_devices
 
 
 def test_few_programs_are_compiled(one: Split) -> None:

@@ -15,13 +15,14 @@ CASES = {"one": None, "eight": (4, 2)}
 def test_eight_devices_give_the_answers_of_one() -> None:
     report = report_of(__file__, EIGHT_DEVICES | COMPILE_FAST)
     assert report["eight"] == report["one"]
-    greedy, drawn = report["one"]
+    greedy, drawn, groups = report["one"]
     assert len(greedy) == len(drawn) == 21 and greedy != drawn
+    assert len(groups) == 48 and groups[0] == drawn[0]
     assert {len(ids) for ids in greedy} == {12}
 
 
 def measure() -> dict[str, Any]:
-    """(greedy, drawn) answers by case; the drawn ones end at a stop token."""
+    """(greedy, drawn, groups') answers by case; the drawn ones end at a stop token."""
     import jax
     import numpy as np
     from flax import nnx
@@ -63,13 +64,22 @@ def measure() -> dict[str, Any]:
             [
                 answer.ids
                 for answer in sample.generate(
-                    graphdef, *placed, prompts, options=options, stop_ids=stop_ids, mesh=mesh
+                    *(graphdef, *placed, prompts[:num_prompts]),
+                    options=options,
+                    stop_ids=stop_ids,
+                    group_size=group_size,
+                    mesh=mesh,
                 )
             ]
-            for options, stop_ids in ((greedy, (96,)), (drawn, (5, 6, 7)))
+            # Eight devices share a group of 16: each prefills its prompt for two rows.
+            for options, stop_ids, num_prompts, group_size in (
+                (greedy, (96,), 21, 1),
+                (drawn, (5, 6, 7), 21, 1),
+                (drawn, (5, 6, 7), 3, 16),
+            )
         ]
         if mesh is not None:
-            padded, rows = sample._pad(prompts, range(8), 0)
+            padded, rows = sample._pad(prompts, range(8), jax.random.key(0))
             program = sample._Program(graphdef, greedy, mesh)
             _, cache = sample._prefill(*placed, padded, rows, program)
             (shard, *_), kv = cache.kv_L2BSKH.addressable_shards, cache.kv_L2BSKH

@@ -66,7 +66,7 @@ def measure() -> dict[str, Any]:
     weights, options = arguments.frozen, sample.SamplingOptions(8, 768)
     assert arguments.spec.model.fused is not None
     num_rows = sample.generation_batch_size(options, NUM_PROMPTS, mesh)
-    prompts = sample._pad([[0] * PROMPT_LENGTH], [0] * num_rows, 0)
+    prompts = sample._pad([[0] * PROMPT_LENGTH], [0] * num_rows, jax.random.key(0))
     padded, rows = jax.eval_shape(lambda: prompts)
     program = sample._Program(arguments.spec.model.builder, options, mesh)
     drawn, cache = jax.eval_shape(

@@ -75,7 +75,7 @@ def test_no_second_copy_of_the_weights() -> None:
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
 
     program = decode._Program(FusedModelBuilder(layout, jnp.dtype("float32")), OPTIONS)
-    prompt, rows = decode._pad([[5, 6, 7]], [0], 0)
+    prompt, rows = decode._pad([[5, 6, 7]], [0], jax.random.key(0))
     prefill = decode._prefill.lower(adapter, weights, prompt, rows, program)
     drawn, cache = jax.eval_shape(
         lambda *args: decode._prefill(*args, program), adapter, weights, prompt, rows
