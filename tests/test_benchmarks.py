@@ -12,7 +12,7 @@ from support.other_devices import COMPILE_FAST
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("glaive_like", "gsm8k", "input_pipeline", "peers", "profile_step", "restart", "sampling"),
-    "step_time",
+    *("sandbox", "step_time"),
 )
 # One process for all: most of the time is the import of JAX.
 HELP = """
@@ -31,6 +31,21 @@ def test_every_benchmark_has_help() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.lower().count("usage: ") == len(COMMANDS)
+
+
+def test_the_sandbox_is_measured(tmp_path: Path) -> None:
+    row = {"task_id": 1, "test_setup_code": "", "code": "def f(x):\r\n\treturn x"}
+    row["test_list"] = ["assert f(1) == 1", "assert f(2) == 2"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    options = f"{tmp_path / 'rows.jsonl'} --first 1 --programs 3 --endless 1"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.sandbox", *options.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (0, 1), done.stderr  # 1: this machine is busy
+    assert "1 of 1 earn all" in done.stdout and "programs/s" in done.stdout
 
 
 @pytest.mark.slow
