@@ -28,7 +28,7 @@ QUICK = {
     "formats": "fuzz_files",
     "gemma": "gemma_architecture loss sharding",
     "generate": "streaming",
-    "grpo": "batches",
+    "grpo": "alarms batches rollouts_page",
     "plan": "pricing",
     "run": "metrics preflight_report run_dir saver",
     "step": "row_kernels optimizer",

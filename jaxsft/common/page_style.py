@@ -1,4 +1,4 @@
-"""The frame and the style sheet of the pages that evaluate and inspect write.
+"""The frame and the style sheet of the pages that evaluate, inspect and grpo write.
 
 A page loads nothing. Its content security policy forbids whatever might come of a mistake in
 escaping: no script runs but the page's own, known by its hash. No text reorders what stands beside
@@ -52,7 +52,7 @@ STYLE = """
     --near: #f0c562; --near-soft: #3b2f12; --mark: #f0a066; --strip: #3f9a63;
     --prompt: #2a3341; --prompt2: #354152; --loss: #1c5233; --loss2: #25663f; } }
 
-/* Both pages */
+/* All pages */
 * { box-sizing: border-box; }
 small, li, th, td { unicode-bidi: isolate; }
 [hidden] { display: none !important; }
@@ -213,6 +213,20 @@ p.t.pad { margin: 14px 0 2px; padding: 6px 12px; color: var(--soft); font-size: 
 .tokens .t:hover { outline: 2px solid var(--mark); }
 .ids .t { display: inline-block; vertical-align: top; margin: 0 1px 3px 0; padding: 1px 3px; }
 .ids .t small { display: block; margin: 0; font-size: 9.5px; line-height: 1.2; }
+
+/* GRPO: the rollouts; the rest is as for evaluate */
+.curves { display: grid; gap: 10px 18px;
+  grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
+.curves figure { margin: 0; min-width: 0; }
+.curves figcaption { font-size: 12.5px; overflow-wrap: anywhere; }
+.curves svg { display: block; width: 100%; height: 56px; background: var(--fill); }
+.curves path { fill: none; stroke: var(--bar); stroke-width: 2; vector-effect: non-scaling-stroke; }
+.curves .cursor { stroke: var(--mark); stroke-width: 1.5; }
+.filters select, .filters button, article select { padding: 4px 8px; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--card); color: inherit; font: inherit; font-size: 13.5px;
+  max-width: 100%; }
+.filters input[type=range] { flex: 1 1 260px; min-width: 0; }
+.scripted .unscripted { display: none; }
 
 @media (max-width: 700px) {
   main { padding: 16px 12px 48px; }

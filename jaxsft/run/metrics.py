@@ -141,6 +141,12 @@ def last_step_of(run_dir: Path) -> int:
     return max(map(_step_of, _lines_up_to(run_dir / "metrics.jsonl", math.inf)), default=0)
 
 
+def logged_metrics(run_dir: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to a step, in order, without torn ones; none without a file."""
+    lines = _lines_up_to(run_dir / "metrics.jsonl", last_step)
+    return [json.loads(line) | {"step": _step_of(line)} for line in lines]
+
+
 def _lines_up_to(path: Path, last_step: float) -> list[bytes]:
     """The file's lines without those of later steps and torn ones."""
     try:
