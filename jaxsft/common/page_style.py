@@ -216,7 +216,7 @@ p.t.pad { margin: 14px 0 2px; padding: 6px 12px; color: var(--soft); font-size: 
 
 /* GRPO: the rollouts; the rest is as for evaluate */
 .curves { display: grid; gap: 10px 18px;
-  grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .curves figure { margin: 0; min-width: 0; }
 .curves figcaption { font-size: 12.5px; overflow-wrap: anywhere; }
 .curves svg { display: block; width: 100%; height: 56px; background: var(--fill); }

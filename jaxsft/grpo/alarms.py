@@ -63,20 +63,27 @@ class Alarms:
     def from_metrics(cls, run_dir: Path, up_to_step: int) -> Self:
         """The alarms of a run that goes on from a step: as if it had never stopped."""
         alarms = cls()
-        for metrics in logged_metrics(run_dir, up_to_step):
-            alarms.check(metrics["step"], metrics)
+        alarms.replay(run_dir, up_to_step)
         return alarms
+
+    def replay(self, run_dir: Path, up_to_step: float = math.inf) -> list[tuple[int, str]]:
+        """Checks the lines of metrics.jsonl up to a step; the warnings, with their steps."""
+        found = []
+        for line in logged_metrics(run_dir, up_to_step):
+            metrics = {name.removeprefix("train/"): value for name, value in line.items()}
+            found += [(line["step"], warning) for warning in self.check(line["step"], metrics)]
+        return found
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """The warnings that begin with this step, a line each.
 
         Args:
-          step: of the metrics, later than those before.
-          metrics: as they go to metrics.jsonl. Steps that it has no line of must not come here:
-            a resumed run would not know of them.
+          step: of the metrics, later than those before. One that metrics.jsonl gets no line of
+            must not come here: a resumed run would not know of it.
+          metrics: as the loop names them, without "train/".
         """
-        values = ((watch, metrics.get(f"train/{watch.rule.metric}")) for watch in self._watches)
-        return [_RULES[w.rule].format(**w.told) for w, value in values if w.begins(step, value)]
+        begun = [w for w in self._watches if w.begins(step, metrics.get(w.rule.metric))]
+        return [_RULES[watch.rule].format(**watch.told) for watch in begun]
 
 
 class _Watch:

@@ -203,11 +203,9 @@ def _shown(name: str, value: float) -> str:
 
 
 def _warnings(run_dir: Path) -> str:
-    alarms, items = Alarms(), []
-    for line in logged_metrics(run_dir):
-        items += [f"step {line['step']}: {each}" for each in alarms.check(line["step"], line)]
-    listed = "".join(f"<li>{escape(item)}</li>" for item in items)
-    return f'<section class="card"><h2>Warnings</h2><ul>{listed}</ul></section>' if items else ""
+    said = Alarms().replay(run_dir)
+    items = "".join(f"<li>step {step}: {escape(warning)}</li>" for step, warning in said)
+    return f'<section class="card"><h2>Warnings</h2><ul>{items}</ul></section>' if said else ""
 
 
 def _curves(metrics: Mapping[int, Mapping[str, float]]) -> str:
