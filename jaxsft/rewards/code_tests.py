@@ -235,9 +235,10 @@ class _Calls(ast.NodeTransformer):
     """Takes out of an assert what only the program can evaluate.
 
     That is what uses a name that is no builtin, no module and not bound in the test: `f(x)` of
-    `f(x)[0]`; all of `Stack(3).pop()` and `root.left.data`, as objects don't travel; and a call of
-    a builtin that takes the name, such as `map(f, [1, 2])`. A test of builtins only means the
-    outermost: it is the solution's own `sum`.
+    `f(x)[0]`; all of `Stack(3).pop()` and `root.left.data`, as objects don't travel. A builtin's
+    call goes with it where nothing else is in sight, as in `len(f(x))` and `map(f, [1, 2])`, and so
+    does `[f(x) for x in y]`. A test of builtins only means the outermost: it is the solution's own
+    `sum`.
     """
 
     def __init__(self, known: set[str], test: ast.expr) -> None:
@@ -253,14 +254,18 @@ class _Calls(ast.NodeTransformer):
         return isinstance(node, ast.Name) and node.id not in self._known | self._bound
 
     def _is_chain(self, node: ast.expr) -> bool:
-        """Whether this is a name of the program's, with attributes and calls after it."""
+        """Whether this is a name of the program's, with attributes and calls around it."""
         match node:
             case ast.Attribute(ast.Call(ast.Name(name))) if not name[:1].isupper():
                 return False  # `f(x).lower()`: the value of `f(x)` travels
             case ast.Attribute(value):
                 return self._is_chain(value)
+            case ast.Call(ast.Name(name), [one], []) if name in _BUILTINS & self._known:
+                return name != "type" and self._is_chain(one)
             case ast.Call(ast.Name(name), args) if name in _BUILTINS & self._known:
                 return any(map(self._is_own, [*args, *(each.value for each in node.keywords)]))
+            case ast.ListComp(one) | ast.SetComp(one) | ast.GeneratorExp(one):
+                return self._is_chain(one) and _names_bound(node) <= _names_used(one)
             case ast.Call(func):
                 return self._is_chain(func)
         return self._is_own(node)
@@ -294,6 +299,8 @@ def same_value(got: Any, want: Any) -> bool:
             return False
     if type(got) is not type(want):
         return isinstance(got, set | frozenset) and got == want
+    if isinstance(got, type(iter([]))):  # a range, a dict's keys …
+        return same_value(list(got), list(want))
     if isinstance(got, list | tuple):
         return len(got) == len(want) and all(map(same_value, got, want))
     if isinstance(got, dict):

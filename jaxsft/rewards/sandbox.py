@@ -117,11 +117,12 @@ class Sandbox:
           RuntimeError: no new one can be started.
         """
         most, first, spare = self._limits
-        outcomes = self._run_all(programs, first)
+        jobs = [_job(program) for program in programs]
+        outcomes = self._run_all(jobs, first)
         slow = [i for i, each in enumerate(outcomes) if each and each[-1].error == _TIMEOUT]
         share = min(most, spare / max(1, len(slow)))
         if share >= min(2 * first, most) > first:
-            again = self._run_all([programs[i] for i in slow], share)
+            again = self._run_all([jobs[i] for i in slow], share)
             for i, each in zip(slow, again, strict=True):
                 outcomes[i] = each
         return outcomes
@@ -163,10 +164,10 @@ class Sandbox:
             self._helper.wait()
         self._control = self._helper = None
 
-    def _run_all(self, programs: Sequence[SandboxJob], cpu_seconds: float) -> list[list[Outcome]]:
+    def _run_all(self, jobs: Sequence["_Job"], cpu_seconds: float) -> list[list[Outcome]]:
         """Runs the programs once, all with the same limit."""
-        runs: list[_Run | None] = [None] * len(programs)
-        waiting = list(enumerate(programs))[::-1]
+        runs: list[_Run | None] = [None] * len(jobs)
+        waiting = list(enumerate(jobs))[::-1]
         live: dict[int, _Run] = {}
         workers = self._workers or len(os.sched_getaffinity(0))
         try:
@@ -174,9 +175,9 @@ class Sandbox:
                 if not self._control and (why := self._start()):
                     raise RuntimeError(f"rewards: the sandbox ended and can't be started: {why}")
                 while waiting and len(live) < workers and self._control:
-                    place, program = waiting.pop()
+                    place, job = waiting.pop()
                     self._number += 1
-                    run = _Run(program)
+                    run = _Run(job)
                     runs[place] = live[self._number] = run
                     request = JOB.pack(self._number, cpu_seconds, self._megabytes)
                     self._send(request, run)
@@ -223,16 +224,26 @@ class Sandbox:
         return True
 
 
+class _Job(NamedTuple):
+    """A program as the worker reads it, and how many answers it owes."""
+
+    data: bytes
+    num_calls: int
+
+
+def _job(program: SandboxJob) -> _Job:
+    values = {name: encode_value(value) for name, value in program.values.items()}
+    data = json.dumps(program._asdict() | {"values": values}).encode()
+    return _Job(data, len(program.calls))
+
+
 class _Run:
     """One program in one process: its pipe, what came through it, and how it ended."""
 
-    def __init__(self, program: SandboxJob) -> None:
-        self._num_calls = len(program.calls)
-        job = program._asdict() | {
-            "values": {name: encode_value(value) for name, value in program.values.items()}
-        }
+    def __init__(self, job: _Job) -> None:
+        self._num_calls = job.num_calls
         job_file = os.memfd_create("job")
-        os.write(job_file, json.dumps(job).encode())
+        os.write(job_file, job.data)
         os.lseek(job_file, 0, os.SEEK_SET)
         self.pipe, writer = os.pipe()
         self.files = [job_file, writer]

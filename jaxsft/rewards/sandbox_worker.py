@@ -10,6 +10,7 @@ claim about an expression; what the right value is, no process that runs a progr
 """
 
 import array
+import collections
 import contextlib
 import ctypes
 import gc
@@ -58,15 +59,16 @@ _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
 
 # What solutions import. Once confined, a process can't open a file, so no further module loads.
 MODULES = (
-    *("abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath"),
-    *("collections", "collections.abc", "contextlib", "copy", "csv", "dataclasses", "datetime"),
-    *("decimal", "difflib", "enum", "fractions", "functools", "graphlib", "hashlib", "heapq"),
-    *("html", "inspect", "io", "itertools", "json", "keyword", "locale", "math", "numbers"),
-    *("operator", "os", "pprint", "queue", "random", "re", "secrets", "statistics", "string"),
-    *("struct", "sys", "textwrap", "threading", "time", "timeit", "traceback", "types"),
-    *("typing", "unicodedata", "uuid", "warnings", "zlib", "_strptime", "encodings.ascii"),
-    *("encodings.latin_1", "encodings.utf_16", "encodings.utf_32", "encodings.idna"),
-    *("encodings.hex_codec", "encodings.rot_13", "encodings.unicode_escape"),
+    *("abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath", "codecs"),
+    *("collections", "collections.abc", "colorsys", "contextlib", "copy", "csv", "dataclasses"),
+    *("datetime", "decimal", "difflib", "enum", "fractions", "functools", "graphlib", "hashlib"),
+    *("heapq", "html", "inspect", "io", "itertools", "json", "keyword", "locale", "logging"),
+    *("math", "numbers", "operator", "os", "pathlib", "platform", "pprint", "queue", "random"),
+    *("re", "secrets", "shlex", "statistics", "string", "struct", "sys", "textwrap", "threading"),
+    *("time", "timeit", "traceback", "types", "typing", "unicodedata", "uuid", "warnings"),
+    *("zlib", "_strptime", "encodings.ascii", "encodings.latin_1", "encodings.utf_16"),
+    *("encodings.utf_32", "encodings.idna", "encodings.hex_codec", "encodings.rot_13"),
+    "encodings.unicode_escape",
 )
 JOB = struct.Struct("=Qdd")  # number, CPU seconds, MiB
 END = struct.Struct("=QiId")  # number, wait status, 1 if stopped for its time, CPU seconds
@@ -78,6 +80,9 @@ _MAX_NODES = 10_000  # numbers, texts and containers in one value
 _MAX_HASHED = 1_000  # items of a set, keys of a dict: more could be made to collide
 _MAX_TEXT = 100_000  # characters of a text
 _MAX_BITS = 14_000  # of a whole number: as text, Python reads 4,300 digits
+_ITERABLES: tuple[type, ...] = (
+    *(range, type({}.keys()), type({}.values()), type({}.items()), collections.deque, array.array),
+)
 _PLAIN = (int, float, complex, str, bytes, list, tuple, set, frozenset, dict)
 
 
@@ -113,7 +118,7 @@ def encode_value(value: Any) -> Any:
                 raise NotPlainError("too big")
             return int.__add__(value, 0)
         if kind is float:
-            return float.__add__(value, 0.0)
+            return float.__mul__(value, 1.0)
         if kind in (str, bytes) and kind.__len__(value) > _MAX_TEXT:
             raise NotPlainError("too big")
         if kind is str:
@@ -138,11 +143,10 @@ def encode_value(value: Any) -> Any:
     return encode(value, 0)
 
 
-_ITERABLES: tuple[type, ...] = (range, type({}.keys()), type({}.values()), type({}.items()))
-
-
 def decode_value(encoded: Any) -> Any:
     """The value of `encode_value`; what an untrusted process wrote costs bounded time and memory.
+
+    What this returns can be encoded.
 
     Raises:
       ValueError, TypeError: it is no encoded value (TypeError: a set of lists, say).
@@ -156,13 +160,17 @@ def decode_value(encoded: Any) -> Any:
             raise ValueError("too big")
         if isinstance(node, list):
             return [decode(each, depth + 1) for each in node]
+        if isinstance(node, str) and len(node) > _MAX_TEXT:
+            raise ValueError("too big")
+        if isinstance(node, int) and node.bit_length() > _MAX_BITS:
+            raise ValueError("too big")
         if not isinstance(node, dict):
             return node
         ((kind, content),) = node.items()
-        if kind == "bytes":
+        if kind == "bytes" and len(content) <= 2 * _MAX_TEXT:
             return bytes.fromhex(content)
         if kind == "complex":
-            return complex(*content)
+            return complex(*map(float, content))
         if kind in ("set", "frozenset", "dict") and len(content) > _MAX_HASHED:
             raise ValueError("too big")
         if kind == "dict":

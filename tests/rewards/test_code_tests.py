@@ -43,6 +43,13 @@ SPLIT = [
     ("assert f(3) == math.factorial(3)", "def f(x): return 6", "def f(x): return 7"),
     ("assert f(lambda x: x + 1) == 3", "def f(g): return g(2)", "def f(g): return g(1)"),
     ("assert f(2) == {1: {2, 3}}", "def f(x): return {1: {3, 2}}", "def f(x): return {1: [2, 3]}"),
+    ("assert str(f(2)) == 'P2'", "class P:\n def __str__(s): return 'P2'\nf = lambda x: P()", ""),
+    ("assert repr(P(2)) == 'P2'", "class P(int):\n def __repr__(s): return 'P2'", "P = int"),
+    ("assert [f(x) for x in (1, 2)] == [1, 4]", "def f(x): return x * x", "def f(x): return x"),
+    ("assert sum(f(x) for x in [1, 2]) == 5", "def f(x): return x * x", "def f(x): return x"),
+    ("assert f(2) == range(2)", "f = range", "def f(x): return [0, 1]"),
+    ("assert list(f([1, 2])) == [1, 2]", "from collections import deque as f", "f = reversed"),
+    ("assert sorted(f(2), key=abs) == [1, -2]", "def f(x): yield from (-2, 1)", "f = range"),
     ("assert f('b a') == Counter(['a', 'b'])", "def f(s): return dict.fromkeys(s.split(), 1)", ""),
 ]
 IMPORTS = "from collections import Counter"
