@@ -2,43 +2,31 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
+from support.both_steps import MESH, ROW_LENGTH, both_steps, layout_of, with_fused
 from support.lora_twins import make_peft, random_samples, twin, with_adapter
-from support.plain_loss import OBJECTIVE, plain_objective
 
 from jaxsft.common.batch import Batch
 from jaxsft.data.bins import best_fit_decreasing
 from jaxsft.data.packing import PackedRows
 from jaxsft.gemma import lora
-from jaxsft.gemma.lora import TARGETS
-from jaxsft.gemma.model import Gemma
-from jaxsft.gemma.sharding import make_mesh
-from jaxsft.grpo.objective import RolloutBatch
 from jaxsft.step.fused import FusedSpec, loss_and_gradients
 from jaxsft.step.fused_weights import (
     FusedLayout,
     fuse,
     group_adapter,
-    make_layout,
     unfuse,
     write_adapter,
 )
-from jaxsft.step.optimizer import make_schedule
-from jaxsft.step.score import ModelSpec, token_log_probs
-from jaxsft.step.train_step import StepSpec, UpdateSpec, init_state, put_batch, train_step
+from jaxsft.step.score import token_log_probs
+from jaxsft.step.train_step import put_batch, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-ROW_LENGTH = 40
-MESH = make_mesh(1, devices=jax.devices()[:1])
-CONSTANT = make_schedule("constant", peak=1e-3, end=0.0, warmup_steps=0, num_steps=5)
 
 
 def batch_of(num_rows: int) -> Batch:
@@ -47,44 +35,6 @@ def batch_of(num_rows: int) -> Batch:
         samples, best_fit_decreasing([len(s.ids) for s in samples], ROW_LENGTH), ROW_LENGTH
     )
     return put_batch(rows.batch([i % len(rows) for i in range(num_rows)]), MESH)
-
-
-def layout_of(model: Gemma, targets: tuple[str, ...] = TARGETS) -> FusedLayout:
-    block = model.blocks[0]
-    lora_module = next(
-        module.lora
-        for part in (block.attn, block.mlp)
-        for name in TARGETS
-        if (module := getattr(part, name, None)) is not None and module.lora is not None
-    )
-    return make_layout(
-        model.config,
-        row_length=ROW_LENGTH,
-        rank=lora_module.a[...].shape[-1],
-        scale=lora_module.scale,
-        targets=targets,
-    )
-
-
-def with_fused(spec: StepSpec, fused: FusedSpec) -> StepSpec:
-    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, fused=fused))
-
-
-def both(model: Gemma, layout: FusedLayout, **settings: Any) -> list[tuple[Any, Any, StepSpec]]:
-    """(state, frozen weights, spec) of the plain and of the fused step."""
-    graphdef, adapter, frozen = lora.split(model)
-    # The transform keeps the step's gradient as its state.
-    update = UpdateSpec(optax.trace(decay=0.0), CONSTANT, **settings)
-    plain = StepSpec(ModelSpec(graphdef, MESH, model.config.final_softcap, 16), update)
-    fused_spec = FusedSpec(
-        layout, jnp.dtype("float32"), chunk_tokens=16, recompute_layers=False, use_kernel=False
-    )
-    fused = with_fused(plain, fused_spec)
-    copied, weights = jax.tree.map(jnp.copy, (frozen, fuse(frozen, layout)))  # both are donated
-    return [
-        (init_state(adapter, plain), copied, plain),
-        (init_state(adapter, fused), weights, fused),
-    ]
 
 
 def assert_gradients_equal(ours: nnx.State, reference: nnx.State) -> None:
@@ -108,7 +58,7 @@ def assert_gradients_equal(ours: nnx.State, reference: nnx.State) -> None:
 def test_equals_the_plain_step(name: str, overrides: dict[str, int], recompute: bool) -> None:
     hf_model, model = twin(name, **overrides)
     model = with_adapter(model, make_peft(hf_model, random_b=True))
-    plain, fused = both(model, layout_of(model), accumulation_steps=2)
+    plain, fused = both_steps(model, layout_of(model), accumulation_steps=2)
     if recompute:
         settings = fused[2].model.fused._replace(recompute_layers=True)
         fused = (*fused[:2], with_fused(fused[2], settings))
@@ -123,35 +73,6 @@ def test_equals_the_plain_step(name: str, overrides: dict[str, int], recompute: 
     assert abs(float(metrics["loss"]) - float(expected["loss"])) < 1e-5
     assert int(metrics["num_loss_tokens"]) == int(expected["num_loss_tokens"])
     assert_gradients_equal(fused_state.moments.trace, state.moments.trace)
-
-
-def test_another_objective_in_both_steps() -> None:
-    """GRPO's, on a batch with arrays of its own: the two gradients are equal, and so are their loss
-    and the plain objective of the log-probabilities."""
-    hf_model, model = twin("gemma2", num_hidden_layers=2)
-    model = with_adapter(model, make_peft(hf_model, random_b=True))
-    settings: Any = {"token_loss": OBJECTIVE, "accumulation_steps": 2}
-    results: list[Any] = []
-    for state, frozen, spec in both(model, layout_of(model), **settings):
-        batch = batch_of(4)
-        rng = np.random.default_rng(4)
-        shape = batch.tokens_BT.shape
-        log_probs_BT = token_log_probs(state.adapter, frozen, batch, spec=spec.model)
-        old, reference, advantages = rng.normal(0, 0.3, (3, *shape)).astype(np.float32)
-        weights = batch.loss_weights_BT * rng.uniform(0.1, 3.0, shape).astype(np.float32)
-        rollouts: Any = RolloutBatch(
-            *batch._replace(loss_weights_BT=weights),
-            log_probs_BT + old,
-            log_probs_BT + reference,
-            jnp.asarray(3 * advantages),
-        )
-        losses_BT = plain_objective(log_probs_BT, rollouts, OBJECTIVE)
-        expected = float(jnp.sum(losses_BT) / jnp.sum(weights))
-        state, _, metrics = train_step(state, frozen, rollouts, spec=spec)
-        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
-        assert int(metrics["num_loss_tokens"]) == int((weights != 0).sum())
-        results.append(state.moments.trace)
-    assert_gradients_equal(results[1], results[0])
 
 
 def test_bfloat16_is_near_float32() -> None:
@@ -200,7 +121,7 @@ def test_subsets_of_the_projections(targets: tuple[str, ...]) -> None:
         if isinstance(module, lora.LoRA):
             module.b[...] = jax.random.normal(jax.random.key(2), module.b[...].shape) * 0.1
     states = []
-    for state, frozen, spec in both(model, layout_of(model, targets)):
+    for state, frozen, spec in both_steps(model, layout_of(model, targets)):
         state, _, metrics = train_step(state, frozen, batch_of(2), spec=spec)
         states.append((state, float(metrics["loss"])))
     assert abs(states[0][1] - states[1][1]) < 1e-5
@@ -211,7 +132,7 @@ def test_subsets_of_the_projections(targets: tuple[str, ...]) -> None:
 def test_unfuse_is_the_inverse(overrides: dict[str, int]) -> None:
     hf_model, model = twin("gemma2", num_hidden_layers=3, **overrides)
     model = with_adapter(model, make_peft(hf_model, random_b=True))
-    (_, frozen, _), (state, weights, spec) = both(model, layout_of(model))
+    (_, frozen, _), (state, weights, spec) = both_steps(model, layout_of(model))
     assert spec.model.fused is not None
     _, weights, _ = train_step(state, weights, batch_of(2), spec=spec)  # the pads are written
     abstract = jax.eval_shape(lambda: frozen)
