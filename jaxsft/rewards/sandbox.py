@@ -70,6 +70,13 @@ class Sandbox:
     n × first_seconds + spare_seconds of CPU time, whatever they do. As the limits are of CPU time,
     what else the machine does changes no outcome.
 
+    Args:
+      cpu_seconds: what a program may take. A solution of MBPP takes 0.002 in the median.
+      first_seconds: a twentieth of `cpu_seconds` by default.
+      spare_seconds: by default enough for six slow programs.
+      megabytes: of memory, for each program.
+      workers: programs at a time; one for each core of this process by default.
+
     Raises, when entered:
       ValueError: programs can't be confined on this machine.
     """
@@ -78,12 +85,14 @@ class Sandbox:
         self,
         *,
         cpu_seconds: float = 2.0,
-        first_seconds: float = 0.1,
-        spare_seconds: float = 12.0,
+        first_seconds: float | None = None,
+        spare_seconds: float | None = None,
         megabytes: float = 512,
         workers: int | None = None,
     ) -> None:
-        self._limits = cpu_seconds, min(first_seconds, cpu_seconds), spare_seconds
+        first = cpu_seconds / 20 if first_seconds is None else first_seconds
+        spare = cpu_seconds * 6 if spare_seconds is None else spare_seconds
+        self._limits = cpu_seconds, first, spare
         self._megabytes = megabytes
         self._workers = workers
         self._helper: subprocess.Popen[bytes] | None = None
@@ -121,7 +130,7 @@ class Sandbox:
         outcomes = self._run_all(jobs, first)
         slow = [i for i, each in enumerate(outcomes) if each and each[-1].error == _TIMEOUT]
         share = min(most, spare / max(1, len(slow)))
-        if share >= min(2 * first, most) > first:
+        if share >= 2 * first:
             again = self._run_all([jobs[i] for i in slow], share)
             for i, each in zip(slow, again, strict=True):
                 outcomes[i] = each

@@ -265,7 +265,7 @@ def test_a_helper_that_dies_fails_what_ran_in_it_and_no_more():
 
 
 def test_an_interrupt_leaves_no_process_and_the_sandbox_goes_on(monkeypatch):
-    with Sandbox(first_seconds=60, cpu_seconds=60, workers=1) as sandbox:
+    with Sandbox(first_seconds=60, workers=1) as sandbox:
         helper = sandbox._helper.pid
         wait = sandbox._wait
 
@@ -286,7 +286,7 @@ def test_an_interrupt_leaves_no_process_and_the_sandbox_goes_on(monkeypatch):
 PARENT = """
 import sys
 from jaxsft.rewards.sandbox import SandboxJob, Sandbox
-with Sandbox(first_seconds=600, cpu_seconds=600, workers=2) as sandbox:
+with Sandbox(first_seconds=600, workers=2) as sandbox:
     print(sandbox._helper.pid, flush=True)
     sandbox.run([SandboxJob("while True: pass", "", ("1",))] * 2)
 """
@@ -303,6 +303,32 @@ def test_programs_die_with_the_parent_and_with_the_helper(victim: str):
         while any(is_running(pid) for pid in (helper, *children)):  # but for the kill: 600 s
             time.sleep(0.01)
         parent.kill()
+
+
+def test_a_program_that_waits_is_ended_by_the_clock_and_one_that_computes_is_not(
+    tmp_path, monkeypatch
+):
+    """Nothing that a program may call waits, so here another process stops it."""
+    source = Path(sandbox_worker.__file__).read_text()
+    assert "_WALL_SECONDS = 4.0" in source
+    (tmp_path / "worker.py").write_text(
+        source.replace("_WALL_SECONDS = 4.0", "_WALL_SECONDS = 0.5")
+    )
+    monkeypatch.setattr(sandbox_worker, "__file__", str(tmp_path / "worker.py"))
+    busy = "import time\nwhile time.process_time() < 0.6: pass"
+    with Sandbox(first_seconds=600, workers=1) as sandbox:
+        assert sandbox.run([SandboxJob(busy, "", ("1",))]) == [[Outcome(1, "")]]
+        wait, stopped = sandbox._wait, []
+
+        def stopping(live):
+            while not stopped:
+                stopped.extend(processes_below(sandbox._helper.pid))
+            os.kill(stopped[0], signal.SIGSTOP)
+            return wait(live)
+
+        monkeypatch.setattr(sandbox, "_wait", stopping)
+        found = sandbox.run([SandboxJob("while True: pass", "", ("1",))])
+    assert found == [[Outcome(None, "timeout")]]
 
 
 def is_running(pid: int) -> bool:
