@@ -37,6 +37,8 @@ TOUCHES_THE_PROCESS = {
     "export.tunix_worker": "a script",
     "rewards.sandbox_worker": "a script",
     "run.out_of_memory": "the environment of the search for a setting that fits",
+    "rewards.user_rewards": "the environment of workers",
+    "rewards.user_worker": "a script",
     "run.remote": "options of gcsfs",
     "weights.hub_files": "stderr",
     "weights.find": "stderr",

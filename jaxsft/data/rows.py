@@ -345,11 +345,11 @@ def _read_answer(row: Mapping[str, Any], parts: Mapping[str, str], is_named: boo
     if "reasoning" in parts:
         thought = read_text(row, parts["reasoning"])
     elif (parts["prompt"], name) == ("question", "answer"):
-        thought, text = _split_gsm8k(text)
+        thought, text = split_gsm8k(text)
     return Messages([Message("assistant", text, thought)], unused)
 
 
-def _split_gsm8k(text: str) -> tuple[str | None, str]:
+def split_gsm8k(text: str) -> tuple[str | None, str]:
     """(reasoning, answer) if the last line is "####" and a number or a word; else (None, text)."""
     text = text.rstrip()
     start = text.rfind("\n") + 1

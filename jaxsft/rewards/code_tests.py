@@ -15,9 +15,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from jaxsft.rewards.records import Reward
 from jaxsft.rewards.sandbox import Outcome, Sandbox, SandboxJob
 from jaxsft.rewards.sandbox_worker import MODULES
-from jaxsft.rewards.tasks import Reward
 
 _RELATIVE = 1e-9
 _BUILTINS = frozenset(dir(builtins))

@@ -53,6 +53,13 @@ def find_numbers(text: str) -> list[Fraction]:
     return [number for match in _NUMBER.finditer(_plain(text)) for number in _values(match)]
 
 
+def numbers_and_rest(text: str) -> tuple[list[Fraction], str]:
+    """(the numbers in the text, the text with NUL in the place of each number and each date)."""
+    text = _plain(text.replace("\0", " "))
+    numbers = [number for match in _NUMBER.finditer(text) for number in _values(match)]
+    return numbers, _NUMBER.sub("\0", text)
+
+
 def parse_number(text: str) -> Fraction | None:
     """The number, if the text is one number and at most marks around it; otherwise None."""
     text = _plain(text).replace("\\boxed", "")

@@ -1,0 +1,98 @@
+"""Completions of a file are scored without a model: a table for people, a JSON line a row."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxsft.data.answer_template import AnswerTemplate
+from jaxsft.data.rows import DEFAULTS, RowOptions
+from jaxsft.grpo.score import score_file
+from jaxsft.rewards.scorer import Scorer
+
+WEIGHTS = {"format": 0.2, "answer": 1.0, "tests": 1.0}
+THOUGHT = "Half of the 48 clips is 24 clips."
+
+
+def formatted(answer: str) -> str:
+    return AnswerTemplate().join(THOUGHT, answer)
+
+
+GSM8K = {"question": "How many clips?", "answer": "48+24=72\n#### 72"}
+MBPP = {"text": "Write f.", "code": "", "test_setup_code": "", "task_id": 7}
+MBPP |= {"test_list": ["assert f(1) == 2", "assert f(2) == 3", "assert f(3) == 4"]}
+ROWS: list[dict[str, Any]] = [
+    GSM8K | {"completion": formatted("72 clips")},
+    GSM8K | {"completion": formatted("72 or 73") + "<end_of_turn>\n"},
+    GSM8K | {"completion": formatted("72"), "stopped": False},
+    GSM8K | {"completion": "<reasoning></reasoning><answer></answer>", "stopped": True},
+    GSM8K,
+    MBPP | {"completion": formatted("```python\ndef f(x):\n    return min(x + 1, 3)\n```")},
+    {"prompt": "hm", "completion": formatted("72")},
+    GSM8K | {"completion": 72},
+    GSM8K | {"completion": formatted("72"), "stopped": "no"},
+    {"prompt": "Which day?", "answer": "Tuesday", "completion": formatted("**tuesday**.")},
+]
+
+
+def score(path: Path, capsys: Any, as_json: bool, how: RowOptions = DEFAULTS) -> str:
+    with Scorer(WEIGHTS, AnswerTemplate()) as scorer:
+        assert score_file(path, scorer, how, as_json=as_json) == 0
+    return capsys.readouterr().out
+
+
+def test_a_json_line_for_each_row(write: Callable[..., Path], capsys: Any) -> None:
+    lines = [json.loads(line) for line in score(write(*ROWS), capsys, True).splitlines()]
+    assert lines[0] == {
+        "reward": 1.2,
+        "rewards": {
+            "format": {"value": 0.2, "reason": "in the format"},
+            "answer": {"value": 1.0, "reason": "right"},
+        },
+    }
+    assert [line.get("reward") for line in lines] == [
+        *(1.2, 0.2, 0.0, 0.0, None, 0.7, None, None, None, 1.2)
+    ]
+    assert lines[1]["rewards"]["answer"]["reason"] == "the answer has 2 numbers"
+    assert lines[2]["rewards"]["format"]["reason"] == "not ended by the stop token"
+    assert list(lines[5]["rewards"]) == ["format", "tests"]
+    assert [line["error"] for line in lines if "error" in line] == [
+        '"completion" is missing or null',
+        'no answer and no tests in "prompt": name the column of the answer with data.columns '
+        "(response), or give the row a kind for a reward of your own",
+        '"completion" is a int, not a text',
+        '"stopped" must be true or false',
+    ]
+
+
+def test_a_table_for_people(write: Callable[..., Path], capsys: Any) -> None:
+    rows = [*ROWS, GSM8K | {"completion": "\x1b[31mred", "question": "q\x1b[2J" + "w" * 100}]
+    out = score(write(*rows), capsys, False)
+    assert "How many clips?" in out and "the answer has 2 numbers" in out
+    assert "\x1b" not in out and "w" * 80 not in out
+    assert "7 rows scored, reward 0.4714, format 0.5714, answer 0.3333 of 6 rows" in out
+    assert "4 rows not scored" in out and ':5: "completion" is missing' in out
+
+
+def test_a_file_without_a_row_to_score_is_refused(write: Callable[..., Path], capsys: Any) -> None:
+    for rows in ([GSM8K], ROWS[6:9], [[1, 2]]):
+        with pytest.raises(ValueError, match=r"rows.jsonl: no row can be scored: .*1: "):
+            score(write(*rows), capsys, True)
+    with pytest.raises(ValueError, match=r"rows.jsonl:2"):  # nothing is printed before it
+        score(write(ROWS[0], b'{"question": '), capsys, True)
+    assert capsys.readouterr().out == ""
+
+
+def test_columns_that_the_user_names(write: Callable[..., Path], capsys: Any) -> None:
+    how = RowOptions(columns={"prompt": "task", "response": "right"})
+    path = write({"task": "q", "right": 5, "completion": formatted("5"), "stopped": None})
+    assert json.loads(score(path, capsys, True, how))["reward"] == 1.2
+
+
+def test_scoring_imports_no_jax() -> None:
+    program = "import sys, jaxsft.grpo.score; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
