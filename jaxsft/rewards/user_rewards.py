@@ -32,6 +32,7 @@ from jaxsft.rewards.records import Reward
 
 _WORKER = Path(__file__).parent / "user_worker.py"
 _LOAD_SECONDS = 120.0  # imports of torch and its like included
+_LOOK_SECONDS = 0.2  # how often a silent process is looked after
 _MAX_PRINTED = 300  # bytes of a call that are shown
 _ADVICE = "write a function FUNCTION(texts, rows) that returns a number for each text"
 
@@ -199,8 +200,12 @@ class UserFile:
             fault = ""
             while not reply.endswith(b"\n") and not fault:
                 left = until - time.monotonic()
-                ready = [key.fileobj for key, _ in selector.select(max(0.0, left))]
+                ready = [
+                    key.fileobj for key, _ in selector.select(max(0.0, min(left, _LOOK_SECONDS)))
+                ]
                 fault = "" if left > 0 else f"took over {seconds:g} s"
+                if not ready and self._process.poll() is not None:
+                    fault = "ended its process"  # and a child of it has the pipe
                 if stdin in ready:
                     request = _written(stdin.fileno(), request)
                     if not request:
