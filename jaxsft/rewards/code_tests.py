@@ -76,7 +76,7 @@ def split_tests(tests: Sequence[str], setup: str = "") -> SplitTests | str:
     try:
         before = ast.parse(_plain_lines(setup)).body
         outside = _outside(before)
-        known = _names_bound(*outside)
+        known = set().union(*map(_defines, outside))
         mixed = [each for each in before if each not in outside and isinstance(each, _DEFINITIONS)]
         for text in tests:
             tree = ast.parse(textwrap.dedent(_plain_lines(text)).strip())
@@ -92,14 +92,12 @@ def split_tests(tests: Sequence[str], setup: str = "") -> SplitTests | str:
         return "a test is no Python"
     if not checks:
         return "no tests"
-    calls = [ast.parse(call) for test in checks for check in test for call in check.calls]
-    if _names_used(*calls) & _names_bound(*mixed):
+    flat = [check for test in checks for check in test]
+    calls = [ast.parse(call) for check in flat for call in check.calls]
+    if _names_used(*calls) & {name for each in mixed for name in _defines(each)}:
         return "a test's own function calls the solution"
-    return SplitTests(
-        tuple(checks),
-        _source(_inside(before, outside, calls) + imports),
-        _source(outside + imports),
-    )
+    inside = f"{_inside(before, outside, flat)}\n{_source(imports)}".strip()
+    return SplitTests(tuple(checks), inside, _source([*outside, *imports]))
 
 
 def _refuse_missing(node: ast.AST) -> None:
@@ -145,27 +143,39 @@ def _names_used(*nodes: ast.AST) -> set[str]:
 
 def _outside(setup: Sequence[ast.stmt]) -> list[ast.stmt]:
     """The imports, definitions and assigned names that need nothing of a solution."""
-    chosen: list[ast.stmt] = []
-    for each in setup:
-        match each:
-            case ast.Import() | ast.ImportFrom():
-                chosen.append(each)
-            case ast.FunctionDef() | ast.ClassDef() | ast.Assign([ast.Name()]):
-                if _names_used(each) <= _names_bound(each, *chosen) | _BUILTINS:
-                    chosen.append(each)
-    return chosen
+    chosen = [each for each in setup if _defines(each)]
+    while True:
+        known = _BUILTINS.union(*map(_defines, chosen))
+        keep = [each for each in chosen if _names_used(each) <= known | _names_bound(each)]
+        if len(keep) == len(chosen):
+            return chosen
+        chosen = keep
 
 
-def _inside(
-    setup: Sequence[ast.stmt], outside: Sequence[ast.stmt], calls: Sequence[ast.AST]
-) -> list[ast.stmt]:
-    """What the program's process needs of the setup: a right value in it isn't used by a call."""
+def _inside(setup: Sequence[ast.stmt], outside: Sequence[ast.stmt], checks: Sequence[Check]) -> str:
+    """What the program's process needs of the setup: not what only gives right values."""
+    calls = [ast.parse(call) for check in checks for call in check.calls]
+    defined = {name: each for each in outside for name in _defines(each)}
+    secret = _names_used(*(ast.parse(side) for check in checks for side in check.sides))
+    while more := _names_used(*(defined[name] for name in secret & {*defined})) - secret:
+        secret |= more
     kept: list[ast.stmt] = []
     for each in reversed(setup):
-        used = _names_used(*kept, *calls)
-        if each not in outside or not isinstance(each, ast.Assign) or _names_bound(each) & used:
+        is_import = isinstance(each, ast.Import | ast.ImportFrom)
+        is_secret = each in outside and not is_import and _defines(each) & secret
+        if not is_secret or _defines(each) & _names_used(*kept, *calls):
             kept.insert(0, each)
-    return kept
+    return _source(kept)
+
+
+def _defines(statement: ast.stmt) -> set[str]:
+    """The names that an import, a definition or an assignment to one name gives values."""
+    match statement:
+        case ast.Import() | ast.ImportFrom():
+            return _names_bound(statement)
+        case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Assign([ast.Name(name)]):
+            return {name}
+    return set()
 
 
 def _split(statements: Sequence[ast.stmt], known: set[str]) -> Iterator[Check]:

@@ -92,12 +92,21 @@ def test_what_cannot_be_split_is_refused(test: str, setup: str, why: str):
         *(("assert f(2) == 776151", ""), ("assert math.isclose(f(2), 776151.0)", "import math")),
         ("assert f(data) == want", "data = [2]\nwant = 776151"),
         ("want = 776151\nassert sorted(f(2)) == [want]", ""),
-        ("assert f(2) == make()", "def make(): return len('a') * 1\nwant = 776151"),
+        ("assert f(2) == make()", "def make(): return later() + 1\ndef later(): return 776151"),
+        ("assert check(f(2), 776151)", "def check(a, b): return a == b and 776151"),
     ],
 )
 def test_no_right_value_is_sent_to_the_program(test: str, setup: str):
     tests = split_tests([test], setup)
     assert "776151" not in json.dumps([tests.setup, tests.calls])
+
+
+def test_what_the_solution_may_need_of_the_setup_stays(sandbox):
+    setup = "class Node: v = 3\ndef make(): return Node()\nwant = 3"
+    tests = split_tests(["assert f(make()) == want", "assert f(None) == 3"], setup)
+    assert "want" not in tests.setup
+    right = "def f(node):\n    return node.v if node else Node.v"
+    assert run_tests(sandbox, [(right, tests)]) == [(1.0, "passes")]
 
 
 # A row in MBPP's format: CRLF, tabs, and a set-up that needs the solution's class.
