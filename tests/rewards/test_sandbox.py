@@ -267,17 +267,13 @@ def test_a_helper_that_dies_fails_what_ran_in_it_and_no_more():
 def test_an_interrupt_leaves_no_process_and_the_sandbox_goes_on(monkeypatch):
     with Sandbox(first_seconds=60, workers=1) as sandbox:
         helper = sandbox._helper.pid
-        wait = sandbox._wait
 
         def interrupted(live):
-            wait(live)
             raise KeyboardInterrupt
 
         monkeypatch.setattr(sandbox, "_wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            sandbox.run(
-                [SandboxJob("x = 3", "", ("x",)), SandboxJob("while True: pass", "", ("1",))]
-            )
+            sandbox.run([SandboxJob("while True: pass", "", ("1",))])
         monkeypatch.undo()
         assert not Path("/proc", str(helper)).exists()
         assert sandbox.run([SandboxJob("x = 3", "", ("x",))]) == [[Outcome(3, "")]]
