@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsft.common.batch import Batch
-from jaxsft.config import TrainConfig, check_devices
+from jaxsft.config import TrainConfig
+from jaxsft.config_check import check_devices
 from jaxsft.run.program import (
     StepArguments,
     abstract_setup,

@@ -30,7 +30,8 @@ from jaxsft.common.signals import interrupts_kept
 from jaxsft.common.streams import make_process_safe, safe_streams
 from jaxsft.common.text import harmless, visible_line
 from jaxsft.common.tpu import keep_libtpu_quiet
-from jaxsft.config import TrainConfig, validate
+from jaxsft.config import RunConfig, TrainConfig
+from jaxsft.config_check import validate
 from jaxsft.hints import hint_for
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -124,7 +125,7 @@ def parse_options(
 ) -> list[Any]:
     """The options of a command: an instance of each of `kinds`, which share one command line.
 
-    With TrainConfig among them there is --config, for a recipe or a file. Without, the first
+    With a RunConfig among them there is --config, for a recipe or a file. Without, the first
     argument is the option `model`. `--help`, `--version` and `--print_config` print and exit 0.
 
     Args:
@@ -135,7 +136,7 @@ def parse_options(
     Raises:
       ValueError: one line that names the option and, for an unknown one, what `hint_for` knows.
     """
-    trains = TrainConfig in kinds
+    trains = _trains(kinds)
     _set_loader(dict(each for kind in kinds for each in _option_types(kind)))
     parser = _make_parser(command, description, trains, default_recipe)
     for kind in kinds:
@@ -148,12 +149,16 @@ def parse_options(
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(_explain(str(error), parser)) from None
     found = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in kinds]
-    for config in [each for each in found if isinstance(each, TrainConfig)]:
+    for config in [each for each in found if isinstance(each, RunConfig)]:
         if values["print_config"]:
             sys.stdout.write(config_yaml(config, sys.stdout.encoding or "utf-8"))
             raise SystemExit(0)
         validate(config)
     return found
+
+
+def _trains(kinds: Sequence[type]) -> bool:
+    return any(issubclass(kind, RunConfig) for kind in kinds)
 
 
 def typed_options(
@@ -164,7 +169,7 @@ def typed_options(
     What a recipe says is a default. `argv` is one that `parse_options` took for the same `kinds`.
     """
     _set_loader(dict(each for kind in kinds for each in _option_types(kind)))
-    parser = _make_parser(command, "", TrainConfig in kinds, default_recipe)
+    parser = _make_parser(command, "", _trains(kinds), default_recipe)
     for kind in kinds:
         parser.add_class_arguments(kind)
     args = _with_recipe_paths(_spelt_out(argv, kinds), default_recipe)
@@ -184,7 +189,7 @@ def parse_config(
     return config, config_yaml(config)
 
 
-def config_yaml(config: TrainConfig, encoding: str = "utf-8") -> str:
+def config_yaml(config: RunConfig, encoding: str = "utf-8") -> str:
     """The config as a file that --config takes.
 
     YAML's own escapes stand for what the encoding lacks, and for what steers a terminal.

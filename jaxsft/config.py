@@ -4,12 +4,9 @@ The docstring of each field is its `--help` text. Lengths are in tokens, duratio
 """
 
 import dataclasses
-import math
-import operator
 import os.path
 import re
-from collections import Counter
-from typing import Any, Literal
+from typing import Literal
 
 # The system text of the recipe, put in front of the user's turn in training and generation alike.
 ANSWER_TEMPLATE = "<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
@@ -20,7 +17,6 @@ SYSTEM_PROMPT = (
 )
 
 Dtype = Literal["float32", "bfloat16"]
-MIN_LENGTH = 16  # tokens of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +57,8 @@ class LoraOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """Training and held-out rows."""
+class RowFileOptions:
+    """The files of rows, and what is done with every row, in any kind of training."""
 
     train_files: list[str] | str = dataclasses.field(default_factory=list)
     """Training rows (prompt/response with <think>, messages, …): files of JSON, CSV, Parquet or
@@ -70,13 +66,29 @@ class DataOptions:
     sets of the hub: owner/name[:config][/split][slice], as openai/gsm8k:main/train[:500]. Several
     as a list, or with commas between them."""
     eval_files: list[str] | str = dataclasses.field(default_factory=list)
-    """Held-out rows, for the held-out loss; the first are asked for answers. May be empty."""
+    """Held-out rows, to measure on; the first are asked for answers. May be empty."""
     start: int = 0
     """Number of the first training row to use, counted from 0 over all files."""
     stop: int | None = None
     """Number of the first training row not to use; by default all rows to the end are used."""
+    weights: list[float] | None = None
+    """How often an epoch uses the samples of each file: 2 is twice, 0.5 is one half of them, the
+    same half each time. By default once."""
     max_length: int = 2048
-    """Tokens in a row of the batch. A longer sample does not fit: see overlong."""
+    """Tokens in a row of the batch."""
+    system_prompt: str | None = SYSTEM_PROMPT
+    """Text before the first user turn of rows that have no system text of their own; null for
+    none. It must ask for the tags of answer_template."""
+    answer_template: str = ANSWER_TEMPLATE
+    """The form of an answer that is taught. {reasoning} and {answer} are its parts."""
+    max_drop: float = 0.25
+    """Stop when a larger share of the rows is left out, whatever the reasons."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(RowFileOptions):
+    """Training and held-out rows."""
+
     packing: bool = False
     """Put several samples into one row; they do not see each other. By default a row has one."""
     overlong: Literal["shorten", "drop", "raise"] = "shorten"
@@ -93,16 +105,8 @@ class DataOptions:
     earlier_reasoning: Literal["keep", "strip"] = "keep"
     """The reasoning of earlier turns of a chat: "keep" trains every turn and shows it to later
     ones; "strip" removes it from earlier turns, as servers do, and trains the last turn only."""
-    answer_template: str = ANSWER_TEMPLATE
-    """The form of an answer that is taught. {reasoning} and {answer} are its parts."""
-    system_prompt: str | None = SYSTEM_PROMPT
-    """Text before the first user turn of rows that have no system text of their own; null for
-    none. It must ask for the tags of answer_template."""
     loss_on_prompt: bool = False
     """Train on the tokens of the prompt too."""
-    weights: list[float] | None = None
-    """How often an epoch uses the samples of each file: 2 is twice, 0.5 is one half of them, the
-    same half each time. By default once."""
     min_completion_tokens: int = 8
     """Leave out samples whose trained answers, tags included, have fewer tokens together."""
     drop_degenerate: bool = True
@@ -111,8 +115,6 @@ class DataOptions:
     """Leave out conversations with the same text as an earlier one."""
     drop_contaminated: bool = True
     """Leave out training rows whose prompt has at least half of a held-out prompt in it."""
-    max_drop: float = 0.25
-    """Stop when a larger share of the rows is left out, whatever the reasons."""
     prepared_dir: str | None = None
     """Directory of prepared rows (python -m jaxsft.prepare); by default in your cache directory."""
 
@@ -139,8 +141,8 @@ class EvalOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One training run. Batch sizes are global: over all devices and micro-batches."""
+class RunConfig:
+    """What every training run has, whatever it learns from."""
 
     name: str = "run"
     """Name of the run; its results go to output_dir/name."""
@@ -148,14 +150,10 @@ class TrainConfig:
     """Directory of all runs."""
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
-    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    data: RowFileOptions = dataclasses.field(default_factory=RowFileOptions)
     eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)
-    global_batch_size: int = 32
-    """Rows of an optimizer step, on all devices together."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of an optimizer step. More of them take less memory."""
-    num_train_epochs: float = 1.0
-    """Passes over the training rows."""
     max_steps: int | None = None
     """Number of optimizer steps; overrides num_train_epochs."""
     learning_rate: float = 2e-5
@@ -202,8 +200,6 @@ class TrainConfig:
     fork_from: str | None = None
     """Start from this adapter, not from a new one: a run's directory or a PEFT adapter. Its rank,
     alpha, targets and rsLoRA are taken; a lora option that contradicts them is refused."""
-    num_workers: int = 2
-    """Threads that read rows ahead."""
     budget_hours: float | None = None
     """Most hours for the remaining steps. The run stops after its preflight if that says more."""
     deadline: str | None = None
@@ -222,6 +218,101 @@ class TrainConfig:
     one process stops all."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """One run of `train`. Batch sizes are global: over all devices and micro-batches."""
+
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    global_batch_size: int = 32
+    """Rows of an optimizer step, on all devices together."""
+    num_train_epochs: float = 1.0
+    """Passes over the training rows."""
+    num_workers: int = 2
+    """Threads that read rows ahead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutOptions:
+    """The completions that a policy is trained on."""
+
+    num_prompts: int = 16
+    """Prompts of a rollout."""
+    num_generations: int = 8
+    """Completions of each prompt: the group that its rewards are compared in."""
+    max_new_tokens: int = 512
+    """Most tokens in a completion. Prompts that leave no room for them in a row of data.max_length
+    tokens are left out."""
+    batch_size: int = 128
+    """Completions drawn at once, over all devices. Whole groups: at least one."""
+    temperature: float = 1.0
+    """1 is the only value: at another one the ratios of the objective would be wrong."""
+    top_k: int = 0
+    """0, for all tokens, is the only value, for the same reason."""
+    top_p: float = 1.0
+    """1, for all tokens, is the only value, for the same reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveOptions:
+    """GRPO and its variants, by the names that TRL has for them."""
+
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
+    """How the losses of tokens are averaged: over each completion, then over completions ("grpo");
+    over all tokens ("dapo"); their sum divided by completions x rollout.max_new_tokens
+    ("dr_grpo")."""
+    scale_rewards: Literal["none", "group", "batch"] = "none"
+    """What divides an advantage, reward minus the group's mean: nothing, or the standard deviation
+    of the group's or of all rewards."""
+    epsilon: float = 0.2
+    """The ratio of new to old probability counts down to 1 - epsilon."""
+    epsilon_high: float = 0.28
+    """The ratio counts up to 1 + epsilon_high."""
+    beta: float = 0.02
+    """Weight of the KL divergence to the adapter that the run started from; 0 needs no reference
+    and saves its pass."""
+    unbiased_kl: bool = True
+    """Multiply the KL estimate (k3) by the ratio, so that its gradient is unbiased too."""
+    num_iterations: int = 1
+    """Updates on each rollout. Each is a step of the run."""
+    mask_truncated_completions: bool = True
+    """Leave completions that max_new_tokens cut off out of the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardOptions:
+    """What the built-in rewards ask, and how long rewards may take."""
+
+    min_reasoning_words: int = 5
+    """Words of reasoning below which the format earns nothing."""
+    code_seconds: float = 2.0
+    """Most seconds of a processor for the tests of one program."""
+    function_seconds: float = 20.0
+    """Most seconds for a call of a reward function of yours, on all completions of a rollout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig(RunConfig):
+    """One run of `grpo`. A step is one update of the adapter."""
+
+    rollout: RolloutOptions = dataclasses.field(default_factory=RolloutOptions)
+    objective: ObjectiveOptions = dataclasses.field(default_factory=ObjectiveOptions)
+    rewards: dict[str, float] | list[str] | str = dataclasses.field(
+        default_factory=lambda: {"format": 0.2, "answer": 1.0, "tests": 1.0}
+    )
+    """Weight of each reward. "format": the answer's form, with reasoning in it. "answer": the one
+    right number or text in it. "tests": the share of hidden tests that its code passes.
+    "my_rewards.py:brevity": the function of that name in your file. A list gives each weight 1."""
+    reward: RewardOptions = dataclasses.field(default_factory=RewardOptions)
+
+
+def named_rewards(rewards: dict[str, float] | list[str] | str) -> dict[str, float]:
+    """Weight by name of reward; those of a list or text with commas have weight 1."""
+    if isinstance(rewards, dict):
+        return dict(rewards)
+    names = rewards.split(",") if isinstance(rewards, str) else rewards
+    return {name.strip(): 1.0 for name in names if name.strip()}
+
+
 def named_files(files: list[str] | str) -> list[str]:
     """The files that an option names: a list, or texts with commas between names.
 
@@ -235,144 +326,3 @@ def named_files(files: list[str] | str) -> list[str]:
         elif text:
             names.append(text)
     return names
-
-
-def validate(config: TrainConfig) -> None:
-    """Raises ValueError that names every option with a wrong value and every contradiction."""
-    problems = _out_of_range(config)
-    if config.global_batch_size % max(config.gradient_accumulation_steps, 1):
-        problems.append(
-            f"global_batch_size {config.global_batch_size} is not a multiple of "
-            f"gradient_accumulation_steps {config.gradient_accumulation_steps}"
-        )
-    if config.min_learning_rate > config.learning_rate:
-        problems.append(
-            f"min_learning_rate {config.min_learning_rate} is above "
-            f"learning_rate {config.learning_rate}"
-        )
-    if config.data.stop is not None and config.data.stop <= config.data.start:
-        problems.append(f"data.stop {config.data.stop} is not above data.start {config.data.start}")
-    if not named_files(config.data.train_files):
-        problems.append("data.train_files is empty: name at least one file of rows")
-    for name, advice in (("train_files", "give it a weight"), ("eval_files", "name it once")):
-        counts = Counter(map(os.path.abspath, named_files(getattr(config.data, name))))
-        twice = [file for file, count in counts.items() if count > 1]
-        problems += [f"data.{name} names {file} twice; {advice}" for file in twice]
-    problems += _sampling_conflicts(config.eval)
-    if config.eval_steps and not config.data.eval_files:
-        problems.append("eval_steps needs data.eval_files")
-    if config.deadline is not None and config.max_seconds is not None:
-        problems.append("deadline and max_seconds say the same, leave one of them out")
-    if config.max_steps is not None and config.warmup_steps >= config.max_steps:
-        problems.append(
-            f"warmup_steps {config.warmup_steps} is not below max_steps {config.max_steps}"
-        )
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def validate_eval(options: EvalOptions) -> None:
-    """As `validate`, for these options alone."""
-    problems = _out_of_range(options, "eval.") + _sampling_conflicts(options)
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _out_of_range(options: Any, prefix: str = "") -> list[str]:
-    """Every option whose value `_CHECKS` does not allow; `prefix` stands before their names."""
-    problems = []
-    for name, is_right, rule in _CHECKS:
-        if not name.startswith(prefix):
-            continue
-        value = operator.attrgetter(name.removeprefix(prefix))(options)
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{name} is {value}, but must be a finite number")
-        elif not is_right(value):
-            problems.append(f"{name} is {value!r}, but must be {rule}")
-    return problems
-
-
-def _sampling_conflicts(options: EvalOptions) -> list[str]:
-    problems = []
-    if options.temperature == 0 and (options.top_k > 1 or options.top_p < 1):
-        problems.append(
-            "eval.top_k and eval.top_p do nothing at eval.temperature 0, set it above 0"
-        )
-    if options.temperature > 0 and options.top_k == 1:
-        problems.append("eval.top_k 1 makes eval.temperature useless, set one of them to 0")
-    return problems
-
-
-def check_devices(config: TrainConfig, num_devices: int) -> None:
-    """Raises ValueError, with the nearest valid sizes, when the batch does not fit the devices."""
-    if config.fsdp > num_devices or num_devices % config.fsdp:
-        divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-        raise ValueError(
-            f"fsdp {config.fsdp} does not divide {num_devices} devices; valid: {divisors}"
-        )
-    size, num_parts = config.global_batch_size, config.gradient_accumulation_steps
-    multiple = num_devices * num_parts
-    if size % multiple:
-        lower = size // multiple * multiple
-        nearest = ", ".join(str(n) for n in (lower, lower + multiple) if n)
-        over = f"{num_devices} devices" + (f" x {num_parts} micro-batches" * (num_parts > 1))
-        raise ValueError(
-            f"global_batch_size {size} does not split evenly over {over}; nearest valid: {nearest}"
-        )
-
-
-_MEANT_AS_NULL = ("None", "none", "no", "No", "false", "False", "off")
-_POSITIVE = (lambda x: x > 0, "above 0")
-_NOT_NEGATIVE = (lambda x: x >= 0, "0 or above")
-_POSITIVE_OR_NULL = (lambda x: x is None or x > 0, "above 0, or null")
-_SHARE = (lambda x: 0 <= x < 1, "at least 0 and below 1")
-_SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
-_CHECKS = (
-    ("name", lambda x: bool(x) and "/" not in x and x not in (".", ".."), "a plain directory name"),
-    ("learning_rate", *_POSITIVE),
-    ("min_learning_rate", *_NOT_NEGATIVE),
-    ("warmup_steps", *_NOT_NEGATIVE),
-    ("weight_decay", *_NOT_NEGATIVE),
-    ("max_grad_norm", *_NOT_NEGATIVE),
-    ("adam_beta1", *_SHARE),
-    ("adam_beta2", *_SHARE),
-    ("adam_epsilon", *_POSITIVE),
-    ("global_batch_size", *_POSITIVE),
-    ("gradient_accumulation_steps", *_POSITIVE),
-    ("num_train_epochs", *_POSITIVE),
-    ("max_steps", *_POSITIVE_OR_NULL),
-    ("fsdp", *_POSITIVE),
-    ("loss_chunk_tokens", *_POSITIVE),
-    ("logging_steps", *_POSITIVE),
-    ("eval_steps", *_POSITIVE_OR_NULL),
-    ("save_steps", *_POSITIVE),
-    ("save_total_limit", *_POSITIVE),
-    ("max_nonfinite_steps", *_POSITIVE),
-    ("skip_spikes_sigmas", *_POSITIVE_OR_NULL),
-    ("max_seconds", *_POSITIVE_OR_NULL),
-    ("hang_seconds", lambda x: x is None or 0 < x <= 1e6, "above 0 and at most 1e6, or null"),
-    ("num_workers", *_NOT_NEGATIVE),
-    ("budget_hours", *_POSITIVE_OR_NULL),
-    ("seed", *_SEED),
-    ("eval.seed", *_SEED),
-    ("lora.r", *_POSITIVE),
-    ("lora.alpha", *_POSITIVE),
-    ("lora.dropout", *_SHARE),
-    ("data.max_length", lambda x: x >= MIN_LENGTH, f"at least {MIN_LENGTH}"),
-    ("data.start", *_NOT_NEGATIVE),
-    ("data.min_completion_tokens", *_NOT_NEGATIVE),
-    ("data.max_drop", lambda x: 0 <= x <= 1, "a share from 0 to 1"),
-    (
-        "data.weights",
-        lambda x: x is None or all(0 < w <= 1000 for w in x),
-        "above 0 for each, and at most 1,000",
-    ),
-    ("data.system_prompt", lambda x: x not in _MEANT_AS_NULL, "a text; write null for none"),
-    ("eval.num_prompts", *_NOT_NEGATIVE),
-    ("eval.batch_size", *_POSITIVE),
-    ("eval.max_new_tokens", *_POSITIVE),
-    # Of float32's logits, divided by it, none must be infinite, and not all be 0.
-    ("eval.temperature", lambda x: x == 0 or 1e-6 <= x <= 1e6, "0, or from 1e-6 to 1e6"),
-    ("eval.top_k", *_NOT_NEGATIVE),
-    ("eval.top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-)

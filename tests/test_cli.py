@@ -16,7 +16,8 @@ from jaxsft import config as config_module
 from jaxsft import hints
 from jaxsft.__main__ import COMMANDS, main
 from jaxsft.cli import EXIT_BAD_INPUT, command_line, parse_config, parse_options, recipe_names
-from jaxsft.config import TrainConfig, check_devices
+from jaxsft.config import TrainConfig
+from jaxsft.config_check import check_devices
 from jaxsft.hints import hint_for
 from jaxsft.step.optimizer import make_schedule
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.config import MIN_LENGTH, DataOptions, validate_eval
+from jaxsft.config import DataOptions
+from jaxsft.config_check import MIN_LENGTH, validate_eval
 from jaxsft.data.samples import as_list, row_options
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.options import EvaluateOptions
@@ -43,7 +44,7 @@ def defaults_of(origin: Origin) -> dict[str, Any]:
     taught = taught_by(origin)
     if taught is None:
         return {}
-    same = {
+    same: dict[str, Any] = {
         "system_prompt": taught.system_prompt or None,
         "answer_template": taught.template.text,
         "earlier_reasoning": taught.earlier_reasoning,
@@ -51,15 +52,16 @@ def defaults_of(origin: Origin) -> dict[str, Any]:
     if origin.run_dir is None:
         return same
     config = run_config(origin.run_dir)
+    rows = config.data
+    if isinstance(rows, DataOptions):
+        same |= {"columns": rows.columns, "overlong": rows.overlong}
     dtype, param_dtype = config.model.dtype, config.model.param_dtype
     return (
         same
         | {
             "files": config.data.eval_files,
             "few_shot_files": config.data.train_files,
-            "columns": config.data.columns,
             "max_length": config.data.max_length,
-            "overlong": config.data.overlong,
             "dtype": dtype,
             "param_dtype": None if param_dtype == dtype else param_dtype,  # --dtype is for both
         }

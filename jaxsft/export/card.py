@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxsft.common.files import file_sha256, read_json
 from jaxsft.common.text import visible_line
-from jaxsft.config import TrainConfig, named_files
+from jaxsft.config import DataOptions, GrpoConfig, TrainConfig, named_files, named_rewards
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.download.names import parse_hub_name
 from jaxsft.evaluate.heldout import METRICS
@@ -119,30 +119,45 @@ def _training(origin: Origin, adapter: AdapterConfig) -> str:
     return "\n".join(lines)
 
 
-def _recipe(config: TrainConfig, num_steps: int) -> list[str]:
+def _recipe(config: TrainConfig | GrpoConfig, num_steps: int) -> list[str]:
     data = config.data
     files = {"training": data.train_files, "held-out": data.eval_files}
     lines = [f"- {kind} rows: {_file_names(names)}" for kind, names in files.items() if names]
-    rows = "packed rows" if data.packing else "rows"
     lines += [
-        f"- {num_steps:,} steps of batch size {config.global_batch_size:,} ({rows} of at most "
-        f"{data.max_length:,} tokens)",
+        _steps(config, num_steps),
         f"- AdamW, learning rate {config.learning_rate:g} ({config.lr_scheduler_type}, "
         f"{config.warmup_steps:,} warm-up steps), weight decay {config.weight_decay:g}, gradients "
         f"clipped at {config.max_grad_norm:g}, seed {config.seed}",
         f"- base weights in {config.model.param_dtype}, activations in {config.model.dtype}, "
         "adapter in float32",
     ]
-    without = _WITHOUT_THOUGHT[data.without_thought]
-    if data.system_prompt and data.without_thought == "drop_system":
-        without += " (in a chat, a system turn without text leaves it out)"
-    lines.append(f"- rows whose answer has no reasoning: {without}")
+    if isinstance(data, DataOptions):
+        without = _WITHOUT_THOUGHT[data.without_thought]
+        if data.system_prompt and data.without_thought == "drop_system":
+            without += " (in a chat, a system turn without text leaves it out)"
+        lines.append(f"- rows whose answer has no reasoning: {without}")
     if data.system_prompt:
         lines.append(
             "- system prompt, in front of the first user turn where a chat had none of its own: "
             f"{_quoted(data.system_prompt)}"
         )
     return lines
+
+
+def _steps(config: TrainConfig | GrpoConfig, num_steps: int) -> str:
+    if isinstance(config, TrainConfig):
+        rows = "packed rows" if config.data.packing else "rows"
+        return (
+            f"- {num_steps:,} steps of batch size {config.global_batch_size:,} ({rows} of at most "
+            f"{config.data.max_length:,} tokens)"
+        )
+    rollout, objective = config.rollout, config.objective
+    weights = ", ".join(f"{name} {x:g}" for name, x in named_rewards(config.rewards).items())
+    return (
+        f"- GRPO: {num_steps:,} steps on rollouts of {rollout.num_prompts:,} prompts x "
+        f"{rollout.num_generations:,} completions of at most {rollout.max_new_tokens:,} tokens; "
+        f"objective {objective.loss_type}, KL weight {objective.beta:g}; rewards: {weights}"
+    )
 
 
 def _file_names(files: list[str] | str) -> str:

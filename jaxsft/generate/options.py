@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from jaxsft.cli import check_output
-from jaxsft.config import Dtype, EvalOptions, validate_eval
+from jaxsft.config import Dtype, EvalOptions
+from jaxsft.config_check import validate_eval
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from rich.console import Console
 from jaxsft.cli import EXIT_FAILED, fail
 from jaxsft.common.console import make_console
 from jaxsft.common.files import cache_dir, write_json
-from jaxsft.config import TrainConfig, check_devices
+from jaxsft.config import TrainConfig
+from jaxsft.config_check import check_devices
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.plan.chips import num_chips

@@ -2,21 +2,21 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxsft.common.files import write_json
 from jaxsft.common.hosts import from_first
-from jaxsft.config import TrainConfig
-from jaxsft.run.preflight import TimedSteps, time_steps
+from jaxsft.config import RunConfig
+from jaxsft.run.preflight import TimedSteps
 from jaxsft.run.session import Session, SessionEnd, duration
 from jaxsft.run.setup import Setup, with_num_steps
 
 SCHEDULE = "schedule.json"  # in the run's directory, so that the run goes on as it began
-_NUM_TIMED_STEPS = 4
 _SLOWER = 1.03  # than the timed steps, with saving and logging
 
 
-def fitted(config: TrainConfig, setup: Setup, run_dir: Path) -> Setup:
+def fitted(config: RunConfig, setup: Setup, run_dir: Path) -> Setup:
     """`setup` with the number of steps that its run was shortened to when it began, if it was."""
     path = run_dir / SCHEDULE
     if not path.exists():
@@ -31,23 +31,24 @@ def fitted(config: TrainConfig, setup: Setup, run_dir: Path) -> Setup:
     return setup if steps == len(setup.step_batches) else with_num_steps(setup, config, steps)
 
 
-def check_fit(config: TrainConfig, run_dir: Path, end: SessionEnd) -> None:
+def check_fit(config: RunConfig, run_dir: Path, end: SessionEnd) -> None:
     """ValueError for fit_deadline without a deadline, unless the schedule was fitted before."""
     if config.fit_deadline and math.isinf(end.at_s) and not (run_dir / SCHEDULE).exists():
         raise ValueError("fit_deadline needs a deadline or max_seconds")
 
 
 def fit_schedule(
-    config: TrainConfig,
+    config: RunConfig,
     setup: Setup,
     run_dir: Path,
     session: Session,
     timed: TimedSteps | None,
+    time_steps: Callable[[Setup], tuple[Setup, TimedSteps]],
 ) -> tuple[Setup, str]:
     """Shortens the schedule to what fits; returns the new setup and a line for the user.
 
     The given setup is donated. Call it when only the steps and the last measurement are left to do.
-    The number of steps is kept in `run_dir`. Without `timed`, steps are timed here. Raises
+    The number of steps is kept in `run_dir`. Without `timed`, `time_steps` times some. Raises
     ValueError when not even the warm-up fits, StopNow when the run has to stop.
     """
     asked = len(setup.step_batches)
@@ -58,7 +59,7 @@ def fit_schedule(
             f"--fork-from {run_dir} and another --name"
         )
     if timed is None:
-        setup, _, timed = time_steps(setup, _NUM_TIMED_STEPS, session.go_on)
+        setup, timed = time_steps(setup)
     seconds_per_step = timed.median_s
     # A shorter schedule is another program, to be compiled like the first; 2 steps as in reserve_s.
     left_s = session.left_s() - session.reserve_s - session.measure_s
@@ -80,7 +81,7 @@ def fit_schedule(
 
 
 def forecast(
-    config: TrainConfig, setup: Setup, step: int, session: Session, seconds_per_step: float
+    config: RunConfig, setup: Setup, step: int, session: Session, seconds_per_step: float
 ) -> str | None:
     """A line for the user when the session ends before the steps after `step` are done."""
     last_step = len(setup.step_batches)
@@ -98,6 +99,6 @@ def forecast(
     )
 
 
-def _measuring_s(config: TrainConfig, session: Session) -> float:
+def _measuring_s(config: RunConfig, session: Session) -> float:
     """Seconds of a measurement on the way, spread over the steps between two of them."""
     return session.measure_s / config.eval_steps if config.eval_steps else 0.0

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from jaxsft.config import LoraOptions, TrainConfig
+from jaxsft.config import LoraOptions, RunConfig
 from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
 from jaxsft.run.checkpoints import Checkpoints
@@ -26,6 +26,9 @@ from jaxsft.weights.peft import load_adapter
 # In a run's directory. START is a copy of the adapter that the run was forked from.
 ADAPTER, BEST_ADAPTER, START = RUN_ADAPTERS
 CHECKPOINTS = "checkpoints"
+
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 class Fork(NamedTuple):
@@ -63,14 +66,14 @@ def fork_source(fork_from: str) -> Path:
     )
 
 
-def as_begun(config: TrainConfig, run_dir: Path) -> TrainConfig:
+def as_begun(config: Config, run_dir: Path) -> Config:
     """`config` with fork_from as it was when the run began, if it has begun."""
     start = run_dir / START
     has_begun = (start / CONFIG_NAME).exists()
     return dataclasses.replace(config, fork_from=str(start)) if has_begun else config
 
 
-def with_fork(config: TrainConfig, typed: Collection[str]) -> tuple[TrainConfig, Fork | None]:
+def with_fork(config: Config, typed: Collection[str]) -> tuple[Config, Fork | None]:
     """(config with the lora options of the adapter that fork_from names, that adapter).
 
     Rank, alpha, targets and scaling are the adapter's; dropout, which is no part of it, stays.
@@ -113,7 +116,7 @@ def with_fork(config: TrainConfig, typed: Collection[str]) -> tuple[TrainConfig,
     return dataclasses.replace(config, lora=there), Fork(source, adapter)
 
 
-def describe_fork(config: TrainConfig) -> str:
+def describe_fork(config: RunConfig) -> str:
     """A line on the adapter that a run of `with_fork`'s options starts from."""
     options = config.lora
     scaling = " with rsLoRA" if options.use_rslora else ""
@@ -128,7 +131,7 @@ def _as_text(targets: tuple[str, ...]) -> str:
 
 
 def add_adapter(
-    config: TrainConfig,
+    config: RunConfig,
     model: Gemma,
     info: WeightsInfo,
     origin: Origin,
@@ -163,7 +166,7 @@ def add_adapter(
 
 
 def with_forked_adapter(
-    config: TrainConfig,
+    config: RunConfig,
     state: TrainState,
     info: WeightsInfo,
     fork: Fork | None,

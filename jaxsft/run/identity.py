@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from jaxsft.config import TrainConfig
+from jaxsft.config import RunConfig, TrainConfig
+from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.prepare.rows import Data
 from jaxsft.weights.load import WeightsInfo
 
@@ -21,6 +22,19 @@ _NOT_IN_DATA_FINGERPRINT = ("train_files", "eval_files", "prepared_dir", "max_dr
 
 def fingerprint(config: TrainConfig, data: Data, info: WeightsInfo, steps: int) -> dict[str, str]:
     """What two runs must have in common for one to continue the other, by option name."""
+    found = {"data": data.train.rows.digest()}
+    if config.eval_steps:  # the losses that decide which step is best
+        assert data.heldout is not None
+        found["data.eval_files"] = data.heldout.rows.digest()
+    if config.lora.dropout:
+        found["gradient_accumulation_steps"] = str(config.gradient_accumulation_steps)
+    return run_fingerprint(config, data.tokenizer, info, steps) | found
+
+
+def run_fingerprint(
+    config: RunConfig, tokenizer: Tokenizer, info: WeightsInfo, steps: int
+) -> dict[str, str]:
+    """The part of the fingerprint that does not depend on the rows."""
     same = dataclasses.asdict(config)
     rows = {
         f"data.{name}": value
@@ -28,26 +42,20 @@ def fingerprint(config: TrainConfig, data: Data, info: WeightsInfo, steps: int) 
         if name not in _NOT_IN_DATA_FINGERPRINT
     }
     for name in _NOT_IN_FINGERPRINT:
-        del same[name]
+        same.pop(name, None)  # not every kind of run has all of them
     found = {
         "model": model_identity(info),
         "model.dtype": config.model.dtype,
         "model.param_dtype": config.model.param_dtype,
-        "tokenizer": data.tokenizer.digest,
-        "data": data.train.rows.digest(),
+        "tokenizer": tokenizer.digest,
         "num_steps": steps,
+        "forked": config.fork_from is not None,
     }
-    found["forked"] = config.fork_from is not None
-    if config.eval_steps:  # the losses that decide which step is best
-        assert data.heldout is not None
-        found["data.eval_files"] = data.heldout.rows.digest()
-    if config.lora.dropout:
-        found["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     values = same | rows | found
     return {name: str(value) for name, value in values.items()} | adapter_fingerprint(config)
 
 
-def adapter_fingerprint(config: TrainConfig) -> dict[str, str]:
+def adapter_fingerprint(config: RunConfig) -> dict[str, str]:
     """The part of the fingerprint that an adapter depends on."""
     return {f"lora.{name}": str(x) for name, x in dataclasses.asdict(config.lora).items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxsft.common.files import write_json
-from jaxsft.config import TrainConfig
+from jaxsft.config import RunConfig, TrainConfig
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.heldout import (
     answer_mask,
@@ -26,12 +26,11 @@ from jaxsft.run.setup import Data, Setup
 _BEFORE = "before.json"
 
 
-def before_key(config: TrainConfig, data: Data, setup: Setup) -> dict[str, str]:
-    """What the measurement before training depends on, by name. Not the batch size: users lower it
-    when memory runs out."""
+def before_key(config: RunConfig, setup: Setup, heldout: str) -> dict[str, str]:
+    """What the measurement before training depends on, by name; `heldout` is a digest of the rows.
+    Not the batch size: users lower it when memory runs out."""
     options = dataclasses.asdict(config.eval)
     same = {f"eval.{name}": str(options[name]) for name in options if name != "batch_size"}
-    heldout = "none" if data.heldout is None else data.heldout.rows.digest()
     start = {name: str(setup.fingerprint[name]) for name in ("model", "model.dtype", "tokenizer")}
     return same | start | {"data.eval_files": heldout, "forked": str(config.fork_from is not None)}
 
@@ -41,11 +40,9 @@ def write_before(run_dir: Path, before: dict[str, Any], of: dict[str, str]) -> N
     write_json(run_dir / _BEFORE, before | {"of": of})
 
 
-def load_before(
-    config: TrainConfig, data: Data, setup: Setup, run_dir: Path
-) -> dict[str, Any] | None:
+def load_before(here: dict[str, str], setup: Setup, run_dir: Path) -> dict[str, Any] | None:
     """The run's measurement before training: None where it is still to be made, {} where it is
-    missing though training has begun.
+    missing though training has begun. `here` is the present `before_key`.
 
     Raises ValueError when training has begun and the measurement was made with other options.
     """
@@ -55,7 +52,7 @@ def load_before(
         return {} if has_begun else None
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        there, here = before.pop("of"), before_key(config, data, setup)
+        there = before.pop("of")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); remove it") from error
     changed = [
@@ -71,13 +68,14 @@ def load_before(
     )
 
 
-def measure(
+def measure_rows(
     config: TrainConfig,
     data: Data,
     setup: Setup,
     writer: MetricsWriter,
-    console: Console,
     on_batch: Callable[[], None],
+    *,
+    console: Console,
 ) -> dict[str, Any]:
     """Measures held-out losses, and scores the answers to the first held-out prompts.
 

@@ -21,10 +21,11 @@ from jax.extend.mlir import ir
 from jax.sharding import Mesh
 
 from jaxsft.common.batch import Batch
-from jaxsft.config import TrainConfig
+from jaxsft.config import RunConfig, TrainConfig
 from jaxsft.data.packing import num_steps
 from jaxsft.gemma import lora
 from jaxsft.gemma.architecture import GemmaConfig
+from jaxsft.gemma.loss import TokenLoss, cross_entropy
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import make_mesh, named, state_shardings
 from jaxsft.step import flash_attention
@@ -51,7 +52,7 @@ class StepArguments(NamedTuple):
     batch: Batch
 
 
-def check_positions(config: TrainConfig, model_config: GemmaConfig) -> None:
+def check_positions(config: RunConfig, model_config: GemmaConfig) -> None:
     """ValueError when rows are longer than the model's positions."""
     if config.data.max_length > model_config.max_positions:
         raise ValueError(
@@ -70,12 +71,12 @@ def num_run_steps(config: TrainConfig, num_rows: int) -> int:
     return steps
 
 
-def mesh_of(config: TrainConfig, devices: Sequence[jax.Device]) -> Mesh:
+def mesh_of(config: RunConfig, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of a run on `devices`, a multiple of `config.fsdp`."""
     return make_mesh(len(devices) // config.fsdp, config.fsdp, devices)
 
 
-def inject_adapter(config: TrainConfig, model: Gemma) -> None:
+def inject_adapter(config: RunConfig, model: Gemma) -> None:
     """Puts the fresh adapter that the options ask for into the model, in place."""
     options = config.lora
     lora.inject(
@@ -89,7 +90,7 @@ def inject_adapter(config: TrainConfig, model: Gemma) -> None:
     )
 
 
-def fused_obstacles(config: TrainConfig, model_config: GemmaConfig, platform: str) -> list[str]:
+def fused_obstacles(config: RunConfig, model_config: GemmaConfig, platform: str) -> list[str]:
     """What in the config and the model the fused step does not support on "tpu", "cpu", …"""
     options, length, on_tpu = config.model, config.data.max_length, platform == "tpu"
     obstacles = (
@@ -113,7 +114,7 @@ def fused_obstacles(config: TrainConfig, model_config: GemmaConfig, platform: st
     return [text for holds, text in obstacles if holds]
 
 
-def make_fused_spec(config: TrainConfig, model_config: GemmaConfig, mesh: Mesh) -> FusedSpec | None:
+def make_fused_spec(config: RunConfig, model_config: GemmaConfig, mesh: Mesh) -> FusedSpec | None:
     """The fused step's settings, None for the plain step; ValueError where `step` is impossible."""
     platform = mesh.devices.flat[0].platform
     on_tpu = platform == "tpu"
@@ -139,7 +140,7 @@ def make_fused_spec(config: TrainConfig, model_config: GemmaConfig, mesh: Mesh) 
     )
 
 
-def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: RunConfig, steps: int) -> optax.Schedule:
     """Learning rate by update, for a run of `steps` steps."""
     return make_schedule(
         config.lr_scheduler_type,
@@ -151,11 +152,12 @@ def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def make_spec(
-    config: TrainConfig,
+    config: RunConfig,
     model_config: GemmaConfig,
     graphdef: nnx.GraphDef,
     mesh: Mesh,
     steps: int,
+    token_loss: TokenLoss = cross_entropy,
 ) -> StepSpec:
     """Everything static about the step of the run."""
     model = ModelSpec(
@@ -178,11 +180,12 @@ def make_spec(
         use_dropout=config.lora.dropout > 0,
         seed=config.seed,
         spike_sigmas=config.skip_spikes_sigmas,
+        token_loss=token_loss,
     )
     return StepSpec(model, update)
 
 
-def make_model(config: TrainConfig, model_config: GemmaConfig) -> Gemma:
+def make_model(config: RunConfig, model_config: GemmaConfig) -> Gemma:
     """The model without an adapter, randomly initialised: for `nnx.eval_shape`."""
     options = config.model
     return Gemma(
@@ -202,7 +205,18 @@ def abstract_setup(
 ) -> StepArguments:
     """The step's arguments as shapes, dtypes and shardings; the devices need not exist."""
     check_positions(config, model_config)
-    mesh = mesh_of(config, devices)
+    spec, state, frozen = abstract_model(config, model_config, devices, steps)
+    batch = abstract_batch(config, spec.model.mesh)
+    return StepArguments(spec, state, abstract_weights(frozen, spec.model), batch)
+
+
+def abstract_model(
+    config: RunConfig,
+    model_config: GemmaConfig,
+    devices: Sequence[jax.Device],
+    steps: int,
+) -> tuple[StepSpec, TrainState, nnx.State]:
+    """The step's static part, the shapes of its state, and those of the model's frozen state."""
 
     def build() -> Gemma:
         model = make_model(config, model_config)
@@ -210,14 +224,9 @@ def abstract_setup(
         return model
 
     graphdef, adapter, frozen = lora.split(nnx.eval_shape(build))
-    spec = make_spec(config, model_config, graphdef, mesh, steps)
+    spec = make_spec(config, model_config, graphdef, mesh_of(config, devices), steps)
     state = jax.eval_shape(lambda adapter: init_state(adapter, spec), adapter)
-    return StepArguments(
-        spec,
-        jax.tree.map(_struct, state, train_state_shardings(state, spec)),
-        abstract_weights(frozen, spec.model),
-        abstract_batch(config, mesh),
-    )
+    return spec, jax.tree.map(_struct, state, train_state_shardings(state, spec)), frozen
 
 
 def abstract_weights(frozen: nnx.State, spec: ModelSpec) -> Any:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import importlib.metadata
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -19,21 +18,40 @@ from jaxsft.cli import EXIT_FAILED, EXIT_STOPPED, fail
 from jaxsft.common.files import cache_dir, write_json, write_text
 from jaxsft.common.hosts import from_first, join_hosts
 from jaxsft.common.signals import interruptible
-from jaxsft.config import TrainConfig
-from jaxsft.prepare.rows import Data
+from jaxsft.config import RunConfig
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.fit_deadline import SCHEDULE, fit_schedule, forecast
 from jaxsft.run.fork import ADAPTER, BEST_ADAPTER, CHECKPOINTS
-from jaxsft.run.measure import measure, write_before
+from jaxsft.run.measure import write_before
 from jaxsft.run.metrics import MetricsWriter, last_step_of
 from jaxsft.run.out_of_memory import explain_out_of_memory
-from jaxsft.run.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight
+from jaxsft.run.preflight import TimedSteps
 from jaxsft.run.remote import RunFiles, is_remote
-from jaxsft.run.report import show_finished, show_preflight, show_result, show_stopped
+from jaxsft.run.report import show_finished, show_result, show_stopped
 from jaxsft.run.saver import Saver
 from jaxsft.run.session import Session, StopNow
 from jaxsft.run.setup import Setup, checkpoint_metadata, trained_model
 from jaxsft.weights.peft import save_adapter
+
+# (setup, where metrics and answers are written, a function to call before each batch, which may
+# raise) -> values by metric; {} without held-out rows.
+Measure = Callable[[Setup, MetricsWriter, Callable[[], None]], dict[str, Any]]
+
+
+class Best(NamedTuple):
+    """Which measurement makes a checkpoint the best: its metric, whether less of it is better, and
+    how a person is told."""
+
+    metric: str
+    is_lowest: bool
+    words: str
+
+    def of(self, found: Mapping[str, Any]) -> float:
+        """The measurement as a number of which less is better."""
+        return found[self.metric] if self.is_lowest else -found[self.metric]
+
+
+LOWEST_LOSS = Best("loss", True, "held-out loss was lowest")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,6 +62,9 @@ class Run:
       config, yaml: the options, and the same as the text of config.yaml.
       resume_command: the command line that continues the run.
       files: the run's files, here or on gs://, held against other processes.
+      measure_now: measures the held-out rows.
+      best: by which of these measurements a checkpoint is the best.
+      rows_read: what result.json says of the rows.
       before: what was measured before training; None where that is still to be done.
       before_key: what `before` depends on: it is used again only where this is equal.
       began_s: when this command began, by time.monotonic.
@@ -51,14 +72,16 @@ class Run:
       writer: metrics on disk; there from the first measurement on.
     """
 
-    config: TrainConfig
+    config: RunConfig
     yaml: str
     resume_command: str
     console: Console
     session: Session
     files: RunFiles
     checkpoints: Checkpoints
-    data: Data
+    measure_now: Measure
+    best: Best
+    rows_read: Mapping[str, Any]
     before: dict[str, Any] | None
     before_key: dict[str, str]
     began_s: float
@@ -110,19 +133,12 @@ class Run:
         began_s = time.monotonic()
         doing = f"measuring at step {int(setup.state.step)}"
         self.session.go_on(doing, more_s=self.session.measure_s)
-        found = measure(
-            config=self.config,
-            data=self.data,
-            setup=setup,
-            writer=self.writer,
-            console=self.console,
-            on_batch=lambda: self.session.go_on(doing),
-        )
+        found = self.measure_now(setup, self.writer, lambda: self.session.go_on(doing))
         if not found:
             return {}
         seconds = time.monotonic() - began_s
         self.session.add_measurement(seconds)
-        said = [f"held-out loss {found['loss']:.4f}"]
+        said = [f"held-out {self.best.metric} {found[self.best.metric]:.4f}"]
         if "exact_format" in found:
             share = f"{found['exact_format']:.0%} of {found['num_answers']} answers"
             said.append(f"exact format {share}")
@@ -138,17 +154,28 @@ class Run:
 
 
 def run_to_the_end(
-    run: Run, setup: Setup, loop: Callable[[Run, Setup], Setup], preflight_only: bool
+    run: Run,
+    setup: Setup,
+    loop: Callable[[Run, Setup], Setup],
+    *,
+    time_steps: Callable[[Setup], tuple[Setup, TimedSteps]],
+    preflight: Callable[[Run, Setup], tuple[Setup, TimedSteps, int]] | None = None,
+    preflight_only: bool = False,
 ) -> int:
     """Preflight, measurement, training by `loop`, measurement, results; returns the exit code.
 
-    `loop` trains from the state in the setup to the last step, or to where the session stops it,
-    and returns the setup as it stands then. The setup it is given is donated.
+    Every function returns the new setup; the one it is given is donated.
+
+    Args:
+      loop: trains from the state in the setup to the last step, or to where the session stops it.
+      time_steps: times a few steps on a copy of the state, to fit the schedule to a deadline.
+      preflight: checks and times the step; its exit code is 0 where the run may go on.
+      preflight_only: end after it.
     """
     session, timed = run.session, None
     with session.catching_signals():
         try:
-            if preflight_only or is_on_tpu(setup):
+            if preflight is not None:
                 setup, timed, code = preflight(run, setup)
                 if preflight_only or code:
                     return code
@@ -158,7 +185,7 @@ def run_to_the_end(
                     run.before = run.measure(setup)
                     run.write_files()
                 session.measure_s = run.before.get("seconds", 0.0)
-                setup = _with_schedule(run, setup, timed)
+                setup = _with_schedule(run, setup, timed, time_steps)
                 _catch_up(run, setup)
                 first_step = int(setup.state.step)
                 setup = loop(run, setup)
@@ -211,7 +238,7 @@ def explaining_memory(body: Callable[[], int], argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def open_run(config: TrainConfig, console: Console) -> Iterator[RunFiles]:
+def open_run(config: RunConfig, console: Console) -> Iterator[RunFiles]:
     """Where the run's files are, with what is already known of the run; joins other processes.
 
     Of several processes only the first one's files and lines count; the others are silent and write
@@ -253,26 +280,17 @@ def _read_all(run_dir: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in run_dir.glob("*.json")}
 
 
-def preflight(run: Run, setup: Setup) -> tuple[Setup, TimedSteps, int]:
-    """Checks and times the step; returns the new setup, the timed steps, and an exit code that is 0
-    where the run may go on. The given setup is donated."""
-    config = run.config
-    if config.fit_deadline:  # then time is no reason to refuse the schedule
-        config = dataclasses.replace(config, budget_hours=None)
-    run.say(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
-    setup, found = run_preflight(config, setup, cache_dir("plan"), run.session.go_on)
-    show_preflight(run.console, found)
-    write_json(run.path / "preflight.json", found.as_dict())
-    code = fail("; ".join(found.problems), EXIT_FAILED) if found.problems else 0
-    return setup, found.times, code
-
-
-def _with_schedule(run: Run, setup: Setup, timed: TimedSteps | None) -> Setup:
+def _with_schedule(
+    run: Run,
+    setup: Setup,
+    timed: TimedSteps | None,
+    time_steps: Callable[[Setup], tuple[Setup, TimedSteps]],
+) -> Setup:
     """The setup with a schedule that fits the session where that is asked for; otherwise a line
     says so where the run will not end in time. The given setup is donated."""
     step, has_schedule = int(setup.state.step), (run.path / SCHEDULE).exists()
     if run.config.fit_deadline and not (step and has_schedule):
-        setup, line = fit_schedule(run.config, setup, run.path, run.session, timed)
+        setup, line = fit_schedule(run.config, setup, run.path, run.session, timed, time_steps)
         run.say(line)
     elif timed is not None:
         run.say(forecast(run.config, setup, step, run.session, timed.median_s))
@@ -288,12 +306,12 @@ def _catch_up(run: Run, setup: Setup) -> None:
     step, every = int(setup.state.step), run.config.eval_steps
     is_due = every and step and step % every == 0 and step < len(setup.step_batches)
     # Only the first process has the lines written before the stop.
-    if is_due and not from_first(lambda: run.writer.has("eval/loss")):
-        run.checkpoints.add_eval_loss(step, run.measure(setup)["loss"])
+    if is_due and not from_first(lambda: run.writer.has(f"eval/{run.best.metric}")):
+        run.checkpoints.add_eval_loss(step, run.best.of(run.measure(setup)))
 
 
 def is_best(loss: float | None, checkpoints: Checkpoints) -> bool:
-    """Is this held-out loss below that of every checkpoint?"""
+    """Is this number, of which less is better, below that of every checkpoint?"""
     if loss is None:
         return False
     try:
@@ -328,7 +346,7 @@ def _save_vanished(run: Run, setup: Setup) -> None:
 def _save_best(run: Run, setup: Setup, after: Mapping[str, Any]) -> None:
     """Writes the adapter with the lowest held-out loss, where that is not the last step's."""
     best = run.checkpoints.best
-    if best is None or best[1] >= after.get("loss", -math.inf):  # a NaN is never best
+    if best is None or not after or best[1] >= run.best.of(after):  # a NaN is never best
         return
     try:
         found = run.checkpoints.restore(setup.state, setup.fingerprint, step=best[0])
@@ -339,7 +357,7 @@ def _save_best(run: Run, setup: Setup, after: Mapping[str, Any]) -> None:
     setup = dataclasses.replace(setup, state=found.state)
     save_adapter(run.path / BEST_ADAPTER, trained_model(setup), setup.adapter_config)
     run.say(
-        f"The held-out loss was lowest at step {best[0]}, {best[1]:.4f}: that adapter is in "
+        f"The {run.best.words} at step {best[0]}, {abs(best[1]):.4f}: that adapter is in "
         f"{run.path / BEST_ADAPTER}."
     )
 
@@ -350,20 +368,11 @@ def _write_result(run: Run, setup: Setup, after: dict[str, Any], first_step: int
     Versions, hardware and time are those of this command, which trained from `first_step` on.
     """
     assert run.before is not None
-    report, heldout = run.data.train.report, run.data.heldout
-    data = {
-        "rows_read": report.rows_read,
-        "samples": report.samples,
-        "samples_without_reasoning": report.noted.get("plain_completion", 0),
-        "tokens": report.num_tokens,
-        "loss_tokens": report.num_loss_tokens,
-        "heldout_samples": 0 if heldout is None else heldout.report.samples,
-    }
     seconds, last_step = round(time.monotonic() - run.began_s, 1), int(setup.state.step)
     result = {
         "before": run.before,
         "after": after,
-        "data": data,
+        "data": dict(run.rows_read),
         "command": run.resume_command,
         "program_hash": setup.program_hash,
         "versions": _versions(),

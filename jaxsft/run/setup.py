@@ -9,9 +9,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxsft.config import TrainConfig, check_devices
+from jaxsft.common.batch import Batch
+from jaxsft.config import RunConfig, TrainConfig
+from jaxsft.config_check import check_devices
 from jaxsft.data.packing import StepBatches
 from jaxsft.gemma import lora
+from jaxsft.gemma.loss import TokenLoss, cross_entropy
 from jaxsft.gemma.model import Gemma
 from jaxsft.gemma.sharding import named
 from jaxsft.prepare.rows import Data, run_model
@@ -21,7 +24,7 @@ from jaxsft.run.identity import fingerprint
 from jaxsft.run.program import (
     StepArguments,
     abstract_batch,
-    abstract_setup,
+    abstract_model,
     check_positions,
     learning_rate_schedule,
     lower_step,
@@ -38,12 +41,11 @@ from jaxsft.weights.load import WeightsInfo, load_model
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """Everything that the loop runs on.
+class Loaded:
+    """The model on the mesh, with its adapter and what updates it.
 
     `frozen` are the frozen weights as the step takes them, `model_weights` the shapes of the
-    model's own. `flops_per_token` follows `lora_step_flops`, without padding. `program_hash` is
-    the train step's, as `plan` prints it.
+    model's own.
     """
 
     model_info: WeightsInfo
@@ -52,23 +54,35 @@ class Setup:
     frozen: Any
     spec: StepSpec
     state: TrainState
-    step_batches: StepBatches
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Loaded):
+    """Everything that the loop runs on.
+
+    `step_batches` says what each step reads, and its length is the number of steps. `batch` has the
+    shapes of a step's batch. `flops_per_token` follows `lora_step_flops`, without padding.
+    `program_hash` is the train step's, as `plan` prints it.
+    """
+
+    step_batches: Any
+    batch: Batch
     flops_per_token: float
     program_hash: str
     fingerprint: dict[str, str]
 
 
-def check_early(config: TrainConfig) -> Origin:
+def check_early(config: RunConfig) -> Origin:
     """The model to train. ValueError for mistakes that show without data and weights."""
     check_devices(config, jax.device_count())
     lora.resolve_targets(config.lora.target_modules)
     return run_model(config.model)
 
 
-def abstract_state(config: TrainConfig, origin: Origin) -> TrainState:
+def abstract_state(config: RunConfig, origin: Origin) -> TrainState:
     """The shapes of a run's state with the model of `origin`; reads no weights."""
     model_config, _ = architecture(str(origin.base))
-    return abstract_setup(config, model_config, jax.devices(), config.warmup_steps + 1).state
+    return abstract_model(config, model_config, jax.devices(), config.warmup_steps + 1)[1]
 
 
 def build(
@@ -78,50 +92,26 @@ def build(
     say: Callable[[str], None] = lambda line: None,
     fork: Fork | None = None,
 ) -> Setup:
-    """Loads the model of `origin`, adds the adapter, puts both on the mesh; `say` gets warnings.
-
-    `fork` and the lora options are those of `with_fork`.
-
-    Raises:
-      ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
-    """
-    mesh = mesh_of(config, jax.devices())
+    """The setup of a run on rows, with `load`'s arguments and errors."""
     rows = data.train.rows
     steps = num_run_steps(config, len(rows))
-    model, info = load_model(
-        origin.base,
-        dtype=config.model.dtype,
-        param_dtype=config.model.param_dtype,
-        remat=config.model.remat,
-        mesh=mesh,
-    )
-    _check_fit(config, data, info)
-    adapter_config = add_adapter(config, model, info, origin, fork, say)
-    graphdef, adapter, frozen = lora.split(model)
-    model_weights = jax.eval_shape(lambda: frozen)
-    spec = make_spec(config, info.config, graphdef, mesh, steps)
-    state = with_forked_adapter(config, init_state(adapter, spec), info, fork, say)
-    if spec.model.fused is not None:
-        # Once nothing refers to the model's own weights, half of the memory is free again.
-        frozen = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(
-            frozen, layout=spec.model.fused.layout
-        )
-        del model
-        gc.collect()  # modules refer to each other in cycles: nothing else frees its arrays in time
+    asked = data.heldout_samples[: config.eval.num_prompts]
+    longest = max((sample.completion_start for sample in asked), default=0)
+
+    def check(info: WeightsInfo) -> None:
+        check_tokenizer(data.tokenizer, info.config)
+        check_evaluation(config, info, longest)
+
+    loaded = load(config, origin, steps, check=check, say=say, fork=fork)
+    info = loaded.model_info
     flops = info.config.lora_step_flops(
         num_tokens=rows.num_tokens,
         num_loss_tokens=rows.num_loss_tokens,
         row_length=rows.row_length,
-        lora_params=num_adapter_params(state),
+        lora_params=num_adapter_params(loaded.state),
     )
-    arguments = StepArguments(spec, state, frozen, abstract_batch(config, mesh))
-    return Setup(
-        model_info=info,
-        adapter_config=adapter_config,
-        model_weights=model_weights,
-        frozen=frozen,
-        spec=spec,
-        state=state,
+    return make_setup(
+        loaded,
         step_batches=StepBatches(
             rows,
             config.global_batch_size,
@@ -131,10 +121,63 @@ def build(
             process_count=jax.process_count(),
             epochs=None if config.max_steps else config.num_train_epochs,
         ),
+        batch=abstract_batch(config, loaded.spec.model.mesh),
         flops_per_token=flops / rows.num_tokens,
-        program_hash=program_hash(lower_step(arguments)),
         fingerprint=fingerprint(config, data, info, steps),
     )
+
+
+def load(
+    config: RunConfig,
+    origin: Origin,
+    steps: int,
+    *,
+    check: Callable[[WeightsInfo], None],
+    say: Callable[[str], None] = lambda line: None,
+    fork: Fork | None = None,
+    token_loss: TokenLoss = cross_entropy,
+) -> Loaded:
+    """Loads the model of `origin`, adds the adapter, puts both on the mesh.
+
+    Args:
+      steps: of the schedule.
+      check: may raise ValueError for a model that does not fit the rest.
+      say: gets warnings.
+      fork: with the lora options, those of `with_fork`.
+
+    Raises:
+      ValueError: model, tokenizer, adapter, batch, devices or schedule do not fit together.
+    """
+    mesh = mesh_of(config, jax.devices())
+    model, info = load_model(
+        origin.base,
+        dtype=config.model.dtype,
+        param_dtype=config.model.param_dtype,
+        remat=config.model.remat,
+        mesh=mesh,
+    )
+    check(info)
+    check_positions(config, info.config)
+    adapter_config = add_adapter(config, model, info, origin, fork, say)
+    graphdef, adapter, frozen = lora.split(model)
+    model_weights = jax.eval_shape(lambda: frozen)
+    spec = make_spec(config, info.config, graphdef, mesh, steps, token_loss)
+    state = with_forked_adapter(config, init_state(adapter, spec), info, fork, say)
+    if spec.model.fused is not None:
+        # Once nothing refers to the model's own weights, half of the memory is free again.
+        frozen = jax.jit(fuse, static_argnames="layout", out_shardings=named(mesh))(
+            frozen, layout=spec.model.fused.layout
+        )
+        del model
+        gc.collect()  # modules refer to each other in cycles: nothing else frees its arrays in time
+    return Loaded(info, adapter_config, model_weights, frozen, spec, state)
+
+
+def make_setup(loaded: Loaded, *, batch: Batch, **others: Any) -> Setup:
+    """The setup of what is loaded; `others` are the rest of its fields but `program_hash`."""
+    arguments = StepArguments(loaded.spec, loaded.state, loaded.frozen, batch)
+    fields = {field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)}
+    return Setup(**fields, batch=batch, program_hash=program_hash(lower_step(arguments)), **others)
 
 
 def trained_model(setup: Setup) -> Gemma:
@@ -147,11 +190,9 @@ def num_adapter_params(state: TrainState) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state.adapter))
 
 
-def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
-    check_tokenizer(data.tokenizer, info.config)
-    asked = data.heldout_samples[: config.eval.num_prompts]
-    longest = max((sample.completion_start for sample in asked), default=0)
-    if longest + config.eval.max_new_tokens > info.config.max_positions and longest:
+def check_evaluation(config: RunConfig, info: WeightsInfo, longest: int) -> None:
+    """ValueError where the model cannot answer a held-out prompt of `longest` tokens as asked."""
+    if longest and longest + config.eval.max_new_tokens > info.config.max_positions:
         raise ValueError(
             f"eval.max_new_tokens {config.eval.max_new_tokens} after a prompt of {longest} tokens "
             f"is beyond the model's {info.config.max_positions} positions"
@@ -159,7 +200,6 @@ def _check_fit(config: TrainConfig, data: Data, info: WeightsInfo) -> None:
     num_ids = info.config.vocab_size
     if config.eval.top_k > num_ids:
         raise ValueError(f"eval.top_k {config.eval.top_k} is above the {num_ids} tokens there are")
-    check_positions(config, info.config)
 
 
 def restore(setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]) -> Setup:
@@ -190,7 +230,7 @@ def split_of(setup: Setup) -> str:
     return f"{spec.model.mesh.size} devices x {spec.update.accumulation_steps} micro-batches"
 
 
-def with_num_steps(setup: Setup, config: TrainConfig, steps: int) -> Setup:
+def with_num_steps(setup: Setup, config: RunConfig, steps: int) -> Setup:
     """`setup` with a schedule of `steps`, decay included, as if max_steps had been `steps`.
 
     Only for a run that has not begun: its batches stay the same."""
@@ -198,13 +238,11 @@ def with_num_steps(setup: Setup, config: TrainConfig, steps: int) -> Setup:
     batches.num_steps = steps
     update = dataclasses.replace(setup.spec.update, schedule=learning_rate_schedule(config, steps))
     spec = dataclasses.replace(setup.spec, update=update)
-    batch = abstract_batch(config, spec.model.mesh)
+    lowered = lower_step(StepArguments(spec, setup.state, setup.frozen, setup.batch))
     return dataclasses.replace(
         setup,
         spec=spec,
         step_batches=batches,
-        program_hash=program_hash(
-            lower_step(StepArguments(spec, setup.state, setup.frozen, batch))
-        ),
+        program_hash=program_hash(lowered),
         fingerprint=setup.fingerprint | {"num_steps": str(steps)},
     )

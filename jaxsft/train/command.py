@@ -3,53 +3,34 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
-from rich.console import Console
 
-from jaxsft.cli import (
-    EXIT_FAILED,
-    command_line,
-    config_yaml,
-    fail,
-)
+from jaxsft.cli import EXIT_FAILED, fail
 from jaxsft.common.batch import Batch, batch_hash
-from jaxsft.common.console import make_console
-from jaxsft.common.devices import check_device, configure_jax
+from jaxsft.common.files import cache_dir, write_json
 from jaxsft.common.hosts import reached_preemption
 from jaxsft.config import TrainConfig
 from jaxsft.data.packing import StepBatches
 from jaxsft.data.prepared import Prepared, source_of
 from jaxsft.data.samples import batches
 from jaxsft.prepare.report import show_data
-from jaxsft.prepare.rows import load_data
-from jaxsft.run.checkpoint_files import state_bytes
-from jaxsft.run.checkpoints import Checkpoints
-from jaxsft.run.fit_deadline import check_fit, fitted, forecast
-from jaxsft.run.fork import START, Fork, as_begun, describe_fork, with_fork
-from jaxsft.run.measure import before_key, load_before
+from jaxsft.prepare.rows import Data, load_data
+from jaxsft.run.fit_deadline import forecast
+from jaxsft.run.measure import measure_rows
 from jaxsft.run.metrics import Throughput
-from jaxsft.run.remote import RunFiles, is_remote
-from jaxsft.run.report import progress, show_setup
-from jaxsft.run.run import (
-    Run,
-    check_not_lost,
-    explaining_memory,
-    is_best,
-    is_on_tpu,
-    open_run,
-    run_to_the_end,
-    say_if_finished,
-)
-from jaxsft.run.run_dir import ReplacedError, check_room
-from jaxsft.run.session import Session, SessionEnd, StopNow, session_end
-from jaxsft.run.setup import Setup, abstract_state, build, check_early, restore, trained_model
+from jaxsft.run.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight, time_steps
+from jaxsft.run.report import progress, show_preflight
+from jaxsft.run.run import LOWEST_LOSS, Run, is_best, is_on_tpu
+from jaxsft.run.session import StopNow
+from jaxsft.run.setup import Setup, build
 from jaxsft.run.skips import SkippedSteps
-from jaxsft.run.watchdog import Watchdog
+from jaxsft.run.start import Started, go_on, start_run
 from jaxsft.step.train_step import put_batch, train_step
 from jaxsft.weights.find import open_tokenizer
-from jaxsft.weights.peft import save_adapter
 
+_STEPS_TO_TIME = 4  # to fit the schedule to a deadline
 _FORECAST_AFTER = 10  # steps, where no preflight has timed them
 
 
@@ -66,104 +47,73 @@ def run_training(
     `typed` are the options that the user gave, `argv` is the command line, `began_s` when the
     command began, by time.monotonic.
     """
-    resume_command, console = command_line("jaxsft.train", argv), make_console()
-
-    def body() -> int:
-        with open_run(config, console) as files:
-            forked, fork = with_fork(as_begun(config, files.path), typed)
-            yaml = config_yaml(dataclasses.replace(forked, fork_from=config.fork_from))
-            if (code := say_if_finished(files, yaml, console)) is not None:
-                return code
-            if fork is not None:
-                console.print(describe_fork(forked))
-            return start(
-                config=forked,
-                yaml=yaml,
-                fork=fork,
-                files=files,
-                end=session_end(config.deadline, config.max_seconds, began_s),
-                began_s=began_s,
-                resume_command=resume_command,
-                console=console,
-                preflight_only=preflight_only,
-            )
-
-    return explaining_memory(body, argv)
+    return start_run(
+        "jaxsft.train",
+        config,
+        typed=typed,
+        argv=argv,
+        began_s=began_s,
+        go=partial(read_and_train, preflight_only=preflight_only),
+    )
 
 
-def start(
-    *,
-    config: TrainConfig,
-    yaml: str,
-    fork: Fork | None,
-    files: RunFiles,
-    end: SessionEnd,
-    began_s: float,
-    resume_command: str,
-    console: Console,
-    preflight_only: bool,
-) -> int:
-    """Sets up and runs what is not finished; errors as in `run_training`.
+def read_and_train(started: Started[TrainConfig], preflight_only: bool) -> int:
+    """Reads the rows, loads the model and trains it; returns the exit code."""
+    config, session, console = started.config, started.session, started.console
+    session.beat("reading rows")
+    tokenizer = open_tokenizer(started.origin.tokenizer)
+    data = load_data(config.data, tokenizer, console, lambda: session.beat("reading rows"))
+    show_data(console, data.train, data.heldout)
+    session.beat("loading the model")
+    setup = build(config, data, started.origin, console.print, started.fork)
 
-    `end` is when the session ends, `began_s` when the command began, by time.monotonic;
-    `resume_command` continues the run.
-    """
-    path = files.path
-    check_fit(config, path, end)
-    check_device()
-    model = check_early(config)
-    configure_jax()
-    advice = f"nothing that was saved is lost, to go on: {resume_command}"
-    with files, Watchdog(config.hang_seconds, lambda: advice) as watchdog:
-        session = Session(end, watchdog.beat)
-        checkpoints = Checkpoints(files.checkpoint_dir, config.save_total_limit)
-        num_to_come = config.save_total_limit + bool(config.eval_steps) - len(checkpoints.steps())
-        if not is_remote(config.output_dir):
-            check_room(path, state_bytes(abstract_state(config, model)), max(num_to_come, 0))
-        session.beat("reading rows")
-        tokenizer = open_tokenizer(model.tokenizer)
-        data = load_data(config.data, tokenizer, console, lambda: session.beat("reading rows"))
-        show_data(console, data.train, data.heldout)
-        session.beat("loading the model")
-        setup = build(config, data, model, console.print, fork)
-        if checkpoints.steps():
-            setup = fitted(config, setup, path)
-        else:
-            check_not_lost(path, config.save_steps)
-        show_setup(console, setup)
-        setup = restore(setup, checkpoints, console.print)
-        run = Run(
-            config=config,
-            yaml=yaml,
-            resume_command=resume_command,
-            console=console,
-            session=session,
-            files=files,
-            checkpoints=checkpoints,
-            data=data,
-            before=load_before(config, data, setup, path),
-            before_key=before_key(config, data, setup),
-            began_s=began_s,
-        )
-        run.write_files()
-        if config.fork_from not in (None, str(path / START)):
-            save_adapter(path / START, trained_model(setup), setup.adapter_config)
-        try:
-            return run_to_the_end(run, setup, train_on_rows, preflight_only)
-        except OSError as error:
-            return fail(f"{files.shown}: {error}; {advice}", EXIT_FAILED)
-        except (FloatingPointError, ReplacedError) as error:
-            return fail(error, EXIT_FAILED)
+    def timed(setup: Setup) -> tuple[Setup, TimedSteps]:
+        setup, _, times = time_steps(setup, _STEPS_TO_TIME, session.go_on)
+        return setup, times
+
+    report, heldout = data.train.report, data.heldout
+    return go_on(
+        started,
+        setup,
+        partial(train_on_rows, config, data),
+        measure_now=partial(measure_rows, config, data, console=console),
+        heldout="none" if heldout is None else heldout.rows.digest(),
+        best=LOWEST_LOSS,
+        rows_read={
+            "rows_read": report.rows_read,
+            "samples": report.samples,
+            "samples_without_reasoning": report.noted.get("plain_completion", 0),
+            "tokens": report.num_tokens,
+            "loss_tokens": report.num_loss_tokens,
+            "heldout_samples": 0 if heldout is None else heldout.report.samples,
+        },
+        time_steps=timed,
+        preflight=partial(check_step, config) if preflight_only or is_on_tpu(setup) else None,
+        preflight_only=preflight_only,
+    )
 
 
-def train_on_rows(run: Run, setup: Setup) -> Setup:
+def check_step(config: TrainConfig, run: Run, setup: Setup) -> tuple[Setup, TimedSteps, int]:
+    """Checks and times the step; returns the new setup, the timed steps, and an exit code that is 0
+    where the run may go on. The given setup is donated."""
+    if config.fit_deadline:  # then time is no reason to refuse the schedule
+        config = dataclasses.replace(config, budget_hours=None)
+    run.say(f"Preflight: compiling, {NUM_TIMED_STEPS} timed steps, a comparison …")
+    setup, found = run_preflight(config, setup, cache_dir("plan"), run.session.go_on)
+    show_preflight(run.console, found)
+    write_json(run.path / "preflight.json", found.as_dict())
+    code = fail("; ".join(found.problems), EXIT_FAILED) if found.problems else 0
+    return setup, found.times, code
+
+
+def train_on_rows(config: TrainConfig, data: Data, run: Run, setup: Setup) -> Setup:
     """The loop on the run's own rows, from the step that `setup` has reached."""
     step_batches = setup.step_batches
     return train(
         run,
         setup,
-        batches=batches(step_batches, int(setup.state.step), run.config.num_workers),
-        rows_of=lambda step: source_rows(run.data.train, step_batches, step),
+        batches=batches(step_batches, int(setup.state.step), config.num_workers),
+        rows_of=lambda step: source_rows(data.train, step_batches, step),
     )
 
 
@@ -229,7 +179,7 @@ def train(
             if config.eval_steps and step % config.eval_steps == 0:
                 try:
                     now = dataclasses.replace(setup, state=state, frozen=frozen)
-                    loss = run.measure(now)["loss"]
+                    loss = run.best.of(run.measure(now))
                 except StopNow:
                     break
                 throughput.restart_clock(time.monotonic())

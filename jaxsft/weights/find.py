@@ -24,9 +24,15 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxsft.cli import parse_config
+from jaxsft.cli import parse_options
 from jaxsft.common.files import read_json
-from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT, TrainConfig
+from jaxsft.config import (
+    ANSWER_TEMPLATE,
+    SYSTEM_PROMPT,
+    DataOptions,
+    GrpoConfig,
+    TrainConfig,
+)
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.gguf import GGUFFile, hf_config
@@ -251,11 +257,15 @@ def check_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> None:
         )
 
 
-def run_config(run_dir: Path) -> TrainConfig:
+def run_config(run_dir: Path) -> TrainConfig | GrpoConfig:
     """The options of a run; ValueError if this version cannot read its config.yaml."""
     path = run_dir / RUN_CONFIG
+    is_grpo = False
+    if path.is_file():  # a group of options that only one kind of run has
+        is_grpo = b"\nrollout:" in path.read_bytes()
+    kind = GrpoConfig if is_grpo else TrainConfig
     try:
-        return parse_config("jaxsft.train", "", ["--config", str(path)])[0]
+        return parse_options("jaxsft.train", "", ["--config", str(path)], kind)[0]
     except ValueError as error:
         is_named = str(error).startswith((str(path), str(path.absolute())))
         raise ValueError(str(error) if is_named else f"{path}: {error}") from None
@@ -367,7 +377,8 @@ def taught_by(origin: Origin) -> Taught | None:
         except ValueError as error:
             path = origin.run_dir / RUN_CONFIG
             raise ValueError(f"{path}: data.answer_template {error}") from None
-        return Taught(data.system_prompt or "", template, data.earlier_reasoning)
+        earlier = data.earlier_reasoning if isinstance(data, DataOptions) else "keep"
+        return Taught(data.system_prompt or "", template, earlier)
     directory, format = origin.base, "merged"
     if origin.adapter is not None:
         directory, format = origin.adapter, "peft"

@@ -10,7 +10,6 @@ import pytest
 from jaxsft.config import EvalOptions, TrainConfig
 from jaxsft.run.measure import before_key, load_before, write_before
 
-DATA: Any = SimpleNamespace(heldout=None)
 SETUP: Any = SimpleNamespace(
     fingerprint={"model": "m", "model.dtype": "float32", "tokenizer": "t"},
     state=SimpleNamespace(step=5),
@@ -23,15 +22,16 @@ def with_eval(**options: Any) -> TrainConfig:
 
 def test_a_smaller_batch_keeps_the_measurement_before(tmp_path: Path) -> None:
     """It is what to lower where memory runs out, and changes no answer."""
-    of = before_key(with_eval(batch_size=8), DATA, SETUP)
+    of = before_key(with_eval(batch_size=8), SETUP, "none")
     write_before(tmp_path, {"eval/loss": 2.0}, of)
-    assert load_before(with_eval(batch_size=4), DATA, SETUP, tmp_path) == {"eval/loss": 2.0}
+    here = before_key(with_eval(batch_size=4), SETUP, "none")
+    assert load_before(here, SETUP, tmp_path) == {"eval/loss": 2.0}
 
 
 def test_other_decoding_does_not(tmp_path: Path) -> None:
-    write_before(tmp_path, {}, before_key(with_eval(temperature=0.0), DATA, SETUP))
-    config = with_eval(temperature=0.7)
+    write_before(tmp_path, {}, before_key(with_eval(temperature=0.0), SETUP, "none"))
+    here = before_key(with_eval(temperature=0.7), SETUP, "none")
     with pytest.raises(ValueError, match=r"eval\.temperature \(0\.0 there, 0\.7 here\)"):
-        load_before(config, DATA, SETUP, tmp_path)
+        load_before(here, SETUP, tmp_path)
     fresh: Any = SimpleNamespace(**vars(SETUP) | {"state": SimpleNamespace(step=0)})
-    assert load_before(config, DATA, fresh, tmp_path) is None  # it is measured anew
+    assert load_before(here, fresh, tmp_path) is None  # it is measured anew

@@ -169,6 +169,9 @@ def fake_setup(num_steps: int, step: int = 0) -> Any:
     return SimpleNamespace(step_batches=range(num_steps), state=SimpleNamespace(step=step))
 
 
+NOT_TIMED: Any = None  # no step is timed
+
+
 def test_the_forecast_counts_what_is_kept_free() -> None:
     session = Session(until(NOW_S + 1120), print)
     session.measure_s = 50
@@ -194,7 +197,7 @@ def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.Mo
     session.measure_s = 50
     # 1120 - 120 - 50 - 20 to compile - 2 slow steps of 12 = 906 s, at 10.3 s a step: 87.96.
     timed = TimedSteps(20.0, [9.0, 10.0, 12.0])
-    fit = (config, fake_setup(1000), tmp_path, session, timed)
+    fit = (config, fake_setup(1000), tmp_path, session, timed, NOT_TIMED)
     setup, line = fit_deadline.fit_schedule(*fit)
     assert len(setup.step_batches) == 87
     assert line == "At 10 s a step 87 of 1,000 steps fit: the schedule is shortened to them."
@@ -207,7 +210,12 @@ def test_the_schedule_is_cut_to_what_fits(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_begun_without_it_is_not_fitted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"begun without it, with 1,000 steps.*--fork-from"):
         fit_deadline.fit_schedule(
-            TrainConfig(), fake_setup(1000, 7), tmp_path, Session(until(NOW_S + 9000), print), None
+            TrainConfig(),
+            fake_setup(1000, 7),
+            tmp_path,
+            Session(until(NOW_S + 9000), print),
+            None,
+            NOT_TIMED,
         )
 
 

@@ -25,9 +25,10 @@ from support.samples import load_samples
 
 from jaxsft.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.common.batch import batch_hash
-from jaxsft.config import DataOptions
+from jaxsft.config import DataOptions, TrainConfig
 from jaxsft.data.packing import Sample
 from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.prepare.rows import Data
 from jaxsft.run.checkpoints import Checkpoints
 from jaxsft.run.run import Run
 from jaxsft.run.setup import Setup, abstract_state
@@ -213,7 +214,7 @@ def test_the_loop_takes_its_batches_from_any_source(
 ) -> None:
     hashes = []
 
-    def train_backwards(run: Run, setup: Setup) -> Setup:
+    def train_backwards(config: TrainConfig, data: Data, run: Run, setup: Setup) -> Setup:
         made = [setup.step_batches[step] for step in (2, 1, 0)]
         hashes.extend(batch_hash(batch) for batch in made)
         return train(run, setup, batches=enumerate(made), rows_of=lambda step: [f"mine: {step}"])
