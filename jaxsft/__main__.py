@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "makes a run's rows, once: reads, converts, filters, tokenises, packs",
     "inspect": "shows rows as the model sees them, every token with its mask, and checks all",
     "train": "fine-tunes a Gemma with LoRA; the same command again continues a run",
+    "grpo": "trains a Gemma on rewards of its own answers: sums, code, rewards of yours",
     "evaluate": "measures a model on held-out rows, or compares two on the same rows",
     "generate": "asks a model: one prompt, a file of prompts, or a chat",
     "export": "writes a run's model for other programs, and checks that they compute the same",

@@ -30,7 +30,7 @@ from jaxsft.common.signals import interrupts_kept
 from jaxsft.common.streams import make_process_safe, safe_streams
 from jaxsft.common.text import harmless, visible_line
 from jaxsft.common.tpu import keep_libtpu_quiet
-from jaxsft.config import RunConfig, TrainConfig
+from jaxsft.config import GrpoConfig, RunConfig, TrainConfig
 from jaxsft.config_check import validate
 from jaxsft.hints import hint_for
 
@@ -110,9 +110,15 @@ def check_output(option: str, path: str) -> None:
         raise ValueError(f"{option} {path}: {directory} is not writable")
 
 
-def recipe_names() -> list[str]:
-    """Names that `--config` accepts besides files."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(kind: type = TrainConfig) -> list[str]:
+    """Names that `--config` of a command with this kind of options accepts besides files."""
+    paths = RECIPES.glob("*.yaml")
+    return sorted(path.stem for path in paths if issubclass(kind, config_kind(path)))
+
+
+def config_kind(path: Path) -> type[TrainConfig] | type[GrpoConfig]:
+    """Whose options a config file has, told by a group that only one kind has."""
+    return GrpoConfig if b"\nrollout:" in path.read_bytes() else TrainConfig
 
 
 def parse_options(
@@ -136,14 +142,16 @@ def parse_options(
     Raises:
       ValueError: one line that names the option and, for an unknown one, what `hint_for` knows.
     """
-    trains = _trains(kinds)
+    of_run = _kind_of_run(kinds)
     _set_loader(dict(each for kind in kinds for each in _option_types(kind)))
-    parser = _make_parser(command, description, trains, default_recipe)
+    parser = _make_parser(command, description, of_run, default_recipe)
     for kind in kinds:
         parser.add_class_arguments(kind)
     parser.set_defaults(dict(defaults or {}))
     args = _spelt_out(argv, kinds)
-    args = _with_recipe_paths(args, default_recipe) if trains else _with_model(args, command)
+    args = (
+        _with_recipe_paths(args, default_recipe, of_run) if of_run else _with_model(args, command)
+    )
     try:
         values = vars(parser.instantiate(parser.parse_args(args)))
     except (argparse.ArgumentError, TypeError) as error:
@@ -157,8 +165,8 @@ def parse_options(
     return found
 
 
-def _trains(kinds: Sequence[type]) -> bool:
-    return any(issubclass(kind, RunConfig) for kind in kinds)
+def _kind_of_run(kinds: Sequence[type]) -> type[RunConfig] | None:
+    return next((kind for kind in kinds if issubclass(kind, RunConfig)), None)
 
 
 def typed_options(
@@ -169,10 +177,12 @@ def typed_options(
     What a recipe says is a default. `argv` is one that `parse_options` took for the same `kinds`.
     """
     _set_loader(dict(each for kind in kinds for each in _option_types(kind)))
-    parser = _make_parser(command, "", _trains(kinds), default_recipe)
+    of_run = _kind_of_run(kinds)
+    parser = _make_parser(command, "", of_run, default_recipe)
     for kind in kinds:
         parser.add_class_arguments(kind)
-    args = _with_recipe_paths(_spelt_out(argv, kinds), default_recipe)
+    assert of_run is not None
+    args = _with_recipe_paths(_spelt_out(argv, kinds), default_recipe, of_run)
     for i in reversed(range(len(args) - 1)):
         if args[i] == "--config" and Path(args[i + 1]).resolve().parent == RECIPES.resolve():
             del args[i : i + 2]
@@ -202,11 +212,11 @@ def config_yaml(config: RunConfig, encoding: str = "utf-8") -> str:
 
 
 def _make_parser(
-    command: str, description: str, trains: bool, default_recipe: str
+    command: str, description: str, kind: type[RunConfig] | None, default_recipe: str
 ) -> ArgumentParser:
     # The texts under the fields of the dataclasses are their help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    first = "[--config RECIPE_OR_FILE]" if trains else "MODEL"
+    first = "[--config RECIPE_OR_FILE]" if kind else "MODEL"
     parser = ArgumentParser(
         prog=f"python -m {command}",
         usage=f"python -m {command} {first} [--OPTION VALUE ...]",
@@ -218,12 +228,12 @@ def _make_parser(
     )
     version, about = f"jaxsft {__version__}", "Print the version and exit."
     parser.add_argument("--version", action="version", version=version, help=about)
-    if trains:
+    if kind:
         parser.add_argument(
             "--config",
             action="config",
-            help=f"YAML file or recipe: {', '.join(recipe_names())} (default: {default_recipe}). "
-            "Options after it override it.",
+            help=f"YAML file or recipe: {', '.join(recipe_names(kind))} (default: "
+            f"{default_recipe}). Options after it override it.",
         )
         parser.add_argument(
             "--print_config",
@@ -337,7 +347,7 @@ def _with_model(argv: Sequence[str], command: str) -> list[str]:
     return args
 
 
-def _with_recipe_paths(argv: Sequence[str], default_recipe: str) -> list[str]:
+def _with_recipe_paths(argv: Sequence[str], default_recipe: str, kind: type) -> list[str]:
     """Recipe names after --config become paths; without any --config the default goes first."""
     args: list[str] = []
     for arg in argv:
@@ -351,15 +361,22 @@ def _with_recipe_paths(argv: Sequence[str], default_recipe: str) -> list[str]:
             continue
         if Path(value).is_file():
             check_config_file(Path(value))
+            found = config_kind(Path(value))
+            if found is GrpoConfig and kind is TrainConfig:
+                raise ValueError(f"--config {value}: has options of python -m jaxsft.grpo alone")
             continue
-        if value in recipe_names():
+        other, command = (TrainConfig, "train") if kind is GrpoConfig else (GrpoConfig, "grpo")
+        names = recipe_names(kind)
+        if value in names:
             args[i + 1] = str(RECIPES / f"{value}.yaml")
-        else:
-            near = difflib.get_close_matches(value, recipe_names(), 1, 0.0)[0]
-            raise ValueError(
-                f"--config {value}: no such file or recipe; did you mean {near!r}? "
-                f"Recipes: {', '.join(recipe_names())}"
-            )
+            continue
+        if value in recipe_names(other):
+            raise ValueError(f"--config {value}: is a recipe of python -m jaxsft.{command}")
+        near = difflib.get_close_matches(value, names, 1, 0.0)[0]
+        raise ValueError(
+            f"--config {value}: no such file or recipe; did you mean {near!r}? "
+            f"Recipes: {', '.join(names)}"
+        )
     return args
 
 

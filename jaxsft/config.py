@@ -74,6 +74,10 @@ class RowFileOptions:
     weights: list[float] | None = None
     """How often an epoch uses the samples of each file: 2 is twice, 0.5 is one half of them, the
     same half each time. By default once."""
+    columns: dict[str, str] | None = None
+    """The columns that hold the parts of a row, for example {prompt: task, response: text}. Parts:
+    prompt, response, reasoning, system, input, messages. Other columns are not used then. By
+    default they are found by their names (jaxsft/data/README.md)."""
     max_length: int = 2048
     """Tokens in a row of the batch."""
     system_prompt: str | None = SYSTEM_PROMPT
@@ -94,10 +98,6 @@ class DataOptions(RowFileOptions):
     overlong: Literal["shorten", "drop", "raise"] = "shorten"
     """For samples over max_length: "shorten" cuts the reasoning (never the answer), "drop" leaves
     the sample out, "raise" stops."""
-    columns: dict[str, str] | None = None
-    """The columns that hold the parts of a row, for example {prompt: task, response: text}. Parts:
-    prompt, response, reasoning, system, input, messages. Other columns are not used then. By
-    default they are found by their names (jaxsft/data/README.md)."""
     without_thought: Literal["drop_system", "keep_plain", "reject"] = "drop_system"
     """For rows with an answer that has no thought: "drop_system" trains them without system_prompt,
     which asks for one; "keep_plain" with it, which teaches to ignore it; "reject" leaves them
@@ -270,8 +270,9 @@ class ObjectiveOptions:
     beta: float = 0.02
     """Weight of the KL divergence to the adapter that the run started from; 0 needs no reference
     and saves its pass."""
-    unbiased_kl: bool = True
-    """Multiply the KL estimate (k3) by the ratio, so that its gradient is unbiased too."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL estimate (k3) by the ratio of new to old probability, so that its gradient is
+    unbiased too."""
     num_iterations: int = 1
     """Updates on each rollout. Each is a step of the run."""
     mask_truncated_completions: bool = True

@@ -10,13 +10,14 @@ from typing import Any
 
 import docstring_parser
 import pytest
+import yaml
 
 import jaxsft
 from jaxsft import config as config_module
 from jaxsft import hints
 from jaxsft.__main__ import COMMANDS, main
 from jaxsft.cli import EXIT_BAD_INPUT, command_line, parse_config, parse_options, recipe_names
-from jaxsft.config import TrainConfig
+from jaxsft.config import GrpoConfig, TrainConfig
 from jaxsft.config_check import check_devices
 from jaxsft.hints import hint_for
 from jaxsft.step.optimizer import make_schedule
@@ -36,10 +37,16 @@ def schedule(config: TrainConfig, num_steps: int) -> Any:
     )
 
 
+def parse_grpo(*argv: str) -> GrpoConfig:
+    (config,) = parse_options("x", "", argv, GrpoConfig, default_recipe="grpo_demo")
+    return config
+
+
 @functools.cache
 def field_docs(options: type = TrainConfig, prefix: str = "") -> dict[str, str]:
     """Option name -> the text under its field, as --help should have it."""
-    params = docstring_parser.parse_from_object(options).params
+    kinds = reversed(options.__mro__[:-1])  # each has the docs of its own fields
+    params = [each for kind in kinds for each in docstring_parser.parse_from_object(kind).params]
     docs, found = {each.arg_name: each.description for each in params}, {}
     for field in dataclasses.fields(options):
         if dataclasses.is_dataclass(field.type):
@@ -51,7 +58,9 @@ def field_docs(options: type = TrainConfig, prefix: str = "") -> dict[str, str]:
 
 def test_recipes_are_those_of_the_project() -> None:
     of_a_tpu = ["single_session", "single_session_packed", "unrestricted"]
-    assert recipe_names() == ["demo", "gsm8k", *of_a_tpu]
+    assert recipe_names() == ["demo", "grpo_warmup", "gsm8k", *of_a_tpu]
+    of_grpo = ["grpo_demo", "grpo_gsm8k", "grpo_math_code", "grpo_mix", "grpo_writeup"]
+    assert recipe_names(GrpoConfig) == of_grpo
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -59,12 +68,46 @@ def test_every_recipe_is_valid(name: str) -> None:
     config = parse("--config", name)
     assert config.name == name
     assert config.data.train_files and config.data.overlong == "shorten"
+    if name == "grpo_warmup":  # short prompts, a small adapter: minutes on a laptop
+        assert config.data.system_prompt is None and config.lora.r == config.lora.alpha == 32
+        return
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (64, 64, 0)
     assert config.lora.target_modules == "all-linear"
     assert config.data.system_prompt == config_module.SYSTEM_PROMPT
     assert not config.data.loss_on_prompt
     # Every batch splits over the eight chips that the big recipes are for.
     check_devices(config, 1 if name in ("demo", "gsm8k") else 8)
+
+
+@pytest.mark.parametrize("name", recipe_names(GrpoConfig))
+def test_every_grpo_recipe_is_valid(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse_grpo("--config", name)
+    assert config.name == name and config.data.eval_files and config.max_steps
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parse_grpo("--config", name, "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["rewards"] == config.rewards
+    with pytest.raises(ValueError, match=r"is a recipe of python -m jaxsft\.grpo$"):
+        parse("--config", name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rollout.top_k", "50"), r"rollout\.top_k 50 changes the distribution"),
+        (("--rollout.temperature", "0.9"), r"rollout\.temperature 0\.9 changes"),
+        (("--rollout.top_p", "0.9"), r"rollout\.top_p 0\.9 changes"),
+        (("--lora.dropout", "0.1"), r"lora\.dropout makes trainer and sampler two models"),
+        (("--rollout.num_generations", "1"), "must be 2 or above"),
+        (("--max_steps", "5", "--objective.num_iterations", "2"), "max_steps 5 is not a multiple"),
+        (("--rollout.max_new_tokens", "2000"), "leaves no room for a prompt"),
+        (("--objective.loss_type", "gspo"), "loss_type"),
+        (("--rewards", "{format: 0}"), "none with a weight"),
+        (("--multihost", "true"), "grpo runs on one host"),
+    ],
+)
+def test_what_grpo_does_not_do_is_refused(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_grpo("--config", "grpo_gsm8k", *options)
 
 
 def test_no_config_means_the_demo() -> None:

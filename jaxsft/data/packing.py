@@ -189,6 +189,22 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> npt.NDArray[np.int64]:
     return order
 
 
+def samples_of_epoch(
+    sample_sources: npt.NDArray[np.int64], weights: Sequence[float] | None
+) -> npt.NDArray[np.int64]:
+    """The samples of an epoch, int64: of a source with weight w all floor(w) times, and of one more
+    time the share that is left, drawn by a fixed seed; in the order of the files."""
+    if weights is None:
+        return np.arange(len(sample_sources))
+    parts = []
+    for source, weight in enumerate(weights):
+        samples = np.flatnonzero(sample_sources == source)
+        order = epoch_order(0, source, len(samples))
+        some = np.sort(samples[order[: round(weight % 1 * len(samples))]])
+        parts += [*[samples] * int(weight), some]
+    return np.sort(np.concatenate(parts)).astype(np.int64)
+
+
 class StepBatches:
     """The batch of each step, a function of (seed, step): a random access source for Grain.
 

@@ -246,7 +246,7 @@ def _write_rows(
     check_any_left(files, options, report)
 
     lengths, sample_sources, sample_rows = np.array(places, np.int64).T
-    uses = _uses(sample_sources, options.weights)
+    uses = packing.samples_of_epoch(sample_sources, options.weights)
     for source, file in enumerate(files):
         num_samples = (sample_sources == source).sum()
         if not num_samples:
@@ -279,22 +279,6 @@ def _write_rows(
         "fill": sum(used) / (len(assigned) * options.max_length),
         "report": dataclasses.asdict(report),
     }
-
-
-def _uses(
-    sample_sources: npt.NDArray[np.int64], weights: Sequence[float] | None
-) -> npt.NDArray[np.int64]:
-    """The samples of an epoch, int64: of a source with weight w all floor(w) times, and of one more
-    time the share that is left, drawn by a fixed seed; in the order of the files."""
-    if weights is None:
-        return np.arange(len(sample_sources))
-    parts = []
-    for source, weight in enumerate(weights):
-        samples = np.flatnonzero(sample_sources == source)
-        order = packing.epoch_order(0, source, len(samples))
-        some = np.sort(samples[order[: round(weight % 1 * len(samples))]])
-        parts += [*[samples] * int(weight), some]
-    return np.sort(np.concatenate(parts)).astype(np.int64)
 
 
 @contextlib.contextmanager

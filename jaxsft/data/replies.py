@@ -28,7 +28,9 @@ ConversionReason = Literal[
     "unknown_fields", "unused_text", "wrong_field", "wrong_roles", "tools", "not_text", "weight",
 ]  # fmt: skip
 Role = Literal["system", "user", "assistant"]
-LaterReason = Literal["duplicate", "contaminated", "degenerate", "too_short", "too_long"]
+LaterReason = Literal[
+    "duplicate", "contaminated", "degenerate", "too_short", "too_long", "not_for_training"
+]
 Note = Literal["implicit_open", "plain_completion", "control_look_alike", "system_has_other_tags"]
 
 _MARKS = ("\ufeff", "\u200b")  # byte order mark, zero-width space

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxsft.common.batch import Batch
 from jaxsft.common.text import plural, visible_line
-from jaxsft.config import DataOptions, named_files
+from jaxsft.config import DataOptions, RowFileOptions, named_files
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.chat import encode_chats, shorten
 from jaxsft.data.fields import PARTS
@@ -225,7 +225,7 @@ def read_samples(
         )
 
 
-def check_any_left(files: Sequence[Path], options: DataOptions, report: DataReport) -> None:
+def check_any_left(files: Sequence[Path], options: RowFileOptions, report: DataReport) -> None:
     """Raises ValueError if no sample is left, or if more than `options.max_drop` were left out."""
     names = _end_of(", ".join(map(str, files)), 120) or "no files"
     if not report.rows_read:

@@ -72,7 +72,7 @@ class Metric(NamedTuple):
 
     name: str
     label: str
-    unit: Literal["rate", "share", "words", "tokens", "nats", "perplexity", "count"]
+    unit: Literal["rate", "share", "words", "tokens", "nats", "perplexity", "count", "reward"]
     better: Literal[1, 0, -1]
 
 

@@ -54,14 +54,15 @@ def defaults_of(origin: Origin) -> dict[str, Any]:
     config = run_config(origin.run_dir)
     rows = config.data
     if isinstance(rows, DataOptions):
-        same |= {"columns": rows.columns, "overlong": rows.overlong}
+        same["overlong"] = rows.overlong
     dtype, param_dtype = config.model.dtype, config.model.param_dtype
     return (
         same
         | {
             "files": config.data.eval_files,
             "few_shot_files": config.data.train_files,
-            "max_length": config.data.max_length,
+            "columns": rows.columns,
+            "max_length": rows.max_length,
             "dtype": dtype,
             "param_dtype": None if param_dtype == dtype else param_dtype,  # --dtype is for both
         }

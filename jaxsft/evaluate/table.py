@@ -70,7 +70,7 @@ def show_value(value: float, unit: str, *, signed: bool = False) -> str:
     if math.isnan(value):
         return "–"
     is_share = unit in ("rate", "share")
-    digits = {"nats": 4, "perplexity": 2, "count": 0}.get(unit, 1)
+    digits = {"nats": 4, "perplexity": 2, "count": 0, "reward": 3}.get(unit, 1)
     number = f"{value * (100 if is_share else 1):{'+' if signed else ''},.{digits}f}"
     return number.replace("-", "−") + ((" points" if signed else "%") if is_share else "")
 

@@ -14,7 +14,7 @@ from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import write_text
 from jaxsft.common.text import plural, visible_line
-from jaxsft.config import ModelOptions, TrainConfig
+from jaxsft.config import ModelOptions
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.rows import RowOptions, Turn
 from jaxsft.download.names import find_row_files
@@ -48,7 +48,7 @@ def generate_answers(options: GenerateOptions) -> int:
     if options.prompts is not None:
         (file,) = find_row_files([Path(options.prompts)], say_on_stderr)
         how = RowOptions(
-            config.data.columns if isinstance(config, TrainConfig) else None,
+            None if config is None else config.data.columns,
             earlier_reasoning=taught.earlier_reasoning,
             template=taught.template,
         )

@@ -18,7 +18,8 @@ from jaxsft.run import events
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl, samples.jsonl, skipped.jsonl (an object a line) and tensorboard/.
+    """Writes metrics.jsonl, samples.jsonl, skipped.jsonl, rollouts.jsonl (an object a line) and
+    tensorboard/.
 
     Each call writes at once, in this thread: a killed run keeps its lines. None fails for want of a
     disk: what cannot be written waits (see AppendFile), training goes on and `problem` says so.
@@ -39,13 +40,13 @@ class MetricsWriter:
         last_step = math.inf if resume_step is None else resume_step
         there = {
             name: _lines_up_to(run_dir / f"{name}.jsonl", last_step)
-            for name in ("metrics", "samples", "skipped")
+            for name in ("metrics", "samples", "skipped", "rollouts")
         }
         # A measurement is made again where the run was killed before it was kept elsewhere.
         self._kept = {
             line for lines in there.values() for line in lines if _step_of(line) == resume_step
         }
-        self._metrics, self._samples, self._skipped = (
+        self._metrics, self._samples, self._skipped, self._rollouts = (
             AppendFile(run_dir / f"{name}.jsonl", lines) for name, lines in there.items()
         )
         log_dir = run_dir / "tensorboard"
@@ -70,7 +71,7 @@ class MetricsWriter:
     @property
     def problem(self) -> str | None:
         """Which file cannot be written, and why, in one line; None when all is written."""
-        files = (self._metrics, self._samples, self._skipped, self._events)
+        files = (self._metrics, self._samples, self._skipped, self._rollouts, self._events)
         return next((file.problem for file in files if file.problem), None)
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
@@ -126,9 +127,14 @@ class MetricsWriter:
         literal = "".join(f"    {text}\n" for text in texts)  # a Markdown code block
         self._events.append(events.markdown(time.time(), step, f"sample/{number}", literal))
 
+    def rollout(self, completions: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the completions of a rollout, each with its "step", in rollouts.jsonl."""
+        lines = (json.dumps(each, ensure_ascii=False, allow_nan=False) for each in completions)
+        self._rollouts.append("".join(f"{line}\n" for line in lines).encode())
+
     def close(self) -> None:
         """Tries once more to write what waits; what is missing then is in `problem`."""
-        for file in (self._metrics, self._samples, self._skipped, self._events):
+        for file in (self._metrics, self._samples, self._skipped, self._rollouts, self._events):
             file.flush()
 
 

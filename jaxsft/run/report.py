@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsft.evaluate.heldout import METRICS
+from jaxsft.evaluate.rewarded import reward_metrics
 from jaxsft.evaluate.table import metric_cell
 from jaxsft.run.preflight import Preflight
 from jaxsft.run.session import Session, duration
@@ -73,21 +74,28 @@ def show_preflight(console: Console, found: Preflight) -> None:
     console.print(f"  program  {found.program_hash}")
 
 
+def loss_and_speed(metrics: Mapping[str, float]) -> str:
+    """The metrics of a step of supervised training, in a line."""
+    tokens_per_s = metrics["tokens_per_s"]
+    speed = "–" if math.isnan(tokens_per_s) else f"{tokens_per_s:,.0f}"
+    return f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  {speed} tokens/s"
+
+
 @contextmanager
 def progress(
-    console: Console, first_step: int, last_step: int
+    console: Console,
+    first_step: int,
+    last_step: int,
+    describe: Callable[[Mapping[str, float]], str],
 ) -> Iterator[Callable[[int, Mapping[str, float], float, bool], None]]:
-    """Yields show(step, metrics, eta_s, log): a live line on a terminal, else lines where `log`."""
+    """Yields show(step, metrics, eta_s, log): a live line on a terminal, else lines where `log`.
+
+    `describe` makes the text of the metrics.
+    """
 
     def line(step: int, metrics: Mapping[str, float], eta_s: float) -> str:
         eta = "--:--" if math.isnan(eta_s) else str(timedelta(seconds=int(eta_s)))
-        tokens_per_s = metrics["tokens_per_s"]
-        speed = "–" if math.isnan(tokens_per_s) else f"{tokens_per_s:,.0f}"
-        return (
-            f"step {step}/{last_step}  loss {metrics['loss']:.4f}  "
-            f"lr {metrics['learning_rate']:.2e}  "
-            f"{speed} tokens/s  ETA {eta}"
-        )
+        return f"step {step}/{last_step}  {describe(metrics)}  ETA {eta}"
 
     if not console.is_terminal:
 
@@ -173,7 +181,7 @@ def _result_tables(result: dict[str, Any]) -> Iterator[Table]:
     if not after:
         return
     table = Table("held-out rows", "before", "after", title="Before and after training")
-    for metric in METRICS:
+    for metric in (*reward_metrics(after), *METRICS):
         if metric.name in after:
             table.add_row(metric.label, *(metric_cell(side, metric) for side in (before, after)))
     yield table

@@ -47,12 +47,14 @@ class Session:
     Attributes:
       save_s: seconds of the last save, from its start until it was on disk.
       measure_s: seconds of the longest measurement of held-out rows.
+      steps_per_pass: steps of a pass of the loop, between two moments at which it may stop.
       interrupted: returns whether a signal came; signals count inside `catching_signals`.
     """
 
     def __init__(self, end: SessionEnd, beat: Callable[[str], None]):
         self.end, self.beat = end, beat
         self.save_s = self.measure_s = 0.0
+        self.steps_per_pass = 1
         self.interrupted: Callable[[], bool] = lambda: False
         self._step_s: deque[float] = deque(maxlen=_WINDOW)
         self._pass_began_s: float | None = None
@@ -88,12 +90,12 @@ class Session:
 
     @property
     def median_step_s(self) -> float:
-        """Median of the last 200 steps; NaN before the first."""
-        return statistics.median(self._step_s) if self._step_s else math.nan
+        """Median of the last 200 passes of the loop, by their steps; NaN before the first."""
+        return statistics.median(self._step_s or [math.nan]) / self.steps_per_pass
 
     @property
     def p99_step_s(self) -> float:
-        """99th percentile of the last 200 steps; 0 before the first."""
+        """99th percentile of the last 200 passes of the loop; 0 before the first."""
         ordered = sorted(self._step_s)
         return ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else 0.0
 

@@ -41,7 +41,7 @@ from jaxsft.weights.load import WeightsInfo, load_model
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedRun:
     """The model on the mesh, with its adapter and what updates it.
 
     `frozen` are the frozen weights as the step takes them, `model_weights` the shapes of the
@@ -57,7 +57,7 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup(Loaded):
+class Setup(LoadedRun):
     """Everything that the loop runs on.
 
     `step_batches` says what each step reads, and its length is the number of steps. `batch` has the
@@ -92,7 +92,7 @@ def build(
     say: Callable[[str], None] = lambda line: None,
     fork: Fork | None = None,
 ) -> Setup:
-    """The setup of a run on rows, with `load`'s arguments and errors."""
+    """The setup of a run on rows, with `load_run`'s arguments and errors."""
     rows = data.train.rows
     steps = num_run_steps(config, len(rows))
     asked = data.heldout_samples[: config.eval.num_prompts]
@@ -102,7 +102,7 @@ def build(
         check_tokenizer(data.tokenizer, info.config)
         check_evaluation(config, info, longest)
 
-    loaded = load(config, origin, steps, check=check, say=say, fork=fork)
+    loaded = load_run(config, origin, steps, check=check, say=say, fork=fork)
     info = loaded.model_info
     flops = info.config.lora_step_flops(
         num_tokens=rows.num_tokens,
@@ -127,7 +127,7 @@ def build(
     )
 
 
-def load(
+def load_run(
     config: RunConfig,
     origin: Origin,
     steps: int,
@@ -136,7 +136,7 @@ def load(
     say: Callable[[str], None] = lambda line: None,
     fork: Fork | None = None,
     token_loss: TokenLoss = cross_entropy,
-) -> Loaded:
+) -> LoadedRun:
     """Loads the model of `origin`, adds the adapter, puts both on the mesh.
 
     Args:
@@ -170,10 +170,10 @@ def load(
         )
         del model
         gc.collect()  # modules refer to each other in cycles: nothing else frees its arrays in time
-    return Loaded(info, adapter_config, model_weights, frozen, spec, state)
+    return LoadedRun(info, adapter_config, model_weights, frozen, spec, state)
 
 
-def make_setup(loaded: Loaded, *, batch: Batch, **others: Any) -> Setup:
+def make_setup(loaded: LoadedRun, *, batch: Batch, **others: Any) -> Setup:
     """The setup of what is loaded; `others` are the rest of its fields but `program_hash`."""
     arguments = StepArguments(loaded.spec, loaded.state, loaded.frozen, batch)
     fields = {field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)}

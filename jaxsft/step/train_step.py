@@ -8,7 +8,7 @@ after.
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from jaxsft.step.fused import loss_and_gradients
 from jaxsft.step.fused_weights import group_adapter, write_adapter
 from jaxsft.step.optimizer import SpikeHistory, empty_history, is_spike, record
 from jaxsft.step.score import ModelSpec
+
+BatchT = TypeVar("BatchT")  # `Batch`, or what a trainer has in its place (see `TokenLoss`)
 
 
 class TrainState(NamedTuple):
@@ -275,7 +277,7 @@ def train_step(
     return jax.lax.with_sharding_constraint(new_state, shardings), frozen, metrics
 
 
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+def put_batch(batch: BatchT, mesh: Mesh) -> BatchT:
     """A process's rows [B / num_processes, T] as global arrays split over the mesh's batch axes."""
     sharding = named(mesh, "batch", None)
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)

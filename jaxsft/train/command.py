@@ -21,7 +21,7 @@ from jaxsft.run.fit_deadline import forecast
 from jaxsft.run.measure import measure_rows
 from jaxsft.run.metrics import Throughput
 from jaxsft.run.preflight import NUM_TIMED_STEPS, TimedSteps, run_preflight, time_steps
-from jaxsft.run.report import progress, show_preflight
+from jaxsft.run.report import loss_and_speed, progress, show_preflight
 from jaxsft.run.run import LOWEST_LOSS, Run, is_best, is_on_tpu
 from jaxsft.run.session import StopNow
 from jaxsft.run.setup import Setup, build
@@ -151,7 +151,7 @@ def train(
     saver, throughput = run.saver(setup), Throughput()
     skipped = SkippedSteps(rows_of, writer, config.max_nonfinite_steps)
     step = first_step
-    with progress(console, first_step, last_step) as show:
+    with progress(console, first_step, last_step, loss_and_speed) as show:
         for index, batch in batches:
             step = index + 1
             # ---- The step ----

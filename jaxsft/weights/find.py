@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxsft.cli import parse_options
+from jaxsft.cli import config_kind, parse_options
 from jaxsft.common.files import read_json
 from jaxsft.config import (
     ANSWER_TEMPLATE,
@@ -260,10 +260,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> None:
 def run_config(run_dir: Path) -> TrainConfig | GrpoConfig:
     """The options of a run; ValueError if this version cannot read its config.yaml."""
     path = run_dir / RUN_CONFIG
-    is_grpo = False
-    if path.is_file():  # a group of options that only one kind of run has
-        is_grpo = b"\nrollout:" in path.read_bytes()
-    kind = GrpoConfig if is_grpo else TrainConfig
+    kind: type = config_kind(path) if path.is_file() else TrainConfig
     try:
         return parse_options("jaxsft.train", "", ["--config", str(path)], kind)[0]
     except ValueError as error:

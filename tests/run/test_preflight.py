@@ -111,7 +111,9 @@ def test_a_preflight_changes_no_bit_of_the_run(
 ) -> None:
     assert main([*argv, "--step", step, "--name", "without"]) == 0
     assert not (tmp_path / "runs" / "without" / "preflight.json").exists()
-    monkeypatch.setattr("jaxsft.run.run.is_on_tpu", lambda setup: True)  # there every run has one
+    monkeypatch.setattr(
+        "jaxsft.train.command.is_on_tpu", lambda setup: True
+    )  # there every run has one
     assert main([*argv, "--step", step, "--name", "with"]) == 0
     assert found_by_preflight(tmp_path, "with")["num_steps_left"] == 3
     kept = []
@@ -130,7 +132,7 @@ def test_a_run_over_its_budget_stops(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("jaxsft.run.run.is_on_tpu", lambda setup: True)
+    monkeypatch.setattr("jaxsft.train.command.is_on_tpu", lambda setup: True)
     # With dropout there is only one way to compute the step, and it is timed all the same.
     options = ("--budget_hours", "1e-9", "--lora.dropout", "0.5")
     assert main([*argv, *options]) == EXIT_FAILED == 1

@@ -69,13 +69,13 @@ def test_measuring_is_no_slow_step(runs: TinyRuns, monkeypatch: pytest.MonkeyPat
         sessions.append(self.session)
         return found
 
-    def slow(**_: Any) -> dict[str, float]:
+    def slow(*_: Any, **__: Any) -> dict[str, float]:
         passed_s[0] += 1e6
         return {"loss": 1.0}
 
     times = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + passed_s[0])
     monkeypatch.setattr(Run, "measure", slow_measure)
-    monkeypatch.setattr("jaxsft.run.run.measure", slow)
+    monkeypatch.setattr("jaxsft.train.command.measure_rows", slow)
     for module in ("run.run", "run.session"):
         monkeypatch.setattr(f"jaxsft.{module}.time", times)
     assert run(runs, "measured", "--max_steps", "12") == 0

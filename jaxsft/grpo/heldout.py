@@ -1,0 +1,68 @@
+"""Measures held-out tasks: answers as in training's evaluation, and what they earn."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from jaxsft.config import GrpoConfig
+from jaxsft.data.answer_template import AnswerTemplate
+from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.evaluate.heldout import Prompt, answer_prompts
+from jaxsft.evaluate.rewarded import compare_rewards
+from jaxsft.evaluate.scoring import compare_answers
+from jaxsft.grpo.prompts import TaskPrompt
+from jaxsft.rewards.answer_form import exact_parts
+from jaxsft.rewards.records import Completion
+from jaxsft.rewards.scorer import Scorer
+from jaxsft.run.metrics import MetricsWriter
+from jaxsft.run.setup import Setup
+
+
+def measure_tasks(
+    config: GrpoConfig,
+    prompts: Sequence[TaskPrompt],
+    tokenizer: Tokenizer,
+    scorer: Scorer,
+    setup: Setup,
+    writer: MetricsWriter,
+    on_batch: Callable[[], None],
+    *,
+    console: Console,
+) -> dict[str, Any]:
+    """Answers the first held-out tasks and scores the answers; as `measure_rows`.
+
+    `on_batch` is called before each batch and may raise.
+    """
+    asked = prompts[: config.eval.num_prompts]
+    if not asked:
+        return {}
+    step, template = int(setup.state.step), AnswerTemplate(config.data.answer_template)
+    console.print(f"Measuring at step {step} on {len(asked)} held-out tasks …")
+    answers = answer_prompts(
+        setup.state.adapter,
+        setup.frozen,
+        [Prompt(ids, task.prompt, task.answer or "") for task, ids, _ in asked],
+        tokenizer,
+        spec=setup.spec.model,
+        options=config.eval,
+        on_batch=on_batch,
+    )
+    tasks = [each.task for each in asked]
+    rewards = scorer(tasks, [Completion(each.text, each.stopped) for each in answers])
+    lines = compare_rewards(tasks, scorer.weights, rewards) + compare_answers(template, answers)
+    shown = []
+    for i, (answer, earned) in enumerate(zip(answers, rewards, strict=True)):
+        flags = {
+            "exact_format": exact_parts(answer.text, template) is not None,
+            "rewards": {name: reward._asdict() for name, reward in earned.items()},
+        }
+        shown.append(dataclasses.asdict(answer) | flags)
+        writer.sample(step, i, shown[-1])
+    scores = {metric.name: estimates[0].value for metric, estimates, _ in lines}
+    writer.log(step, {f"eval/{name}": value for name, value in scores.items()})
+    intervals = {
+        metric.name: [estimates[0].low, estimates[0].high] for metric, estimates, _ in lines
+    }
+    return scores | {"num_answers": len(shown), "intervals": intervals, "answers": shown}
