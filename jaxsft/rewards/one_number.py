@@ -33,7 +33,7 @@ _HEDGES = re.compile(
     "or|nor|either|neither|maybe|perhaps|possibly|probably|presumably|approximately|approx|"
     "roughly|nearly|almost|circa|between|not|never|cannot|unknown|unsure|uncertain|unclear|guess|"
     "guessing|might|estimate|estimated|alternatively|depends|depending|versus|vs|wrong|incorrect|"
-    "except"
+    "except|ish"
 )
 _SCALES = {
     "k": 3, "K": 3, "thousand": 3, "M": 6, "mn": 6, "mln": 6, "million": 6,
@@ -52,7 +52,7 @@ _BOUND = re.compile(  # words in front of a number that make it another one
 # A sign or an operator beside the number, marks of doubt, of a comparison or a tag, dots for more.
 _MARK = re.compile(
     "[-+\u2010-\u2015\u2212/×÷*^]\\s+[$€£¥₹]?\\s?\0|[-\u2010-\u2015\u2212/÷^]\\W{0,2}\0|\0\\s*[+^]"
-    "|[<>?~\u2248\u2243\u2245\u2260\u2264\u2265\u00b1\u221a\u221e\u2026\u00bf\uff1f]|\\.\\."
+    "|~(?![A-Za-z\\\\])|[<>?\u2248\u2243\u2245\u2260\u2264\u2265\u00b1\u221a\u221e\u2026\u00bf\uff1f]|\\.\\."
 )
 _UNIT_POWER = re.compile(
     r"(?<![A-Za-z])((?:mm|cm|dm|km|m|ft|in|yd|mi|inch(?:es)?|feet|foot|yards?|miles?|units?|s|sec"

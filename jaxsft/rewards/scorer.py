@@ -37,7 +37,6 @@ _FILLERS = frozenset("\u115f\u1160\u3164\uffa0")  # letters that are not seen
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W\d_]+|(?<=\d)[.,]\d+)*")
 _BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
-_TAG_SPACE = re.compile(r"(?<=[<>/])\s+|\s+(?=[<>/])")
 
 
 class Scorer:
@@ -260,4 +259,7 @@ def _shown(text: str) -> str:
 def _plain_tags(text: str) -> str:
     """The text without case, characters that are not seen, and white space inside tags."""
     unseen = {ord(c): None for c in set(text) if unicodedata.category(c) == "Cf"}
-    return _TAG_SPACE.sub("", text.translate(unseen).casefold())
+    text = " ".join(text.translate(unseen).casefold().split())
+    for mark in "</>":
+        text = text.replace(f" {mark}", mark).replace(f"{mark} ", mark)
+    return text

@@ -140,6 +140,9 @@ class UserFile:
             why = visible_line(str(error))
             self._log(f"reward {reward.name}: {why}: {len(texts)} completions score 0")
             return [Reward(0.0, why)] * len(texts)
+        except BaseException:  # an interrupt: no later call may take its reply
+            self.close()
+            raise
         faults = [each for each in reply["values"] if isinstance(each, str)]
         if faults:
             why = visible_line(faults[0])

@@ -258,6 +258,7 @@ def test_math_verify_agrees_but_where_ours_is_stricter_on_purpose() -> None:
         *(("72 apples or pears", None), ("2024-05-01", None), ("7:30", None), ("2*36", None)),
         *(("72万", None), ("72\u2460", None), ("Ⅷ", None), ("1/0", None), ("x-72", None)),
         *(("minus 72", None), ("between 72 and LXXIII", None), ("half of 72", None), ("", None)),
+        *(("72~km", 72), ("72\\ \\mathrm{cm^2}", 72), ("~ $72", None), ("72-ish", None)),
         *(("72 \\pm 1", None), ("<b>72</b>", None), ("72\x00", None), ("9" * 5000, None)),
     ],
 )
@@ -300,6 +301,15 @@ def test_a_wrong_answer_keeps_its_format_and_says_why(scorer: Scorer) -> None:
     }
     (found,) = scorer([task_of("72")], [Completion("72", True)])
     assert found["format"].reason == "no tags" and found["answer"].reason == "outside the format"
+
+
+@pytest.mark.parametrize(
+    "piece", [" ", "<", "< ", "-", "72 ", "1,", "\\boxed{", "as many as ", "a."]
+)
+def test_a_long_text_takes_no_longer_than_its_length(scorer: Scorer, piece: str) -> None:
+    texts = [TEMPLATE.join("We count them all here.", piece * 50_000), piece * 50_000]
+    for task in (task_of("72"), task_of("Tuesday")):
+        assert max(rewards(scorer, task, *(Completion(each, True) for each in texts))) <= 0.2
 
 
 def test_reasoning_in_any_script_and_of_the_length_that_is_asked() -> None:
