@@ -184,22 +184,19 @@ def _evenly(steps: Sequence[int], sizes: Sequence[int], most: int) -> list[int]:
 
 
 def _values(line: Row) -> dict[str, float]:
-    """What is drawn of a line of metrics: what the loop measures, rewards, held-out values."""
-    names = {
-        name: name.removeprefix("train/").replace("_", " ")
-        for name in line
-        if name.startswith(("train/", "eval/"))
-    }
-    return {
-        short: line[name]
-        for name, short in names.items()
-        if short in _CURVES or (name.startswith(("train/reward_", "eval/")) and short != "reward s")
-        if _typed(line[name], _NUMBER) is not None
-    }
+    """What is drawn of a line of metrics: _CURVES, each reward, what is held out."""
+    values = {}
+    for name, value in line.items():
+        short = name.removeprefix("train/").replace("_", " ")
+        is_drawn = name.startswith(("train/reward_", "eval/reward", "eval/right"))
+        if _typed(value, _NUMBER) is not None and (short in _CURVES or is_drawn):
+            values[short] = value
+    values.pop("reward s", None)  # seconds
+    return values
 
 
 def _shown(name: str, value: float) -> str:
-    return f"{value:.1%}" if name in _SHARES else f"{value:.4g}"
+    return f"{value:.1%}" if name.removeprefix("eval/") in _SHARES else f"{value:.4g}"
 
 
 def _warnings(run_dir: Path) -> str:

@@ -1,7 +1,9 @@
 """Warnings of a training on rewards, by numbers that can be checked by hand."""
 
+import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxsft.config import GrpoConfig
 from jaxsft.grpo.alarms import Alarms
 
 
@@ -73,6 +76,16 @@ def test_what_is_missing_or_not_finite_warns_of_nothing() -> None:
     assert said("kl", *nothing * 5) == {}
     assert list(said("kl", 0.6, None, 0.6, math.nan, 0.6, 0.6)) == [5]
     assert Alarms().check(1, {"loss": 3.0}) == []
+
+
+def test_options_that_warnings_name_exist() -> None:
+    alarms, start = Alarms(), {"entropy": 1.0, "reasoning_words": 9.0}
+    bad = {"dead_groups": 1.0, "truncated": 1.0, "entropy": 0.1, "reasoning_words": 1.0, "kl": 1.0}
+    lines = [line for n in range(40) for line in alarms.check(n, start if n < 5 else bad)]
+    named = re.findall(r"[a-z]+\.[a-z_]+|[a-z]+_[a-z]+", " ".join(lines))
+    assert len(lines) == 6 and {"learning_rate", "objective.beta"} < {*named}
+    for name in {*named} - {"rollouts.jsonl"}:
+        functools.reduce(getattr, name.split("."), GrpoConfig())
 
 
 LINE = st.fixed_dictionaries(
