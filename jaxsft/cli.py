@@ -128,6 +128,7 @@ def parse_options(
     *kinds: type,
     default_recipe: str = DEFAULT_RECIPE,
     defaults: Mapping[str, Any] | None = None,
+    is_run: bool = True,
 ) -> list[Any]:
     """The options of a command: an instance of each of `kinds`, which share one command line.
 
@@ -138,6 +139,7 @@ def parse_options(
       kinds: frozen dataclasses; the text under each field is its help. Their names are distinct.
       default_recipe: the recipe without `--config`.
       defaults: in place of those of the dataclasses, by dotted name.
+      is_run: whether the options are for a run; else they need not be all that a run needs.
 
     Raises:
       ValueError: one line that names the option and, for an unknown one, what `hint_for` knows.
@@ -161,7 +163,8 @@ def parse_options(
         if values["print_config"]:
             sys.stdout.write(config_yaml(config, sys.stdout.encoding or "utf-8"))
             raise SystemExit(0)
-        validate(config)
+        if is_run:
+            validate(config)
     return found
 
 
@@ -187,6 +190,13 @@ def typed_options(
         if args[i] == "--config" and Path(args[i + 1]).resolve().parent == RECIPES.resolve():
             del args[i : i + 2]
     return frozenset(parser.parse_args(args, defaults=False).as_flat().__dict__)
+
+
+def config_files(argv: Sequence[str]) -> list[Path]:
+    """The files that --config names, without recipes."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    named = [a.partition("=")[2] or b for a, b in pairs if a.partition("=")[0] == "--config"]
+    return [path for path in map(Path, named) if path.is_file()]
 
 
 def parse_config(

@@ -10,6 +10,7 @@ again; 130 or 143 ended at once by a second signal.
 """
 
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from jaxsft.cli import (
     EXIT_STOPPED,
     command_line,
+    config_files,
     parse_options,
     run_command,
     run_process,
@@ -32,6 +34,7 @@ DESCRIPTION = (
     "which goes on from the adapter that `train --config grpo_warmup` makes."
 )
 DEFAULT_GRPO_RECIPE = "grpo_demo"
+_OF_RUN = ("checkpoints", "metrics.jsonl", "result.json")  # beside a run's config.yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,12 @@ def command(argv: list[str], began_s: float) -> int:
     """Trains as `argv` asks. ValueError and OSError are bad input."""
     kinds = GrpoConfig, GrpoOptions
     config, options = parse_options(
-        "jaxsft.grpo", DESCRIPTION, argv, *kinds, default_recipe=DEFAULT_GRPO_RECIPE
+        "jaxsft.grpo",
+        DESCRIPTION,
+        argv,
+        *kinds,
+        default_recipe=DEFAULT_GRPO_RECIPE,
+        is_run=not any(arg.partition("=")[0] in ("--score", "--page") for arg in argv),
     )
     if options.page is not None:
         from jaxsft.grpo.page import write_page
@@ -79,6 +87,7 @@ def command(argv: list[str], began_s: float) -> int:
     with Scorer(
         named_rewards(config.rewards),
         template,
+        beside=code_directory(config, argv),
         min_reasoning_words=config.reward.min_reasoning_words,
         seconds=config.reward.function_seconds,
         code_seconds=config.reward.code_seconds,
@@ -97,6 +106,25 @@ def command(argv: list[str], began_s: float) -> int:
             argv=argv,
             began_s=began_s,
         )
+
+
+def code_directory(config: GrpoConfig, argv: Sequence[str]) -> Path | None:
+    """The directory of the config file, where reward functions may be beside it; None without one.
+
+    ValueError if the file is the config.yaml of a run and its rewards would run code: a run that
+    came from elsewhere must not bring code with it.
+    """
+    files = config_files(argv)
+    is_typed = any(re.match(r"--rewards\b", arg) for arg in argv)
+    for file in [] if is_typed else files:
+        is_of_run = any((file.parent / name).exists() for name in _OF_RUN)
+        code = [name for name in named_rewards(config.rewards) if ":" in name]
+        if is_of_run and code:
+            raise ValueError(
+                f"--config {file}: is of another run, whose code is not taken: name {code[0]} on "
+                "the command line (--rewards), or in a config file of yours"
+            )
+    return files[-1].parent if files else None
 
 
 if __name__ == "__main__":

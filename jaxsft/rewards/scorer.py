@@ -188,11 +188,11 @@ def check_weights(weights: Mapping[str, float]) -> None:
         if name not in BUILT_IN and ":" not in name:
             close = difflib.get_close_matches(name, BUILT_IN, 1)
             is_file = name.endswith(".py")
-            hint = f"; did you mean {close[0]}?" if close else ""
-            hint = f"; write {name}:FUNCTION" if is_file else hint
+            hint = f"did you mean {close[0]}? " if close else ""
+            hint = f"write {name}:FUNCTION. " if is_file else hint
             raise ValueError(
-                f"rewards: there is no reward {name!r}{hint}; built in are {', '.join(BUILT_IN)}, "
-                "and your own is FILE.py:FUNCTION"
+                f"rewards: there is no reward {name!r}; {hint}Built in are {', '.join(BUILT_IN)}; "
+                "your own is FILE.py:FUNCTION"
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"rewards: the weight of {name} must be a number, not {weight!r}")

@@ -11,6 +11,7 @@ import pytest
 
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.rows import DEFAULTS, RowOptions
+from jaxsft.grpo.__main__ import main
 from jaxsft.grpo.score import score_file
 from jaxsft.rewards.scorer import Scorer
 
@@ -96,3 +97,34 @@ def test_columns_that_the_user_names(write: Callable[..., Path], capsys: Any) ->
 def test_scoring_imports_no_jax() -> None:
     program = "import sys, jaxsft.grpo.score; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_command_scores_with_a_recipe_that_is_no_whole_run(
+    write: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    own = "def half(texts, rows): return [0.5] * len(texts)\n"
+    (tmp_path / "my_rewards.py").write_text(own)
+    recipe = tmp_path / "config.yaml"  # the file of the reward is beside it
+    recipe.write_text("rewards: {format: 0.2, answer: 1.0, my_rewards.py:half: 0.1}\n")
+    rows = write(ROWS[0])
+    argv = ["--config", str(recipe), "--score", str(rows), "--json"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["reward"] == 1.25
+    # The same file, as a run's own: no code is taken from it.
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(argv) == 2
+    assert "is of another run, whose code is not taken" in capsys.readouterr().err
+    named = f"{{format: 0.2, {tmp_path}/my_rewards.py:half: 0.1}}"
+    assert main([*argv, "--rewards", named]) == 0
+    assert json.loads(capsys.readouterr().out)["reward"] == 0.25
+
+
+def test_rewards_that_cannot_be_had_are_one_line(
+    write: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    argv = ["--config", "grpo_gsm8k", "--score", str(write(ROWS[0])), "--rewards"]
+    for rewards, said in (("fromat", "did you mean format?"), ("no.py:f", "there is no file")):
+        assert main([*argv, rewards]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: rewards: ") and err.count("\n") == 1
+        assert said in err
