@@ -100,6 +100,11 @@ class UserFile:
                 own = [each for each in functions if not each.startswith("_")]
                 there = f"has {', '.join(own[:8])}" if own else "has none"
                 raise ValueError(f"rewards: {name}: no such function: {self.path} {there}")
+            if fault := functions[function]:
+                self.close()
+                raise ValueError(
+                    f"rewards: {name}: {fault}; it is called as {function}(texts, rows)"
+                )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,8 +161,8 @@ class UserFile:
             for each in reply["values"]
         ]
 
-    def _start(self) -> list[str]:
-        """Starts the process; the names in the file that can be called."""
+    def _start(self) -> dict[str, str]:
+        """Starts the process; the functions in the file, and why one cannot be called, or ""."""
         if file_sha256(self.path) != self.digest:
             raise ValueError(f"{self.path} was changed during the run")
         self._replies, theirs = os.pipe()
@@ -184,7 +189,7 @@ class UserFile:
         if "error" in reply:
             self.close()
             raise ValueError(f"rewards: {name}: {self.path}: {reply['error']}")
-        return list(reply["functions"])
+        return dict(reply["functions"])
 
     def _ask(self, request: bytes, seconds: float) -> dict[str, Any]:
         """Writes the request and waits for its reply.

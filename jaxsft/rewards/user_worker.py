@@ -1,12 +1,16 @@
 """Runs the rewards of a user's file. A script for a process of its own: nothing imports it.
 
-Arguments: the file, and the descriptor that replies go to. It writes {"functions": […]} when the
-file is loaded, then for each request {"function", "texts", "rows", "seconds"}, a line of stdin,
-{"values": […]}; {"error": …} in place of either. What the file prints goes to stderr.
+Arguments: the file, and the descriptor that replies go to. When the file is loaded it writes
+{"functions": {name: fault}}; a fault is why one cannot be called as (texts, rows), or "". Then for
+each request {"function", "texts", "rows", "seconds"}, a line of stdin, it writes {"values": […]}.
+{"error": …} stands in place of either. What the file prints goes to stderr.
 """
 
+import contextlib
 import faulthandler
 import importlib.util
+import inspect
+import itertools
 import json
 import math
 import os
@@ -30,12 +34,15 @@ def main() -> None:
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    with contextlib.suppress(OSError):  # where memory runs out, this process ends, not the run
+        Path("/proc/self/oom_score_adj").write_text("1000")
     module: ModuleType | None = None
 
     def load() -> dict[str, Any]:
         nonlocal module
         module = load_file(path)
-        return {"functions": [n for n, each in vars(module).items() if callable(each)]}
+        found = {name: each for name, each in vars(module).items() if callable(each)}
+        return {"functions": {name: call_fault(each) for name, each in found.items()}}
 
     _reply(replies, path, load)
     for line in requests:
@@ -49,6 +56,19 @@ def main() -> None:
         faulthandler.dump_traceback_later(asked["seconds"] + _GRACE_SECONDS, exit=True, file=2)
         _reply(replies, path, call)
         faulthandler.cancel_dump_traceback_later()
+
+
+def call_fault(function: Callable[..., Any]) -> str:
+    """Why a function cannot be called as (texts, rows); "" if it can, or may."""
+    try:
+        signature = inspect.signature(function)
+    except Exception:  # it has none, or is an odd object that nobody asked for
+        return ""
+    try:
+        signature.bind([], [])
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def load_file(path: Path) -> ModuleType:
@@ -68,11 +88,12 @@ def plain_values(values: Any, num_texts: int) -> list[Any]:
     if isinstance(values, str | bytes | dict):
         raise TypeError(f"returned a {type(values).__name__}, not a list of numbers")
     try:
-        found = list(values)
+        found = list(itertools.islice(values, num_texts + 1))
     except TypeError:
         raise TypeError(f"returned a {type(values).__name__}, not a list of numbers") from None
     if len(found) != num_texts:
-        raise ValueError(f"returned {len(found)} values for {num_texts} texts")
+        many = f"more than {num_texts}" if len(found) > num_texts else len(found)
+        raise ValueError(f"returned {many} values for {num_texts} texts")
     return [None if each is None else _plain_value(each) for each in found]
 
 

@@ -44,6 +44,7 @@ def interrupts(texts, rows): raise KeyboardInterrupt
 def short(texts, rows): return [1.0]
 def word(texts, rows): return "1234"
 def nothing(texts, rows): pass
+def endless(texts, rows): return iter(int, 1)
 def lazy(texts, rows): return (1 / i for i in (1, 0, 1, 1))
 def leaves_a_child(texts, rows):
     if os.fork() == 0: time.sleep(600)
@@ -56,6 +57,7 @@ FAILS = {
     "exits": "SystemExit: bye", "interrupts": "KeyboardInterrupt",
     "raises": "ZeroDivisionError: division by zero",
     "short": "returned 1 values for 4 texts",
+    "endless": "returned more than 4 values for 4 texts",
     "word": "returned a str, not a list of numbers",
     "nothing": "returned a NoneType, not a list of numbers",
     "lazy": "ZeroDivisionError: division by zero",
@@ -170,6 +172,7 @@ def test_a_run_that_is_killed_leaves_no_function_that_hangs(folder: Path) -> Non
         ("import os; os._exit(4)", "ended its process (exit code 4)"),
         ("import nonexistent_module", "No module named 'nonexistent_module'"),
         ("def g(texts, rows): 1\nf = 5", "no such function"),
+        ("def f(completions, **kwargs): 1", "called as f(texts, rows)"),
         ("", "has none"),
     ],
 )
