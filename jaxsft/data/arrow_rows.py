@@ -40,6 +40,17 @@ def holds_text(kind: arrow.DataType) -> bool:
     return _is_string(kind)
 
 
+def is_of_json(kind: arrow.DataType) -> bool:
+    """Whether JSON has values of the type, or can write them: no bytes, no media."""
+    if isinstance(kind, arrow.BaseExtensionType):
+        return is_of_json(kind.storage_type)
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return is_of_json(kind.value_type)
+    if types.is_nested(kind):
+        return all(is_of_json(kind.field(i).type) for i in range(kind.num_fields))
+    return not _is_binary(kind)
+
+
 def check_num_rows(container: Container, num_rows: int) -> None:
     """Raises ValueError for a number of rows that so small a file cannot hold."""
     if num_rows > _MOST_ROWS_PER_BYTE * container.packed_bytes:
@@ -50,14 +61,22 @@ class RowMaker:
     """Makes the rows of a file from batches of its wanted columns, and counts them."""
 
     def __init__(
-        self, container: Container, schema: arrow.Schema, columns: Mapping[str, str] | None
+        self,
+        container: Container,
+        schema: arrow.Schema,
+        columns: Mapping[str, str] | None,
+        whole: bool,
     ) -> None:
-        """The schema is the file's, of all columns; `columns` are `data.columns`."""
+        """The schema is the file's, of all columns; `columns` and `whole` are as in `read_rows`."""
         self.where = f"{container.path}:row "
         self.number = 0  # of rows so far
         self.names = schema.names
         columns = columns_for(self.names, columns)
-        self.wanted = [is_wanted(each.name, holds_text(each.type), columns) for each in schema]
+        self.wanted = [
+            is_wanted(each.name, holds_text(each.type), columns)
+            or (whole and is_of_json(each.type))
+            for each in schema
+        ]
         self._make = dict if len(set(self.names)) == len(self.names) else object_of
         self._is_plain = (
             self._make is dict and all(self.wanted) and all(map(_is_plain, schema.types))

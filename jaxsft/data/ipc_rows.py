@@ -20,7 +20,7 @@ _FILE_MAGIC = b"ARROW1"  # at the beginning and the end of the file format; betw
 
 
 def read_ipc(
-    container: Container, columns: Mapping[str, str] | None
+    container: Container, columns: Mapping[str, str] | None, whole: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("file:row n", row).
 
@@ -31,7 +31,7 @@ def read_ipc(
     try:
         stream = _stream(container)
         schema = ipc.open_stream(stream).schema
-        maker = RowMaker(container, schema, columns)
+        maker = RowMaker(container, schema, columns, whole)
         _check_buffers(container, stream, schema, maker.wanted)
         included = [i for i, each in enumerate(maker.wanted) if each]
         # No field included would mean all of them.

@@ -59,7 +59,7 @@ class _Chunk(NamedTuple):
 
 
 def read_parquet(
-    container: Container, columns: Mapping[str, str] | None
+    container: Container, columns: Mapping[str, str] | None, whole: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("file:row n", row).
 
@@ -71,7 +71,7 @@ def read_parquet(
         data = mmap.mmap(container.file.fileno(), 0, access=mmap.ACCESS_READ)
         with _open(data) as file:
             schema = file.schema_arrow
-            maker = RowMaker(container, schema, columns)
+            maker = RowMaker(container, schema, columns, whole)
             names = [name for name, each in zip(schema.names, maker.wanted, strict=True) if each]
             check_num_rows(container, file.metadata.num_rows)
             if not names:

@@ -222,7 +222,7 @@ def _unreadable(path: Path, error: OSError) -> ValueError:
 
 
 def read_rows(
-    path: str | Path, columns: Mapping[str, str] | None = None
+    path: str | Path, columns: Mapping[str, str] | None = None, *, whole: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """Yields ("file:line", row) or ("file:row n", row) of all `row_files`.
 
@@ -233,6 +233,8 @@ def read_rows(
     Args:
       path: a file, a directory or a pattern.
       columns: `data.columns`, the columns that the user named for each part.
+      whole: whether columns without text, and those that no conversation needs, are read too; those
+        with bytes are not.
 
     Raises:
       ValueError: there is no such file, there are no rows, or a file is of another kind, broken, or
@@ -240,24 +242,26 @@ def read_rows(
     """
     found = False
     for file, _ in row_files(path):
-        for row in _read_file(file, columns):
+        for row in _read_file(file, columns, whole):
             found = True
             yield row
     if not found:
         raise ValueError(f"{path}: is empty; it must hold rows, such as one JSON object per line")
 
 
-def _read_file(path: Path, columns: Mapping[str, str] | None) -> Iterator[tuple[str, Any]]:
+def _read_file(
+    path: Path, columns: Mapping[str, str] | None, whole: bool
+) -> Iterator[tuple[str, Any]]:
     try:
         with open_container(path) as container:
             if container.kind == "parquet":
                 from jaxsft.data.parquet_rows import read_parquet  # pyarrow is slow to import
 
-                yield from read_parquet(container, columns)
+                yield from read_parquet(container, columns, whole)
             elif container.kind == "arrow":
                 from jaxsft.data.ipc_rows import read_ipc
 
-                yield from read_ipc(container, columns)
+                yield from read_ipc(container, columns, whole)
             else:
                 yield from _read_text(container, columns)
     except OSError as error:

@@ -156,7 +156,7 @@ def prompts_digest(prompts: Sequence[TaskPrompt], epoch: Sequence[int] = ()) -> 
 
 def _rows(files: Sequence[Path], options: RowFileOptions) -> Iterator[tuple[int, str, dict]]:
     for source, file in enumerate(files):
-        for where, row in read_rows(file, options.columns):
+        for where, row in read_rows(file, options.columns, whole=True):
             yield source, where, row
 
 

@@ -68,7 +68,8 @@ def score_file(path: Path, scorer: Scorer, how: RowOptions, *, as_json: bool) ->
 
 def score_rows(path: Path, scorer: Scorer, how: RowOptions) -> list[ScoredRow]:
     """Every row of the file, in order."""
-    read = [(where, *_read(row, scorer, how)) for where, row in read_rows(path, how.columns)]
+    rows = read_rows(path, how.columns, whole=True)
+    read = [(where, *_read(row, scorer, how)) for where, row in rows]
     usable = [(task, given) for _, task, given in read if isinstance(task, Task)]
     rewards: list[dict[str, Reward]] = []
     for low in range(0, len(usable), _BATCH):

@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 from decimal import Decimal
 from typing import Any
 
-from jaxsft.data.fields import PARTS, is_absent, is_blank
+from jaxsft.data.fields import PARTS, UNREAD, is_absent, is_blank
 from jaxsft.data.messages import read_text
 from jaxsft.data.replies import Rejected, RejectedError
 from jaxsft.data.rows import DEFAULTS, RowOptions, Turn, convert_prompt, convert_row, split_gsm8k
@@ -48,7 +48,7 @@ def read_task(
     """The task of a row, or why it has none. Raises nothing.
 
     Args:
-      row: as `read_rows` gives it.
+      row: as `read_rows` gives it with `whole`.
       how: as training converts rows; its `columns` may name those of prompt and response.
       rewards: the names of the run's rewards. With one of the user's own among them a row needs
         neither answer nor tests if it has a `kind`, and may have other fields with text.
@@ -111,7 +111,8 @@ def _read(row: Any, how: RowOptions, has_own_rewards: bool) -> Task:
             f"no answer and no tests in {found}: name the column of the answer with data.columns "
             "(response), or give the row a kind for a reward of your own",
         )
-    return Task(prompt, kind or "code", answer, tests, setup, dict(row), tuple(earlier))
+    read = {name: value for name, value in row.items() if value is not UNREAD}
+    return Task(prompt, kind or "code", answer, tests, setup, read, tuple(earlier))
 
 
 def _kind(row: Mapping[str, Any]) -> str:

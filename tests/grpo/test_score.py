@@ -7,13 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import feather, parquet
 
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.rows import DEFAULTS, RowOptions
+from jaxsft.data.sources import read_rows
 from jaxsft.grpo.__main__ import main
 from jaxsft.grpo.score import score_file
+from jaxsft.rewards.records import Task
 from jaxsft.rewards.scorer import Scorer
+from jaxsft.rewards.tasks import is_for_training, read_task
 
 WEIGHTS = {"format": 0.2, "answer": 1.0, "tests": 1.0}
 THOUGHT = "Half of the 48 clips is 24 clips."
@@ -128,3 +133,30 @@ def test_rewards_that_cannot_be_had_are_one_line(
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: rewards: ") and err.count("\n") == 1
         assert said in err
+
+
+def test_columns_of_numbers_in_a_table_are_read(
+    write: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    """Parquet and Arrow files say the type of a column; a stop, an id, a right number count too."""
+    row = {"prompt": "q", "final_answer": 5, "completion": formatted("5"), "level": 0.5}
+    table = pyarrow.Table.from_pylist([row | {"stopped": True}, row | {"stopped": False}])
+    table = table.append_column("image", pyarrow.array([b"x", b"y"]))
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    feather.write_feather(table, tmp_path / "rows.arrow")
+    (tmp_path / "my.py").write_text(
+        "def level(texts, rows): return [row['level'] * ('image' not in row) for row in rows]\n"
+    )
+    weights = {"answer": 1.0, f"{tmp_path}/my.py:level": 1.0}
+    how = RowOptions(columns={"prompt": "prompt", "response": "final_answer"})
+    for name in ("rows.parquet", "rows.arrow"):
+        with Scorer(weights, AnswerTemplate()) as scorer:
+            for options in (DEFAULTS, how):
+                assert score_file(tmp_path / name, scorer, options, as_json=True) == 0
+                lines = map(json.loads, capsys.readouterr().out.splitlines())
+                assert [line["reward"] for line in lines] == [1.5, 0.5]
+    mbpp = MBPP | {"task_id": 7}
+    parquet.write_table(pyarrow.Table.from_pylist([mbpp]), tmp_path / "mbpp.parquet")
+    ((_, found),) = read_rows(tmp_path / "mbpp.parquet", whole=True)
+    task = read_task(found)
+    assert isinstance(task, Task) and not is_for_training(task)
