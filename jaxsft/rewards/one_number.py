@@ -27,7 +27,7 @@ _NUMBER_WORDS = re.compile(
     "fifteen|sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fourty|fifty|sixty|seventy|"
     "eighty|ninety|hundred|hundreds|thousand|thousands|million|millions|billion|billions|"
     "trillion|trillions|lakh|crore|half|halves|thirds|fourths|fifths|sixths|sevenths|eighths|"
-    "ninths|tenths|hundredths|twice|thrice|minus|negative|squared|cubed|root"
+    "ninths|tenths|hundredths|twice|thrice|minus|negative|squared|cubed|root|sqrt|log"
 )
 _HEDGES = re.compile(
     "or|nor|either|neither|maybe|perhaps|possibly|probably|presumably|approximately|approx|"
@@ -51,7 +51,7 @@ _BOUND = re.compile(  # words in front of a number that make it another one
 )
 # A sign or an operator beside the number, marks of doubt, of a comparison or a tag, dots for more.
 _MARK = re.compile(
-    "[-+\u2010-\u2015\u2212/×÷*^]\\s+[$€£¥₹]?\\s?\0|[-\u2010-\u2015\u2212/÷^]\\W{0,2}\0|\0\\s*[+^]"
+    "[-+\u2010-\u2015\u2212/×÷*^]\\s+[$€£¥₹]?\\s?\0|[-\u2010-\u2015\u2212/÷^]\\W{0,6}\0|\0\\s*[+^]"
     "|~(?![A-Za-z\\\\])|[<>?\u2248\u2243\u2245\u2260\u2264\u2265\u00b1\u221a\u221e\u2026\u00bf\uff1f]|\\.\\."
 )
 _UNIT_POWER = re.compile(

@@ -258,6 +258,7 @@ def test_math_verify_agrees_but_where_ours_is_stricter_on_purpose() -> None:
         *(("72 apples or pears", None), ("2024-05-01", None), ("7:30", None), ("2*36", None)),
         *(("72万", None), ("72\u2460", None), ("Ⅷ", None), ("1/0", None), ("x-72", None)),
         *(("minus 72", None), ("between 72 and LXXIII", None), ("half of 72", None), ("", None)),
+        *(("-(72)", None), ("\u2212 ( 72 )", None), ("sqrt(72)", None), ("well-known: 72", 72)),
         *(("72~km", 72), ("72\\ \\mathrm{cm^2}", 72), ("~ $72", None), ("72-ish", None)),
         *(("72 \\pm 1", None), ("<b>72</b>", None), ("72\x00", None), ("9" * 5000, None)),
     ],
