@@ -109,10 +109,9 @@ class CompletionRows:
 
 
 def padded_rows(num_rows: int, multiple: int) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, … times `multiple` that is at least `num_rows`.
+    """The least of 1, 2, 4, 8, … times `multiple` that is at least `num_rows`.
 
-    A step compiles once for each number of rows: so there are few, and at most a third is padding.
+    A step compiles once for each number of rows, on a CPU for as long as it then takes to run.
     """
     blocks = max(1, -(-num_rows // multiple))
-    power = 1 << (blocks - 1).bit_length()
-    return multiple * (power * 3 // 4 if blocks <= power * 3 // 4 and power >= 4 else power)
+    return multiple << (blocks - 1).bit_length()
