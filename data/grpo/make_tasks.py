@@ -1,8 +1,8 @@
 """Makes the rows in this directory: `python data/grpo/make_tasks.py`.
 
     warmup.jsonl              96 rows, 8 of each of 12 small tasks, with a sentence of reasoning
-    larger.jsonl              400 prompts "Which number is larger …" with their answers
-    larger_heldout.jsonl      128 others
+    largest.jsonl             400 prompts "Which number is the largest …" with their answers
+    largest_heldout.jsonl     128 others
     mix.jsonl                 1,200 prompts, 400 of each of three tasks
     mix_heldout.jsonl         192 others
 
@@ -162,11 +162,11 @@ def main() -> None:
     taken: set[str] = set()
     take = {task: distinct(task, task.__name__, taken) for task in TASKS}
     # Held-out problems first: nothing else has their questions.
-    larger_heldout = [next(take[larger]) for _ in range(128)]
+    largest_heldout = [next(take[largest]) for _ in range(128)]
     # Of the alphabet's 650 questions 64 are held out, too.
     mix_heldout = [next(take[task]) for _ in range(64) for task in CHECKED]
     warmup = [next(take[task]) for _ in range(8) for task in TASKS]
-    larger_train = [next(take[larger]) for _ in range(400)]
+    largest_train = [next(take[largest]) for _ in range(400)]
     mix = [next(take[task]) for _ in range(400) for task in CHECKED]
     write(
         "warmup.jsonl",
@@ -175,8 +175,8 @@ def main() -> None:
             for p in warmup
         ],
     )
-    write("larger.jsonl", prompts(larger_train))
-    write("larger_heldout.jsonl", prompts(larger_heldout))
+    write("largest.jsonl", prompts(largest_train))
+    write("largest_heldout.jsonl", prompts(largest_heldout))
     write("mix.jsonl", prompts(mix))
     write("mix_heldout.jsonl", prompts(mix_heldout))
 
