@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 import transformers
@@ -443,6 +444,21 @@ def test_draws_are_from_transformers_distribution(
     pairs = [(o, w) for o, w in zip(observed, wanted, strict=True) if w > 0]
     if len(pairs) > 1:
         assert scipy.stats.chisquare(*zip(*pairs, strict=True)).pvalue > 1e-3
+
+
+def test_draws_from_several_blocks_of_ids() -> None:
+    """They are drawn one after the other, the last of them not full."""
+    logits = np.random.default_rng(5).normal(-9.0, 1.0, (1, 1100)).astype(np.float32)
+    seen = [0, 3, 511, 512, 600, 1023, 1024, 1099]
+    logits[:, seen] = np.linspace(0.0, 2.0, len(seen))
+    expected = NUM_DRAWS * scipy.special.softmax(logits[0].astype(float))
+    tiled = jnp.broadcast_to(logits, (NUM_DRAWS, 1100))
+    drawn = sample_token(tiled, keys(NUM_DRAWS), options_of(temperature=1.0))
+    counts = np.bincount(drawn, minlength=1100)
+    groups = [[counts[each] for each in seen], [expected[each] for each in seen]]
+    for group, every in zip(groups, (counts, expected), strict=True):
+        group += [every[:512].sum() - sum(group[:3]), every[512:].sum() - sum(group[3:])]
+    assert scipy.stats.chisquare(*groups).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(

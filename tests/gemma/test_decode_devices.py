@@ -17,7 +17,7 @@ def test_eight_devices_give_the_answers_of_one() -> None:
     assert report["eight"] == report["one"]
     greedy, drawn, groups = report["one"]
     assert len(greedy) == len(drawn) == 21 and greedy != drawn
-    assert len(groups) == 48 and groups[0] == drawn[0]
+    assert len(groups) == 48 and len({*map(tuple, groups)}) > 40  # a few end at once
     assert {len(ids) for ids in greedy} == {12}
 
 
@@ -54,6 +54,7 @@ def measure() -> dict[str, Any]:
     prompts = [rng.integers(4, 96, length).tolist() for length in rng.integers(1, 32, 21)]
     greedy = sample.SamplingOptions(batch_size=5, max_new_tokens=12)
     drawn = dataclasses.replace(greedy, temperature=1.0, top_k=20, top_p=0.9)
+    untruncated = dataclasses.replace(drawn, top_k=0, top_p=1.0)
     report = {}
     for case, shape in CASES.items():
         mesh, placed = None, (adapter, frozen)
@@ -75,7 +76,7 @@ def measure() -> dict[str, Any]:
             for options, stop_ids, num_prompts, group_size in (
                 (greedy, (96,), 21, 1),
                 (drawn, (5, 6, 7), 21, 1),
-                (drawn, (5, 6, 7), 3, 16),
+                (untruncated, (5, 6, 7), 3, 16),
             )
         ]
         if mesh is not None:
