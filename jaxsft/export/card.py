@@ -13,6 +13,7 @@ from jaxsft.config import DataOptions, GrpoConfig, TrainConfig, named_files, nam
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.download.names import parse_hub_name
 from jaxsft.evaluate.heldout import METRICS
+from jaxsft.evaluate.rewarded import reward_metrics
 from jaxsft.evaluate.table import metric_cell
 from jaxsft.gemma.architecture import GemmaConfig
 from jaxsft.run.metrics import last_step_of
@@ -83,8 +84,14 @@ def _front_matter(origin: Origin, format: str, has_adapter: bool) -> str:
     lines = ["---", "license: gemma", f"library_name: {_LIBRARIES[format]}"]
     if _is_on_hub(origin):
         lines += [f"base_model: {origin.name}"]
-    tags = ["gemma", "jax", "jaxsft"] + (["lora", "sft"] if has_adapter else [])
+    tags = ["gemma", "jax", "jaxsft"]
+    if has_adapter:
+        tags += ["lora", "grpo" if _is_grpo(origin.run_dir) else "sft"]
     return "\n".join([*lines, "pipeline_tag: text-generation", f"tags: {json.dumps(tags)}", "---"])
+
+
+def _is_grpo(run_dir: Path | None) -> bool:
+    return run_dir is not None and isinstance(run_config(run_dir), GrpoConfig)
 
 
 def _is_on_hub(origin: Origin) -> bool:
@@ -106,7 +113,8 @@ def _training(origin: Origin, adapter: AdapterConfig) -> str:
     if which == RUN_ADAPTERS[-1]:
         return "\n".join([*lines, f"- what the run {_quoted(run_dir.name)} began with"])
     if which != RUN_ADAPTERS[0]:
-        lines.append("- of the steps below, the one with the lowest held-out loss")
+        best = "highest held-out reward" if _is_grpo(run_dir) else "lowest held-out loss"
+        lines.append(f"- of the steps below, the one with the {best}")
     if config.fork_from:
         start = Path(config.fork_from)
         start = start.parent if start.name in RUN_ADAPTERS else start
@@ -223,8 +231,9 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
         "".join(f"| {cell} " for cell in ("", *columns)) + "|",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for metric in METRICS:
-        if any(metric.name in measured for measured in columns.values()):
+    names = {name: None for measured in columns.values() for name in measured}
+    for metric in (*reward_metrics(names), *METRICS):
+        if metric.name in names:
             cells = [metric_cell(measured, metric) for measured in columns.values()]
             lines.append("".join(f"| {cell} " for cell in (metric.label, *cells)) + "|")
     return "\n".join(lines)

@@ -17,8 +17,9 @@ from jaxsft.weights.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jaxsft.weights.flax import is_flax_checkpoint
 
 RUN_CONFIG = "config.yaml"
-# Other programs write a config.yaml too; a run's has at least these options.
-_RUN_OPTIONS = {"lora:", "data:", "global_batch_size:"}
+# Other programs write a config.yaml too; a run's has these options, and one of its own kind's.
+_RUN_OPTIONS = {"lora:", "data:"}
+_OF_A_KIND = {"global_batch_size:", "rollout:"}  # train's, grpo's
 _CHECKPOINTS = "checkpoints"  # of a run
 _MOST_ENTRIES = 10_000  # of a directory that are looked at
 
@@ -28,7 +29,8 @@ def is_run(path: Path) -> bool:
     file = path / RUN_CONFIG
     is_one = file.is_file() and file.stat().st_size <= MAX_CHARS
     text = file.read_text(encoding="utf-8", errors="replace") if is_one else ""
-    return {line.partition(" ")[0] for line in text.splitlines()} >= _RUN_OPTIONS
+    options = {line.partition(" ")[0] for line in text.splitlines()}
+    return options >= _RUN_OPTIONS and not options.isdisjoint(_OF_A_KIND)
 
 
 def check_is_whole(path: Path) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
+from jaxsft.cli import config_yaml, parse_options
 from jaxsft.common.files import write_json
-from jaxsft.config import ANSWER_TEMPLATE
+from jaxsft.config import ANSWER_TEMPLATE, GrpoConfig
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.export.card import about_training, model_card
 from jaxsft.export.output import (
@@ -23,6 +24,7 @@ from jaxsft.export.verify import max_difference
 from jaxsft.gemma.architecture import PRESETS
 from jaxsft.weights.adapter_config import WEIGHTS_NAME, AdapterConfig
 from jaxsft.weights.find import Origin, Taught, taught_by
+from jaxsft.weights.inside import is_run
 
 
 def test_largest_difference() -> None:
@@ -301,3 +303,29 @@ def test_card_of_a_run(tmp_path: Path) -> None:
     (run_dir / "evaluation" / "evaluation.json").write_text('{"models": ["tuned"]}')
     with pytest.raises(ValueError, match=r"evaluation\.json: is no evaluation"):
         about("adapter")
+
+
+def test_card_of_a_run_of_grpo(tmp_path: Path) -> None:
+    (config,) = parse_options("jaxsft.grpo", "", ["--config", "grpo_gsm8k"], GrpoConfig)
+    run_dir, adapter = tmp_path / "rewarded", tmp_path / "rewarded" / "adapter-best"
+    adapter.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(config_yaml(config))
+    assert is_run(run_dir)
+    (adapter / WEIGHTS_NAME).write_text("best")
+    (run_dir / "evaluation").mkdir()
+    estimate = {"value": 0.5, "low": 0.25, "high": 0.75, "num": 16}
+    numbers = {
+        "models": ["runs/rewarded"],
+        "adapters": [hashlib.sha256(b"best").hexdigest()],
+        "about": "mbpp: 16 answers",
+        "metrics": {name: {"models": [estimate]} for name in ("tests_passed", "reward_tests")},
+    }
+    write_json(run_dir / "evaluation" / "evaluation.json", numbers)
+    origin = Origin(Path("b"), adapter, run_dir, Path("t"), "demo", None)
+    text = "\n".join(about_training(origin, ADAPTER))
+    assert "- of the steps below, the one with the highest held-out reward" in text
+    assert "- GRPO: 0 steps on rollouts of 16 prompts x 8 completions" in text
+    assert "rewards: format 0.2, answer 1, tests 1" in text
+    assert "| all tests passed | 50.0% [25.0, 75.0] |\n| reward tests | 0.500 [" in text
+    taught = taught_by(origin)
+    assert taught is not None and taught.earlier_reasoning == "keep"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxsft.cli import config_yaml, parse_config, typed_options
-from jaxsft.config import LoraOptions, TrainConfig
+from jaxsft.cli import config_yaml, parse_config, parse_options, typed_options
+from jaxsft.config import GrpoConfig, LoraOptions, RunConfig, TrainConfig
 from jaxsft.run.fork import Fork, describe_fork, with_fork
 from jaxsft.weights.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 
@@ -82,10 +82,14 @@ def test_what_a_recipe_says_is_not_typed(tmp_path: Path) -> None:
     assert typed_options("jaxsft.train", [], TrainConfig) == frozenset()
 
 
-def test_an_unfinished_run_s_options_are_in_its_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "recipe"), [(TrainConfig, "demo"), (GrpoConfig, "grpo_gsm8k")])
+def test_an_unfinished_run_s_options_are_in_its_config(
+    tmp_path: Path, kind: type[RunConfig], recipe: str
+) -> None:
     (tmp_path / "checkpoints").mkdir()
-    argv = [ALL, "--lora.r=3", "--lora.target_modules=v_proj,q_proj", "--name=x"]
-    (tmp_path / "config.yaml").write_text(parse_config("jaxsft.train", "", argv)[1])
+    argv = ["--config", recipe, "--lora.r=3", "--lora.target_modules=v_proj,q_proj", "--name=x"]
+    (there,) = parse_options("jaxsft.train", "", argv, kind)
+    (tmp_path / "config.yaml").write_text(config_yaml(there))
     config, fork = forked(tmp_path)
     assert fork == Fork(tmp_path / "checkpoints", None)
     assert (config.lora.r, config.lora.target_modules) == (3, "v_proj,q_proj")

@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxsft.cli import parse_config
+from jaxsft.cli import config_yaml, parse_options
+from jaxsft.config import GrpoConfig, RunConfig, TrainConfig
 from jaxsft.gemma import lora
 from jaxsft.gemma.layers import LoRA
 from jaxsft.weights.adapter_config import AdapterConfig
@@ -15,10 +16,13 @@ from jaxsft.weights.peft import save_adapter
 TARGETS = ("o_proj",)
 
 
-def make_run(run_dir: Path, model_dir: Path, **options: str) -> Path:
+def make_run(
+    run_dir: Path, model_dir: Path, kind: type[RunConfig] = TrainConfig, **options: str
+) -> Path:
     """config.yaml, adapter/ and adapter-best/ in `run_dir`, which is returned.
 
-    `options` are the config's, dots as two underscores. The adapter changes what the model says.
+    The run is train's, or with `kind` GrpoConfig grpo's. `options` are the config's, dots as two
+    underscores. The adapter changes what the model says.
     """
     model, _ = load_model(model_dir, dtype="float32", param_dtype="float32")
     lora.inject(model, rank=2, alpha=4, targets=TARGETS, rngs=nnx.Rngs(0))
@@ -31,5 +35,8 @@ def make_run(run_dir: Path, model_dir: Path, **options: str) -> Path:
     named = {"model.path": model_dir, "data.train_files": "rows.jsonl", "name": run_dir.name}
     named |= {name.replace("__", "."): value for name, value in options.items()}
     arguments = [f"--{name}={value}" for name, value in named.items()]
-    (run_dir / "config.yaml").write_text(parse_config("jaxsft.train", "", arguments)[1])
+    if kind is GrpoConfig:
+        arguments = ["--config=grpo_gsm8k", *arguments]
+    (config,) = parse_options("jaxsft.train", "", arguments, kind)
+    (run_dir / "config.yaml").write_text(config_yaml(config))
     return run_dir
