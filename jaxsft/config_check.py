@@ -9,6 +9,7 @@ from typing import Any
 from jaxsft.config import (
     EvalOptions,
     GrpoConfig,
+    RewardOptions,
     RunConfig,
     TrainConfig,
     named_files,
@@ -100,6 +101,12 @@ def validate_eval(options: EvalOptions) -> None:
     """As `validate`, for these options alone."""
     problems = _out_of_range(options, "eval.") + _sampling_conflicts(options)
     if problems:
+        raise ValueError("; ".join(problems))
+
+
+def validate_reward(options: RewardOptions) -> None:
+    """As `validate`, for these options alone."""
+    if problems := _out_of_range(options, "reward."):
         raise ValueError("; ".join(problems))
 
 

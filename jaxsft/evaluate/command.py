@@ -17,7 +17,7 @@ from jaxsft.common.console import make_console
 from jaxsft.common.devices import check_device, configure_jax
 from jaxsft.common.files import cache_dir, file_sha256
 from jaxsft.common.text import visible_line
-from jaxsft.config import ANSWER_TEMPLATE, DataOptions
+from jaxsft.config import ANSWER_TEMPLATE, DataOptions, GrpoConfig, named_rewards
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.bins import pack
 from jaxsft.data.packing import PackedRows, Sample
@@ -27,6 +27,7 @@ from jaxsft.download.names import find_row_files
 from jaxsft.evaluate.heldout import (
     NEXT_QUESTION,
     Prompt,
+    SampleLosses,
     answer_mask,
     answer_prompts,
     as_text,
@@ -42,11 +43,13 @@ from jaxsft.evaluate.results import (
     output_directory,
     write_evaluation,
 )
-from jaxsft.evaluate.scoring import compare_answers
+from jaxsft.evaluate.rewarded import compare_passed, compare_rewards
+from jaxsft.evaluate.scoring import Comparison, compare_answers
 from jaxsft.evaluate.sides import (
     Side,
     check_alike,
     check_evaluate_options,
+    code_left_out,
     defaults_of,
     find_side,
     names_of,
@@ -55,10 +58,13 @@ from jaxsft.evaluate.sides import (
     sides_of,
 )
 from jaxsft.evaluate.table import show_comparison, with_perplexity
+from jaxsft.evaluate.tasks import as_asked, read_asked, score_answers
 from jaxsft.gemma import lora
 from jaxsft.gemma.decode import SamplingOptions, generation_batch_size
 from jaxsft.gemma.sharding import make_mesh
 from jaxsft.prepare.rows import all_samples, load_heldout
+from jaxsft.rewards.records import Task
+from jaxsft.rewards.scorer import Scorer
 from jaxsft.step.score import ModelSpec
 from jaxsft.weights.adapter_config import WEIGHTS_NAME
 from jaxsft.weights.find import check_tokenizer, load, say_on_stderr
@@ -68,7 +74,6 @@ from jaxsft.weights.peft import load_adapter
 
 _CHUNK_TOKENS = 512  # positions per device whose logits exist at a time
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128  # a TPU's lanes; shorter rows pack badly
-_ANY_LENGTH = 1 << 24  # tokens
 _SHOWN = 80  # characters of a system text
 _LINE_EVERY_S = 30.0  # where there is no terminal
 
@@ -77,10 +82,17 @@ Parse = Callable[[Mapping[str, Any]], EvaluateOptions]
 
 
 class Rows(NamedTuple):
-    """The rows and prompts to measure models on; `about` describes them in a line."""
+    """The rows and prompts to measure models on.
 
-    heldout: PackedRows
+    Attributes:
+      heldout: for the loss; None where no row has an answer.
+      prompts, tasks: of each row that is asked. No tasks where no rewards are measured.
+      about: all of it in a line.
+    """
+
+    heldout: PackedRows | None
     prompts: list[Prompt]
+    tasks: list[Task]
     about: str
 
 
@@ -93,32 +105,66 @@ def evaluate(parse: Parse) -> int:
     console = make_console()
     options, sides = resolve(parse)
     output = output_directory(options, sides[0].origin)
-    check_device()
-    configure_jax()
-    tokenizer = shared_tokenizer(sides)
-    rows = load_rows(options, tokenizer)
-    for side in sides:  # both, before the first one takes an hour
-        check_model(side, rows, tokenizer, options)
-    measured: list[Measured] = []
-    template = AnswerTemplate(options.answer_template)
-    for side in sides:
-        gc.collect()  # frees the other model's weights
-        found = measure_model(side, rows, tokenizer, options=options, console=console)
-        measured.append(found)
-        lines = compare_losses(*(each.losses for each in measured))
-        if options.eval.num_prompts:
-            lines += compare_answers(template, *(each.answers for each in measured))
-        lines = with_perplexity(lines)
-        write_evaluation(output, options, rows.about, measured, lines)
+    with make_scorer(options) as scorer:  # its processes start before JAX does
+        check_device()
+        configure_jax()
+        tokenizer = shared_tokenizer(sides)
+        rows = load_rows(options, tokenizer)
+        scorer.check_tasks(rows.tasks)
+        for side in sides:  # both, before the first one takes an hour
+            check_model(side, rows, tokenizer, options)
+        measured: list[Measured] = []
+        for side in sides:
+            gc.collect()  # frees the other model's weights
+            found = measure_model(
+                side, rows, tokenizer, scorer=scorer, options=options, console=console
+            )
+            measured.append(found)
+            lines = compare_measured(options, rows.tasks, scorer.weights, measured)
+            write_evaluation(output, options, rows.about, measured, lines)
     console.print(show_comparison(rows.about, [each.name for each in measured], lines))
     console.print(f"The numbers, the answers and a page with them are in {output}.")
     return 0
 
 
+def make_scorer(options: EvaluateOptions) -> Scorer:
+    """The scorer of the rewards to measure, or of those that rows with tests would have.
+
+    ValueError for a reward that there is not.
+    """
+    return Scorer(
+        named_rewards(GrpoConfig().rewards if options.rewards is None else options.rewards),
+        AnswerTemplate(options.answer_template),
+        min_reasoning_words=options.reward.min_reasoning_words,
+        seconds=options.reward.function_seconds,
+        code_seconds=options.reward.code_seconds,
+        log=make_console(on_stderr=True).print,
+    )
+
+
+def compare_measured(
+    options: EvaluateOptions,
+    tasks: Sequence[Task],
+    weights: Mapping[str, float],
+    measured: Sequence[Measured],
+) -> list[Comparison]:
+    """The lines of the table: losses, what answers earn, their form and length."""
+    lines = compare_losses(*(each.losses for each in measured))
+    scored = [each.scored for each in measured if each.scored is not None]
+    if scored:
+        lines += compare_passed(*(each.passed for each in scored))
+        lines += compare_rewards(tasks, weights, *(each.rewards for each in scored))
+    if measured[0].answers:
+        template = AnswerTemplate(options.answer_template)
+        lines += compare_answers(template, *(each.answers for each in measured))
+    return with_perplexity(lines)
+
+
 def resolve(parse: Parse) -> tuple[EvaluateOptions, list[Side]]:
     """The options, with those of a run among the models as defaults, and the models.
 
-    ValueError where the two were trained to answer differently, see `check_alike`.
+    stderr has a line on rewards of a run that are not measured. ValueError where the two were
+    trained to answer differently, see `check_alike`.
     """
     options = parse({})
     # A run is a local directory. Models of the hub are found after the options are checked.
@@ -126,7 +172,11 @@ def resolve(parse: Parse) -> tuple[EvaluateOptions, list[Side]]:
     found = {name: find_side(name, options) for name in here}
     defaults = [each for each in map(defaults_of, found.values()) if each]
     check_alike([parse(each) for each in defaults])
-    options = parse(max(defaults, key=len, default={}))  # a run has more of them than an export
+    if options.rewards is None:
+        for line in filter(None, map(code_left_out, found.values())):
+            say_on_stderr(line)
+    # The model's own; of an export, which has few, the others are those of the run beside it.
+    options = parse({name: x for each in reversed(defaults) for name, x in each.items()})
     check_evaluate_options(options)
     return options, sides_of(options, found)
 
@@ -135,7 +185,17 @@ def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
     """The rows to measure on and their prompts, with the solved examples in front."""
     data = row_data(options)
     files, shots = find_row_files(as_list(options.files), say_on_stderr), options.few_shot
-    heldout = load_heldout(files, tokenizer, data, cache_dir("prepared"))
+    system_prompt = None if shots else options.system_prompt
+    asked = read_asked(
+        files,
+        tokenizer,
+        dataclasses.replace(data, system_prompt=system_prompt),
+        options.eval.num_prompts,
+        named_rewards(options.rewards or []),
+    )
+    heldout = None
+    if asked.has_samples or not asked.tasks or first_samples(files, tokenizer, data, 1):
+        heldout = load_heldout(files, tokenizer, data, cache_dir("prepared"))
     examples: list[Sample] = []
     if shots:
         example_files = find_row_files(as_list(options.few_shot_files), say_on_stderr)
@@ -145,10 +205,7 @@ def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
         examples += first_samples(example_files, tokenizer, without, shots)[1:]
         if len(examples) < shots:
             raise ValueError(f"few_shot_files: {len(examples)} rows, few_shot {shots}")
-    system_prompt = None if shots else options.system_prompt
-    asked = dataclasses.replace(data, system_prompt=system_prompt)
-    found = first_samples(files, tokenizer, asked, options.eval.num_prompts)
-    prompts = read_prompts(found, tokenizer, system_prompt)
+    prompts = asked.prompts
     solved = read_prompts(examples, tokenizer, options.system_prompt)
     seen = {each.text for each in solved}
     if shared := [prompt.text for prompt in prompts if prompt.text in seen]:
@@ -157,33 +214,29 @@ def load_rows(options: EvaluateOptions, tokenizer: Tokenizer) -> Rows:
         prompts = as_text(prompts, solved, tokenizer)
     else:
         prompts = with_examples(prompts, examples, tokenizer)
-    about = describe_evaluation(options, heldout.report, len(prompts))
+    is_scored = options.rewards is not None or any(task.tests for task in asked.tasks)
+    about = describe_evaluation(options, heldout and heldout.report, asked, is_scored)
     if options.system_prompt:
         text = visible_line(options.system_prompt)
         about += f'; system text "{text[:_SHOWN]}{"…" if len(text) > _SHOWN else ""}"'
     if options.answer_template != ANSWER_TEMPLATE:
         about += f"; answers as {visible_line(options.answer_template)}"
+    tasks = asked.tasks if is_scored else []
+    if heldout is None:
+        return Rows(None, prompts, tasks, about)
     # Rows as short as possible: a token of padding costs as much as any other.
     samples = all_samples(heldout)
     lengths = [len(sample.ids) for sample in samples]
     row_length = -(-max(*lengths, _MIN_ROW_LENGTH) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     rows = PackedRows.from_samples(samples, pack(lengths, row_length), row_length)
-    return Rows(rows, prompts, about)
+    return Rows(rows, prompts, tasks, about)
 
 
 def first_samples(
     files: Sequence[Path], tokenizer: Tokenizer, data: DataOptions, num: int
 ) -> list[Sample]:
-    """The first rows, unfiltered and of any length: the length limit is not for prompts."""
-    options = dataclasses.replace(
-        data,
-        max_length=_ANY_LENGTH,
-        without_thought="keep_plain",  # as the rows of the loss
-        min_completion_tokens=0,
-        drop_degenerate=False,
-        drop_duplicates=False,
-    )
-    samples = read_samples(files, tokenizer, options, DataReport())
+    """The first rows as samples, unfiltered and of any length."""
+    samples = read_samples(files, tokenizer, as_asked(data), DataReport())
     return [each.sample for each in islice(samples, num)]
 
 
@@ -201,17 +254,24 @@ def check_model(side: Side, rows: Rows, tokenizer: Tokenizer, options: EvaluateO
         model = without_weights(info.config)
         load_adapter(origin.adapter, model, base, config=origin.adapter_config)
     longest = max((len(prompt.ids) for prompt in rows.prompts), default=0)
-    most = max(longest + options.eval.max_new_tokens, rows.heldout.row_length)
+    row_length = rows.heldout.row_length if rows.heldout is not None else 0
+    most = max(longest + options.eval.max_new_tokens, row_length)
     if most > info.config.max_positions:
         raise ValueError(
             f"{name} has {info.config.max_positions} positions; the longest prompt has {longest} "
             f"tokens, eval.max_new_tokens is {options.eval.max_new_tokens}, the longest row "
-            f"{rows.heldout.row_length}"
+            f"{row_length}"
         )
 
 
 def measure_model(
-    side: Side, rows: Rows, tokenizer: Tokenizer, *, options: EvaluateOptions, console: Console
+    side: Side,
+    rows: Rows,
+    tokenizer: Tokenizer,
+    *,
+    scorer: Scorer,
+    options: EvaluateOptions,
+    console: Console,
 ) -> Measured:
     """Loads a model and measures it."""
     name, origin = side
@@ -223,18 +283,20 @@ def measure_model(
     graphdef, adapter, frozen = lora.split(loaded.model)
     cap = loaded.info.config.final_softcap
     spec = ModelSpec(graphdef, mesh, cap, _CHUNK_TOKENS)
-    batch_size = min(options.eval.batch_size, len(rows.heldout))
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    with counting(console, name, "rows", len(rows.heldout), batch_size) as on_batch:
-        losses = held_out_losses(
-            adapter,
-            frozen,
-            rows.heldout,
-            answer_mask(rows.heldout, tokenizer, AnswerTemplate(options.answer_template)),
-            spec=spec,
-            batch_size=batch_size,
-            on_batch=on_batch,
-        )
+    losses: dict[str, SampleLosses] = {}
+    if rows.heldout is not None:
+        batch_size = min(options.eval.batch_size, len(rows.heldout))
+        batch_size = -(-batch_size // mesh.size) * mesh.size
+        with counting(console, name, "rows", len(rows.heldout), batch_size) as on_batch:
+            losses = held_out_losses(
+                adapter,
+                frozen,
+                rows.heldout,
+                answer_mask(rows.heldout, tokenizer, AnswerTemplate(options.answer_template)),
+                spec=spec,
+                batch_size=batch_size,
+                on_batch=on_batch,
+            )
     num_prompts = len(rows.prompts)
     batch_size = generation_batch_size(SamplingOptions.from_fields(options.eval), num_prompts, mesh)
     with counting(console, name, "answers", num_prompts, batch_size) as on_batch:
@@ -248,7 +310,8 @@ def measure_model(
             on_batch=on_batch,
             stop_text=NEXT_QUESTION if options.few_shot_style == "text" else None,
         )
-    return Measured(name, digest, losses, answers)
+    scored = score_answers(scorer, rows.tasks, answers) if rows.tasks else None
+    return Measured(name, digest, losses, answers, scored)
 
 
 @contextmanager

@@ -120,9 +120,10 @@ def _answer_start(ids: list[int], tokenizer: Tokenizer, template: AnswerTemplate
 def compare_losses(
     left: dict[str, SampleLosses], right: dict[str, SampleLosses] | None = None
 ) -> list[Comparison]:
-    """Loss per completion token of one model, or of two on the same rows, whole and by part."""
+    """Loss per completion token of one model, or of two on the same rows, whole and by part; []
+    where no row has any."""
     lines = []
-    for name, metric in _LOSSES.items():
+    for name, metric in _LOSSES.items() if left else ():
         sums_S, tokens_S = left[name]
         if not len(sums_S):
             continue

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT, Dtype, EvalOptions
+from jaxsft.config import ANSWER_TEMPLATE, SYSTEM_PROMPT, Dtype, EvalOptions, RewardOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,8 @@ class EvaluateOptions:
     tokenizer: str | None = None
     """tokenizer.json, tokenizer.model or .gguf file; by default the tokenizer of the model."""
     files: list[str] | str = dataclasses.field(default_factory=list)
-    """Rows to measure on, files or data sets of the hub, as train's data.eval_files."""
+    """Rows to measure on, files or data sets of the hub, as train's data.eval_files. Answers to
+    rows with tests (MBPP's; {"prompt", "tests"}) are run in a sandbox."""
     few_shot: int = 0
     """Solved examples in front of each prompt; the loss is without them."""
     few_shot_style: Literal["turns", "text"] = "turns"
@@ -45,6 +46,12 @@ class EvaluateOptions:
     """Activations and matmuls."""
     param_dtype: Dtype | None = None
     """How weights are kept in memory; by default as dtype."""
+    rewards: dict[str, float] | list[str] | str | None = None
+    """What answers earn, as grpo's rewards: {format: 0.2, answer: 1.0, my_rewards.py:brevity: 0.1}.
+    By default the built-in ones of a grpo run, or else, if there are rows with tests, {format: 0.2,
+    answer: 1.0, tests: 1.0}. Code is taken only from files that are named here, never from another
+    run's config."""
+    reward: RewardOptions = dataclasses.field(default_factory=RewardOptions)
     eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)
     output: str | None = None
     """Directory for evaluation.json, answers.jsonl and page.html, those of an earlier evaluation

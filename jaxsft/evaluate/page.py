@@ -4,16 +4,17 @@ Every text of a model, of data or of a file name goes through `html.escape`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from html import escape
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from typing import NamedTuple
 
 from jaxsft.common.page_style import html_page
 from jaxsft.common.text import visible_line, visible_text
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.evaluate.intervals import Estimate, PairedDifference
+from jaxsft.evaluate.rewarded import is_right
 from jaxsft.evaluate.scoring import (
     AnswerScores,
     Comparison,
@@ -23,7 +24,9 @@ from jaxsft.evaluate.scoring import (
     score_answer,
 )
 from jaxsft.evaluate.table import show_interval, show_p_value, show_value
+from jaxsft.evaluate.tasks import ScoredAnswers
 from jaxsft.rewards.answer_form import answer_part, format_fault
+from jaxsft.rewards.records import Reward
 
 _NOTE = "In brackets: 95% intervals (of rates Wilson's, else the percentile bootstrap)."
 _PAIRED_NOTE = (
@@ -44,10 +47,12 @@ _KINDS: dict[tuple[bool | None, ...], str] = {
 
 
 class _Row(NamedTuple):
-    """The answers to one prompt and their scores; `kinds` are the filters that show this row."""
+    """The answers to one prompt, their scores and, if measured, what each earns and whether its
+    tests pass; `kinds` are the filters that show this row."""
 
     answers: Sequence[GeneratedAnswer]
     scores: Sequence[AnswerScores]
+    earned: Sequence[tuple[Mapping[str, Reward], bool | None]]
     kinds: frozenset[str]
 
 
@@ -59,6 +64,7 @@ def compare_page(
     template: AnswerTemplate,
     *,
     about: str = "",
+    scored: Sequence[ScoredAnswers] = (),
 ) -> str:
     """The whole page, as HTML in UTF-8.
 
@@ -69,10 +75,15 @@ def compare_page(
       table: the lines of the summary: losses, and those of `compare_answers`.
       template: the form that the answers should have.
       about: a line below the title, such as the data and the decoding options.
+      scored: what each model's answers earn; nothing where no rewards are measured.
     """
     assert 1 <= len(names) <= 2 and len(names) == len(answers)
     title, about, *names = map(visible_line, (title, about, *names))
-    rows = [_row(each, template) for each in zip(*answers, strict=True)]
+    earned = [list(zip(each.rewards, each.passed, strict=True)) for each in scored]
+    rows = [
+        _row(each, [side[number] for side in earned], template)
+        for number, each in enumerate(zip(*answers, strict=True))
+    ]
     common = _common_beginning([row.answers[0].prompt for row in rows])
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>",
@@ -91,9 +102,17 @@ def compare_page(
     return html_page(title, body, script=_SCRIPT)
 
 
-def _row(answers: Sequence[GeneratedAnswer], template: AnswerTemplate) -> _Row:
+def _row(
+    answers: Sequence[GeneratedAnswer],
+    earned: Sequence[tuple[Mapping[str, Reward], bool | None]],
+    template: AnswerTemplate,
+) -> _Row:
     scores = [score_answer(answer, template) for answer in answers]
     correct = tuple(score.correct for score in scores)
+    if None in correct and earned:  # no number: tests, or words
+        correct = tuple(
+            is_right(rewards) if passed is None else passed for rewards, passed in earned
+        )
     kinds = {_KINDS[correct]} if correct in _KINDS else set()
     pairs = zip(answers, scores, strict=True)
     if len({_said(answer, score, template) for answer, score in pairs}) > 1:
@@ -102,7 +121,7 @@ def _row(answers: Sequence[GeneratedAnswer], template: AnswerTemplate) -> _Row:
         kinds.add("format-broken")
     if any(score.truncated for score in scores):
         kinds.add("cut-off")
-    return _Row(answers, scores, frozenset(kinds))
+    return _Row(answers, scores, earned, frozenset(kinds))
 
 
 def _said(
@@ -215,8 +234,8 @@ def _article(
     expected = "The row's own answer"
     if row.scores[0].correct is not None:
         expected = f"Expected <b>{_shown(parts[1] if parts else first.reference)}</b>"
-    shown = zip(names, row.answers, row.scores, strict=True)
-    sides = "".join(_side(*each, template) for each in shown)
+    shown = zip_longest(names, row.answers, row.scores, row.earned)
+    sides = "".join(_side(*each, template=template) for each in shown)
     kinds = " ".join(sorted(row.kinds))
     return (
         f'<article class="card" id="prompt-{number}" tabindex="-1" aria-label="Prompt {number}" '
@@ -229,8 +248,18 @@ def _article(
     )
 
 
-def _side(name: str, answer: GeneratedAnswer, score: AnswerScores, template: AnswerTemplate) -> str:
+def _side(
+    name: str,
+    answer: GeneratedAnswer,
+    score: AnswerScores,
+    earned: tuple[Mapping[str, Reward], bool | None] | None,
+    *,
+    template: AnswerTemplate,
+) -> str:
+    rewards, passed = earned or ({}, None)
     badges = []
+    if passed is not None:
+        badges.append(_badge("good", "✓ tests") if passed else _badge("bad", "✗ tests"))
     if score.correct is not None:
         number = final_number(answer.text, template)
         given = "no number" if number is None else _number(number)
@@ -248,9 +277,13 @@ def _side(name: str, answer: GeneratedAnswer, score: AnswerScores, template: Ans
     facts = f"{answer.num_tokens:,} tokens"
     if score.repetition:
         facts += f", {show_value(score.repetition, 'share')} repeated"
+    reasons = "".join(
+        f"<br><small>{_shown(f'{name} {reward.value:.4g}: {reward.reason}')}</small>"
+        for name, reward in rewards.items()
+    )
     return (
         f'<section><h3>{escape(name)}</h3><p class="badges">{"".join(badges)}<small>{facts}</small>'
-        f'</p><div class="text">{_coloured(answer.text, template)}</div></section>'
+        f'{reasons}</p><div class="text">{_coloured(answer.text, template)}</div></section>'
     )
 
 

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxsft.common.files import write_json, write_text
 from jaxsft.common.text import plural
@@ -15,18 +15,22 @@ from jaxsft.evaluate.heldout import SampleLosses
 from jaxsft.evaluate.options import EvaluateOptions
 from jaxsft.evaluate.page import compare_page
 from jaxsft.evaluate.scoring import Comparison, GeneratedAnswer, score_answer
+from jaxsft.evaluate.tasks import Asked, ScoredAnswers
 from jaxsft.weights.find import Origin
 
 NUMBERS, ANSWERS, PAGE = "evaluation.json", "answers.jsonl", "page.html"
 
 
 class Measured(NamedTuple):
-    """One model's results; `adapter` is the SHA-256 of its adapter's weights, None for a base."""
+    """One model's results; `adapter` is the SHA-256 of its adapter's weights, None for a base.
+
+    `scored` is None where no rewards are measured."""
 
     name: str
     adapter: str | None
     losses: dict[str, SampleLosses]
     answers: list[GeneratedAnswer]
+    scored: ScoredAnswers | None
 
 
 def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
@@ -52,12 +56,32 @@ def output_directory(options: EvaluateOptions, origin: Origin) -> Path:
     return directory
 
 
-def describe_evaluation(options: EvaluateOptions, report: DataReport, num_prompts: int) -> str:
-    """The data and the decoding, in one line."""
-    files = ", ".join(file.name for file in as_list(options.files))
-    parts = [f"{files}: {plural(report.samples, 'row')}, {plural(num_prompts, 'answer')}"]
-    unlike_the_file = [(report.num_rejected, "left out of"), (report.shortened, "shortened for")]
-    parts += [f"{plural(num, 'row')} {what} the loss" for num, what in unlike_the_file if num]
+def describe_evaluation(
+    options: EvaluateOptions, report: DataReport | None, asked: Asked, is_scored: bool
+) -> str:
+    """The data and the decoding, in one line.
+
+    Args:
+      report: of the rows of the loss; None where no row has an answer.
+      asked: the rows that are asked.
+      is_scored: whether rewards are measured.
+    """
+    files, num_prompts = ", ".join(file.name for file in as_list(options.files)), len(asked.prompts)
+    if report is None:
+        parts = [
+            f"{files}: {plural(num_prompts, 'answer')}; no loss: train takes none of these rows"
+        ]
+    else:
+        parts = [f"{files}: {plural(report.samples, 'row')}, {plural(num_prompts, 'answer')}"]
+        unlike = [(report.num_rejected, "left out of"), (report.shortened, "shortened for")]
+        parts += [f"{plural(num, 'row')} {what} the loss" for num, what in unlike if num]
+    if is_scored or report is None:
+        told = [(asked.skipped, "not asked"), (asked.form_only, "scored by their form alone")]
+        parts += [
+            f"{plural(each.num_rejected, 'row')} {what}: {each.why_rejected()}"
+            for each, what in told
+            if each.num_rejected
+        ]
     if options.few_shot:
         style = " as text" if options.few_shot_style == "text" else ""
         parts += [f"{plural(options.few_shot, 'example')}{style} in front"]
@@ -82,19 +106,26 @@ def write_evaluation(
     directory.mkdir(parents=True, exist_ok=True)
     names, template = [each.name for each in measured], AnswerTemplate(options.answer_template)
     text = ""
-    for each in zip(*(each.answers for each in measured), strict=True):
+    scored = [each.scored for each in measured if each.scored is not None]
+    for number, each in enumerate(zip(*(each.answers for each in measured), strict=True)):
         scores = [dataclasses.asdict(score_answer(answer, template)) for answer in each]
-        line = {
+        line: dict[str, Any] = {
             "prompt": each[0].prompt,
             "reference": each[0].reference,
             "answers": dict(zip(names, (answer.text for answer in each), strict=True)),
             "scores": dict(zip(names, scores, strict=True)),
         }
+        if scored:
+            line["tests_passed"] = {n: x.passed[number] for n, x in zip(names, scored, strict=True)}
+            line["rewards"] = {
+                name: {reward: each._asdict() for reward, each in found.rewards[number].items()}
+                for name, found in zip(names, scored, strict=True)
+            }
         text += json.dumps(line, ensure_ascii=False) + "\n"
     write_text(directory / ANSWERS, text)
     title = " and ".join(names)
     answers = [each.answers for each in measured]
-    page = compare_page(title, names, answers, lines, template, about=about)
+    page = compare_page(title, names, answers, lines, template, about=about, scored=scored)
     write_text(directory / PAGE, page)
     metrics = {
         line.metric.name: {

@@ -10,6 +10,7 @@ from jaxsft.rewards.records import Reward, Task
 RIGHT = ("answer", "tests")  # rewards that say whether an answer is right
 REWARD = Metric("reward", "reward", "reward", 1)
 RIGHT_ANSWERS = Metric("right", "right answers", "rate", 1)
+PASSED = Metric("tests_passed", "all tests passed", "rate", 1)
 
 Rewards = Sequence[Mapping[str, Reward]]  # of each answer, by name
 
@@ -27,7 +28,7 @@ def is_right(rewards: Mapping[str, Reward]) -> bool | None:
 
 def reward_metrics(found: Mapping[str, object]) -> list[Metric]:
     """The metrics of `compare_rewards` among measurements by name."""
-    metrics = [REWARD] if REWARD.name in found else []
+    metrics = [each for each in (PASSED, REWARD) if each.name in found]
     for name in found:
         kind, _, of = name.partition("_")
         if kind == "reward" and of:
@@ -66,6 +67,16 @@ def compare_rewards(
         if known:
             lines.append(_compare(metric, [[bool(side[i]) for i in known] for side in hits]))
     return lines
+
+
+def compare_passed(
+    left: Sequence[bool | None], right: Sequence[bool | None] | None = None
+) -> list[Comparison]:
+    """The share of tasks whose tests all pass, in the format or not, of one model or of two; []
+    where no task has tests."""
+    sides = [left] if right is None else [left, right]
+    found = [[each for each in side if each is not None] for side in sides]
+    return [_compare(PASSED, found)] if found[0] else []
 
 
 def _compare(metric: Metric, sides: Sequence[Sequence[float]]) -> Comparison:

@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.config import DataOptions
-from jaxsft.config_check import MIN_LENGTH, validate_eval
+from jaxsft.common.text import visible_line
+from jaxsft.config import DataOptions, GrpoConfig, named_rewards
+from jaxsft.config_check import MIN_LENGTH, validate_eval, validate_reward
 from jaxsft.data.samples import as_list, row_options
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.options import EvaluateOptions
+from jaxsft.rewards.tasks import BUILT_IN
 from jaxsft.weights.find import (
     Origin,
     find_base,
@@ -55,6 +57,11 @@ def defaults_of(origin: Origin) -> dict[str, Any]:
     rows = config.data
     if isinstance(rows, DataOptions):
         same["overlong"] = rows.overlong
+    if isinstance(config, GrpoConfig):
+        weights = named_rewards(config.rewards)
+        built_in = {name: weights[name] for name in BUILT_IN if weights.get(name)}
+        same["rewards"] = built_in or None
+        same |= {f"reward.{n}": x for n, x in dataclasses.asdict(config.reward).items()}
     dtype, param_dtype = config.model.dtype, config.model.param_dtype
     return (
         same
@@ -67,6 +74,22 @@ def defaults_of(origin: Origin) -> dict[str, Any]:
             "param_dtype": None if param_dtype == dtype else param_dtype,  # --dtype is for both
         }
         | {f"eval.{name}": value for name, value in dataclasses.asdict(config.eval).items()}
+    )
+
+
+def code_left_out(origin: Origin) -> str | None:
+    """A line on the rewards of a run that are code in a file; None without any."""
+    config = None if origin.run_dir is None else run_config(origin.run_dir)
+    if not isinstance(config, GrpoConfig):
+        return None
+    weights = named_rewards(config.rewards)
+    own = [name for name in weights if name not in BUILT_IN]
+    if not own:
+        return None
+    named = ", ".join(f"{name}: {weight:g}" for name, weight in weights.items())
+    return visible_line(
+        f"{origin.run_dir}: its reward {own[0]} is not measured: code is taken only from a file "
+        f"that you name, as --rewards '{{{named}}}'"
     )
 
 
@@ -95,6 +118,7 @@ def check_evaluate_options(options: EvaluateOptions) -> None:
     except ValueError as error:
         raise ValueError(str(error).replace("data.", "")) from None
     validate_eval(options.eval)
+    validate_reward(options.reward)
 
 
 def row_data(options: EvaluateOptions) -> DataOptions:

@@ -10,11 +10,11 @@ from jaxsft.config import GrpoConfig
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.evaluate.heldout import Prompt, answer_prompts
-from jaxsft.evaluate.rewarded import compare_rewards
+from jaxsft.evaluate.rewarded import compare_passed, compare_rewards
 from jaxsft.evaluate.scoring import compare_answers
+from jaxsft.evaluate.tasks import score_answers
 from jaxsft.grpo.prompts import TaskPrompt
 from jaxsft.rewards.answer_form import exact_parts
-from jaxsft.rewards.records import Completion
 from jaxsft.rewards.scorer import Scorer
 from jaxsft.run.metrics import MetricsWriter
 from jaxsft.run.setup import Setup
@@ -50,8 +50,9 @@ def measure_tasks(
         on_batch=on_batch,
     )
     tasks = [each.task for each in asked]
-    rewards = scorer(tasks, [Completion(each.text, each.stopped) for each in answers])
-    lines = compare_rewards(tasks, scorer.weights, rewards) + compare_answers(template, answers)
+    rewards, passed = score_answers(scorer, tasks, answers)
+    lines = compare_passed(passed) + compare_rewards(tasks, scorer.weights, rewards)
+    lines += compare_answers(template, answers)
     shown = []
     for i, (answer, earned) in enumerate(zip(answers, rewards, strict=True)):
         flags = {

@@ -188,7 +188,7 @@ def _values(line: Row) -> dict[str, float]:
     values = {}
     for name, value in line.items():
         short = name.removeprefix("train/").replace("_", " ")
-        is_drawn = name.startswith(("train/reward_", "eval/reward", "eval/right"))
+        is_drawn = name.startswith(("train/reward_", "eval/reward", "eval/right", "eval/tests_"))
         if _typed(value, _NUMBER) is not None and (short in _CURVES or is_drawn):
             values[short] = value
     values.pop("reward s", None)  # seconds

@@ -21,7 +21,7 @@ from jaxsft.data.sources import read_rows
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.download.names import find_row_files
 from jaxsft.rewards.records import Task
-from jaxsft.rewards.tasks import is_for_training, read_task
+from jaxsft.rewards.tasks import is_for_training, read_task, turns_of
 
 
 class TaskPrompt(NamedTuple):
@@ -135,14 +135,6 @@ def read_prompts_of(
     _show(console, "train", report)
     epoch = samples_of_epoch(np.array(sources, np.int64), options.weights).tolist()
     return Prompts(train, heldout, epoch, report)
-
-
-def turns_of(task: Task, system_prompt: str | None) -> list[Turn]:
-    """The turns of a task's prompt; a system text of the row's own stands in place of the run's."""
-    turns = [*task.earlier, Turn("user", task.prompt)]
-    if system_prompt and turns[0].role != "system":
-        turns = [Turn("system", system_prompt), *turns]
-    return turns
 
 
 def prompts_digest(prompts: Sequence[TaskPrompt], epoch: Sequence[int] = ()) -> str:

@@ -21,7 +21,7 @@ from typing import Self
 
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.loops import find_loop
-from jaxsft.rewards.answer_form import exact_parts, format_fault
+from jaxsft.rewards.answer_form import answer_part, exact_parts, format_fault
 from jaxsft.rewards.code_tests import SplitTests, run_tests, split_tests
 from jaxsft.rewards.number_text import parse_number
 from jaxsft.rewards.one_number import read_one_number
@@ -136,6 +136,32 @@ class Scorer:
                     if value is not None:
                         rewards[name] = value
         return [{name: each[name] for name in self.weights if name in each} for each in found]
+
+    def tests_passed(
+        self,
+        tasks: Sequence[Task],
+        completions: Sequence[Completion],
+        rewards: Sequence[Mapping[str, Reward]],
+    ) -> list[bool | None]:
+        """Whether all tests of each task pass on the completion's code, in the format or not; None
+        without tests, and where `tests` is none of the rewards.
+
+        The code is that of the answer's part, or of the whole text where no part has any.
+
+        Args:
+          rewards: what `__call__` gave for these tasks and completions.
+        """
+        given = [each.get("tests") for each in rewards]
+        outside = [i for i, each in enumerate(given) if each is _OUTSIDE]
+        attempts = []
+        for i in outside:
+            text = completions[i].text
+            attempts.append((answer_part(text, self._template) or text, _tests_of(tasks[i])))
+        if attempts:
+            assert isinstance(self._sandbox, Sandbox)  # check_tasks says so
+            for i, score in zip(outside, run_tests(self._sandbox, attempts), strict=True):
+                given[i] = score
+        return [None if each is None else each.value >= 1 for each in given]
 
     def total(self, rewards: Mapping[str, Reward]) -> float:
         """The sum of what `__call__` gave for one completion, each by its weight."""

@@ -17,7 +17,7 @@ rejects it by name, unless a reward of the user's own gets the whole row.
 import ast
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -59,6 +59,14 @@ def read_task(
         return error.rejected
     except RecursionError:
         return Rejected("wrong_field", "a field is nested too deeply")
+
+
+def turns_of(task: Task, system_prompt: str | None) -> list[Turn]:
+    """The turns of a task's prompt; a system text of the row's own stands in place of the run's."""
+    turns = [*task.earlier, Turn("user", task.prompt)]
+    if system_prompt and turns[0].role != "system":
+        turns = [Turn("system", system_prompt), *turns]
+    return turns
 
 
 def is_for_training(task: Task) -> bool:
@@ -217,8 +225,8 @@ def _ends_with_answer(row: Mapping[str, Any]) -> bool:
 
 def _answer(row: Mapping[str, Any], conversation: Mapping[str, Any], how: RowOptions) -> str:
     r"""The answer alone: without a thought, calculations before "####", or text around \boxed{}."""
-    names = [how.columns["response"]] if how.columns and "response" in how.columns else []
-    names = names if how.columns else [name for name in _ANSWERS if not is_absent(row.get(name))]
+    names: Sequence[str] = [how.columns.get("response", "")] if how.columns else _ANSWERS
+    names = [name for name in names if not is_absent(row.get(name))]
     plain = how._replace(columns=None, without_thought="keep_plain")
     if names and not isinstance(row.get(names[0]), list):
         fields = {"prompt": "?", "response": _as_text(row, names[0])}
