@@ -128,7 +128,9 @@ def _how_ended(completion: Rollout) -> str:
 
 def describe(metrics: Mapping[str, float]) -> str:
     """A step's metrics in the progress line."""
-    kl = f"KL {metrics['kl']:.4f}  " if "kl" in metrics else ""
+    # Without a completion that counts there is none to take its mean over.
+    has_kl = math.isfinite(metrics.get("kl", math.nan))
+    kl = f"KL {metrics['kl']:.4f}  " if has_kl else ""
     right = "" if math.isnan(metrics["right"]) else f"right {metrics['right']:.0%}  "
     return (
         f"reward {metrics['reward']:.3f}  format {metrics['format']:.0%}  {right}"

@@ -1,9 +1,10 @@
 """Kills training with SIGKILL at random moments: does the same command again lose anything?
 
-`cd tests && python -m faults.chaos [--kills 200] [--seed 0] [--jobs 1]`: each scenario is run
-without a kill first. Then runs of it are killed, about half of the time while a checkpoint is being
-written, and started again until they finish. Every number of every step, the hash of its batch, the
-checkpoints and the adapter's bytes must be those of the run that nothing happened to.
+`cd tests && python -m faults.chaos [--kills 200] [--seed 0] [--jobs 1] [--only grpo]`: each
+scenario, of `train` and of `grpo`, is run without a kill first. Then runs of it are killed, about
+half of the time while a checkpoint is being written, and started again until they finish. Every
+number of every step, the hash of its batch, every completion with its rewards, the checkpoints and
+the adapter's bytes must be those of the run that nothing happened to.
 
 Exit codes: 0 no mismatch, and at least a quarter of the kills were during a save; 1 otherwise.
 """
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +31,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from support.child import Child, ChildError
-from support.tiny_runs import BATCH_SIZE, TinyRuns, differences, metrics
+from support.tiny_grpo import TinyGrpo
+from support.tiny_runs import TinyRuns, differences, metrics
 
 from jaxsft.cli import EXIT_FAILED, fail
 
@@ -46,6 +49,14 @@ SCENARIOS: Mapping[str, tuple[str, ...]] = {
     "saves and measures at epoch ends": (
         *("--num_train_epochs", "4", "--save_steps", "15", "--eval_steps", "15"),
         *("--eval.num_prompts", "2", "--learning_rate", "0.03"),
+    ),
+}
+# A call of the reward takes as long as a rollout and an update.
+GRPO_SCENARIOS: Mapping[str, tuple[str, ...]] = {
+    "grpo": ("--max_steps", "30", "--save_steps", "5", "--learning_rate", "3e-4"),
+    "grpo, two updates a rollout": (
+        *("--objective.num_iterations", "2", "--max_steps", "40", "--save_steps", "4"),
+        *("--eval_steps", "10", "--learning_rate", "3e-4"),
     ),
 }
 MIN_SAVE_SHARE = 0.25
@@ -143,7 +154,7 @@ class Scenario:
                 _await(child, lambda: not _is_saving(run_dir, started_ns))
                 saves.append(time.monotonic() - begins[-1])
             end = time.monotonic()
-            rows = re.search(r"^train: ([\d,]+) rows of", child.out, re.MULTILINE)
+            rows = re.search(self._runs.epoch_line, child.out, re.MULTILINE)
         if child.wait() or rows is None or not saves:
             raise ChildError(f"{name}: no rows, no save or no good end; {child.said}")
         if found := differences(run_dir, reference):
@@ -227,7 +238,7 @@ class Scenario:
             return done
         step = int(found[1]) if found else 0
         self._tally.lost.append(max(0, done - step))
-        epoch, row = divmod(step * BATCH_SIZE, usual.rows_per_epoch)
+        epoch, row = divmod(step * self._runs.rows_per_step, usual.rows_per_epoch)
         where = "at step 0" if not step else "mid-epoch" if row else "between epochs"
         self._tally.resumed[where] += 1
         if epoch:
@@ -313,19 +324,37 @@ def show(console: Console, tallies: Mapping[str, Tally]) -> None:
             console.print(f"mismatch: {line}")
 
 
+def _run_both(directory: Path, args: argparse.Namespace) -> dict[str, Tally]:
+    """Tallies of the scenarios of both commands, or of the one that is asked for."""
+    kinds: dict[str, tuple[Callable[[Path], TinyRuns], Mapping[str, Sequence[str]]]] = {
+        "train": (TinyRuns, SCENARIOS),
+        "grpo": (partial(TinyGrpo, slow_reward=True), GRPO_SCENARIOS),
+    }
+    chosen = {name: kinds[name] for name in kinds if args.only in (None, name)}
+    left, tallies = sum(len(scenarios) for _, scenarios in chosen.values()), {}
+    kills = args.kills
+    for name, (kind, scenarios) in chosen.items():
+        share = kills * len(scenarios) // left
+        runs = kind(directory / name)
+        tallies |= run_chaos(runs, scenarios, share, args.seed, args.jobs)
+        kills, left = kills - share, left - len(scenarios)
+    return tallies
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m faults.chaos")
     parser.add_argument("--kills", type=int, default=200, help="in all scenarios together")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--jobs", type=int, default=1, help="scenarios that run at once")
+    parser.add_argument("--only", choices=("train", "grpo"), help="runs of this command")
     args = parser.parse_args(argv)
     if min(args.kills, args.jobs) < 1 or args.seed < 0:
         parser.error("--kills and --jobs must be 1 or more, --seed 0 or more")
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
-        tallies = run_chaos(TinyRuns(directory), SCENARIOS, args.kills, args.seed, args.jobs)
+        tallies = _run_both(directory, args)
     except (ChildError, ValueError, OSError) as error:
         return fail(f"{error}; see {directory}", EXIT_FAILED)
     show(console, tallies)

@@ -30,7 +30,10 @@ ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 15
 BATCH_SIZE = 8  # splits over 8 devices
 # What depends on the clock in a line of metrics.jsonl.
-SPEEDS = ("train/tokens_per_s", "train/model_flops_per_s")
+SPEEDS = {
+    *("train/tokens_per_s", "train/model_flops_per_s"),
+    *("train/rollout_s", "train/reference_s", "train/reward_s", "train/update_s"),  # of grpo
+}
 _NUM_PIECES = 4096  # of the vocabulary; everything else is spelt in characters and bytes
 
 _MODEL = {
@@ -64,6 +67,10 @@ class TinyRuns:
     The rows make STEPS_PER_EPOCH steps an epoch, one sample a row; held-out rows are measured
     before and after.
     """
+
+    command = "jaxsft.train"
+    rows_per_step = BATCH_SIZE
+    epoch_line = r"^train: ([\d,]+) rows of"  # what the command says of the rows of an epoch
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -111,7 +118,7 @@ class TinyRuns:
         `log` is the name of its output's files, that of the run where not given; `stdout` as in
         Child.
         """
-        command = [sys.executable, "-m", "jaxsft.train", "--config", str(self.config)]
+        command = [sys.executable, "-m", self.command, "--config", str(self.config)]
         return Child(
             [*command, "--name", name, *options],
             self.environment | environment,
@@ -176,9 +183,10 @@ def train_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def differences(run_dir: Path, reference: Path) -> list[str]:
     """What of a finished run differs from the reference; nothing, if it is the same run.
 
-    Every number of every step but speeds, each step once; held-out losses; bytes of the adapter and
-    of what was generated; arrays of the reference's checkpoints. One more checkpoint may be there:
-    that of a run killed before it deletes what is over the limit.
+    Every number of every step but speeds, each step once; held-out losses or rewards; bytes of the
+    adapter and of what was generated, with the rewards of completions; arrays of the reference's
+    checkpoints. One more checkpoint may be there: that of a run killed before it deletes what is
+    over the limit.
     """
     return [*_metric_differences(run_dir, reference), *_file_differences(run_dir, reference)]
 
@@ -196,15 +204,16 @@ def _metric_differences(run_dir: Path, reference: Path) -> Iterator[str]:
             if line.get(name) != other.get(name):
                 yield f"step {line['step']}: {name} {line.get(name)} instead of {other.get(name)}"
     heldout = [
-        [(line["step"], line["eval/loss"]) for line in metrics(each) if "eval/loss" in line]
+        [line for line in metrics(each) if "train/loss" not in line]
         for each in (run_dir, reference)
     ]
     if heldout[0] != heldout[1]:
-        yield f"held-out losses {heldout[0]} instead of {heldout[1]}"
+        yield f"held-out {heldout[0]} instead of {heldout[1]}"
 
 
 def _file_differences(run_dir: Path, reference: Path) -> Iterator[str]:
-    for path in sorted([*reference.glob("samples.jsonl"), *reference.glob("adapter*/*")]):
+    generated = (reference / "samples.jsonl", reference / "rollouts.jsonl")
+    for path in sorted([*filter(Path.exists, generated), *reference.glob("adapter*/*")]):
         ours = run_dir / path.relative_to(reference)
         if not ours.exists() or ours.read_bytes() != path.read_bytes():
             yield f"{path.relative_to(reference)} is missing or differs"
