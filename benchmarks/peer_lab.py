@@ -21,7 +21,9 @@ from jaxsft.data.samples import DataReport, read_samples
 from jaxsft.data.tokenizer import Tokenizer
 from jaxsft.formats.gguf import GGUFFile, hf_config
 from jaxsft.gemma import lora
+from jaxsft.gemma.model import Gemma
 from jaxsft.weights.adapter_config import WEIGHTS_NAME, AdapterConfig
+from jaxsft.weights.hf_config import from_hf_config
 from jaxsft.weights.load import demo_model_path, hf_tensors, load_model
 from jaxsft.weights.peft import save_adapter
 
@@ -30,6 +32,12 @@ NUM_ROWS, ROW_LENGTH = 4, 256
 RANK, ALPHA, LEARNING_RATE = 64, 32.0, 1e-4  # alpha / rank is not 1: a lost scale would show
 NUM_THREADS = 2
 
+TINY = {
+    **{"model_type": "gemma3_text", "vocab_size": 256, "hidden_size": 32, "head_dim": 16},
+    **{"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 1},
+    **{"num_hidden_layers": 6, "max_position_embeddings": 512, "sliding_window": 64},
+    "query_pre_attn_scalar": 16,
+}
 OURS = "jaxsft"
 PEERS = {"transformers + PEFT": "torch", "Tunix + qwix": "tunix"}  # name -> peer_<module>.py
 # glibc gives large blocks back to the system, which maps and zeroes them page by page at the next
@@ -79,17 +87,24 @@ def save_rows(path: Path, batch: Batch) -> None:
     np.savez(path, **batch._asdict(), tokens=batch.tokens_BT, loss_mask=loss_mask)
 
 
-def export(model_dir: Path, adapter_dir: Path, rank: int, alpha: float) -> None:
+def export(
+    model_dir: Path, adapter_dir: Path, rank: int, alpha: float, *, is_tiny: bool = False
+) -> None:
     """Writes the pretrained 270M as a Hugging Face directory, and an adapter to start from.
 
     B is not zero, so that both factors have a gradient. K and V hold the same A: qwix has one.
+    With `is_tiny` the model is a random one of a few numbers.
     """
     jax.config.update("jax_platforms", "cpu")
-    path = demo_model_path()
-    model, _ = load_model(path, dtype="float32", param_dtype="float32")
     model_dir.mkdir()
-    config = hf_config(GGUFFile(path)) | {"architectures": ["Gemma3ForCausalLM"]}
-    (model_dir / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    config_file, kind = model_dir / "config.json", {"architectures": ["Gemma3ForCausalLM"]}
+    if is_tiny:
+        config_file.write_text(json.dumps(TINY | kind), encoding="utf-8")
+        model = Gemma(from_hf_config(config_file), rngs=nnx.Rngs(0))
+    else:
+        path = demo_model_path()
+        config_file.write_text(json.dumps(hf_config(GGUFFile(path)) | kind), encoding="utf-8")
+        model, _ = load_model(path, dtype="float32", param_dtype="float32")
     save_file(dict(hf_tensors(model)), model_dir / "model.safetensors", {"format": "pt"})
 
     lora.inject(model, rank=rank, alpha=alpha, rngs=nnx.Rngs(0))

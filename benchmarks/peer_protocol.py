@@ -38,8 +38,8 @@ class WorkerError(Exception):
     """A worker failed or died; the text says which and how."""
 
 
-def serve(make_trainer: Callable[[], Trainer]) -> None:
-    """Answers requests until stdin ends.
+def serve(make_trainer: Callable[[], Any], methods: Sequence[str] = ()) -> None:
+    """Answers requests until stdin ends, those of `methods` with what the trainer's method returns.
 
     stdout belongs to the answers: whatever else is printed goes to stderr.
     """
@@ -54,7 +54,7 @@ def serve(make_trainer: Callable[[], Trainer]) -> None:
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=answers, flush=True)
 
-    trainers: list[Trainer] = []
+    trainers: list[Any] = []
 
     def load() -> dict[str, Any]:
         trainers.append(make_trainer())
@@ -82,6 +82,8 @@ def serve(make_trainer: Callable[[], Trainer]) -> None:
         "steps": steps,
         "rest": rest,
     }
+    for name in methods:
+        functions[name] = lambda name=name, **given: getattr(trainers[0], name)(**given)  # type: ignore[misc]
     for line in sys.stdin:
         request = json.loads(line)
         function = functions[request.pop("do")]
