@@ -28,7 +28,7 @@ from jaxsft.grpo.prompts import Prompts, TaskPrompt
 from jaxsft.rewards.records import Reward, Task
 from jaxsft.run.fork import with_fork
 from jaxsft.run.setup import load_run
-from jaxsft.step.train_step import init_state, put_batch, train_step
+from jaxsft.step.train_step import put_batch, train_step
 from jaxsft.weights.adapter_config import WEIGHTS_NAME
 from jaxsft.weights.find import Origin
 from jaxsft.weights.peft import save_adapter
@@ -117,15 +117,16 @@ class JaxsftGrpo:
         found, batch, _ = self._collect()
         drawn = [{"prompt": each.prompt_ids, "ids": each.ids} for each in found.completions]
         Path(completions).write_text(json.dumps(drawn), encoding="utf-8")
-        # An optimizer whose state is the gradient.
-        loaded, spec = self.loaded, self.loaded.spec
-        update = dataclasses.replace(spec.update, transform=optax.trace(decay=0.0))
-        spec = dataclasses.replace(spec, update=update)
-        state = init_state(jax.tree.map(jnp.copy, loaded.state.adapter), spec)
+        # Adam's first moment has the gradient of the very step that is timed: it compiles here.
+        loaded, spec, config = self.loaded, self.loaded.spec, self.learner.config
+        kept = jax.tree.map(jnp.copy, loaded.state)
         on_device = put_batch(batch, spec.model.mesh)
-        state, frozen, metrics = train_step(state, loaded.frozen, on_device, spec=spec)
-        self.loaded = dataclasses.replace(loaded, frozen=frozen)
-        model = nnx.merge(spec.model.graphdef, state.moments.trace, loaded.model_weights)
+        state, frozen, metrics = train_step(loaded.state, loaded.frozen, on_device, spec=spec)
+        self.loaded = dataclasses.replace(loaded, state=kept, frozen=frozen)
+        scale = max(1.0, float(metrics["grad_norm"]) / config.max_grad_norm)  # undoes the clipping
+        scale /= 1.0 - config.adam_beta1
+        gradient = jax.tree.map(lambda x: x * scale, optax.tree.get(state.moments, "mu"))
+        model = nnx.merge(spec.model.graphdef, gradient, loaded.model_weights)
         with tempfile.TemporaryDirectory(dir=Path(out).parent) as directory:
             save_adapter(directory, model, loaded.adapter_config)
             (Path(directory) / WEIGHTS_NAME).rename(out)

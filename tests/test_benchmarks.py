@@ -11,8 +11,8 @@ from support.other_devices import COMPILE_FAST
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    *("glaive_like", "gsm8k", "input_pipeline", "peers", "profile_step", "restart", "sampling"),
-    *("sandbox", "step_time"),
+    *("glaive_like", "grpo_step", "gsm8k", "input_pipeline", "peers", "profile_step", "restart"),
+    *("sampling", "sandbox", "step_time"),
 )
 # One process for all: most of the time is the import of JAX.
 HELP = """
@@ -54,6 +54,7 @@ def test_the_sandbox_is_measured(tmp_path: Path) -> None:
     [
         "input_pipeline --rows 200 --rounds 1 --no-peer",
         "profile_step TRACE --config CONFIG",
+        "grpo_step --tiny --rounds 1",  # compares loss and gradient with TRL's
     ],
     ids=lambda command: command.partition(" ")[0],
 )
