@@ -60,6 +60,7 @@ def collect(
     """Rollout `number` with its rewards, the batch of its updates, and its metrics.
 
     `go_on` is called with what is being done, and may raise: what was drawn is drawn again then.
+    FloatingPointError where the policy gives no numbers any more.
     """
     config, spec = learner.config, setup.spec.model
     rollout, objective = config.rollout, config.objective
@@ -79,6 +80,13 @@ def collect(
         rollout=number,
         on_batch=lambda: go_on(f"rollout {number + 1}"),
     )
+    if not np.isfinite(np.concatenate([each.log_probs for each in completions])).all():
+        raise FloatingPointError(
+            f"rollout {number + 1}: the model's log-probabilities are not finite, its adapter is "
+            "of no use any more. Begin a new run with a learning_rate below "
+            f"{config.learning_rate:g}, and from another adapter if this one was broken from the "
+            "start (fork_from)"
+        )
     drawn_s = time.monotonic()
 
     # ---- Rewards, while the device scores the completions under the reference ----

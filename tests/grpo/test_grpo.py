@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from support.tiny_grpo import GROUP, NUM_PROMPTS, REWARD, TinyGrpo, rollouts
 from support.tiny_runs import differences, metrics, train_metrics
 
-from jaxsft.cli import EXIT_STOPPED, parse_config
+from jaxsft.cli import EXIT_FAILED, EXIT_STOPPED, parse_config
 from jaxsft.grpo import collect, command
 from jaxsft.grpo.__main__ import main
 from jaxsft.run.preflight import TimedSteps
@@ -181,6 +181,16 @@ def test_a_reward_that_fails_scores_0_and_the_step_goes_on(
         reasons = {name.split(":")[1]: each["reason"] for name, each in line["rewards"].items()}
         assert "no idea" in reasons["raises"] and "0.5 s" in reasons["hangs"]
     assert [line["train/applied"] for line in train_metrics(runs.path("failing"))] == [1, 1]
+
+
+def test_a_policy_beyond_measure_ends_the_run(
+    runs: TinyGrpo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--learning_rate", "1e30", "--eval.num_prompts", "0")
+    assert run(runs, "beyond", *options) == EXIT_FAILED
+    err = capsys.readouterr().err
+    assert err.startswith("error: rollout 2: the model's log-probabilities are not finite")
+    assert err.count("\n") == 1 and not (runs.path("beyond") / "adapter").exists()
 
 
 def test_the_schedule_is_shortened_to_a_deadline(
