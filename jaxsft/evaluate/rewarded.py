@@ -32,7 +32,7 @@ def reward_metrics(found: Mapping[str, object]) -> list[Metric]:
     for name in found:
         kind, _, of = name.partition("_")
         if kind == "reward" and of:
-            metrics.append(Metric(name, f"reward {of}", "reward", 1))
+            metrics.append(Metric(name, _label(of), "reward", 1))
         elif name == RIGHT_ANSWERS.name or (kind == "right" and of):
             label = RIGHT_ANSWERS.label + (f", {of}" if of else "")
             metrics.append(Metric(name, label, "rate", 1))
@@ -55,7 +55,7 @@ def compare_rewards(
     for name in weights:
         values = [[each[name].value for each in side if name in each] for side in sides]
         if values[0]:
-            lines.append(_compare(Metric(f"reward_{name}", f"reward {name}", "reward", 1), values))
+            lines.append(_compare(Metric(f"reward_{name}", _label(name), "reward", 1), values))
     hits = [[is_right(each) for each in side] for side in sides]
     kinds = sorted({task.kind for task in tasks})
     for kind in (None, *(kinds if len(kinds) > 1 else ())):
@@ -83,3 +83,8 @@ def _compare(metric: Metric, sides: Sequence[Sequence[float]]) -> Comparison:
     estimator: Any = share if metric.unit == "rate" else mean
     gain = difference(sides[0], sides[1]) if len(sides) > 1 else None
     return Comparison(metric, [estimator(side) for side in sides], gain)
+
+
+def _label(reward: str) -> str:
+    """Of a user's reward the function alone: a path would not fit into a table."""
+    return f"reward {reward.rpartition(':')[2]}"
