@@ -57,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.rounds < 1:
             raise ValueError(f"--rounds {args.rounds}: must be at least 1")
-        if args.micro_rows < 1 or num_rows % args.micro_rows:
-            raise ValueError(f"--micro-rows {args.micro_rows}: must divide {num_rows}")
+        if args.micro_batches < 1 or num_rows % args.micro_batches:
+            raise ValueError(f"--micro-batches {args.micro_batches}: must divide {num_rows}")
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
-            make_lab(directory, console, args.micro_rows, is_tiny=args.tiny)
+            make_lab(directory, console, args.micro_batches, is_tiny=args.tiny)
             with contextlib.ExitStack() as stack:
                 workers = {n: stack.enter_context(start(n, directory)) for n in MODULES}
                 agreement = compare(workers, directory)
@@ -93,17 +93,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=1, help="timed steps of each side")
     parser.add_argument(
-        "--micro-rows",
-        type=int,
-        default=16,
-        help="completions that TRL scores and trains on at once",
+        "--micro-batches", type=int, default=4, help="parts of the update, on both sides"
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: a test of this")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser.parse_args(argv)
 
 
-def make_lab(directory: Path, console: Console, micro_rows: int, *, is_tiny: bool) -> None:
+def make_lab(directory: Path, console: Console, micro_batches: int, *, is_tiny: bool) -> None:
     """Writes model, adapter and the settings of both sides."""
     if is_tiny:
         num_ids = TINY["vocab_size"]
@@ -128,7 +125,7 @@ def make_lab(directory: Path, console: Console, micro_rows: int, *, is_tiny: boo
         "group_size": GROUP_SIZE,
         "new_tokens": NEW_TOKENS,
         "row_length": ROW_LENGTH,
-        "micro_rows": micro_rows,
+        "micro_batches": micro_batches,
         "rewards": [i % GROUP_SIZE / GROUP_SIZE for i in range(NUM_PROMPTS * GROUP_SIZE)],
         "objective": OBJECTIVE,
         "reference_share": 0.5,  # of the policy's B: a reference that is apart from the policy

@@ -77,6 +77,8 @@ class JaxsftGrpo:
                 batch_size=len(prompts) * settings["group_size"],
             ),
             objective=ObjectiveOptions(**settings["objective"], mask_truncated_completions=False),
+            # As many micro-batches as the peer has; all rows at once take over 20 GiB.
+            gradient_accumulation_steps=settings["micro_batches"],
             learning_rate=settings["learning_rate"],
             lr_scheduler_type="constant",
             loss_chunk_tokens=128,  # as in grpo_demo

@@ -43,17 +43,16 @@ class TrlGrpo:
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="t0", eos_token=f"t{num_ids}"
         )
-        group_size, micro_rows = settings["group_size"], settings["micro_rows"]
+        group_size, self.num_pieces = settings["group_size"], settings["micro_batches"]
         self.rows = [
             {"prompt": " ".join(f"t{each}" for each in ids)}
             for ids in settings["prompts"]
             for _ in range(group_size)
         ]
-        self.num_pieces = len(self.rows) // micro_rows
         with tempfile.TemporaryDirectory() as directory:
             arguments = trl.GRPOConfig(
                 directory,
-                per_device_train_batch_size=micro_rows,
+                per_device_train_batch_size=len(self.rows) // self.num_pieces,
                 gradient_accumulation_steps=self.num_pieces,
                 num_generations=group_size,
                 max_completion_length=settings["new_tokens"],
