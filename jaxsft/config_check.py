@@ -94,6 +94,8 @@ def _grpo_conflicts(config: GrpoConfig) -> list[str]:
     ]
     if config.multihost:
         problems.append("multihost: grpo runs on one host")
+    if config.budget_hours is not None:
+        problems.append("budget_hours: grpo has no preflight that could keep it; use max_seconds")
     return problems
 
 

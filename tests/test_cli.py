@@ -103,6 +103,7 @@ def test_every_grpo_recipe_is_valid(name: str, capsys: pytest.CaptureFixture[str
         (("--objective.loss_type", "gspo"), "loss_type"),
         (("--rewards", "{format: 0}"), "none with a weight"),
         (("--multihost", "true"), "grpo runs on one host"),
+        (("--budget_hours", "9"), "grpo has no preflight"),
     ],
 )
 def test_what_grpo_does_not_do_is_refused(options: tuple[str, ...], message: str) -> None:

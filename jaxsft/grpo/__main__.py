@@ -10,7 +10,6 @@ again; 130 or 143 ended at once by a second signal.
 """
 
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,13 +27,18 @@ from jaxsft.cli import (
 from jaxsft.common.console import make_console
 from jaxsft.common.out_of_memory import GENERAL_ADVICE
 from jaxsft.config import GrpoConfig, named_rewards
+from jaxsft.config_check import validate_reward
 
 DESCRIPTION = (
     "Trains a Gemma with LoRA on rewards of its own answers (GRPO). Without options: the demo, "
     "which goes on from the adapter that `train --config grpo_warmup` makes."
 )
 DEFAULT_GRPO_RECIPE = "grpo_demo"
-_OF_RUN = ("checkpoints", "metrics.jsonl", "result.json")  # beside a run's config.yaml
+# Beside a run's config.yaml.
+_OF_RUN = (
+    *("adapter", "adapter-best", "before.json", "checkpoints", "metrics.jsonl", "result.json"),
+    *("rollouts.jsonl", "samples.jsonl", "start"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,10 @@ def command(argv: list[str], began_s: float) -> int:
         default_recipe=DEFAULT_GRPO_RECIPE,
         is_run=not any(arg.partition("=")[0] in ("--score", "--page") for arg in argv),
     )
+    if options.score is not None and options.page is not None:
+        raise ValueError("--score and --page are two jobs: give one of them")
+    if options.json and options.score is None:
+        raise ValueError("--json is for --score FILE")
     if options.page is not None:
         from jaxsft.grpo.page import write_page
 
@@ -82,6 +90,7 @@ def command(argv: list[str], began_s: float) -> int:
     from jaxsft.data.samples import answer_template
     from jaxsft.rewards.scorer import Scorer
 
+    validate_reward(config.reward)
     template = answer_template(config.data.answer_template, config.data.system_prompt)
     how = RowOptions(config.data.columns, template=template)
     with Scorer(
@@ -111,18 +120,17 @@ def command(argv: list[str], began_s: float) -> int:
 def code_directory(config: GrpoConfig, argv: Sequence[str]) -> Path | None:
     """The directory of the config file, where reward functions may be beside it; None without one.
 
-    ValueError if the file is the config.yaml of a run and its rewards would run code: a run that
-    came from elsewhere must not bring code with it.
+    ValueError if a config file is a run's, and the rewards name code that the command line does
+    not: a run that came from elsewhere must not bring code with it.
     """
     files = config_files(argv)
-    is_typed = any(re.match(r"--rewards\b", arg) for arg in argv)
-    for file in [] if is_typed else files:
-        is_of_run = any((file.parent / name).exists() for name in _OF_RUN)
-        code = [name for name in named_rewards(config.rewards) if ":" in name]
-        if is_of_run and code:
+    code = [name for name in named_rewards(config.rewards) if ":" in name]
+    foreign = [name for name in code if not any(name in arg for arg in argv)]
+    for file in files if foreign else []:
+        if any((file.parent / name).exists() for name in _OF_RUN):
             raise ValueError(
-                f"--config {file}: is of another run, whose code is not taken: name {code[0]} on "
-                "the command line (--rewards), or in a config file of yours"
+                f"--config {file}: is of another run, whose code is not taken: name {foreign[0]} "
+                "on the command line (--rewards), or in a config file of yours"
             )
     return files[-1].parent if files else None
 

@@ -242,6 +242,8 @@ def _answer(row: Mapping[str, Any], conversation: Mapping[str, Any], how: RowOpt
     _, text = split_gsm8k(text)
     if boxed := _last_boxed(text):
         text = boxed
+    if not text.strip():
+        raise RejectedError("empty_answer", "nothing after the #### of its answer")
     if (num_words := len(text.split())) > MAX_ANSWER_WORDS:
         raise RejectedError(
             "wrong_field",

@@ -49,8 +49,9 @@ def main() -> None:
         asked = json.loads(line)
 
         def call(asked: dict[str, Any] = asked) -> dict[str, Any]:
+            num_texts = len(asked["texts"])  # the function may change its list
             values = getattr(module, asked["function"])(asked["texts"], asked["rows"])
-            return {"values": plain_values(values, len(asked["texts"]))}
+            return {"values": plain_values(values, num_texts)}
 
         # From a thread of C, for a call that nobody can interrupt after the run was killed.
         faulthandler.dump_traceback_later(asked["seconds"] + _GRACE_SECONDS, exit=True, file=2)

@@ -99,6 +99,20 @@ def test_columns_that_the_user_names(write: Callable[..., Path], capsys: Any) ->
     assert json.loads(score(path, capsys, True, how))["reward"] == 1.2
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--json",), "--json is for --score FILE"),
+        (("--score", "a.jsonl", "--page", "run"), "two jobs"),
+        (("--score", "a.jsonl", "--reward.code_seconds", "-5"), "must be above 0"),
+        (("--score", "a.jsonl", "--reward.min_reasoning_words", "-1"), "must be 0 or above"),
+    ],
+)
+def test_options_that_do_not_go_together(options: Any, words: str, capsys: Any) -> None:
+    assert main(["--config", "grpo_gsm8k", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_scoring_imports_no_jax() -> None:
     program = "import sys, jaxsft.grpo.score; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
@@ -119,6 +133,9 @@ def test_the_command_scores_with_a_recipe_that_is_no_whole_run(
     (tmp_path / "metrics.jsonl").write_text("")
     assert main(argv) == 2
     assert "is of another run, whose code is not taken" in capsys.readouterr().err
+    assert main([*argv, "--rewards.format", "1"]) == 2  # which leaves the others
+    assert main(["--rewards", "answer", *argv]) == 2  # which the file overrides
+    capsys.readouterr()
     named = f"{{format: 0.2, {tmp_path}/my_rewards.py:half: 0.1}}"
     assert main([*argv, "--rewards", named]) == 0
     assert json.loads(capsys.readouterr().out)["reward"] == 0.25

@@ -209,6 +209,11 @@ def test_no_row_raises(row: Any, rewards: tuple[str, ...]) -> None:
     assert isinstance(task, Rejected) or (isinstance(task, Task) and is_for_training(task) < 2)
 
 
+def test_an_answer_without_text_is_rejected() -> None:
+    rejected = read_task({"question": "q", "answer": "She has none.\n####"})
+    assert isinstance(rejected, Rejected) and rejected.reason == "empty_answer"
+
+
 def test_a_deep_row_is_rejected() -> None:
     deep = json.loads("[" * 900 + "]" * 900)
     for _ in range(3000):

@@ -42,6 +42,7 @@ def exits(texts, rows): sys.exit("bye")
 def raises(texts, rows): return [1 / 0]
 def interrupts(texts, rows): raise KeyboardInterrupt
 def short(texts, rows): return [1.0]
+def clears(texts, rows): texts.clear(); return []
 def word(texts, rows): return "1234"
 def nothing(texts, rows): pass
 def endless(texts, rows): return iter(int, 1)
@@ -56,7 +57,7 @@ FAILS = {
     "killed": "ended its process (exit code -9)", "leaves": "ended its process (exit code 3)",
     "exits": "SystemExit: bye", "interrupts": "KeyboardInterrupt",
     "raises": "ZeroDivisionError: division by zero",
-    "short": "returned 1 values for 4 texts",
+    "short": "returned 1 values for 4 texts", "clears": "returned 0 values for 4 texts",
     "endless": "returned more than 4 values for 4 texts",
     "word": "returned a str, not a list of numbers",
     "nothing": "returned a NoneType, not a list of numbers",
