@@ -13,7 +13,6 @@ from jaxsft.config import (
     RunConfig,
     TrainConfig,
     named_files,
-    named_rewards,
 )
 
 MIN_LENGTH = 16  # tokens of a row
@@ -84,14 +83,6 @@ def _grpo_conflicts(config: GrpoConfig) -> list[str]:
                 f"{name} {getattr(config, name)} is not a multiple of objective.num_iterations "
                 f"{objective.num_iterations}: a rollout's updates are not interrupted"
             )
-    weights = named_rewards(config.rewards)
-    if not any(weights.values()):
-        problems.append("rewards has none with a weight: there is nothing to learn from")
-    problems += [
-        f"rewards: the weight of {name} is {weight}, but must be a finite number"
-        for name, weight in weights.items()
-        if not math.isfinite(weight)
-    ]
     if config.multihost:
         problems.append("multihost: grpo runs on one host")
     if config.budget_hours is not None:

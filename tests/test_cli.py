@@ -101,7 +101,6 @@ def test_every_grpo_recipe_is_valid(name: str, capsys: pytest.CaptureFixture[str
         (("--max_steps", "5", "--objective.num_iterations", "2"), "max_steps 5 is not a multiple"),
         (("--rollout.max_new_tokens", "2000"), "leaves no room for a prompt"),
         (("--objective.loss_type", "gspo"), "loss_type"),
-        (("--rewards", "{format: 0}"), "none with a weight"),
         (("--multihost", "true"), "grpo runs on one host"),
         (("--budget_hours", "9"), "grpo has no preflight"),
     ],

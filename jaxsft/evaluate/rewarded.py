@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxsft.evaluate.intervals import difference, mean, share
 from jaxsft.evaluate.scoring import Comparison, Metric
-from jaxsft.rewards.records import Reward, Task
+from jaxsft.rewards.records import Reward, Task, total_reward
 
 RIGHT = ("answer", "tests")  # rewards that say whether an answer is right
 REWARD = Metric("reward", "reward", "reward", 1)
@@ -13,11 +13,6 @@ RIGHT_ANSWERS = Metric("right", "right answers", "rate", 1)
 PASSED = Metric("tests_passed", "all tests passed", "rate", 1)
 
 Rewards = Sequence[Mapping[str, Reward]]  # of each answer, by name
-
-
-def total(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> float:
-    """What an answer earns: the sum of weight · value."""
-    return sum(weights[name] * reward.value for name, reward in rewards.items())
 
 
 def is_right(rewards: Mapping[str, Reward]) -> bool | None:
@@ -51,7 +46,7 @@ def compare_rewards(
     the share of right answers, with several kinds of tasks also by kind.
     """
     sides = [left] if right is None else [left, right]
-    lines = [_compare(REWARD, [[total(each, weights) for each in side] for side in sides])]
+    lines = [_compare(REWARD, [[total_reward(each, weights) for each in side] for side in sides])]
     for name in weights:
         values = [[each[name].value for each in side if name in each] for side in sides]
         if values[0]:

@@ -16,6 +16,7 @@ from jaxsft.evaluate.tasks import score_answers
 from jaxsft.grpo.prompts import TaskPrompt
 from jaxsft.rewards.answer_form import exact_parts
 from jaxsft.rewards.scorer import Scorer
+from jaxsft.run.measure import log_measured
 from jaxsft.run.metrics import MetricsWriter
 from jaxsft.run.setup import Setup
 
@@ -61,9 +62,4 @@ def measure_tasks(
         }
         shown.append(dataclasses.asdict(answer) | flags)
         writer.sample(step, i, shown[-1])
-    scores = {metric.name: estimates[0].value for metric, estimates, _ in lines}
-    writer.log(step, {f"eval/{name}": value for name, value in scores.items()})
-    intervals = {
-        metric.name: [estimates[0].low, estimates[0].high] for metric, estimates, _ in lines
-    }
-    return scores | {"num_answers": len(shown), "intervals": intervals, "answers": shown}
+    return log_measured(writer, step, lines, shown)

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsft.data.answer_template import AnswerTemplate
-from jaxsft.evaluate.rewarded import is_right, total
+from jaxsft.evaluate.rewarded import is_right
 from jaxsft.grpo.objective import group_advantages
 from jaxsft.grpo.prompts import TaskPrompt
 from jaxsft.grpo.rollouts import Rollout
 from jaxsft.rewards.answer_form import exact_parts
-from jaxsft.rewards.records import Reward
+from jaxsft.rewards.records import Reward, total_reward
 
 
 class RewardedRollout(NamedTuple):
@@ -99,7 +99,7 @@ def rewarded(
     mask_truncated: bool,
 ) -> RewardedRollout:
     """The completions of `prompts`, group after group, with their rewards and advantages."""
-    totals_N = np.array([total(each, weights) for each in rewards])
+    totals_N = np.array([total_reward(each, weights) for each in rewards])
     advantages_PG, is_live_P = group_advantages(totals_N.reshape(len(prompts), -1), scale_rewards)
     counts_N = np.repeat(is_live_P, advantages_PG.shape[1])
     if mask_truncated:

@@ -1,5 +1,7 @@
 """What rewards are about: a task, an answer to it, and what that earns."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxsft.data.rows import Turn
@@ -40,3 +42,8 @@ class Reward(NamedTuple):
 
     value: float
     reason: str
+
+
+def total_reward(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> float:
+    """What a completion earns: the sum of weight · value."""
+    return math.fsum(weights[name] * reward.value for name, reward in rewards.items())

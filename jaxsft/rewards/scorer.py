@@ -25,7 +25,7 @@ from jaxsft.rewards.answer_form import answer_part, exact_parts, format_fault
 from jaxsft.rewards.code_tests import SplitTests, run_tests, split_tests
 from jaxsft.rewards.number_text import parse_number
 from jaxsft.rewards.one_number import read_one_number
-from jaxsft.rewards.records import Completion, Reward, Task
+from jaxsft.rewards.records import Completion, Reward, Task, total_reward
 from jaxsft.rewards.sandbox import Sandbox
 from jaxsft.rewards.tasks import BUILT_IN
 from jaxsft.rewards.user_rewards import UserFile, find_user_rewards
@@ -165,7 +165,7 @@ class Scorer:
 
     def total(self, rewards: Mapping[str, Reward]) -> float:
         """The sum of what `__call__` gave for one completion, each by its weight."""
-        return math.fsum(self.weights[name] * reward.value for name, reward in rewards.items())
+        return total_reward(rewards, self.weights)
 
     def _format(self, task: Task, completion: Completion) -> tuple[Reward, str]:
         """(its reward, the answer; "" outside the format)."""

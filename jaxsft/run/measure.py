@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxsft.evaluate.heldout import (
     held_out_losses,
     read_prompts,
 )
-from jaxsft.evaluate.scoring import compare_answers
+from jaxsft.evaluate.scoring import Comparison, compare_answers
 from jaxsft.rewards.answer_form import exact_parts
 from jaxsft.run.metrics import MetricsWriter
 from jaxsft.run.setup import Data, Setup
@@ -120,6 +120,13 @@ def measure_rows(
             flags = {"exact_format": exact_parts(answer.text, template) is not None}
             answers.append(dataclasses.asdict(answer) | flags)
             writer.sample(step, i, answers[-1])
+    return log_measured(writer, step, lines, answers)
+
+
+def log_measured(
+    writer: MetricsWriter, step: int, lines: Sequence[Comparison], answers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes the values of a measurement; returns what `measure_rows` does."""
     scores = {metric.name: estimates[0].value for metric, estimates, _ in lines}
     writer.log(step, {f"eval/{name}": value for name, value in scores.items()})
     intervals = {
