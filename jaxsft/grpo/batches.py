@@ -1,11 +1,11 @@
 """Packs completions with their prompts into rows, and reads values of their tokens back.
 
 A completion is a segment of its row: the prompt, then the completion with its stop token. The loss
-is at the positions whose target is a token of the completion. In NumPy only.
+is at the positions whose target is a token of the completion. In NumPy.
 
 What a loop does with a rollout of N completions, each a list of token ids:
 
-    rows = CompletionRows(prompts, completions, row_length=512, row_multiple=4)
+    rows = CompletionRows(prompts, completions, row_length=512, num_rows=N)
     batch = put_batch(rows.batch, mesh)
     reference = rows.read(token_log_probs(first_adapter, frozen, batch, spec=spec.model))
     old = rows.read(token_log_probs(state.adapter, frozen, batch, spec=spec.model))
@@ -15,14 +15,14 @@ What a loop does with a rollout of N completions, each a list of token ids:
     def counting(values):
         return [values[i] for i in counts]
 
-    kept = CompletionRows(counting(prompts), counting(completions), row_length=512, row_multiple=4)
+    kept = CompletionRows(counting(prompts), counting(completions), row_length=512, num_rows=N)
     batch = kept.rollout_batch(
         weights=completion_weights(kept.lengths, "dapo", max_completion_length),
         advantages=counting(advantages_PG.reshape(-1)),
         old=counting(old),
         reference=counting(reference),
     )
-    batch = put_batch(batch, mesh)
+    batch = put_batch(split_rows(batch, num_parts), mesh)  # parts of padding alone take no time
     for _ in range(num_iterations):  # with UpdateSpec(token_loss=Objective(…))
         state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
 
@@ -30,7 +30,9 @@ Axes: B rows, T positions of a row.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -39,11 +41,12 @@ from jaxsft.data.bins import pack
 from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.grpo.objective import RolloutBatch
 
+BatchT = TypeVar("BatchT")  # `Batch` or `RolloutBatch`
 Values = Sequence[npt.ArrayLike] | npt.NDArray[np.floating]
 
 
 class CompletionRows:
-    """Completions in as few rows as they need, plus rows of padding (`padded_rows`).
+    """Completions in as few rows as they need, and behind these rows of padding.
 
     The same completions give the same rows; none at all give rows of padding, on which a train step
     changes nothing but its count.
@@ -52,7 +55,7 @@ class CompletionRows:
       prompts: token ids of each completion's prompt, at least one.
       completions: token ids of each completion, at least one; the stop token, if any, is the last.
       row_length: T. ValueError if a prompt with its completion is longer.
-      row_multiple: number of rows that the step can split: devices × micro-batches.
+      num_rows: B. As many as completions suffice.
 
     Attributes:
       batch: five arrays [B, T]; the loss weight is 1 at every token of a completion.
@@ -65,7 +68,7 @@ class CompletionRows:
         completions: Sequence[Sequence[int]],
         *,
         row_length: int,
-        row_multiple: int,
+        num_rows: int,
     ):
         self.lengths = [len(ids) for ids in completions]
         samples = []
@@ -74,7 +77,7 @@ class CompletionRows:
             ids = np.concatenate([prompt, completion]).astype(np.int32)
             samples.append(Sample(ids, np.arange(len(ids)) >= len(prompt)))
         bins = pack([len(sample.ids) for sample in samples], row_length)
-        num_rows = padded_rows(len(bins), row_multiple)
+        assert len(bins) <= num_rows
         if bins:
             rows = PackedRows.from_samples(samples, bins, row_length)
             self.batch = rows.batch([*range(len(bins)), *[-1] * (num_rows - len(bins))])
@@ -108,10 +111,6 @@ class CompletionRows:
         return RolloutBatch(*batch, *map(self.write, (old, reference, advantages)))
 
 
-def padded_rows(num_rows: int, multiple: int) -> int:
-    """The least of 1, 2, 4, 8, … times `multiple` that is at least `num_rows`.
-
-    A step compiles once for each number of rows, on a CPU for as long as it then takes to run.
-    """
-    blocks = max(1, -(-num_rows // multiple))
-    return multiple << (blocks - 1).bit_length()
+def split_rows(batch: BatchT, num_parts: int) -> BatchT:
+    """Arrays [A · B, T] as micro-batches [A, B, T], A being `num_parts`."""
+    return jax.tree.map(lambda x: x.reshape(num_parts, -1, x.shape[-1]), batch)

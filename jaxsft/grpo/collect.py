@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsft.common.batch import Batch
 from jaxsft.common.hosts import on_host
 from jaxsft.config import GrpoConfig
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.tokenizer import Tokenizer
+from jaxsft.grpo.batches import split_rows
 from jaxsft.grpo.objective import RolloutBatch, completion_weights
 from jaxsft.grpo.prompts import Prompts, TaskPrompt
 from jaxsft.grpo.rewarded_rollout import RewardedRollout, mean_divergence, rewarded
@@ -126,6 +128,7 @@ def collect(
     if learner.reference is not None:
         metrics["kl"] = mean_divergence([each.log_probs for each in kept], reference)
     metrics |= {"rollout_s": drawn_s - began_s, "reference_s": scored_s - drawn_s}
+    batch = split_rows(batch, config.gradient_accumulation_steps)
     return found, batch, metrics | {"reward_s": rewarded_s - scored_s}
 
 
@@ -136,13 +139,18 @@ def _log_probs(
     under the reference, each as far as the objective reads it; else 0."""
     config, spec = learner.config, setup.spec.model
     rows = completion_rows(config, spec.mesh.size, completions)
-    on_device = put_batch(rows.batch, spec.mesh)
+    parts = split_rows(rows.batch, config.gradient_accumulation_steps)
+    filled = [
+        put_batch(Batch(*arrays), spec.mesh)
+        for arrays in zip(*parts, strict=True)
+        if arrays[2].any()
+    ]
 
     def under(adapter: Any, is_read: bool) -> list[Any]:
-        if not is_read:
+        if not is_read or not completions:
             return [np.float32(0.0)] * len(completions)
-        found = token_log_probs(adapter, setup.frozen, on_device, spec=spec)
-        return rows.read(on_host(found))
+        found = [token_log_probs(adapter, setup.frozen, part, spec=spec) for part in filled]
+        return rows.read(np.concatenate([on_host(each) for each in found]))
 
     old = under(setup.state.adapter, config.objective.num_iterations > 1)
     return old, under(learner.reference, learner.reference is not None)

@@ -7,7 +7,7 @@ import jax
 
 from jaxsft.config import GrpoConfig
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.grpo.batches import CompletionRows
+from jaxsft.grpo.batches import CompletionRows, split_rows
 from jaxsft.grpo.objective import Objective
 from jaxsft.grpo.prompts import Prompts, prompts_digest
 from jaxsft.grpo.rollouts import Rollout
@@ -69,9 +69,10 @@ def build_grpo(
         found["data.eval_files"] = prompts_digest(prompts.heldout)
     no_rows = completion_rows(config, loaded.spec.model.mesh.size, [])
     batch = no_rows.rollout_batch(weights=[], advantages=[], old=[], reference=[])
+    batch = split_rows(batch, config.gradient_accumulation_steps)
     return make_setup(
         loaded,
-        step_batches=Steps(steps, rollout.num_prompts * rollout.num_generations),
+        step_batches=Steps(steps, num_completions(config)),
         batch=jax.tree.map(jax.typeof, put_batch(batch, loaded.spec.model.mesh)),
         flops_per_token=0.0,
         fingerprint=same | found,
@@ -81,10 +82,17 @@ def build_grpo(
 def completion_rows(
     config: GrpoConfig, num_devices: int, completions: Sequence[Rollout]
 ) -> CompletionRows:
-    """The completions with their prompts, packed into rows that the step can split."""
+    """The completions of a rollout with their prompts, packed into its rows: as many as devices and
+    micro-batches can share, at least one for each completion that was drawn."""
+    most, parts = num_completions(config), num_devices * config.gradient_accumulation_steps
     return CompletionRows(
         [each.prompt_ids for each in completions],
         [each.ids for each in completions],
         row_length=config.data.max_length,
-        row_multiple=num_devices * config.gradient_accumulation_steps,
+        num_rows=-(-most // parts) * parts,
     )
+
+
+def num_completions(config: GrpoConfig) -> int:
+    """The completions of a rollout."""
+    return config.rollout.num_prompts * config.rollout.num_generations

@@ -7,6 +7,7 @@ after.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -143,7 +144,8 @@ def _gradient_sum(
 ) -> tuple[nnx.State, _Sums]:
     """The gradient of the loss *sum* with respect to the adapter, and the sums."""
     grad_fn, count = jax.value_and_grad(_loss_sum), spec.update.accumulation_steps
-    if count == 1:
+    are_given = batch.tokens_BT.ndim == 3
+    if count == 1 and not are_given:
         loss_sum, grads = grad_fn(adapter, frozen, batch, key, spec)
         return grads, _sums(loss_sum, batch)
 
@@ -159,9 +161,27 @@ def _gradient_sum(
         return jax.tree.map(jnp.add, carry, added), None
 
     zeros = jnp.float32(0.0), jax.tree.map(jnp.zeros_like, adapter)
-    micro_batches = jnp.arange(count), jax.tree.map(split, batch)
-    (loss_sum, grads), _ = jax.lax.scan(body, zeros, micro_batches)
+    if are_given:
+        micro_batches = jnp.arange(len(batch.tokens_BT)), batch
+        loss_sum, grads = _scan_nonempty(body, zeros, micro_batches, batch)
+    else:
+        micro_batches = jnp.arange(count), jax.tree.map(split, batch)
+        (loss_sum, grads), _ = jax.lax.scan(body, zeros, micro_batches)
     return grads, _sums(loss_sum, batch)
+
+
+def _scan_nonempty(body: Callable, carry: Any, micro_batches: Any, batch: Batch) -> Any:
+    """The carry of a scan up to the last micro-batch that bears loss: those behind it take no time.
+
+    One program for every number of filled rows; rows of padding cost as much as others.
+    """
+    bears_loss_A = jnp.any(batch.loss_weights_BT != 0, axis=(1, 2))
+    count = jnp.max(jnp.where(bears_loss_A, 1 + jnp.arange(len(bears_loss_A)), 0))
+
+    def one(index: jax.Array, carry: Any) -> Any:
+        return body(carry, jax.tree.map(lambda x: x[index], micro_batches))[0]
+
+    return jax.lax.fori_loop(0, count, one, carry)
 
 
 def _fused_gradient_sum(
@@ -171,6 +191,7 @@ def _fused_gradient_sum(
     written into their pads."""
     settings, num_shards = spec.model.fused, spec.model.mesh.shape["data"]
     assert settings is not None
+    are_given = batch.tokens_BT.ndim == 3
     leaves, tree = jax.tree.flatten(adapter)
     dims = [shard_dim(x.shape, num_shards) for x in leaves]
     specs = [shard_spec(x.shape, num_shards) for x in leaves]
@@ -190,10 +211,14 @@ def _fused_gradient_sum(
             )
             return (loss_sum + added, grads), None
 
-        count = spec.update.accumulation_steps
-        micro_batches = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), grouped)
-        (loss_sum, grads), _ = jax.lax.scan(body, (jnp.float32(0.0), zeros), micro_batches)
+        start = jnp.float32(0.0), zeros
+        if are_given:
+            loss_sum, grads = _scan_nonempty(body, start, batch, batch)
+        else:
+            count = spec.update.accumulation_steps
+            micro_batches = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
+            (loss_sum, grads), _ = jax.lax.scan(body, start, micro_batches)
         with jax.named_scope("optimizer"):
             abstract = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in whole]
             transpose = jax.linear_transpose(group, jax.tree.unflatten(tree, abstract))
@@ -201,7 +226,8 @@ def _fused_gradient_sum(
             reduced = reduce_to_shards(jax.tree.leaves(by_projection), dims)
         return reduced, jax.lax.psum(_sums(loss_sum, batch), "data"), weights
 
-    whole_spec, rows = partition_spec(), partition_spec("batch")
+    whole_spec = partition_spec()
+    rows = partition_spec(None, "batch") if are_given else partition_spec("batch")
     reduced, sums, weights = jax.shard_map(
         local,
         mesh=spec.model.mesh,
@@ -232,6 +258,9 @@ def train_step(
     state: TrainState, frozen: Any, batch: Batch, *, spec: StepSpec
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     """One optimizer step on a global batch [B, T]; donates `state` and `frozen`.
+
+    A batch [A, B, T] comes as A micro-batches, whatever `accumulation_steps` says. Those behind the
+    last that bears loss take no time.
 
     `frozen` is the model's frozen state, or with `spec.model.fused` the fused weights. The step
     writes the adapter into their pads and changes nothing else in them.
@@ -278,6 +307,11 @@ def train_step(
 
 
 def put_batch(batch: BatchT, mesh: Mesh) -> BatchT:
-    """A process's rows [B / num_processes, T] as global arrays split over the mesh's batch axes."""
-    sharding = named(mesh, "batch", None)
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), batch)
+    """A process's rows [B / num_processes, T], or micro-batches [A, B / num_processes, T], as
+    global arrays split over the mesh's batch axes."""
+
+    def put(x: Any) -> jax.Array:
+        sharding = named(mesh, *[None] * (x.ndim - 2), "batch", None)
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(put, batch)

@@ -13,6 +13,8 @@ CASES = (
     "dead groups kept",
     "two devices, micro-batches",
     "plain step, two devices, micro-batches",
+    "empty micro-batches",
+    "plain step, empty micro-batches",
 )
 
 
@@ -42,7 +44,7 @@ def measure() -> dict[str, Any]:
     from jaxsft.gemma.architecture import GLOBAL, LOCAL, PRESETS
     from jaxsft.gemma.model import Gemma
     from jaxsft.gemma.sharding import make_mesh
-    from jaxsft.grpo.batches import CompletionRows
+    from jaxsft.grpo.batches import CompletionRows, split_rows
     from jaxsft.grpo.objective import RolloutBatch, completion_weights, group_advantages
     from jaxsft.step.score import token_log_probs
     from jaxsft.step.train_step import put_batch, train_step
@@ -65,9 +67,9 @@ def measure() -> dict[str, Any]:
     completions = [rng.integers(4, 96, n).tolist() for n in rng.integers(1, 21, 24)]
     noise = [rng.normal(0, 0.3, (2, len(ids))) for ids in completions]
 
-    def rows_of(chosen: list[int], row_multiple: int = 12) -> CompletionRows:
+    def rows_of(chosen: list[int], num_rows: int = 12) -> CompletionRows:
         some_prompts, some = ([of[i] for i in chosen] for of in (prompts, completions))
-        return CompletionRows(some_prompts, some, row_length=ROW_LENGTH, row_multiple=row_multiple)
+        return CompletionRows(some_prompts, some, row_length=ROW_LENGTH, num_rows=num_rows)
 
     def batch_of(rows: CompletionRows, chosen: list[int]) -> RolloutBatch:
         weights = completion_weights(rows.lengths, "grpo", 20)
@@ -92,22 +94,26 @@ def measure() -> dict[str, Any]:
     other = [i for i in reversed_groups if i in live]
     everything = batch_of(scored, [*range(24)])
     assert packed.tokens_BT.shape == everything.tokens_BT.shape != apart.tokens_BT.shape
+    roomy = split_rows(batch_of(rows_of(live, 36), live), 9)
+    assert sum(part.any() for part in roomy.loss_weights_BT) <= 3  # of 9 micro-batches
     cases = {
-        "packed": (1, one, 1, packed),
-        "one in a row": (1, one, 1, apart),
-        "other order": (1, one, 1, batch_of(rows_of(other), other)),
-        "dead groups kept": (1, one, 1, everything),
-        "two devices, micro-batches": (1, two, 3, packed),
-        "plain step, two devices, micro-batches": (0, two, 3, packed),
+        "packed": (1, one, packed),
+        "one in a row": (1, one, apart),
+        "other order": (1, one, batch_of(rows_of(other), other)),
+        "dead groups kept": (1, one, everything),
+        "two devices, micro-batches": (1, two, split_rows(packed, 3)),
+        "plain step, two devices, micro-batches": (0, two, split_rows(packed, 3)),
+        "empty micro-batches": (1, two, roomy),
+        "plain step, empty micro-batches": (0, one, roomy),
     }
     objective = dataclasses.replace(OBJECTIVE, loss_type="grpo", use_bias_correction_kl=True)
     report: dict[str, Any] = {}
     specs: dict[Any, Any] = {}  # equal cases share a program
     expected = np.zeros(0)
-    for case, (which, mesh, count, batch) in cases.items():
-        settings: Any = {"token_loss": objective, "accumulation_steps": count}
-        state, frozen, new = both_steps(model, layout_of(model), mesh=mesh, **settings)[which]
-        spec = specs.setdefault((which, mesh, count), new)
+    for case, (which, mesh, batch) in cases.items():
+        steps = both_steps(model, layout_of(model), mesh=mesh, token_loss=objective)
+        state, frozen, new = steps[which]
+        spec = specs.setdefault((which, mesh), new)
         state, _, metrics = train_step(state, frozen, put_batch(batch, mesh), spec=spec)
         leaves = jax.tree.leaves(state.moments.trace)
         gradient = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves])

@@ -41,7 +41,7 @@ def test_a_table_by_hand() -> None:
         (True, "dr_grpo"): (-1.39 + 1.65 + 1.25 - 0.25) / 12 + 0.1 * k3 * 9 / 12,
     }
     lengths = [len(of_one) for of_one in ratios]
-    rows = CompletionRows([[1]] * 4, [[2] * n for n in lengths], row_length=8, row_multiple=1)
+    rows = CompletionRows([[1]] * 4, [[2] * n for n in lengths], row_length=8, num_rows=4)
     now = [np.log(np.array(of_one) / 4) for of_one in ratios]  # the old probability is a quarter
     for (is_unbiased, loss_type), loss in expected.items():
         batch = rows.rollout_batch(

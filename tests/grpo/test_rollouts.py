@@ -137,8 +137,7 @@ def errors_of(policy: Policy, rollouts: list[Rollout], row_length: int) -> np.nd
     """|sampler's log-probability - the trainer's|, in nats, of every token that was drawn."""
     adapter, frozen, spec = policy
     prompts, completions = zip(*((each.prompt_ids, each.ids) for each in rollouts), strict=True)
-    rows = CompletionRows(prompts, completions, row_length=row_length, row_multiple=1)
-    assert len(rows.batch.tokens_BT) <= len(rollouts) / 2  # packed
+    rows = CompletionRows(prompts, completions, row_length=row_length, num_rows=len(rollouts) // 2)
     batch = put_batch(rows.batch, MESH)
     trained = rows.read(token_log_probs(adapter, frozen, batch, spec=spec))
     drawn = [each.log_probs for each in rollouts]

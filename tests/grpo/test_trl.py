@@ -25,7 +25,7 @@ from support.plain_loss import OBJECTIVE
 
 from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
-from jaxsft.grpo.batches import CompletionRows
+from jaxsft.grpo.batches import CompletionRows, split_rows
 from jaxsft.grpo.objective import Objective, completion_weights, group_advantages
 from jaxsft.step.score import token_log_probs
 from jaxsft.step.train_step import put_batch, train_step
@@ -71,7 +71,7 @@ def our_updates(
         [rollout.prompts[i] for i in counts],
         [rollout.completions[i] for i in counts],
         row_length=ROW_LENGTH,
-        row_multiple=2,
+        num_rows=2 * len(counts),
     )
     state, frozen, spec = ready
     scored, parts = put_batch(rows.batch, MESH), lora.split(reference)
@@ -85,7 +85,7 @@ def our_updates(
         old=old,
         reference=of_reference,
     )
-    batch, results = put_batch(batch, MESH), []
+    batch, results = put_batch(split_rows(batch, len(counts)), MESH), []
     for _ in range(num_updates):
         state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
         assert int(metrics["num_loss_tokens"]) == sum(rows.lengths)
