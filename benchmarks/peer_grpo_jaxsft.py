@@ -77,8 +77,9 @@ class JaxsftGrpo:
                 batch_size=len(prompts) * settings["group_size"],
             ),
             objective=ObjectiveOptions(**settings["objective"], mask_truncated_completions=False),
-            # As many micro-batches as the peer has; all rows at once take over 20 GiB.
-            gradient_accumulation_steps=settings["micro_batches"],
+            # A quarter of the peer's completions, should each have a row of its own. Packed, a
+            # micro-batch holds about as many tokens as the peer's.
+            gradient_accumulation_steps=4 * settings["micro_batches"],
             learning_rate=settings["learning_rate"],
             lr_scheduler_type="constant",
             loss_chunk_tokens=128,  # as in grpo_demo
