@@ -288,12 +288,22 @@ def _about_unknown(names: Sequence[str], options: Collection[str]) -> str:
     """What to use in place of options that there are not, in one line."""
     parts = []
     for name in names[:_MOST_UNKNOWN]:
-        hint = hint_for(name, options)
+        hint = _of_grpo_alone(name) or hint_for(name, options) or _of_train(name)
         parts.append(f"unknown option {name!r}" + (f"; {hint}" if hint else ""))
     parts = [part if part.endswith(("?", ".")) else f"{part};" for part in parts]
     rest = len(names) - len(parts)
     more = [f"and {rest} more;"] if rest > 0 else []
     return " ".join([*parts, *more, "--help lists all"])
+
+
+def _of_grpo_alone(name: str) -> str:
+    is_own = name in dict(_option_types(GrpoConfig)) and not _of_train(name)
+    return "an option of python -m jaxsft.grpo" if is_own else ""
+
+
+def _of_train(name: str) -> str:
+    is_own = name in dict(_option_types(TrainConfig))
+    return "an option of python -m jaxsft.train" if is_own else ""
 
 
 _OPTION = re.compile(r"--\w[\w.-]*(?:=|$)")
@@ -396,7 +406,7 @@ _KINDS = {"float": "a number", "int": "a whole number", "str": "a text", "NoneTy
 
 def _explain(message: str, parser: ArgumentParser) -> str:
     """The parser's complaint in one line, with the nearest name for an unknown option."""
-    line = " ".join(message.split()).replace("typing.Literal", "one of ")
+    line = " ".join(message.split()).replace("a typing.Literal", "one of ")
     line = re.sub(r"<class '(\w+)'>", r"\1", line)
     union = re.search(r"Does not validate against .*Subtypes: \[(.*?)\] .*value: (.*)", line)
     if union:

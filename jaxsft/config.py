@@ -307,11 +307,16 @@ class GrpoConfig(RunConfig):
 
 
 def named_rewards(rewards: dict[str, float] | list[str] | str) -> dict[str, float]:
-    """Weight by name of reward; those of a list or text with commas have weight 1."""
-    if isinstance(rewards, dict):
-        return dict(rewards)
-    names = rewards.split(",") if isinstance(rewards, str) else rewards
-    return {name.strip(): 1.0 for name in names if name.strip()}
+    """Weight by name of reward; those of a list or text with commas have weight 1.
+
+    ValueError for a reward that is named twice, such as a.py:f and ./a.py:f.
+    """
+    names = list(rewards.split(",") if isinstance(rewards, str) else rewards)
+    names = [name.strip() for name in names if name.strip()]
+    same = [os.path.normpath(name) for name in names]
+    if twice := [name for number, name in enumerate(same) if name in same[:number]]:
+        raise ValueError(f"rewards names {twice[0]} twice: name it once, with the weight you mean")
+    return dict(rewards) if isinstance(rewards, dict) else dict.fromkeys(names, 1.0)
 
 
 def named_files(files: list[str] | str) -> list[str]:

@@ -84,9 +84,15 @@ def _grpo_conflicts(config: GrpoConfig) -> list[str]:
                 f"{objective.num_iterations}: a rollout's updates are not interrupted"
             )
     if config.multihost:
-        problems.append("multihost: grpo runs on one host")
+        problems.append(
+            "multihost: grpo runs on one host, with all its devices; leave it out, and take a "
+            "slice that is one host, such as v5e-8"
+        )
     if config.budget_hours is not None:
-        problems.append("budget_hours: grpo has no preflight that could keep it; use max_seconds")
+        problems.append(
+            "budget_hours: grpo knows no hours before its first rollouts; leave it out and set "
+            "max_seconds, which saves and stops in time (with fit_deadline the schedule ends then)"
+        )
     return problems
 
 

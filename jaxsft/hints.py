@@ -6,6 +6,9 @@ Tunix. An option of another meaning is never suggested: nothing is better than a
 
 import re
 from collections.abc import Collection
+from fnmatch import fnmatchcase
+
+from jaxsft import grpo_hints
 
 # names of others; the option here, the first that the command has; a note on another meaning.
 _RENAMED = (
@@ -130,13 +133,14 @@ _RENAMED = (
     (
         "per_device_train_batch_size per_gpu_train_batch_size per_device_batch_size "
         "micro_batch_size device_train_batch_size local_batch_size batch_size_per_device "
-        "train_micro_batch_size_per_gpu mini_batch_size",
-        "global_batch_size|batch_size|eval.batch_size",
+        "train_micro_batch_size_per_gpu train_micro_batch_size mini_batch_size",
+        "global_batch_size|rollout.num_prompts|batch_size|eval.batch_size",
         "It is per device × devices × gradient_accumulation_steps.",
     ),
     (
-        "batch_size train_batch_size training_batch_size total_batch_size effective_batch_size bs",
-        "global_batch_size|batch_size|eval.batch_size",
+        "batch_size train_batch_size training_batch_size total_batch_size effective_batch_size bs "
+        "global_batch_size",
+        "global_batch_size|rollout.num_prompts|batch_size|eval.batch_size",
         "It counts the rows of an optimizer step, over all devices and micro-batches.",
     ),
     (
@@ -193,7 +197,11 @@ _RENAMED = (
         "",
     ),
     # ---- how long, how often ----
-    ("epochs num_epochs num_epoch n_epochs max_epochs train_epochs epoch", "num_train_epochs", ""),
+    (
+        "epochs num_epochs num_epoch n_epochs max_epochs train_epochs epoch num_train_epochs",
+        "num_train_epochs|max_steps",
+        "",
+    ),
     (
         "steps num_steps max_train_steps num_train_steps train_steps total_steps training_steps "
         "num_training_steps iters max_iters num_iterations",
@@ -239,7 +247,7 @@ _RENAMED = (
     (
         "max_tokens max_completion_length max_output_tokens max_generated_tokens max_gen_len "
         "max_response_length generation_max_length",
-        "eval.max_new_tokens|max_new_tokens",
+        "rollout.max_new_tokens|eval.max_new_tokens|max_new_tokens",
         "",
     ),
     ("temp do_sample sample greedy", "eval.temperature|temperature", "0 is greedy."),
@@ -268,7 +276,7 @@ _ABSENT = (
     ),
     (
         "attn_implementation flash_attention flash_attn flash_attn_2 use_flash_attention xformers "
-        "sdp_attention attention use_liger_kernel liger_kernel use_unsloth",
+        "sdp_attention attention use_liger_kernel use_liger_loss liger_kernel use_unsloth",
         "--step chooses the kernels; auto takes the fused ones on a TPU",
     ),
     ("torch_compile compile jit", "every step is compiled by XLA"),
@@ -300,7 +308,8 @@ _ABSENT = (
         "many of them are answered",
     ),
     (
-        "chat_template template conversation_template prompt_template apply_chat_template",
+        "chat_template chat_template_kwargs template conversation_template prompt_template "
+        "apply_chat_template",
         "rows are rendered with Gemma's own chat template; --data.answer_template is the form of "
         "answers",
     ),
@@ -372,6 +381,12 @@ _ABSENT = (
     ),
     ("num_return_sequences num_generations", "each prompt gets one answer"),
 )
+# Notes on options that stand in for the first of a line of _RENAMED.
+_NOTES = {
+    "rollout.num_prompts": "A step learns from num_prompts × num_generations completions; "
+    "--gradient_accumulation_steps divides them.",
+    "max_steps": "It counts updates; prompts come again when all have had their turn.",
+}
 # Groups of other trainers' files that mean the whole run.
 _WHOLE = {"train", "training", "trainer", "training_args", "args", "optimizer", "config", "run"}
 
@@ -387,29 +402,48 @@ def hint_for(name: str, options: Collection[str]) -> str:
     group, _, last = name.rpartition(".")
     is_eval = group.rpartition(".")[2] in ("eval", "evaluation", "validation")
     spellings = [name.replace(".", "_"), f"eval_{last}" if is_eval else last]
-    for spelling in spellings:
-        for names, option, note in _RENAMED:
-            if spelling in names.split():
-                return _renamed(option.split("|"), note, options)
-        for names, why in _ABSENT:
-            if spelling in names.split():
-                return _absent(why, options)
+    of_train = _told(spellings, options, "train", _RENAMED, _ABSENT)
+    of_grpo = _told(spellings, options, "grpo", grpo_hints.RENAMED, grpo_hints.ABSENT)
     near = _nearest(name, options) or (_nearest(last, options) if group in _WHOLE else "")
-    return f"did you mean --{near}?" if near else ""
+    near = f"did you mean --{near}?" if near else ""
+    is_grpo = "rollout.num_prompts" in options
+    return (of_grpo or of_train or near) if is_grpo else (of_train or near or of_grpo)
 
 
-def _renamed(targets: list[str], note: str, options: Collection[str]) -> str:
+def _told(
+    spellings: list[str],
+    options: Collection[str],
+    command: str,
+    renamed: tuple[tuple[str, str, str], ...],
+    absent: tuple[tuple[str, str], ...],
+) -> str:
+    for spelling in spellings:
+        for names, option, note in renamed:
+            if _is_among(spelling, names):
+                return _renamed(option.split("|"), note, options, command)
+        for names, why in absent:
+            if _is_among(spelling, names):
+                return _absent(why, options, command)
+    return ""
+
+
+def _is_among(name: str, names: str) -> bool:
+    return any(fnmatchcase(name, each) for each in names.split())
+
+
+def _renamed(targets: list[str], note: str, options: Collection[str], command: str) -> str:
     for target in targets:
         if target in options:
-            # The note is on the first: a batch of train is not one of generate.
-            return f"did you mean --{target}? {note if target == targets[0] else ''}".rstrip()
-    return f"an option of python -m jaxsft.train, --{targets[0]}; this command has none"
+            # A batch of train is not one of generate.
+            said = note if target == targets[0] else _NOTES.get(target, "")
+            return f"did you mean --{target}? {said}".rstrip()
+    return f"an option of python -m jaxsft.{command}, --{targets[0]}; this command has none"
 
 
-def _absent(why: str, options: Collection[str]) -> str:
+def _absent(why: str, options: Collection[str], command: str) -> str:
     named = re.findall(r"--([\w.]+)", re.sub(r"python -m jaxsft\S+( RUN)? \S+", "", why))
-    of_train = named and not any(option in options for option in named)
-    return f"not here, because {why}{' (options of jaxsft.train)' if of_train else ''}"
+    is_elsewhere = named and not any(option in options for option in named)
+    return f"not here, because {why}{f' (options of jaxsft.{command})' if is_elsewhere else ''}"
 
 
 def _nearest(name: str, options: Collection[str]) -> str:

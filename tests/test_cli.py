@@ -14,7 +14,7 @@ import yaml
 
 import jaxsft
 from jaxsft import config as config_module
-from jaxsft import hints
+from jaxsft import grpo_hints, hints
 from jaxsft.__main__ import COMMANDS, main
 from jaxsft.cli import EXIT_BAD_INPUT, command_line, parse_config, parse_options, recipe_names
 from jaxsft.config import GrpoConfig, TrainConfig
@@ -101,8 +101,8 @@ def test_every_grpo_recipe_is_valid(name: str, capsys: pytest.CaptureFixture[str
         (("--max_steps", "5", "--objective.num_iterations", "2"), "max_steps 5 is not a multiple"),
         (("--rollout.max_new_tokens", "2000"), "leaves no room for a prompt"),
         (("--objective.loss_type", "gspo"), "loss_type"),
-        (("--multihost", "true"), "grpo runs on one host"),
-        (("--budget_hours", "9"), "grpo has no preflight"),
+        (("--multihost", "true"), "one host.* take a slice"),
+        (("--budget_hours", "9"), "leave it out and set max_seconds"),
     ],
 )
 def test_what_grpo_does_not_do_is_refused(options: tuple[str, ...], message: str) -> None:
@@ -426,6 +426,27 @@ def test_options_of_other_trainers(theirs: str, said: str) -> None:
     assert said in hint_for(theirs, field_docs().keys())
 
 
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ("num_generations", "--rollout.num_generations?"),
+        ("num_iterations", "--objective.num_iterations?"),
+        ("epsilon", "--objective.epsilon? --adam_epsilon is Adam's."),
+        ("num_train_epochs", "--max_steps? It counts updates"),
+        ("per_device_train_batch_size", "--rollout.num_prompts? A step learns from num_prompts ×"),
+        ("max_completion_length", "--rollout.max_new_tokens?"),
+        ("training_args.beta", "--objective.beta?"),
+        ("reward_weights", "--rewards? It has names and weights"),
+        ("top_k", "not here, because completions are drawn from the whole softmax"),
+        ("vllm_server_host", "not here, because this program draws completions itself"),
+        ("save_every", "--save_steps?"),
+        ("load_in_4bit", "not here, because the frozen weights are"),
+    ],
+)
+def test_options_of_other_trainers_in_grpo(theirs: str, said: str) -> None:
+    assert said in hint_for(theirs, field_docs(GrpoConfig).keys())
+
+
 def test_unknown_options_are_answered_wherever_they_stand(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("seed: 1\ntraining:\n  batch-size: 4\n")
@@ -438,14 +459,18 @@ def test_unknown_options_are_answered_wherever_they_stand(tmp_path: Path) -> Non
 
 
 def test_what_is_suggested_exists() -> None:
-    names = field_docs().keys() | {"search"}
-    for _, option, _ in hints._RENAMED:
-        assert option.split("|")[0] in names
-    texts = [note for *_, note in hints._RENAMED] + [why for _, why in hints._ABSENT]
-    for text in texts:
-        assert {name.rstrip(".") for name in re.findall(r"--([\w.]+)", text)} <= names | {"format"}
-    listed = [name for names, *_ in (*hints._RENAMED, *hints._ABSENT) for name in names.split()]
-    assert len(listed) == len({*listed}) and all(len(why) < 300 for _, why in hints._ABSENT)
+    names = field_docs().keys() | {"search", "format"}
+    assert hints._NOTES.keys() <= field_docs(GrpoConfig).keys()
+    for renamed, absent, options in (
+        (hints._RENAMED, hints._ABSENT, names),
+        (grpo_hints.RENAMED, grpo_hints.ABSENT, field_docs(GrpoConfig).keys() | {"page"}),
+    ):
+        for _, option, _ in renamed:
+            assert option.split("|")[0] in options | field_docs(GrpoConfig).keys()
+        for text in [note for *_, note in renamed] + [why for _, why in absent]:
+            assert {name.rstrip(".") for name in re.findall(r"--([\w.]+)", text)} <= options
+        listed = [name for names, *_ in (*renamed, *absent) for name in names.split()]
+        assert len(listed) == len({*listed}) and all(len(why) < 300 for _, why in absent)
 
 
 @pytest.mark.parametrize(
@@ -471,6 +496,14 @@ def test_a_hint_is_for_the_command_that_was_asked() -> None:
         assert said in hint_for("batch_size", options)
     assert "python -m jaxsft.train, --learning_rate" in hint_for("lr", {"model"})
     assert hint_for("max_tokens", {"max_new_tokens"}) == "did you mean --max_new_tokens?"
+    assert "jaxsft.grpo, --objective.beta" in hint_for("beta", field_docs().keys())
+    for command, kind, argv in (
+        ("grpo", TrainConfig, ["--rollout.num_generations", "4"]),
+        ("train", GrpoConfig, ["--data.overlong", "drop"]),
+    ):
+        recipe = "grpo_gsm8k" if kind is GrpoConfig else "demo"
+        with pytest.raises(ValueError, match=f"an option of python -m jaxsft.{command}"):
+            parse_options("x", "", ["--config", recipe, *argv], kind)
 
 
 def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

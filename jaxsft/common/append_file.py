@@ -26,9 +26,10 @@ class AppendFile:
         path: the file; no other process writes to it.
         there: records that the file must begin with. If it does not, it is rewritten; what follows
             them is cut off. If there are none, the file is removed.
+        num_bytes: in place of `there`: so many bytes of the file stay as they are, unread.
     """
 
-    def __init__(self, path: Path, there: Iterable[bytes] = ()) -> None:
+    def __init__(self, path: Path, there: Iterable[bytes] = (), num_bytes: int = 0) -> None:
         self._path = path
         # TensorBoard must not take it for one of its files.
         self._temporary = path.with_name(f"{path.name.partition('.')[0]}.tmp")
@@ -40,7 +41,10 @@ class AppendFile:
         self._error: OSError | None = None
         with contextlib.suppress(OSError):
             self._temporary.unlink()  # left by a process that was killed
-        self._adopt(b"".join(self._waiting))
+        if num_bytes:
+            self._file_bytes = num_bytes
+        else:
+            self._adopt(b"".join(self._waiting))
         self.flush()
 
     def append(self, record: bytes) -> None:
@@ -54,7 +58,7 @@ class AppendFile:
     def flush(self) -> None:
         """Tries to write the records that wait."""
         try:
-            if not self._written and not self._waiting:
+            if not self._written and not self._waiting and not self._file_bytes:
                 if self._path.exists():
                     self._path.unlink()
             elif self._is_there():

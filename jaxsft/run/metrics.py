@@ -5,6 +5,7 @@ Also the arithmetic of speed: tokens a second and time left, from clock readings
 
 import json
 import math
+import mmap
 import os
 import socket
 import time
@@ -40,15 +41,17 @@ class MetricsWriter:
         last_step = math.inf if resume_step is None else resume_step
         there = {
             name: _lines_up_to(run_dir / f"{name}.jsonl", last_step)
-            for name in ("metrics", "samples", "skipped", "rollouts")
+            for name in ("metrics", "samples", "skipped")
         }
         # A measurement is made again where the run was killed before it was kept elsewhere.
         self._kept = {
             line for lines in there.values() for line in lines if _step_of(line) == resume_step
         }
-        self._metrics, self._samples, self._skipped, self._rollouts = (
+        self._metrics, self._samples, self._skipped = (
             AppendFile(run_dir / f"{name}.jsonl", lines) for name, lines in there.items()
         )
+        rollouts = run_dir / "rollouts.jsonl"
+        self._rollouts = AppendFile(rollouts, num_bytes=_end_of_step(rollouts, last_step))
         log_dir = run_dir / "tensorboard"
         num_files = len(list(log_dir.iterdir())) if log_dir.exists() else 0
         # The count is there for quick restarts, within a second: they'd overwrite the last file.
@@ -162,8 +165,25 @@ def _lines_up_to(path: Path, last_step: float) -> list[bytes]:
     return [line + b"\n" for line in lines if 0 <= _step_of(line) <= last_step]
 
 
+def _end_of_step(path: Path, last_step: float) -> int:
+    """The bytes of a file, whose steps only rise, up to those of later steps and torn lines.
+
+    Read from the file's end: it may have gigabytes.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n") + 1
+        while end:
+            start = text.rfind(b"\n", 0, end - 1) + 1
+            if 0 <= _step_of(text[start:end]) <= last_step:
+                break
+            end = start
+    return end
+
+
 def _step_of(line: bytes) -> int:
-    """The step of a line of metrics.jsonl; -1 if it isn't one."""
+    """The step of a line; -1 if it isn't one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError):

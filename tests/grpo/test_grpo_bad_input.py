@@ -77,6 +77,8 @@ def refuse(
         (["--rollout.max_new_tokens", "159"], "too_long"),
         (["--objective.num_iterations", "3"], "max_steps 2 is not a multiple"),
         (["--objective.loss_type", "gspo"], "gspo"),
+        (["--rewards", "[answer, format, answer]"], "rewards names answer twice"),
+        (["--rewards", '{"mine.py:good": 1, "./mine.py:good": 2}'], "mine.py:good twice"),
         (["--lora.dropout", "0.1"], "lora.dropout"),
         (["--global_batch_size", "8"], "global_batch_size"),
         (["--score", "gone.jsonl"], "gone.jsonl"),

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import transformers
+import trl
 from support.both_steps import MESH, ROW_LENGTH, Ready, both_steps, layout_of
 from support.grpo_twin import GROUP, MAX_NEW_TOKENS, GivenRollout, PeerTrainer, make_rollout
 from support.lora_twins import (
@@ -27,6 +29,7 @@ from jaxsft.gemma import lora
 from jaxsft.gemma.model import Gemma
 from jaxsft.grpo.batches import CompletionRows, split_rows
 from jaxsft.grpo.objective import Objective, completion_weights, group_advantages
+from jaxsft.hints import hint_for
 from jaxsft.step.score import token_log_probs
 from jaxsft.step.train_step import put_batch, train_step
 
@@ -144,3 +147,10 @@ def test_advantages_equal_trl(scale_rewards: str) -> None:
     peer = PeerTrainer(policy, reference, rollout, scale_rewards=scale_rewards)
     advantages_PG, _ = group_advantages(np.reshape(rollout.rewards, (-1, GROUP)), scale_rewards)
     np.testing.assert_allclose(peer.inputs["advantages"], advantages_PG.reshape(-1), atol=1e-6)
+
+
+def test_every_option_of_trl_is_answered() -> None:
+    own = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    own -= {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    ours = {"rollout.num_prompts", "eval.temperature", "adam_epsilon", "max_steps"}
+    assert [name for name in own if not hint_for(name, ours)] == []

@@ -11,7 +11,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxsft.common import append_file
-from jaxsft.run import events
+from jaxsft.run import events, metrics
 from jaxsft.run.metrics import MetricsWriter, Throughput
 
 ANSWER = {"prompt": "Why?", "text": "<answer>*1*</answer>\nend ü", "exact_format": False}
@@ -114,6 +114,35 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     # TensorBoard purges steps >= the step of a session start.
     starts = [event.step for event in read_events(tmp_path) if event.HasField("session_log")]
     assert starts == [1, 3]
+
+
+def test_a_resumed_run_has_each_rollout_once(tmp_path, monkeypatch):
+    def rollouts(*steps):
+        return [{"step": step, "member": i, "text": "ü" * step} for step in steps for i in (0, 1)]
+
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        for step in range(1, 6):
+            writer.rollout(rollouts(step))
+    path = tmp_path / "rollouts.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 2, "te')  # torn by a kill
+    read = []
+    step_of = metrics._step_of
+    monkeypatch.setattr(metrics, "_step_of", lambda line: read.append(line) or step_of(line))
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
+        assert read_jsonl(tmp_path, path.name) == rollouts(1, 2, 3)
+        assert len(read) == 5  # of later steps, and the last that stays
+        writer.rollout(rollouts(4))
+    assert read_jsonl(tmp_path, path.name) == rollouts(1, 2, 3, 4)
+    for resume_step, kept in ((None, [1, 2, 3, 4]), (4, [1, 2, 3, 4]), (1, [1])):
+        MetricsWriter(tmp_path, resume_step).close()
+        assert read_jsonl(tmp_path, path.name) == rollouts(*kept)
+    with MetricsWriter(tmp_path, resume_step=1) as writer:
+        path.unlink()
+        writer.rollout(rollouts(2))
+    assert read_jsonl(tmp_path, path.name) == rollouts(2)  # what this process wrote
+    MetricsWriter(tmp_path, resume_step=0).close()
+    assert not path.exists()
 
 
 def test_a_measurement_made_again_is_there_once(tmp_path):
