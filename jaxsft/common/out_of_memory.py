@@ -4,8 +4,8 @@ import re
 from typing import NamedTuple
 
 GENERAL_ADVICE = (
-    "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length or "
-    "eval.batch_size"
+    "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length, "
+    "eval.batch_size or, in grpo, rollout.batch_size"
 )
 
 
