@@ -156,8 +156,8 @@ HBM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.25G of
         (
             None,
             "raise gradient_accumulation_steps, set model.remat to full, or lower data.max_length, "
-            "eval.batch_size or, in grpo, rollout.batch_size (jaxsft.plan found no setting: no such "
-            "recipe)",
+            "eval.batch_size or, in grpo, rollout.batch_size "
+            "(jaxsft.plan found no setting: no such recipe)",
         ),
     ],
 )
