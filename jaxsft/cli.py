@@ -40,6 +40,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the command again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_OF_GRPO = re.compile(rb"^(rollout|objective|rewards?)\b[\w.]*:", re.MULTILINE)
 _MOST_UNKNOWN = 4  # options in one line
 
 
@@ -117,8 +118,15 @@ def recipe_names(kind: type = TrainConfig) -> list[str]:
 
 
 def config_kind(path: Path) -> type[TrainConfig] | type[GrpoConfig]:
-    """Whose options a config file has, told by a group that only one kind has."""
-    return GrpoConfig if b"\nrollout:" in path.read_bytes() else TrainConfig
+    """Whose options a config file has, told by the names that only one kind has."""
+    return GrpoConfig if _OF_GRPO.search(path.read_bytes()) else TrainConfig
+
+
+def kind_of_config(argv: Sequence[str]) -> type[TrainConfig] | type[GrpoConfig]:
+    """`config_kind` of the last file or recipe that --config names; TrainConfig without one."""
+    paths = [Path(name) for name in _configs_named(argv)[-1:]]
+    paths = [path if path.is_file() else RECIPES / f"{path}.yaml" for path in paths]
+    return config_kind(paths[0]) if paths and paths[0].is_file() else TrainConfig
 
 
 def parse_options(
@@ -194,9 +202,12 @@ def typed_options(
 
 def config_files(argv: Sequence[str]) -> list[Path]:
     """The files that --config names, without recipes."""
+    return [path for path in map(Path, _configs_named(argv)) if path.is_file()]
+
+
+def _configs_named(argv: Sequence[str]) -> list[str]:
     pairs = zip(argv, [*argv[1:], ""], strict=True)
-    named = [a.partition("=")[2] or b for a, b in pairs if a.partition("=")[0] == "--config"]
-    return [path for path in map(Path, named) if path.is_file()]
+    return [a.partition("=")[2] or b for a, b in pairs if a.partition("=")[0] == "--config"]
 
 
 def parse_config(

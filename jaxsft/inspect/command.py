@@ -10,7 +10,7 @@ from jaxsft.common.files import write_text
 from jaxsft.config import TrainConfig
 from jaxsft.data.prepared import Prepared, open_prepared
 from jaxsft.data.tokenizer import Tokenizer
-from jaxsft.inspect.options import NUM_ROWS, InspectOptions
+from jaxsft.inspect.options import LOG_WIDTH, InspectOptions, chosen_rows
 from jaxsft.inspect.page import inspection_page
 from jaxsft.inspect.report import legend, show_checks, show_counts, show_row
 from jaxsft.inspect.rows import survey
@@ -18,12 +18,10 @@ from jaxsft.inspect.tokens import view_row
 from jaxsft.prepare.rows import load_data, run_model
 from jaxsft.weights.find import open_tokenizer
 
-_LOG_WIDTH = 160  # of output that is no terminal
-
 
 def show_rows(config: TrainConfig, options: InspectOptions) -> int:
     """Shows and checks the rows; returns the exit code. ValueError and OSError are bad input."""
-    console = make_console(log_width=_LOG_WIDTH)
+    console = make_console(log_width=LOG_WIDTH)
     prepared, tokenizer = find_rows(config, options, console)
     indices = chosen_rows(options, len(prepared.rows))
     with console.status("checking every sample …"):
@@ -67,13 +65,3 @@ def find_rows(
             f"{config.model.path}; give the config that it was made with"
         )
     return prepared, tokenizer
-
-
-def chosen_rows(options: InspectOptions, num_rows: int) -> list[int]:
-    """Indices of the rows to show; ValueError where there is no such row."""
-    if options.row is None:
-        return list(range(min(NUM_ROWS if options.rows is None else options.rows, num_rows)))
-    for index in options.row:
-        if not 0 <= index < num_rows:
-            raise ValueError(f"--row {index}: the rows are 0 to {num_rows - 1:,}")
-    return options.row

@@ -5,6 +5,7 @@ import dataclasses
 from jaxsft.cli import check_output
 
 NUM_ROWS = 3
+LOG_WIDTH = 160  # of output that is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,3 +32,13 @@ def check_inspect_options(options: InspectOptions) -> None:
         raise ValueError(f"--rows {options.rows}: must not be negative")
     if options.html is not None:
         check_output("--html", options.html)
+
+
+def chosen_rows(options: InspectOptions, num_rows: int) -> list[int]:
+    """Indices of the rows to show; ValueError where there is no such row."""
+    if options.row is None:
+        return list(range(min(NUM_ROWS if options.rows is None else options.rows, num_rows)))
+    for index in options.row:
+        if not 0 <= index < num_rows:
+            raise ValueError(f"--row {index}: the rows are 0 to {num_rows - 1:,}")
+    return options.row

@@ -13,7 +13,7 @@ from rich.text import Text
 from jaxsft.common.text import plural, visible_text
 from jaxsft.data.prepared import Prepared
 from jaxsft.inspect.rows import SampleCheck, Survey, facts, fates, lessons
-from jaxsft.inspect.tokens import RowView, Segment, Token
+from jaxsft.inspect.tokens import RowView, Token
 
 # Two alternating shades show where a token ends and the next one begins.
 _STYLES = {
@@ -37,23 +37,28 @@ def legend() -> Text:
 def show_row(row: RowView, row_length: int, show_ids: bool) -> Iterator[RenderableType]:
     """A row: a line on each segment and its tokens, then the padding."""
     used = row_length - row.num_padding
-    title = f"━━ row {row.number}: {used:,} of {row_length:,} tokens "
-    yield Text(title.ljust(_RULE_WIDTH, "━"), "bold")
+    yield title(f"row {row.number}: {used:,} of {row_length:,} tokens")
     for number, segment in enumerate(row.segments, 1):
         yield Text(
             f"── segment {number}: sample {segment.sample}, {segment.source}; "
             f"{segment.num_tokens:,} tokens, {segment.num_labels:,} with loss ──",
             "cyan",
         )
-        yield _segment_text(segment, show_ids)
+        yield tokens_text(segment.tokens, show_ids)
     if row.num_padding:
         yield Text(f"── padding: {row.num_padding:,} tokens, never seen and never trained on ──")
     yield Text()
 
 
-def _segment_text(segment: Segment, show_ids: bool) -> Text:
+def title(text: str) -> Text:
+    """A line above a row."""
+    return Text(f"━━ {text} ".ljust(_RULE_WIDTH, "━"), "bold")
+
+
+def tokens_text(tokens: Sequence[Token], show_ids: bool) -> Text:
+    """The tokens of one segment."""
     text, in_loss = Text(), False
-    for number, token in enumerate(segment.tokens):
+    for number, token in enumerate(tokens):
         if token.is_label != in_loss:
             text.append("⟦" if token.is_label else "⟧", "bold")
             in_loss = token.is_label

@@ -69,13 +69,16 @@ def view_row(prepared: Prepared, tokenizer: Tokenizer, index: int) -> RowView:
     for number, sample in enumerate(samples.tolist(), 1):
         here = batch.segment_ids_BT == number
         ids, labels = batch.tokens_BT[here].tolist(), is_label[here].tolist()
-        tokens = list(_tokens(ids, labels, tokenizer))
+        tokens = list(view_tokens(ids, labels, tokenizer))
         source = source_of(prepared, sample)
         segments.append(Segment(sample, source, len(ids), sum(labels), tokens))
     return RowView(index, segments, int((batch.segment_ids_BT == 0).sum()))
 
 
-def _tokens(ids: Sequence[int], labels: Sequence[bool], tokenizer: Tokenizer) -> Iterator[Token]:
+def view_tokens(
+    ids: Sequence[int], labels: Sequence[bool], tokenizer: Tokenizer
+) -> Iterator[Token]:
+    """The tokens of one segment; `labels` says for each id whether it is trained on."""
     num_ids = tokenizer.vocab_size
     pieces = [tokenizer.piece(i) if 0 <= i < num_ids else f"<id {i}>" for i in ids]
     at = 0

@@ -417,3 +417,35 @@ def test_a_prepared_directory_alone_shows_the_same(inspect: Inspect, files: Path
     (directory / "manifest.json").write_text(json.dumps(sealed(manifest)))
     code, out, err = inspect("--prepared", str(directory))
     assert (code, err) == (0, "") and "{answer}" in out and "earlier_reasoning" not in out
+
+
+def test_prompts_of_grpo(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"question": f"{EVIL} 2 + 3?", "answer": "Two and three.\n#### 5"},
+        {"text": "Write f.", "test_list": ["assert f(1) == 2", "assert f(2) == 3"], "task_id": 601},
+        {"text": "Write g.", "test_list": ["assert g(1) == 2", "assert g(2) == 3"], "task_id": 11},
+        {"prompt": "No answer?"},
+        {"prompt": "Long " * 999, "answer": "1"},
+    ]
+    (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load((files / "config.yaml").read_text())
+    del config["data"]["prepared_dir"], config["data"]["without_thought"]
+    config["data"] |= {"max_length": 400, "max_drop": 0.9}
+    config |= {"rollout": {"max_new_tokens": 16, "num_prompts": 2}, "max_steps": 3}
+    (files / "config.yaml").write_text(yaml.safe_dump(config))
+    asked = ["--config", str(files / "config.yaml")]
+    assert main([*asked, "--row", "0", "--row", "1"]) == 0
+    out, err = capsys.readouterr()
+    facts = [" ".join(line.split()) for line in out.splitlines()]
+    assert err == "" and "⟨start_of_turn⟩user↵" in out and f"{EVIL} 2 + 3?" in out
+    for fact in (
+        *("kind number", "answer 5", "kind code", "hidden test assert f(2) == 3"),
+        *("kinds number 1, code 1", "passes 3: 6 prompts in max_steps 3"),
+        "room 384 tokens: data.max_length 400 without rollout.max_new_tokens 16",
+    ):
+        assert fact in facts
+    assert "1 rejected: not_for_training" in out and "1 rejected: too_long" in out
+    assert out.count("1 rejected:") == 3
+    for options, complaint in ((["--html", "x.html"], "--html"), (["--row", "9"], "rows are 0 to")):
+        assert main([*asked, *options]) == 2
+        assert complaint in capsys.readouterr().err
