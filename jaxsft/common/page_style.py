@@ -215,14 +215,7 @@ p.t.pad { margin: 14px 0 2px; padding: 6px 12px; color: var(--soft); font-size: 
 .ids .t small { display: block; margin: 0; font-size: 9.5px; line-height: 1.2; }
 
 /* GRPO: the rollouts; the rest is as for evaluate */
-.curves { display: grid; gap: 10px 18px;
-  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-.curves figure { margin: 0; min-width: 0; }
-.curves figcaption { font-size: 12.5px; overflow-wrap: anywhere; }
-.curves svg { display: block; width: 100%; height: 56px; background: var(--fill); }
-.curves path { fill: none; stroke: var(--bar); stroke-width: 2; vector-effect: non-scaling-stroke; }
-.curves .cursor { stroke: var(--mark); stroke-width: 1.5; }
-.filters select, .filters button, article select { padding: 4px 8px; border: 1px solid var(--line);
+.filters select, .filters button { padding: 4px 8px; border: 1px solid var(--line);
   border-radius: 8px; background: var(--card); color: inherit; font: inherit; font-size: 13.5px;
   max-width: 100%; }
 .filters input[type=range] { flex: 1 1 260px; min-width: 0; }

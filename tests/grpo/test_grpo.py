@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.tiny_grpo import GROUP, NUM_PROMPTS, REWARD, TinyGrpo, rollouts
+from support.tiny_grpo import GROUP, NUM_PROMPTS, NUM_TASKS, REWARD, TinyGrpo, rollouts
 from support.tiny_runs import differences, metrics, train_metrics
 
 from jaxsft.cli import EXIT_FAILED, EXIT_STOPPED, parse_config
+from jaxsft.export.__main__ import main as export
+from jaxsft.generate.__main__ import main as generate
 from jaxsft.grpo import collect, command
 from jaxsft.grpo.__main__ import main
 from jaxsft.run.preflight import TimedSteps
@@ -93,6 +95,25 @@ def test_what_a_run_leaves(runs: TinyGrpo, whole: Path, capsys: pytest.CaptureFi
     assert main([*config, *runs.rewarded_by("vowels")]) == 0
     assert "finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_a_run_is_a_model_of_other_commands(
+    runs: TinyGrpo, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    length = ["--max_new_tokens", "4", "--batch_size", "2"]
+    rows = [{"prompt": f"Say {NUM_TASKS + i} and more"} for i in range(2)]
+    (tmp_path / "asked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    capsys.readouterr()
+    assert generate([str(whole), "--prompts", str(tmp_path / "asked.jsonl"), *length]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["text"] for each in answers] == [each["text"] for each in samples[-2:]]
+    output = tmp_path / "out"
+    assert export([str(whole), "--format", "peft", "--no-verify", "--output", str(output)]) == 0
+    name = "adapter_model.safetensors"
+    assert (output / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+    card = (output / "README.md").read_text()
+    assert f"{NUM_STEPS} steps on rollouts of {NUM_PROMPTS} prompts x {GROUP} completions" in card
 
 
 def test_a_signal_in_a_rollout_loses_nothing(

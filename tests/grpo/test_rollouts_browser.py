@@ -79,8 +79,6 @@ def test_any_step_can_be_shown_and_filtered(browser: Browser, page: Path) -> Non
     wait(browser, "5")
     browser.press("ArrowRight")  # the last one
     assert told(browser) == "5 of 5 completions in 3 of 3 groups"
-    lines = "[...document.querySelectorAll('.cursor')].map(x => x.getAttribute('transform'))"
-    assert browser.evaluate(lines) == ["translate(160)"] * 2  # 4/5 of 200
     for name, value, cards in [
         ("kind", "code", ["1"]),
         ("live", "live", ["0"]),
@@ -96,9 +94,6 @@ def test_any_step_can_be_shown_and_filtered(browser: Browser, page: Path) -> Non
     choose(browser, "reward", "+answer")
     assert told(browser) == "1 of 5 completions in 1 of 3 groups"
     browser.press("Escape")
-    choose(browser, "sort", "-1")
-    assert browser.evaluate(CARDS)[0] == ["0", "reward 1.2 reward 0.2"]
-    browser.press("Escape")
     assert told(browser) == "5 of 5 completions in 3 of 3 groups"
     browser.press("ArrowLeft")
     wait(browser, "3")
@@ -113,19 +108,6 @@ def test_a_search_goes_to_the_next_step_with_a_match(browser: Browser, page: Pat
     browser.click("button")
     wait(browser, "5")
     assert [number for number, _ in browser.evaluate(CARDS)] == ["2"]
-
-
-def test_the_same_question_of_another_step_is_shown_beside(browser: Browser, page: Path) -> None:
-    show(browser, page)
-    options = "[...document.querySelector('article select').options].map(each => each.value)"
-    assert browser.evaluate(options) == ["", "3", "5"]
-    browser.evaluate(
-        "(select => { select.value = '5'; select.dispatchEvent(new Event('change')); })"
-        "(document.querySelector('article select'))"
-    )
-    while len(browser.evaluate(CARDS)[0][1].split()) != 8:
-        pass
-    assert browser.evaluate(CARDS)[0][1] == "reward 0.2 reward 1.2 reward 0.2 reward 1.2"
 
 
 def test_text_of_models_does_nothing(browser: Browser, page: Path) -> None:
@@ -144,6 +126,6 @@ def test_text_of_models_does_nothing(browser: Browser, page: Path) -> None:
 def test_page_fits_and_can_be_read(width: int, scheme: str, browser: Browser, page: Path) -> None:
     browser.show(page, width, scheme)
     wait(browser, "1")
-    parts = ["figcaption", "figcaption small", "#facts", "output", "select", "button", "h3"]
+    parts = ["#facts", "output", "select", "button", "h3"]
     parts += [".badge.good", ".badge.bad", ".tag", ".prompt small", ".sides .text", "li"]
     browser.check_colours(page, width, scheme, parts)
