@@ -67,7 +67,7 @@ class JaxsftGrpo:
             TaskPrompt(Task("", "text", None, (), "", {}), ids, "") for ids in settings["prompts"]
         ]
         config = GrpoConfig(
-            model=ModelOptions(path=model_dir),
+            model=ModelOptions(path=model_dir, remat="projections"),
             fork_from=adapter_dir,
             data=RowFileOptions(max_length=settings["row_length"]),
             rollout=RolloutOptions(
@@ -77,12 +77,12 @@ class JaxsftGrpo:
                 batch_size=len(prompts) * settings["group_size"],
             ),
             objective=ObjectiveOptions(**settings["objective"], mask_truncated_completions=False),
-            # A quarter of the peer's completions, should each have a row of its own. Packed, a
-            # micro-batch holds about as many tokens as the peer's.
-            gradient_accumulation_steps=4 * settings["micro_batches"],
+            # Of half as many completions, should each have a row of its own. Packed, a micro-batch
+            # holds more tokens than the peer's.
+            gradient_accumulation_steps=2 * settings["micro_batches"],
             learning_rate=settings["learning_rate"],
             lr_scheduler_type="constant",
-            loss_chunk_tokens=128,  # as in grpo_demo
+            loss_chunk_tokens=256,  # as in grpo_demo
         )
         config, fork = with_fork(config, ())
         names = [field.name for field in dataclasses.fields(Objective)]
