@@ -47,8 +47,7 @@ def validate(config: RunConfig) -> None:
         problems += _train_conflicts(config)
     if isinstance(config, GrpoConfig):
         problems += _grpo_conflicts(config)
-    if problems:
-        raise ValueError("; ".join(problems))
+    _refuse(problems)
 
 
 def _train_conflicts(config: TrainConfig) -> list[str]:
@@ -98,14 +97,16 @@ def _grpo_conflicts(config: GrpoConfig) -> list[str]:
 
 def validate_eval(options: EvalOptions) -> None:
     """As `validate`, for these options alone."""
-    problems = _out_of_range(options, "eval.") + _sampling_conflicts(options)
-    if problems:
-        raise ValueError("; ".join(problems))
+    _refuse(_out_of_range(options, "eval.") + _sampling_conflicts(options))
 
 
 def validate_reward(options: RewardOptions) -> None:
     """As `validate`, for these options alone."""
-    if problems := _out_of_range(options, "reward."):
+    _refuse(_out_of_range(options, "reward."))
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
         raise ValueError("; ".join(problems))
 
 

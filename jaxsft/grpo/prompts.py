@@ -172,4 +172,4 @@ def _show(console: Console, label: str, report: DataReport) -> None:
         "each"
     )
     for line in others:
-        console.print(f"{label}: {line}")
+        console.print(f"{label}: {line}", soft_wrap=True)

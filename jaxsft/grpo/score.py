@@ -1,9 +1,9 @@
 """Scores given completions without a model: what a reward pays, before a run or after it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -26,15 +26,6 @@ _PROMPT_CHARS = 60
 _LOG_WIDTH = 160
 
 
-class ScoredRow(NamedTuple):
-    """A row of the file with its rewards, or why it has none."""
-
-    where: str
-    prompt: str
-    rewards: dict[str, Reward] | None
-    fault: str = ""
-
-
 def score_file(path: Path, scorer: Scorer, how: RowOptions, *, as_json: bool) -> int:
     """Prints what the completion of each row earns; returns the exit code, 0.
 
@@ -51,36 +42,32 @@ def score_file(path: Path, scorer: Scorer, how: RowOptions, *, as_json: bool) ->
     Raises:
       ValueError: the file cannot be read, or none of its rows can be scored.
     """
-    rows = score_rows(path, scorer, how)
-    if all(row.rewards is None for row in rows):
-        raise ValueError(f"{path}: no row can be scored: {rows[0].where}: {rows[0].fault}")
-    console = make_console(log_width=None if as_json else _LOG_WIDTH, strict=True)
-    if as_json:
-        for row in rows:
-            console.print(json.dumps(_as_json(row, scorer)), soft_wrap=True)
-    else:
-        console.print(_table(rows, scorer))
-        console.print(_summary(rows, scorer))
-        for row in [row for row in rows if row.rewards is None][:5]:
-            console.print(f"not scored: {visible_line(row.where)}: {visible_line(row.fault)}")
-    return 0
-
-
-def score_rows(path: Path, scorer: Scorer, how: RowOptions) -> list[ScoredRow]:
-    """Every row of the file, in order."""
     rows = read_rows(path, how.columns, whole=True)
     read = [(where, *_read(row, scorer, how)) for where, row in rows]
-    usable = [(task, given) for _, task, given in read if isinstance(task, Task)]
+    usable = [(task, completion) for _, task, completion in read if isinstance(task, Task)]
+    faults = [(where, task.detail) for where, task, _ in read if isinstance(task, Rejected)]
+    if not usable:
+        raise ValueError(f"{path}: no row can be scored: {': '.join(faults[0])}")
     rewards: list[dict[str, Reward]] = []
     for low in range(0, len(usable), _BATCH):
         rewards += scorer(*map(list, zip(*usable[low : low + _BATCH], strict=True)))
-    found = iter(rewards)
-    return [
-        ScoredRow(where, task.prompt, next(found))
-        if isinstance(task, Task)
-        else ScoredRow(where, "", None, task.detail)
-        for where, task, _ in read
-    ]
+    console = make_console(log_width=None if as_json else _LOG_WIDTH, strict=True)
+    if as_json:
+        found = iter(rewards)
+        for _, task, _ in read:
+            line = (
+                {"error": task.detail}
+                if isinstance(task, Rejected)
+                else _as_json(next(found), scorer)
+            )
+            console.print(json.dumps(line), soft_wrap=True)
+        return 0
+    console.print(_table([task.prompt for task, _ in usable], rewards, scorer))
+    not_scored = f", {plural(len(faults), 'row')} not scored" if faults else ""
+    console.print(_summary(rewards, scorer) + not_scored)
+    for where, fault in faults[:5]:
+        console.print(f"not scored: {visible_line(where)}: {visible_line(fault)}")
+    return 0
 
 
 def _read(row: Any, scorer: Scorer, how: RowOptions) -> tuple[Task | Rejected, Completion]:
@@ -101,28 +88,26 @@ def _read(row: Any, scorer: Scorer, how: RowOptions) -> tuple[Task | Rejected, C
     return task, Completion(text, stopped is not False)
 
 
-def _as_json(row: ScoredRow, scorer: Scorer) -> dict[str, Any]:
-    if row.rewards is None:
-        return {"error": row.fault}
+def _as_json(rewards: Mapping[str, Reward], scorer: Scorer) -> dict[str, Any]:
     each = {
         name: {"value": round(scorer.weights[name] * reward.value, 12), "reason": reward.reason}
-        for name, reward in row.rewards.items()
+        for name, reward in rewards.items()
     }
-    return {"reward": round(scorer.total(row.rewards), 12), "rewards": each}
+    return {"reward": round(scorer.total(rewards), 12), "rewards": each}
 
 
-def _table(rows: list[ScoredRow], scorer: Scorer) -> Table:
+def _table(
+    prompts: Sequence[str], rewards: Sequence[Mapping[str, Reward]], scorer: Scorer
+) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("prompt", overflow="fold")
     table.add_column("reward", justify="right")
     for name, weight in scorer.weights.items():
         table.add_column(f"{visible_line(name)} × {weight:g}", overflow="fold")
-    for row in rows:
-        if row.rewards is not None:
-            prompt = visible_line(row.prompt)
-            prompt = prompt if len(prompt) <= _PROMPT_CHARS else f"{prompt[: _PROMPT_CHARS - 1]}…"
-            cells = (_cell(row.rewards.get(name)) for name in scorer.weights)
-            table.add_row(prompt, f"{scorer.total(row.rewards):.4g}", *cells)
+    for prompt, each in zip(map(visible_line, prompts), rewards, strict=True):
+        short = prompt if len(prompt) <= _PROMPT_CHARS else f"{prompt[: _PROMPT_CHARS - 1]}…"
+        cells = (_cell(each.get(name)) for name in scorer.weights)
+        table.add_row(short, f"{scorer.total(each):.4g}", *cells)
     return table
 
 
@@ -130,9 +115,8 @@ def _cell(reward: Reward | None) -> str:
     return "–" if reward is None else f"{reward.value:.4g}  {visible_line(reward.reason)}"
 
 
-def _summary(rows: list[ScoredRow], scorer: Scorer) -> str:
-    """The numbers of rows, the mean reward, and each reward's mean over the rows that it is for."""
-    scored = [row.rewards for row in rows if row.rewards is not None]
+def _summary(scored: Sequence[Mapping[str, Reward]], scorer: Scorer) -> str:
+    """The number of rows, the mean reward, and each reward's mean over the rows that it is for."""
     mean = sum(map(scorer.total, scored)) / len(scored)
     parts = [f"{plural(len(scored), 'row')} scored", f"reward {mean:.4g}"]
     for name in scorer.weights:
@@ -140,6 +124,4 @@ def _summary(rows: list[ScoredRow], scorer: Scorer) -> str:
         if values:
             of = "" if len(values) == len(scored) else f" of {plural(len(values), 'row')}"
             parts.append(f"{visible_line(name)} {sum(values) / len(values):.4g}{of}")
-    if len(scored) < len(rows):
-        parts.append(f"{plural(len(rows) - len(scored), 'row')} not scored")
     return ", ".join(parts)
