@@ -135,9 +135,7 @@ def make_scorer(options: EvaluateOptions) -> Scorer:
     return Scorer(
         named_rewards(GrpoConfig().rewards if options.rewards is None else options.rewards),
         AnswerTemplate(options.answer_template),
-        min_reasoning_words=options.reward.min_reasoning_words,
-        seconds=options.reward.function_seconds,
-        code_seconds=options.reward.code_seconds,
+        options.reward,
         log=make_console(on_stderr=True).print,
     )
 

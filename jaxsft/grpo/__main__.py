@@ -96,10 +96,8 @@ def command(argv: list[str], began_s: float) -> int:
     with Scorer(
         named_rewards(config.rewards),
         template,
+        config.reward,
         beside=code_directory(config, argv),
-        min_reasoning_words=config.reward.min_reasoning_words,
-        seconds=config.reward.function_seconds,
-        code_seconds=config.reward.code_seconds,
         log=make_console(on_stderr=True).print,
     ) as scorer:  # its processes start before JAX does
         if options.score is not None:

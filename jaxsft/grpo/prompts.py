@@ -154,7 +154,8 @@ def _rows(files: Sequence[Path], options: RowFileOptions) -> Iterator[tuple[int,
 
 def _fault(task: Task, ids: list[int], limit: int, is_training: bool) -> Rejected | None:
     if is_training and not is_for_training(task):
-        return Rejected("not_for_training", "an MBPP row whose id is not one of 601 to 974")
+        why = "of MBPP only task_id 601 to 974; rows of your own have tests and no task_id"
+        return Rejected("not_for_training", why)
     if len(ids) > limit:
         return Rejected("too_long", f"a prompt of {len(ids):,} tokens, limit {limit:,}")
     return None

@@ -12,7 +12,8 @@ import contextlib
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxsft.rewards.records import Reward
@@ -23,6 +24,15 @@ _RELATIVE = 1e-9
 _BUILTINS = frozenset(dir(builtins))
 _ROOTS = frozenset(name.split(".")[0] for name in MODULES)
 _DEFINITIONS = ast.FunctionDef | ast.ClassDef
+_MARK = r"(?:^[ \t]*(?=~)|(?<!`)(?=`))(?P<{}>`{{3,}}+|~{{3,}}+)"
+_FENCE = re.compile(
+    # In one line, with code from its first character or behind the name of Python; or in lines.
+    _MARK.format("one")
+    + r"(?:[ \t]*(?:python|py)[0-9]*[ \t])?(?P<line>[^\n`~][^\n]*?)(?P=one)"
+    + rf"|{_MARK.format('many')}[^\n`]*\n(?P<lines>.*?)"
+    + r"(?:^[ \t]*(?P=many)[`~]*|(?P=many)[ \t]*$|\Z)",
+    re.MULTILINE | re.DOTALL | re.IGNORECASE,
+)
 _VALUE = "_value_"  # with a number: the name of a call's value in the rest of its assert
 
 
@@ -58,6 +68,12 @@ class SplitTests(NamedTuple):
     def calls(self) -> tuple[str, ...]:
         """All expressions that the program evaluates, in the order of the checks."""
         return tuple(call for test in self.checks for check in test for call in check.calls)
+
+    @property
+    def names(self) -> set[str]:
+        """What the program must define: the names in the calls that nothing else gives."""
+        used = _names_used(*map(ast.parse, self.calls))
+        return used - _BUILTINS - _ROOTS - _names_bound(ast.parse(self.setup)) or used
 
 
 class _CannotSplitError(ValueError):
@@ -290,11 +306,25 @@ class _Calls(ast.NodeTransformer):
         return ast.Name(f"{_VALUE}{len(self.found) - 1}", ast.Load())
 
 
-def code_of(answer: str) -> str:
-    """The code in an answer: what is in the last fence, or all of it without a fence."""
+def code_of(answer: str, names: Collection[str] = ()) -> str:
+    """The code in an answer: of its fences (``` or ~~~) the last of those that define most of the
+    names; all of it without a fence."""
     answer = _plain_lines(answer)
-    blocks = re.findall(r"```[^\n`]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", answer, re.M | re.S)
-    return textwrap.dedent(blocks[-1] if blocks else answer).strip("\n")
+    blocks = [found["line"] or found["lines"] or "" for found in _FENCE.finditer(answer)]
+    blocks = [textwrap.dedent(each).strip("\n") for each in blocks or [answer]]
+    if len(blocks) == 1:
+        return blocks[0]
+    return max(reversed(blocks), key=lambda block: len(_defined(block).intersection(names)))
+
+
+def _defined(code: str) -> set[str]:
+    """The names that a program defines; none of what is no program."""
+    try:
+        with warnings.catch_warnings():  # of odd escapes in strings
+            warnings.simplefilter("ignore")
+            return set().union(*map(_defines, ast.parse(code).body))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
 
 
 def same_value(got: Any, want: Any) -> bool:
@@ -321,7 +351,10 @@ def same_value(got: Any, want: Any) -> bool:
 def run_tests(sandbox: Sandbox, attempts: Sequence[tuple[str, SplitTests]]) -> list[Reward]:
     """The reward of each (answer, tests of its task)."""
     found = sandbox.run(
-        [SandboxJob(code_of(answer), tests.setup, tests.calls) for answer, tests in attempts]
+        [
+            SandboxJob(code_of(answer, tests.names), tests.setup, tests.calls)
+            for answer, tests in attempts
+        ]
     )
     second = [_sides(tests, each) for (_, tests), each in zip(attempts, found, strict=True)]
     at = [i for i, program in enumerate(second) if program.calls]
@@ -358,7 +391,7 @@ def score_code(
       outcomes: those of `tests.calls`.
       sides: those of the checks that have sides, for which all calls gave a value.
     """
-    if not code_of(answer).strip():
+    if not code_of(answer, tests.names).strip():
         return Reward(0.0, "no code")
     calls, rest = iter(outcomes), iter(sides)
     faults = [_fault(test, calls, rest) for test in tests.checks]

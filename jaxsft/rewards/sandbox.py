@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from jaxsft.config import RewardOptions
 from jaxsft.rewards import sandbox_worker
 from jaxsft.rewards.sandbox_worker import END, JOB, READY, decode_value, encode_value
 
@@ -84,7 +85,7 @@ class Sandbox:
     def __init__(
         self,
         *,
-        cpu_seconds: float = 2.0,
+        cpu_seconds: float = RewardOptions.code_seconds,
         first_seconds: float | None = None,
         spare_seconds: float | None = None,
         megabytes: float = 512,

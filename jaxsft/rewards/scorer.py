@@ -1,6 +1,6 @@
 """What completions earn: for format, right answers, tests passed, and by a user's own rewards.
 
-    format   1 for each tag once, in order, ended by the stop token, with reasoning of at least
+    format   1 for the template's own form, ended by the stop token, with reasoning of at least
              `min_reasoning_words` words that is no loop, and an answer; else 0
     answer   1 for the right number (one_number.py says what is one), or the right words but for
              case, white space and outer punctuation; else 0. Of tasks with an answer
@@ -19,23 +19,29 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+from jaxsft.config import RewardOptions
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.data.loops import find_loop
 from jaxsft.rewards.answer_form import answer_part, exact_parts, format_fault
 from jaxsft.rewards.code_tests import SplitTests, run_tests, split_tests
 from jaxsft.rewards.number_text import parse_number
-from jaxsft.rewards.one_number import read_one_number
+from jaxsft.rewards.one_number import FILLERS, read_one_number
 from jaxsft.rewards.records import Completion, Reward, Task, total_reward
 from jaxsft.rewards.sandbox import Sandbox
 from jaxsft.rewards.tasks import BUILT_IN
 from jaxsft.rewards.user_rewards import UserFile, find_user_rewards
 
-MIN_REASONING_WORDS = 5
+_DEFAULTS = RewardOptions()
 _OUTSIDE = Reward(0.0, "outside the format")
-_FILLERS = frozenset("\u115f\u1160\u3164\uffa0")  # letters that are not seen
 # Scripts without blanks between words: every letter counts as a word.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W\d_]+|(?<=\d)[.,]\d+)*")
+_TYPOGRAPHIC = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u2032\uff07", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033\uff02", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d", "-")
+    | {"\u2026": "..."}
+)
 _BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
 
 
@@ -47,10 +53,8 @@ class Scorer:
     Args:
       weights: of each reward, by name: those of BUILT_IN, and FILE.py:FUNCTION.
       template: the form of an answer.
+      options: what the rewards ask, and how long they may take.
       beside: the directory of the recipe, where a FILE is looked for after the working directory.
-      min_reasoning_words: fewer are no reasoning.
-      seconds: that a call of a user's own reward may take.
-      code_seconds: of a processor for the tests of one program.
       log: takes a line on a user's own reward that failed or printed.
 
     Raises:
@@ -61,30 +65,29 @@ class Scorer:
         self,
         weights: Mapping[str, float],
         template: AnswerTemplate,
+        options: RewardOptions = _DEFAULTS,
         *,
         beside: Path | None = None,
-        min_reasoning_words: int = MIN_REASONING_WORDS,
-        seconds: float = 10.0,
-        code_seconds: float = 2.0,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_weights(weights)
         self.weights = dict(weights)
         self._template = template
-        self._min_words = min_reasoning_words
+        self._min_words = options.min_reasoning_words
         own = [name for name in weights if name not in BUILT_IN]
         self._user_files = [
-            UserFile(path, names, seconds, log)
+            UserFile(path, names, options.function_seconds, log)
             for path, names in find_user_rewards(own, beside).items()
         ]
-        self._code_seconds = code_seconds
+        self._code_seconds = options.code_seconds
         self._sandbox: Sandbox | ValueError | None = None
         self._stack = ExitStack()
 
     @property
     def user_files(self) -> dict[str, str]:
-        """The SHA-256 (hex) of each file of a user's own rewards, for the identity of a run."""
-        return {str(each.path): each.digest for each in self._user_files}
+        """The SHA-256 (hex) of each file of a user's own rewards, and of what they imported from
+        their folders, for the identity of a run."""
+        return {str(path): d for each in self._user_files for path, d in each.digests.items()}
 
     def __enter__(self) -> Self:
         with self._stack:
@@ -193,6 +196,8 @@ class Scorer:
         is_marks = task.answer is not None and not has_letters(task.answer)
         if not answer.strip() or not (is_marks or has_letters(answer)):
             return "the answer is empty"
+        if reasoning.strip() and template.split(text) is None:
+            return f"text between {template.end_of_reasoning} and {template.start_of_answer}"
         words = visible_words(reasoning)
         if len(words) < self._min_words:
             return f"{len(words)} words of reasoning, fewer than {self._min_words}"
@@ -237,7 +242,7 @@ def answer_reward(answer: str, task: Task) -> Reward:
         if _bare(answer) == _bare(task.answer):
             return Reward(1.0, "right")
         return Reward(0.0, f"{_shown(answer)} instead of {_shown(task.answer)}")
-    given, wanted = read_one_number(answer), read_one_number(task.answer)
+    given, wanted = (read_one_number(each, task.prompt) for each in (answer, task.answer))
     if given.number is None:
         return Reward(0.0, f"the answer {given.fault}")
     if given.number == wanted.number:
@@ -247,7 +252,7 @@ def answer_reward(answer: str, task: Task) -> Reward:
 
 def has_letters(text: str) -> bool:
     """Whether there is a letter or a digit in the text that is seen."""
-    return any(c.isalnum() and c not in _FILLERS for c in text)
+    return any(c.isalnum() and c not in FILLERS for c in text)
 
 
 def visible_words(text: str) -> list[str]:
@@ -262,9 +267,11 @@ def visible_words(text: str) -> list[str]:
 
 
 def _bare(text: str) -> str:
-    """A text as it is compared: composed, without case, spare white space and outer punctuation."""
+    """A text as it is compared: composed, with plain quotes and dashes, without case, spare white
+    space and outer punctuation."""
     boxed = _BOXED.fullmatch(text.strip())
-    text = " ".join(unicodedata.normalize("NFC", boxed[1] if boxed else text).casefold().split())
+    text = unicodedata.normalize("NFC", boxed[1] if boxed else text).translate(_TYPOGRAPHIC)
+    text = " ".join(text.casefold().split())
     first, last = 0, len(text)
     while first < last and _is_outer(text[first]):
         first += 1

@@ -1,7 +1,8 @@
 r"""A row as a task: the prompt that is shown, and what a right answer is held against.
 
-    {question, answer} with "#### 72" last     GSM8K, the number; under any names of a prompt and a
-                                               response, and for messages with an assistant last
+    {question, answer} with "#### 72"          GSM8K, the number behind the last ####; under any
+                                               names of a prompt and a response, and for messages
+                                               with an assistant last
     {prompt, answer}                           a number or a few words: of a text with a thought
                                                (<think>, reasoning_content, …) the part after it, of
                                                one with a \boxed{…} what is in the last of them
@@ -33,12 +34,18 @@ from jaxsft.rewards.records import Task
 BUILT_IN = ("format", "answer", "tests")  # rewards; others are FILE.py:FUNCTION
 MBPP_TRAINING_IDS = range(601, 975)  # 11–510 are its test ids, 511–600 validation, 1–10 examples
 MAX_ANSWER_WORDS = 50
+_MBPP_ID = re.compile(
+    r"(?:.*mbpp[\W_]*)?([0-9]{1,9})(?:\.0*)?", re.ASCII | re.IGNORECASE | re.DOTALL
+)
 
 _ANSWERS = ("final_answer", "ground_truth", "expected_answer", "target", "answer")  # the first
 _TESTS = ("tests", "test_list")
 _SETUPS = ("test_imports", "test_setup_code", "setup")  # in the order in which they run
 _TASK_FIELDS = frozenset(("kind", *_ANSWERS[:-1], *_TESTS, *_SETUPS))
 _MBPP_FIELDS = ("code", "challenge_test_list", "source_file")  # its own, that no task needs
+_MARKED = re.compile(
+    r"(?<!#)####(?!#)[ \t:]*((?:(?!####)[^\n])*)"
+)  # GSM8K's mark of a final answer
 _BOXED = re.compile(r"\\boxed\s*\{")
 
 
@@ -72,12 +79,17 @@ def turns_of(task: Task, system_prompt: str | None) -> list[Turn]:
 def is_for_training(task: Task) -> bool:
     """Whether a task may be trained on: all may, but for MBPP's tasks with other ids than 601–974.
 
-    The others are its test, validation and example tasks, in its full and its sanitized form alike.
+    The others are its test, validation and example tasks. A task with tests is MBPP's if it has
+    `test_list`, or a `task_id` such as MBPP's: 11, "11", "Mbpp/11", null. One of MBPP's whose id
+    can't be read is not for training.
     """
-    if not {"test_list", "task_id"} <= task.row.keys():
+    if not task.tests or not task.row.keys() & {"test_list", "task_id"}:
         return True
-    digits = re.search(r"[0-9]{1,9}$", str(task.row["task_id"]).strip())
-    return digits is None or int(digits[0]) in MBPP_TRAINING_IDS
+    given = task.row.get("task_id")
+    number = _MBPP_ID.fullmatch("" if isinstance(given, bool) else str(given).strip())
+    if number is None:
+        return "test_list" not in task.row and isinstance(given, str) and bool(given.strip())
+    return int(number[1]) in MBPP_TRAINING_IDS
 
 
 def _read(row: Any, how: RowOptions, has_own_rewards: bool) -> Task:
@@ -240,8 +252,15 @@ def _answer(row: Mapping[str, Any], conversation: Mapping[str, Any], how: RowOpt
         raise RejectedError(found.reason, found.detail)  # type: ignore[arg-type]
     text = found.turns[-1].content if found.answer is None else found.answer
     _, text = split_gsm8k(text)
-    if boxed := _last_boxed(text):
+    marked = _MARKED.findall(text)
+    final = marked[-1].strip() if marked else ""
+    is_last = text.rstrip().endswith(final) and len(final.split()) < 2
+    if marked and (is_last or parse_number(final) is not None):
+        text = final
+    elif boxed := _last_boxed(text):
         text = boxed
+    elif marked:
+        raise RejectedError("wrong_field", "behind the last #### of its answer is no number alone")
     if not text.strip():
         raise RejectedError("empty_answer", "nothing after the #### of its answer")
     if (num_words := len(text.split())) > MAX_ANSWER_WORDS:

@@ -68,7 +68,8 @@ def find_user_rewards(
 
 
 class UserFile:
-    """The process of one file. A context manager: entered, the file has been loaded.
+    """The process of one file. A context manager: entered, the file has been loaded, and `digests`
+    has the SHA-256 (hex) of it and of what it imported from its own folder.
 
     Args:
       path: of the file.
@@ -87,13 +88,15 @@ class UserFile:
         seconds: float,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.path, self.digest = path, file_sha256(path)
+        self.path = path
+        self.digests = {path: file_sha256(path)}
         self._rewards, self._seconds, self._log = rewards, seconds, log
         self._process: subprocess.Popen[bytes] | None = None
         self._replies = -1
 
     def __enter__(self) -> Self:
-        functions = self._start()
+        functions, modules = self._start()
+        self.digests |= {each: file_sha256(each) for each in modules}
         for name, function in self._rewards:
             if function not in functions:
                 self.close()
@@ -161,10 +164,12 @@ class UserFile:
             for each in reply["values"]
         ]
 
-    def _start(self) -> dict[str, str]:
-        """Starts the process; the functions in the file, and why one cannot be called, or ""."""
-        if file_sha256(self.path) != self.digest:
-            raise ValueError(f"{self.path} was changed during the run")
+    def _start(self) -> tuple[dict[str, str], list[Path]]:
+        """Starts the process; the functions in the file, with why one cannot be called, or ""; and
+        the modules beside the file that it has imported."""
+        for path, digest in self.digests.items():
+            if not path.is_file() or file_sha256(path) != digest:
+                raise ValueError(f"{path} was changed during the run")
         self._replies, theirs = os.pipe()
         os.set_blocking(self._replies, False)
         self._process = subprocess.Popen(
@@ -189,7 +194,7 @@ class UserFile:
         if "error" in reply:
             self.close()
             raise ValueError(f"rewards: {name}: {self.path}: {reply['error']}")
-        return dict(reply["functions"])
+        return dict(reply["functions"]), [Path(each) for each in reply["modules"]]
 
     def _ask(self, request: bytes, seconds: float) -> dict[str, Any]:
         """Writes the request and waits for its reply.

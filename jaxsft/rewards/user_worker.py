@@ -1,8 +1,10 @@
 """Runs the rewards of a user's file. A script for a process of its own: nothing imports it.
 
 Arguments: the file, and the descriptor that replies go to. When the file is loaded it writes
-{"functions": {name: fault}}; a fault is why one cannot be called as (texts, rows), or "". Then for
-each request {"function", "texts", "rows", "seconds"}, a line of stdin, it writes {"values": […]}.
+{"functions": {name: fault}, "modules": [path]}; a fault is why one cannot be called as (texts,
+rows), or ""; the modules are those of the file's own folder that it has imported. A call that
+imports another of them fails: the identity of the run would not have it. Then for each request
+{"function", "texts", "rows", "seconds"}, a line of stdin, it writes {"values": […]}.
 {"error": …} stands in place of either. What the file prints goes to stderr.
 """
 
@@ -37,12 +39,15 @@ def main() -> None:
     with contextlib.suppress(OSError):  # where memory runs out, this process ends, not the run
         Path("/proc/self/oom_score_adj").write_text("1000")
     module: ModuleType | None = None
+    beside: dict[str, str] = {}
 
     def load() -> dict[str, Any]:
-        nonlocal module
+        nonlocal module, beside
         module = load_file(path)
+        beside = modules_beside(path)
         found = {name: each for name, each in vars(module).items() if callable(each)}
-        return {"functions": {name: call_fault(each) for name, each in found.items()}}
+        faults = {name: call_fault(each) for name, each in found.items()}
+        return {"functions": faults, "modules": sorted({*beside.values()})}
 
     _reply(replies, path, load)
     for line in requests:
@@ -51,7 +56,13 @@ def main() -> None:
         def call(asked: dict[str, Any] = asked) -> dict[str, Any]:
             num_texts = len(asked["texts"])  # the function may change its list
             values = getattr(module, asked["function"])(asked["texts"], asked["rows"])
-            return {"values": plain_values(values, num_texts)}
+            plain = plain_values(values, num_texts)  # a generator runs here
+            late = modules_beside(path).keys() - beside.keys()
+            for name in late:
+                del sys.modules[name]
+            if late:
+                raise ImportError(f"{min(late)} is imported in a call: import it in the file")
+            return {"values": plain}
 
         # From a thread of C, for a call that nobody can interrupt after the run was killed.
         faulthandler.dump_traceback_later(asked["seconds"] + _GRACE_SECONDS, exit=True, file=2)
@@ -70,6 +81,20 @@ def call_fault(function: Callable[..., Any]) -> str:
     except TypeError as error:
         return str(error)
     return ""
+
+
+def modules_beside(path: Path) -> dict[str, str]:
+    """Name -> file of the loaded modules in the folder of the file, without those of an environment
+    there."""
+    stdlib, found = Path(os.__file__).resolve().parent, {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        place = Path(file).resolve() if isinstance(file, str) else path
+        if place == path or path.parent not in place.parents or stdlib in place.parents:
+            continue
+        if "site-packages" not in place.relative_to(path.parent).parts:
+            found[name] = str(place)
+    return found
 
 
 def load_file(path: Path) -> ModuleType:

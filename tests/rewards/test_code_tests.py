@@ -153,6 +153,32 @@ def test_an_only_test_is_the_one_that_pays(sandbox):
     assert run_tests(sandbox, [(HARDCODED, tests)]) == [(1.0, "passes")]
 
 
+RIGHT = "def f(x):\n    return x + 1"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(f"{mark}{info}\n{RIGHT}\n{mark}" for mark in ("```", "~~~", "````")
+          for info in ("Python", "py3", " python3", "{.python}")),
+        *(f"1.\n  ~~~\n  {RIGHT.replace(chr(10), chr(10) + '  ')}\n  ~~~\n", f"~~~\n{RIGHT}"),
+        *(f"```f = lambda x: x + 1{end}```" for end in ("", " ")),
+        "```Python f = lambda x: x + 1``` is it",
+        *(f"```\n{RIGHT}\n```\nThen:\n{other}" for other in (
+            "```python\nprint(f(2))\n```", "~~~\n>>> f(2)\n3\n~~~", "```3```", "```\ng = f\n```")),
+        f"```\ndef f(x): return 0\n```\nBetter:\n```\n{RIGHT}\n```\nSo:\n```\nf(1)\n```",
+    ],
+)  # fmt: skip
+def test_the_fence_with_the_program_counts(answer: str, sandbox):
+    tests = split_tests(["assert f(1) == 2", "assert f(2) == 3"])
+    assert run_tests(sandbox, [(answer, tests)]) == [(1.0, "passes")]
+
+
+@pytest.mark.parametrize("piece", ["`", "~~~\n", "```\n", "``` a", "```x\n~~~\n", "\n  ~~~"])
+def test_many_fences_take_no_longer_than_their_length(piece: str):
+    assert code_of(piece * 50_000, {"f"}) is not None
+
+
 @pytest.mark.parametrize("lines", ["a\r\nb", "a\rb", "\n\na\nb\n\n"])
 def test_code_of_an_answer(lines: str):
     assert code_of(lines) == "a\nb"

@@ -10,6 +10,7 @@ from fractions import Fraction
 import math_verify
 import pytest
 
+from jaxsft.config import RewardOptions
 from jaxsft.data.answer_template import AnswerTemplate
 from jaxsft.rewards.one_number import read_one_number
 from jaxsft.rewards.records import Completion, Reward, Task
@@ -253,12 +254,12 @@ def test_math_verify_agrees_but_where_ours_is_stricter_on_purpose() -> None:
     [
         *(("72", 72), ("$1,080.50", "1080.5"), ("3/4 of a mile", "3/4"), ("72 thousand", 72000)),
         *(("$72k", 72000), ("1.5 million people", 1500000), ("72 miles per hour", 72)),
-        *(("72 ft²", 72), ("9.8 m/s^2", "9.8"), ("1\u00bd cups", "3/2"), ("6 dozen", 6)),
+        *(("72 ft²", 72), ("9.8 m/s^2", "9.8"), ("1\u00bd cups", "3/2"), ("6 dozen", 72)),
         *(("-$5", -5), ("\\(72\\)", 72), ("$$\\boxed{72}$$", 72), ("是72个", 72), ("72!", 72)),
         *(("72 apples or pears", None), ("2024-05-01", None), ("7:30", None), ("2*36", None)),
         *(("72万", None), ("72\u2460", None), ("Ⅷ", None), ("1/0", None), ("x-72", None)),
         *(("minus 72", None), ("between 72 and LXXIII", None), ("half of 72", None), ("", None)),
-        *(("-(72)", None), ("\u2212 ( 72 )", None), ("sqrt(72)", None), ("well-known: 72", 72)),
+        *(("-(72)", None), ("\u2212 ( 72 )", None), ("sqrt(72)", None), ("(x-y): 72", 72)),
         *(("72~km", 72), ("72\\ \\mathrm{cm^2}", 72), ("~ $72", None), ("72-ish", None)),
         *(("72 \\pm 1", None), ("<b>72</b>", None), ("72\x00", None), ("9" * 5000, None)),
     ],
@@ -269,6 +270,56 @@ def test_the_one_number_of_an_answer(text: str, number: int | str | None) -> Non
     assert bool(read.fault) == (number is None)
 
 
+QUESTION = "Natalia sold clips. How many clips did Natalia sell altogether?"
+FAIR = {
+    5: [
+        "5 apples", "The answer is 5 apples.", "So, the final answer is: **5**", "She has 5 left.",
+        "Natalia sold 5 clips.", "In total, 5 hair clips were sold in May", "5 miles per hour",
+        "5 apples per tree", "US$5", "5 USD", "$5.00", "5 \\text{cm}", "$\\boxed{5}$", "5 (clips)",
+        "5-inch", "5 m²", "5 °C", "It adds up to $5.", "x = 5", "(B) 5", "+5", "#### 5", "5/1",
+        "5 more clips", "A total of 5 clips",
+    ],
+    -5: ["- 5", "\u2212 5", "\u20115", "-$5", "- $5", "The answer is - 5", "**- 5**", "x = - 5"],
+    24: ["2 dozen", "2 dozen clips", "The answer is 2 dozens."],
+    1080: ["1 080", "1\u2009080", "1\u00a0080 clips", "$1\u202f080", "1'080", "1\u2019080"],
+    10**6: ["10^6", "10**6 clips", "1e6", "$10^{6}$", "10⁶", "1 000 000", "1 million"],
+}  # fmt: skip
+UNFAIR = [
+    "5 plus a dozen", "5 is false", "5 but could also be different", "any number but 5", "not 5",
+    "5\u0336", "5\u0338", "5\u0301", "5\ufe0f\u20e3", "5\u20dd", "\u200b5", "5\u034f", "5\u3164",
+    "~~5~~", "<s>5</s>", "\\cancel{5}", "5 or so", "all but 5", "everything besides 5",
+    "5 (not really)", "5, just kidding", "close to 5", "nicht 5", "5 oder mehr", "pas 5", "- -5",
+    "5 times itself", "5π", "5i", "5x", "f(5)", "x_5", "the number after 5", "a third of 5",
+    "out of 5", "5 false", "5 (false)", "5. False.", "5: wrong", "I doubt it is 5", "Nobody has 5",
+    "5 \u043e\u0440 more", "n\u043et 5", "5 \U0001d428\U0001d42b more", "5 🤷", "no 5", "5 = x",
+    "5 * x", "5 − cost", "5 allegedly", "5 unless it is", "what is 5", "5 and then some",
+    "5 give or take",
+    "5 - false", "5+", "5 if true", "\u00b15", "5 with a chance of more", "5 something",
+    "2 dozen and a half",
+]  # fmt: skip
+
+
+def test_fair_answers_give_their_number_and_hedges_none() -> None:
+    for number, answers in FAIR.items():
+        for answer in answers:
+            assert read_one_number(answer, QUESTION) == (number, ""), answer
+    for answer in UNFAIR:
+        read = read_one_number(answer, QUESTION)
+        assert read.number is None and read.fault, answer
+    assert read_one_number("5 яблок", "Сколько яблок?").number == 5
+    assert read_one_number("6 dozen", "How many dozen eggs?").number == 6
+    assert read_one_number("Tom repaired 5 kites").number is None  # no words of the question
+
+
+def test_text_around_the_parts_is_outside_the_format(scorer: Scorer) -> None:
+    good = in_format("72")[0].text
+    for odd in ("x" + good, good + " x", good.replace(">\n<", "> So: <"), good + "\n<b>"):
+        (found,) = scorer([task_of("72")], [Completion(odd, True)])
+        assert scorer.total(found) == 0.0 and "text" in found["format"].reason, odd
+    spaced = "\n " + good.replace(">\n<", ">\n\n\t<") + " \n"
+    assert rewards(scorer, task_of("72"), Completion(spaced, True)) == [1.2]
+
+
 @pytest.mark.parametrize(
     ("answer", "reference", "is_right"),
     [
@@ -276,6 +327,8 @@ def test_the_one_number_of_an_answer(text: str, number: int | str | None) -> Non
         *(("New  York\n", "new york", True), ("\\boxed{yes}", "Yes", True), ("é", "e\u0301", True)),
         *(("Straße", "STRASSE", True), ("+", "+", True), ("?", "?", True), ("!", "?", False)),
         *(("Tuesday or Monday", "Tuesday", False), ("not yes", "yes", False), ("", "yes", False)),
+        *(("it\u2019s \u201cso\u201d", 'it\'s "so"', True), ("a\u2013b", "a-b", True)),
+        *(("so\u2026 it is", "so... it is", True), ("y\u0336es", "yes", False)),
         *(("a horse", "horse", False), ("y\u200bes", "yes", False), ("yes no", "yes", False)),
     ],
 )
@@ -318,7 +371,7 @@ def test_reasoning_in_any_script_and_of_the_length_that_is_asked() -> None:
     texts = [Completion(TEMPLATE.join(each, "72"), True) for each in thoughts]
     with Scorer(WEIGHTS, TEMPLATE) as scorer:
         assert rewards(scorer, task_of("72"), *texts) == [1.2, 1.2, 1.2, 0.0]
-    with Scorer(WEIGHTS, TEMPLATE, min_reasoning_words=2) as scorer:
+    with Scorer(WEIGHTS, TEMPLATE, RewardOptions(min_reasoning_words=2)) as scorer:
         assert rewards(scorer, task_of("72"), *texts) == [1.2] * 4
 
 

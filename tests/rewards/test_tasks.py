@@ -31,6 +31,11 @@ def read(row: Any, **how: Any) -> Task:
             "number",
             "1,024",
         ),
+        ({"question": "q", "answer": "x #### 72"}, "number", "72"),
+        ({"question": "q", "answer": "#### 5 #### 72\nSo she has them."}, "number", "72"),
+        ({"prompt": "q", "response": "#### Step 1\nadd\n####$1,080\n"}, "number", "$1,080"),
+        ({"prompt": "q", "answer": "So it is. #### Tuesday"}, "text", "Tuesday"),
+        ({"prompt": "q", "response": "#### Step 1\nso \\boxed{72}"}, "number", "72"),
         ({"question": "q", "answer": "72"}, "number", "72"),
         ({"question": "q", "answer": "So it is.\n#### Tuesday"}, "text", "Tuesday"),
         ({"problem": "q", "solution": "Then 3/4.\n#### 3/4"}, "number", "3/4"),
@@ -132,6 +137,8 @@ def test_tests_of_other_rows() -> None:
         ({"prompt": "q", "tests": ["assert f(", "assert f(2) == 3"]}, "no Python"),
         ({"prompt": "q", "tests": [5, 6]}, "a int, not a text"),
         ({"prompt": "q", "response": "word " * 80}, "80 words"),
+        ({"question": "q", "answer": "#### Step 1\nShe has many."}, "last ####"),
+        ({"question": "q", "answer": "She has none. ####"}, "nothing after the ####"),
         ({"prompt": "q", "answer": "<think>72"}, "1 <think> and 0 </think>"),
         ({"prompt": "q", "answer": "\ud800"}, "lone surrogate"),
         ({"prompt": "q", "answer": "72", "hint": "see here"}, '"hint" holds text'),
@@ -163,12 +170,24 @@ def test_columns_that_the_user_names() -> None:
 
 @pytest.mark.parametrize(
     ("task_id", "is_one"),
-    [(600, False), (601, True), (974, True), (975, False), ("Mbpp/11", False)],
+    [
+        *((600, False), (601, True), (974, True), (975, False), ("Mbpp/11", False), (11.0, False)),
+        *(("mbpp_601", True), (" 510 ", False), ("0601", True), (None, False), (True, False)),
+        *(("", False), ([601], False)),
+    ],
 )
-def test_of_mbpp_only_training_ids_are_trained_on(task_id: int | str, is_one: bool) -> None:
-    fields = {"prompt": "q", "test_list": TESTS, "task_id": task_id}
-    assert is_for_training(read(fields)) == is_one
+def test_of_mbpp_only_training_ids_are_trained_on(task_id: Any, is_one: bool) -> None:
+    for name in ("tests", "test_list"):
+        fields = {"prompt": "q", name: TESTS, "task_id": task_id}
+        assert is_for_training(read(fields)) == is_one
     assert is_for_training(read({"prompt": "q", "answer": "5", "task_id": task_id}))
+
+
+def test_code_of_ones_own_is_trained_on() -> None:
+    assert is_for_training(read({"prompt": "q", "tests": TESTS}))
+    assert is_for_training(read({"prompt": "q", "tests": TESTS, "task_id": "mine/11"}))
+    assert not is_for_training(read({"prompt": "q", "test_list": TESTS, "task_id": "mine/11"}))
+    assert not is_for_training(read({"prompt": "q", "test_list": TESTS}))
 
 
 VALUES = st.recursive(

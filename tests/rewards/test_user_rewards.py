@@ -47,6 +47,7 @@ def word(texts, rows): return "1234"
 def nothing(texts, rows): pass
 def endless(texts, rows): return iter(int, 1)
 def lazy(texts, rows): return (1 / i for i in (1, 0, 1, 1))
+def late(texts, rows): import late_module; return [1.0] * len(texts)
 def leaves_a_child(texts, rows):
     if os.fork() == 0: time.sleep(600)
     with open(rows[0]["pids"], "a") as file: file.write(f"{os.getpid()}\\n")
@@ -61,6 +62,7 @@ FAILS = {
     "endless": "returned more than 4 values for 4 texts",
     "word": "returned a str, not a list of numbers",
     "nothing": "returned a NoneType, not a list of numbers",
+    "late": "ImportError: late_module is imported in a call: import it in the file",
     "lazy": "ZeroDivisionError: division by zero",
 }  # fmt: skip
 TEXTS = ["", "a", "\u200bb\x00", "\ud800"]
@@ -70,6 +72,7 @@ TEXTS = ["", "a", "\u200bb\x00", "\ud800"]
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     (tmp_path / "beside.py").write_text("HALF = [0.5]\n")
+    (tmp_path / "late_module.py").write_text("")
     return tmp_path
 
 
@@ -127,7 +130,10 @@ def test_a_file_that_changes_during_the_run_is_not_loaded_again(call, folder: Pa
     (folder / "my_rewards.py").write_text(REWARDS + "\n")
     assert values(call("brevity")) == [1.0, 0.9, 0.7, 0.9]
     assert values(call("killed")) == [0.0] * 4
-    assert "was changed during the run" in call("brevity")[0].reason
+    assert "my_rewards.py was changed during the run" in call("brevity")[0].reason
+    (folder / "my_rewards.py").write_text(REWARDS)
+    (folder / "beside.py").write_text("HALF = [1.0]\n")
+    assert "beside.py was changed during the run" in call("brevity")[0].reason
 
 
 def test_no_process_is_left(call, folder: Path) -> None:
@@ -226,5 +232,6 @@ def test_own_rewards_count_beside_the_built_in_ones(folder: Path) -> None:
         found = scorer(tasks, [Completion(text, True)] * 2)
         assert [list(each) for each in found] == [["answer", "format"], [name, "format"]]
         assert [round(scorer.total(each), 9) for each in found] == [1.2, -0.05]
-        assert list(scorer.user_files) == [str(folder / "my_rewards.py")]
+        beside = folder / "my_rewards.py", folder / "beside.py"
+        assert list(scorer.user_files) == [str(each) for each in beside]
         json.dumps(scorer.user_files)
