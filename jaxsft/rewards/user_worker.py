@@ -86,7 +86,8 @@ def call_fault(function: Callable[..., Any]) -> str:
 def modules_beside(path: Path) -> dict[str, str]:
     """Name -> file of the loaded modules in the folder of the file, without those of an environment
     there."""
-    stdlib, found = Path(os.__file__).resolve().parent, {}
+    stdlib = Path(os.__file__).resolve().parent
+    found: dict[str, str] = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         place = Path(file).resolve() if isinstance(file, str) else path
