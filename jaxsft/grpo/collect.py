@@ -106,7 +106,7 @@ def collect(
         mask_truncated=objective.mask_truncated_completions,
     )
     scored = list(range(len(completions)))
-    if not any(task.tests for task in tasks):
+    if not (learner.scorer.user_files or any(task.tests for task in tasks)):
         scored = weigh(scoring.result()).kept  # these take no time, and only what counts is scored
     old, reference = _log_probs(learner, setup, [completions[i] for i in scored])
     scored_s = time.monotonic()

@@ -29,7 +29,6 @@ from jaxsft.step.train_step import put_batch, train_step
 from jaxsft.weights.find import open_tokenizer
 
 HIGHEST_REWARD = Best("reward", False, "held-out reward was highest")
-_ROLLOUTS_TO_TIME = 2  # to fit the schedule to a deadline
 _FORECAST_AFTER = 3  # rollouts
 
 

@@ -1,10 +1,10 @@
 r"""The one number that an answer gives, or why it gives none: what a reward may pay for.
 
-What may stand around the number is a positive list. Directly behind it a unit of one or two words,
-whatever they are ("72 hair clips"). Elsewhere the words of plain statements (PLAIN_WORDS: "The
-answer is 72.", "She has 72 left in May.") and those of the question ("Natalia sold 72 clips"); in
-front of it a letter ("x = 72"). Currencies, brackets, LaTeX's and Markdown's marks. So no answer in
-words that nobody foresaw pays: "any number but 72", "72 is false", "nicht 72". Of what these lists
+What may stand around the number is a positive list. Directly behind it a unit of one or two
+words, a plural ("72 hair clips"). Elsewhere the words of plain statements (PLAIN_WORDS: "The answer
+is 72.", "She has 72 left in May.") and those of the question ("Natalia sold 72 clips"); in front of
+it a letter ("x = 72"). Currencies, brackets, LaTeX's and Markdown's marks. So no answer in
+words that nobody foresaw pays: "any number but 72", "72 is false", "72 nicht". Of what these lists
 let through there is none with
 
     two numbers, in any notation: "72 or 73", "6 × 12 = 72", "72 (seventy-two)", "72 and a half"
@@ -60,8 +60,12 @@ _BOUND = re.compile(  # words in front of a number that make it another one, and
     r"|at\ most|as\ (?:many|much|few|little)\ as|than|double|triple|after|before|from|past|off|out"
     r"|(?:close|closer|next|opposite|prior|due)\ to|out\ of|between)\ \W*\0"
     r"|\b(?!(?:total|sum|amount|cost|price|average|mean|profit|rate|speed|age|value|score|length"
-    r"|distance|loss|change|answer|result|salary|income)\ )\w+\ of\ \W*\0"
-    r"|n['\u2019]t\b|\b(?:could|may|should)\ be\b|\0\W*times\ (?:the|that|this|it)\b",
+    r"|distance|loss|change|answer|result|salary|income|area|perimeter|volume|weight|mass|height"
+    r"|width|depth|size|discount|savings|bill|fee|fine|tax|tip|temperature|number|count|balance)\ )"
+    r"\w+\ of\ \W*\0"
+    r"|n['\u2019]t\b|\b(?:could|may|should|can)\ be\b|\0\W*times\ (?:the|that|this|it)\b"
+    r"|^\W*(?:is|are|can|does|do|did|will|would|should|could)\b|\bis\ (?:\w+\ )?off\b"
+    r"|\0.*\b(?:and|also)\ (?:\w+\ )?(?:more|up|over|others?|so|counting)\b",
     re.IGNORECASE | re.VERBOSE,
 )
 # A sign or an operator beside the number or between words, marks of doubt, dots for more.
@@ -94,7 +98,8 @@ brings brought grows grew wins won loses lost sees saw receives received remains
 remained collected uses used adds add added leaves old older younger taller longer years year
 months month weeks week days day hours hour minutes minute seconds second times time morning
 afternoon evening night today tomorrow yesterday end first last average mean profit loss change
-income bill money people children friends everyone person way ways things whole entire including
+income bill money weight height length width area perimeter volume speed age distance people
+children friends everyone person way ways things whole entire including
 adding find away extra new numbers higher
 percent dollars dollar cents cent usd euros euro eur pounds pound gbp rupees rupee rs inr yen
 miles mile kilometers kilometres km meters metres meter m cm mm feet foot ft inches inch yards
@@ -103,7 +108,13 @@ degrees celsius units unit pieces items apples january february march april may 
 september october november december monday tuesday wednesday thursday friday saturday sunday 是
 答案是 答案 共 一共 个
 """
+# Plurals that are no units, unless the question has them.
+_OTHER = """
+tens gross scores pairs couples lakhs crores mils plusminus upwards downwards onwards thereabouts
+others perhaps bogus minus always sometimes regardless
+"""
 PLAIN_WORDS = frozenset(_PLAIN.split())
+_NO_UNITS = frozenset(_OTHER.split())
 _GLUE = re.compile(r"[\s{}\\*_`~%°$€£¥₹/'\u2019-]*")  # between a number and its unit
 _ENDINGS = re.compile("(?:e?s|e?d|ing|er|e)$")
 _WORD = re.compile(r"(?<!\\)\b[^\W\d_]+|(?<=[_\0\d])[^\W\d_]+")
@@ -145,9 +156,8 @@ def read_one_number(text: str, question: str = "") -> ReadNumber:
     if number >= 0 and _DETACHED_MINUS.search(rest):
         number, rest = -number, _DETACHED_MINUS.sub("\\1\\2\\3\0", rest)
     if scaled := _SCALED.search(rest):
-        scale = scaled[1] or scaled[2]
-        if not re.search(rf"\bhow many {scale.rstrip('s')}", question, re.IGNORECASE):
-            number *= _SCALES[scale]
+        asked = scaled[1] and re.search(rf"\bhow many {scaled[1].rstrip('s')}s?\b", question, re.I)
+        number *= 1 if asked else _SCALES[scaled[1] or scaled[2]]
         rest = f"{rest[: scaled.start()]}\0{rest[scaled.end() :]}"
     fault = _fault(" ".join(rest.split()), question)
     return ReadNumber(None, fault) if fault else ReadNumber(number)
@@ -186,25 +196,28 @@ def _odd_word(rest: str, words: Sequence[tuple[str, int]], question: str) -> str
     place = rest.index("\0")
     unit = place + 1  # where the number and its unit end
     num_units, before = 0, ""
-    for word, at in words:
+    following = [word for word, _ in words[1:]] + [""]
+    for (word, at), after in zip(words, following, strict=False):
         is_unit = at > place and num_units < 2 and bool(_GLUE.fullmatch(rest, unit, at))
         if is_unit:
             unit, num_units = at + len(word), num_units + 1
         is_letter = len(word) == 1 and word.isascii()
         if is_letter and at > place and word in "xyzneipqru":  # 5x, 5i
             return word
-        is_unit = is_unit or (at > place and before in ("per", "each", "every"))
+        is_per = at > place and before in ("per", "each", "every")
+        # Hardly any negation or doubt is a plural: "72 nicht", "72 roundish".
+        is_plural = word.endswith("s") or (after.endswith("s") and len(after) > 3)
         before = word
         is_known = is_letter or word in PLAIN_WORDS or _stem(word) in asked
-        if is_known or (is_unit and _may_be_unit(word, question)):
+        if is_known or (((is_unit and is_plural) or is_per) and _may_be_unit(word, question)):
             continue
         return word
     return ""
 
 
 def _may_be_unit(word: str, question: str) -> bool:
-    """Whether an unknown word may be one: no letter, no adverb, no other script."""
-    is_plain = unicodedata.normalize("NFKC", word) == word and not word.endswith("ly")
+    """Whether an unknown word may be one: no letter, no amount, in no other script."""
+    is_plain = unicodedata.normalize("NFKC", word) == word and word not in _NO_UNITS
     scripts = {_script(char) for char in word}
     known = {"LATIN", *map(_script, set(question))}
     return is_plain and len(scripts) == 1 and scripts <= known and len(word) + (word > "z") > 1

@@ -280,6 +280,7 @@ FAIR = {
         "5 more clips", "A total of 5 clips",
     ],
     -5: ["- 5", "\u2212 5", "\u20115", "-$5", "- $5", "The answer is - 5", "**- 5**", "x = - 5"],
+    72: ["72 marbles", "a weight of 72 kg", "an area of 72 m^2"],
     24: ["2 dozen", "2 dozen clips", "The answer is 2 dozens."],
     1080: ["1 080", "1\u2009080", "1\u00a0080 clips", "$1\u202f080", "1'080", "1\u2019080"],
     10**6: ["10^6", "10**6 clips", "1e6", "$10^{6}$", "10⁶", "1 000 000", "1 million"],
@@ -295,7 +296,10 @@ UNFAIR = [
     "5 * x", "5 − cost", "5 allegedly", "5 unless it is", "what is 5", "5 and then some",
     "5 give or take",
     "5 - false", "5+", "5 if true", "\u00b15", "5 with a chance of more", "5 something",
-    "2 dozen and a half",
+    "2 dozen and a half", "5 nicht", "5 nope", "5 aint", "5 roundish", "5 etc", "5 max", "5 bogus",
+    "5 and more", "5, also more", "5 clips and others", "5 and so on", "5 upwards", "5 plusminus",
+    "5 lakhs", "5 tens", "5 gross", "5 score", "5 pairs", "5 mil", "5 googol", "5 is far off",
+    "is it 5", "can it be 5", "does she have 5", "can be 5", "5 isnt it",
 ]  # fmt: skip
 
 
