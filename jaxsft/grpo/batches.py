@@ -1,7 +1,7 @@
 """Packs completions with their prompts into rows, and reads values of their tokens back.
 
 A completion is a segment of its row: the prompt, then the completion with its stop token. The loss
-is at the positions whose target is a token of the completion. In NumPy.
+is at the positions whose target is a token of the completion.
 
 What a loop does with a rollout of N completions, each a list of token ids:
 
@@ -26,11 +26,10 @@ What a loop does with a rollout of N completions, each a list of token ids:
     for _ in range(num_iterations):  # with UpdateSpec(token_loss=Objective(…))
         state, frozen, metrics = train_step(state, frozen, batch, spec=spec)
 
-Axes: B rows, T positions of a row.
+Axes: A micro-batches, B rows, T positions of a row.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import numpy as np
@@ -40,8 +39,8 @@ from jaxsft.common.batch import Batch, Float32Array
 from jaxsft.data.bins import pack
 from jaxsft.data.packing import PackedRows, Sample
 from jaxsft.grpo.objective import RolloutBatch
+from jaxsft.step.train_step import BatchT
 
-BatchT = TypeVar("BatchT")  # `Batch` or `RolloutBatch`
 Values = Sequence[npt.ArrayLike] | npt.NDArray[np.floating]
 
 
